@@ -1,0 +1,15 @@
+.PHONY: demo test clean
+
+demo: .venv/ready
+	.venv/bin/python -m benchmarks.demo
+
+test: .venv/ready
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/python -m pytest
+
+.venv/ready: pyproject.toml .ci/setup .ci/vllm-metadata/pyproject.toml
+	.ci/setup
+
+clean:
+	rm -rf .venv build *.egg-info

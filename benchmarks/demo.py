@@ -1,0 +1,176 @@
+"""`make demo`: an INT8 collapse, its two repairs, and a vLLM server that answers from the repaired checkpoint.
+
+    python -m benchmarks.demo [--json FILE]
+
+Everything is real: the test bed is a trained model, `bismooth convert` is run as a user would run it, vLLM loads every
+checkpoint and its prompt log-probabilities give the table, and the last step talks to `vllm serve` over HTTP.
+"""
+
+import argparse
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import record
+from benchmarks.compare import Distance, distance
+from benchmarks.score import log_probabilities
+from benchmarks.testbed import CALIBRATION, MODEL, heldout_windows
+from benchmarks.testbed.plant import plant
+
+WORK = Path("build/demo")
+PLANT = {"kind": "norm", "k": 1000.0, "blocks": (0, 1, 3), "channels": 3, "seed": 0}
+WINDOWS = 24
+PROMPT = "import os\nimport sys\n\ndef main(argv=None):\n    "
+
+# Checkpoint, the source it is converted from, and how. Without a method the source itself is served.
+ARMS = (
+    ("healthy bf16", MODEL, None),
+    ("healthy RTN", MODEL, ("--method", "rtn")),
+    ("bf16", WORK / "planted", None),
+    ("RTN", WORK / "planted", ("--method", "rtn")),
+    ("mixed, g = 32", WORK / "planted", ("--method", "mixed", "--group-size", "32")),
+    ("bi-smooth", WORK / "planted", ("--method", "bismooth", "--calibration", str(CALIBRATION))),
+    ("bi-smooth, data-free", WORK / "planted", ("--method", "bismooth", "--calibration", "none")),
+)
+SERVED = "bi-smooth"
+
+console = Console()
+
+
+def tool(name: str) -> str:
+    """A command of the environment that runs this script."""
+    return str(Path(sys.executable).with_name(name))
+
+
+def folder_of(arm: str) -> Path:
+    return WORK / arm.replace(",", "").replace(" = ", "").replace(" ", "-")
+
+
+def convert_arms() -> dict[str, Path]:
+    """Plant the pathology, convert every arm; arm -> checkpoint to load."""
+    plant(MODEL, WORK / "planted", **PLANT)
+    checkpoints = {}
+    for arm, source, options in ARMS:
+        checkpoints[arm] = folder_of(arm) if options else source
+        if options:
+            command = ["bismooth", "convert", str(source), str(folder_of(arm)), *options]
+            console.print(f"$ {' '.join(command)}", style="cyan", highlight=False, soft_wrap=True)
+            subprocess.run([tool("bismooth"), *command[1:]], check=True)
+    return checkpoints
+
+
+def measure(checkpoints: dict[str, Path]) -> dict[str, Distance]:
+    """Load every arm in real vLLM and compare it with the bf16 arm of the same source."""
+    windows = heldout_windows(WINDOWS)
+    distances, reference = {}, None
+    for number, (arm, _, options) in enumerate(ARMS, 1):
+        started = time.monotonic()
+        with console.status(f"vLLM {number}/{len(ARMS)}: {arm}"):
+            scores = log_probabilities(checkpoints[arm], windows, WORK / f"{folder_of(arm).name}.log")
+        if options is None:
+            reference = scores
+        distances[arm] = distance(reference, scores, windows)
+        console.print(
+            f"vLLM {number}/{len(ARMS)}: {arm:<21} perplexity {distances[arm].ppl:10.3f}   KL {distances[arm].kl:.3g}"
+            f"   [dim]{time.monotonic() - started:.0f} s[/dim]",
+            highlight=False,
+        )
+    return distances
+
+
+def table(distances: dict[str, Distance]) -> Table:
+    result = Table("checkpoint", title=f"{WINDOWS} x 255 held-out tokens, prompt log-probabilities from vLLM")
+    for heading in ("perplexity", "KL to bf16 (nats/token)", "same first token"):
+        result.add_column(heading, justify="right")
+    for arm, d in distances.items():
+        kl = "" if arm.endswith("bf16") else f"{d.kl:.2e} ± {d.kl_error:.0e}"
+        result.add_row(arm, f"{d.ppl:.3f}", kl, f"{d.top1:.1%}", end_section=arm == "healthy RTN")
+    return result
+
+
+@contextmanager
+def serve(model: Path, log: Path, *options: str) -> Iterator[str]:
+    """Run ``vllm serve`` on a free port until the block ends; yields the base URL.
+
+    Raises:
+        RuntimeError: the server ended or was not ready within four minutes.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    command = [tool("vllm"), "serve", str(model), "--host", "127.0.0.1", "--port", str(port), *options]
+    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", **os.environ}
+    with open(log, "wb") as sink:
+        server = subprocess.Popen(command, env=environment, stdout=sink, stderr=subprocess.STDOUT)
+        try:
+            deadline = time.monotonic() + 240
+            while not _healthy(url):
+                if server.poll() is not None or time.monotonic() > deadline:
+                    raise RuntimeError(f"vllm serve did not come up, see {log}:\n{log.read_text()[-3000:]}")
+                time.sleep(0.5)
+            yield url
+        finally:
+            server.terminate()
+            try:
+                server.wait(60)
+            except subprocess.TimeoutExpired:
+                server.kill()
+                server.wait()
+
+
+def _healthy(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=2) as answer:
+            return answer.status == 200
+    except OSError:
+        return False
+
+
+def ask(model: Path) -> str:
+    """Start a server, get one completion through the openai client, stop the server."""
+    from openai import OpenAI
+
+    console.print(f"$ vllm serve {model}", style="cyan", highlight=False)
+    with console.status("starting the server"), serve(model, WORK / "serve.log") as url:
+        client = OpenAI(base_url=f"{url}/v1", api_key="unused")
+        name = client.models.list().data[0].id
+        completion = client.completions.create(model=name, prompt=PROMPT, max_tokens=48, temperature=0)
+    return completion.choices[0].text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--json", type=Path, help="also write the table's figures")
+    arguments = parser.parse_args()
+    started = time.monotonic()
+    shutil.rmtree(WORK, ignore_errors=True)
+    WORK.mkdir(parents=True)
+    os.environ.setdefault("VLLM_CACHE_ROOT", str((WORK / "vllm-cache").resolve()))
+
+    console.rule("A small LLaMA with LLaMA3-70B's outlier columns (planted: 3 channels x 1000 in blocks 0, 1, 3)")
+    distances = measure(convert_arms())
+    console.print(table(distances))
+    completion = ask(folder_of(SERVED))
+    console.print(PROMPT, style="dim", end="", highlight=False, markup=False)
+    console.print(completion, style="green", highlight=False, markup=False)
+    seconds = time.monotonic() - started
+    console.print(f"The server is stopped. {seconds:.0f} s in all; checkpoints and logs are in {WORK}.")
+    if arguments.json:
+        rows = [{"arm": arm, **d.as_dict()} for arm, d in distances.items()]
+        more = {"plant": PLANT, "tokens": WINDOWS * 255, "seconds": round(seconds), "completion": completion}
+        record.write(arguments.json, rows, **more)
+
+
+if __name__ == "__main__":
+    main()

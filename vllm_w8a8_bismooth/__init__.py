@@ -1,0 +1,21 @@
+"""W8A8 INT8 by bi-smoothing: an offline converter and a vLLM plugin (``--quantization w8a8_bismooth``)."""
+
+import logging
+
+__version__ = "0.1.0"
+
+
+def register() -> None:
+    """Entry point of ``vllm.general_plugins``: make the quantization method known to vLLM.
+
+    vLLM calls this in every process it starts, without a guard of its own, so it must never raise: on a vLLM that
+    this package does not fit, it logs one warning and every other model keeps working. Calling it again does nothing.
+    """
+    try:
+        from vllm_w8a8_bismooth.serving import register as register_serving
+
+        register_serving()
+    except Exception as error:
+        logging.getLogger("vllm.w8a8_bismooth").warning(
+            "w8a8_bismooth is not available in this process: %s: %s", type(error).__name__, error
+        )

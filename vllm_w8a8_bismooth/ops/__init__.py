@@ -1,0 +1,83 @@
+"""INT8 operations as ``torch.library`` ops of the namespace ``w8a8_bismooth``.
+
+The schemas, the fakes (shapes for torch.compile) and a reference implementation for every device are registered here
+at import. A faster kernel registers itself for its own device (``CPU``, ``CUDA``) in the same namespace; torch's
+dispatcher then prefers it, and nothing above this module changes.
+"""
+
+import torch
+
+from vllm_w8a8_bismooth.ops import reference
+
+_LIBRARY = torch.library.Library("w8a8_bismooth", "FRAGMENT")  # kept alive: the ops go when it goes
+_LIBRARY.define("quantize_activations(Tensor x, int group_size) -> (Tensor, Tensor)")
+_LIBRARY.define(
+    "scaled_mm(Tensor a, Tensor b, Tensor a_scale, Tensor b_scale, ScalarType out_dtype, Tensor? bias=None) -> Tensor"
+)
+_LIBRARY.impl("quantize_activations", reference.quantize_activations, "CompositeExplicitAutograd")
+_LIBRARY.impl("scaled_mm", reference.scaled_mm, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("w8a8_bismooth::quantize_activations", lib=_LIBRARY)
+def _(x: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    tokens, channels = x.shape
+    codes = x.new_empty((tokens, channels), dtype=torch.int8)
+    return codes, x.new_empty((tokens, channels // group_size), dtype=torch.float32)
+
+
+@torch.library.register_fake("w8a8_bismooth::scaled_mm", lib=_LIBRARY)
+def _(a, b, a_scale, b_scale, out_dtype, bias=None) -> torch.Tensor:
+    return a.new_empty((a.shape[0], b.shape[0]), dtype=out_dtype)
+
+
+def quantize_activations(x: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """See :func:`reference.quantize_activations`.
+
+    Raises:
+        ValueError: x is not ``[M, K]`` with K a multiple of ``group_size``.
+    """
+    if x.dim() != 2 or group_size < 1 or x.shape[1] % group_size:
+        raise ValueError(f"x is {list(x.shape)}; it must be [M, K] with K a multiple of group_size = {group_size}")
+    return torch.ops.w8a8_bismooth.quantize_activations(x, group_size)
+
+
+def scaled_mm(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    a_scale: torch.Tensor,
+    b_scale: torch.Tensor,
+    out_dtype: torch.dtype,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """See :func:`reference.scaled_mm`.
+
+    Raises:
+        ValueError: the shapes do not fit together.
+    """
+    (m, k), (n, groups) = a.shape, b_scale.shape
+    if b.shape != (n, k) or k % groups or a_scale.shape not in ((m, 1), (m, groups)):
+        raise ValueError(
+            f"a {list(a.shape)}, b {list(b.shape)}, a_scale {list(a_scale.shape)}, b_scale {list(b_scale.shape)}: "
+            "expected [M, K], [N, K], [M, 1] or [M, G], [N, G] with K a multiple of G"
+        )
+    return torch.ops.w8a8_bismooth.scaled_mm(a, b, a_scale, b_scale, out_dtype, bias)
+
+
+def linear(
+    x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, group_size: int, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """W8A8 linear layer: quantize the input, multiply, rescale.
+
+    Args:
+        x: ``[..., K]`` float.
+        weight: int8 ``[N, K]``.
+        weight_scale: fp32 ``[N, 1]`` or ``[N, G]``.
+        group_size: channels per activation scale: K for per token, ``K / G`` for per token and group.
+        bias: ``[N]``.
+
+    Returns:
+        ``[..., N]`` in x's dtype.
+    """
+    codes, scale = quantize_activations(x.reshape(-1, x.shape[-1]), group_size)
+    out = scaled_mm(codes, weight, scale, weight_scale, x.dtype, bias)
+    return out.view(*x.shape[:-1], weight.shape[0])

@@ -1,0 +1,148 @@
+"""Every choice of a conversion as frozen data, and what of it the readers of the checkpoint must know."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from vllm_w8a8_bismooth.architectures import Architecture
+from vllm_w8a8_bismooth.errors import BismoothError
+
+DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "rtn": {},
+    "bismooth": {"alpha": 0.5, "calibration_tokens": 16384, "group_size": None, "group_layers": None},
+    "mixed": {"group_size": 128, "group_layers": None},
+}
+"""Method -> the options that go with it and their defaults."""
+MARKER = "bismooth"
+"""The key of ``quantization_config`` by which the plugin claims a checkpoint; other readers ignore it."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The choices of one run; two runs with equal recipes write equal checkpoints.
+
+    Attributes:
+        method: ``rtn`` (per-channel as is), ``bismooth`` (smoothed per-channel), ``mixed`` (per-group where needed).
+        alpha: share of the activation range moved into the weights (``bismooth``).
+        calibration_tokens: token budget of the calibration (``bismooth``).
+        group_size: columns per scale in per-group linears.
+        group_layers: regular expression on full linear names; ``None`` lets the weights decide (``mixed``).
+        source: fingerprint of the source checkpoint, once it is open.
+        calibration: SHA-256 of the calibration file; ``None`` is data-free.
+
+    Raises:
+        BismoothError: a value is out of range, or an option does not go with the method.
+    """
+
+    method: str
+    alpha: float | None = None
+    calibration_tokens: int | None = None
+    group_size: int | None = None
+    group_layers: str | None = None
+    source: str | None = None
+    calibration: str | None = None
+
+    @classmethod
+    def of(cls, method: str, **given: Any) -> "Recipe":
+        """A recipe from what a user gave (``None`` = not given) and the method's defaults."""
+        if method not in DEFAULTS:
+            raise BismoothError(f"--method {method!r} is unknown; choose one of {', '.join(DEFAULTS)}")
+        given = {key: value for key, value in given.items() if value is not None}
+        for key in given:
+            if key not in DEFAULTS[method]:
+                raise BismoothError(f"--{key.replace('_', '-')} has no effect with --method {method}; leave it out")
+        options = {**DEFAULTS[method], **given}
+        if method == "bismooth" and (options["group_size"] is None) != (options["group_layers"] is None):
+            raise BismoothError("--method bismooth needs both --group-layers and --group-size, or neither")
+        return cls(method, **options)
+
+    def __post_init__(self) -> None:
+        if self.alpha is not None and not 0 <= self.alpha <= 1:
+            raise BismoothError(f"--alpha {self.alpha} is outside 0 to 1")
+        if self.calibration_tokens is not None and self.calibration_tokens < 1:
+            raise BismoothError(f"--calibration-tokens {self.calibration_tokens} must be positive")
+        if self.group_size is not None and (self.group_size < 32 or self.group_size % 32):
+            raise BismoothError(f"--group-size {self.group_size} must be a positive multiple of 32")
+        if self.group_layers is not None:
+            try:
+                re.compile(self.group_layers)
+            except re.error as error:
+                raise BismoothError(f"--group-layers {self.group_layers!r} is no regular expression: {error}") from None
+
+    def differences(self, other: Mapping[str, Any]) -> list[str]:
+        """Fields in which a stored recipe (a dict from recipe.json) differs from this one, as readable lines."""
+        mine = asdict(self)
+        return [
+            f"{key}: {other.get(key)!r} there, {mine.get(key)!r} now"
+            for key in sorted(mine.keys() | other.keys())
+            if mine.get(key) != other.get(key)
+        ]
+
+
+def _arguments(strategy: str, group_size: int | None, dynamic: bool) -> dict[str, Any]:
+    return {
+        "num_bits": 8,
+        "type": "int",
+        "symmetric": True,
+        "strategy": strategy,
+        "group_size": group_size,
+        "dynamic": dynamic,
+    }
+
+
+def _group(targets: list[str], group_size: int | None) -> dict[str, Any]:
+    grouped = group_size is not None
+    return {
+        "targets": targets,
+        "weights": _arguments("group" if grouped else "channel", group_size, dynamic=False),
+        "input_activations": _arguments("group" if grouped else "token", group_size, dynamic=True),
+        "output_activations": None,
+    }
+
+
+def group_targets(blocks: Mapping[int, set[str]], architecture: Architecture) -> list[str]:
+    """Regular expressions for compressed-tensors that name per-group linears, fused names included.
+
+    Readers match either the parts (transformers) or the fused linear (vLLM before 0.32 only the latter), so the
+    expression of a fused linear names both. Unanchored names would be wrong: ``v_proj`` is the end of ``qkv_proj``.
+
+    Args:
+        blocks: block index -> names of its per-group linears, closed under fusion.
+        architecture: for the fused names.
+    """
+    part_of = {part: fused for fused, parts in architecture.fused.items() for part in parts}
+    where: dict[str, list[int]] = {}
+    for index, names in sorted(blocks.items()):
+        for unit in sorted({part_of.get(name, name) for name in names}):
+            where.setdefault(unit, []).append(index)
+    targets = []
+    for unit, indices in sorted(where.items()):
+        names = sorted({unit, *architecture.fused.get(unit, ())})
+        alternatives = "|".join(re.escape(name) for name in names)
+        targets.append(rf"re:.*\.layers\.({'|'.join(map(str, indices))})\.({alternatives})$")
+    return targets
+
+
+def quantization_config(recipe: Recipe, group_targets: list[str], all_grouped: bool, version: str) -> dict[str, Any]:
+    """The ``quantization_config`` of the written ``config.json``: compressed-tensors ``int-quantized`` plus our marker.
+
+    Args:
+        recipe: the run.
+        group_targets: from :func:`group_targets`; empty for a per-channel checkpoint.
+        all_grouped: no per-channel linear is left.
+        version: of this package.
+    """
+    groups = [_group(group_targets, recipe.group_size)] if group_targets else []
+    if not all_grouped:
+        groups.append(_group(["Linear"], None))
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "quantization_status": "compressed",
+        # Specific targets come first: readers stop at the first group that matches.
+        "config_groups": {f"group_{i}": group for i, group in enumerate(groups)},
+        "ignore": ["lm_head"],
+        "kv_cache_scheme": None,
+        MARKER: {"version": version, "method": recipe.method},
+    }

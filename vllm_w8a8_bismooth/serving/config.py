@@ -1,0 +1,71 @@
+"""How vLLM meets our checkpoints: compressed-tensors' own config with one more scheme."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy, QuantizationType
+from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
+from vllm.model_executor.layers.quantization.compressed_tensors.schemes import CompressedTensorsScheme
+
+from vllm_w8a8_bismooth.recipe import MARKER
+from vllm_w8a8_bismooth.serving.scheme import W8A8Scheme
+
+NAME = "w8a8_bismooth"
+CHANNEL, GROUP, TOKEN = (QuantizationStrategy(s).value for s in ("channel", "group", "token"))
+
+
+class BiSmoothConfig(CompressedTensorsConfig):
+    """Symmetric dynamic W8A8 linears run on this package's ops; everything else stays with compressed-tensors."""
+
+    def get_name(self) -> str:
+        return NAME
+
+    @classmethod
+    def override_quantization_method(
+        cls, hf_quant_cfg: Any, user_quant: str | None, hf_config: Any = None
+    ) -> str | None:
+        """Claim a checkpoint: with our marker always, any W8A8 INT8 compressed-tensors one when asked by name.
+
+        vLLM calls this for every model that it loads, so any input is tolerated.
+        """
+        if not isinstance(hf_quant_cfg, Mapping) or hf_quant_cfg.get("quant_method") != "compressed-tensors":
+            return None
+        asked = user_quant == NAME and _all_w8a8(hf_quant_cfg.get("config_groups"))
+        marked = user_quant in (None, NAME) and MARKER in hf_quant_cfg
+        return NAME if asked or marked else None
+
+    def _get_scheme_from_parts(
+        self, weight_quant: QuantizationArgs, input_quant: QuantizationArgs | None, *args: Any, **kwargs: Any
+    ) -> CompressedTensorsScheme:
+        """Ours where :class:`W8A8Scheme` fits, the stock scheme otherwise."""
+        if _is_int8(weight_quant, dynamic=False) and _is_int8(input_quant, dynamic=True):
+            strategies = (weight_quant.strategy, input_quant.strategy)
+            if strategies == (CHANNEL, TOKEN):
+                return W8A8Scheme(weight_groups=None, activation_groups=None)
+            if strategies == (GROUP, TOKEN):
+                return W8A8Scheme(weight_groups=weight_quant.group_size, activation_groups=None)
+            if strategies == (GROUP, GROUP) and weight_quant.group_size == input_quant.group_size:
+                return W8A8Scheme(weight_groups=weight_quant.group_size, activation_groups=input_quant.group_size)
+        return super()._get_scheme_from_parts(weight_quant, input_quant, *args, **kwargs)
+
+
+def _is_int8(quant: QuantizationArgs | None, dynamic: bool) -> bool:
+    return (
+        quant is not None
+        and quant.num_bits == 8
+        and quant.type == QuantizationType.INT
+        and bool(quant.symmetric)
+        and bool(quant.dynamic) == dynamic
+    )
+
+
+def _all_w8a8(groups: Any) -> bool:
+    """Whether every config group (raw JSON) has 8-bit integer weights and activations."""
+    if not isinstance(groups, Mapping) or not groups:
+        return False
+    sides = [
+        group.get(side) if isinstance(group, Mapping) else None
+        for group in groups.values()
+        for side in ("weights", "input_activations")
+    ]
+    return all(isinstance(s, Mapping) and s.get("num_bits") == 8 and s.get("type") == "int" for s in sides)

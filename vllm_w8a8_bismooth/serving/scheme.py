@@ -1,0 +1,81 @@
+"""W8A8 linears in vLLM: parameters that its loader can shard, and a forward on our ops."""
+
+from collections.abc import Callable
+
+import torch
+from vllm.model_executor.layers.quantization.compressed_tensors.schemes import CompressedTensorsScheme
+from vllm.model_executor.parameter import ChannelQuantScaleParameter, GroupQuantScaleParameter, ModelWeightParameter
+
+from vllm_w8a8_bismooth import ops
+
+
+class W8A8Scheme(CompressedTensorsScheme):
+    """INT8 weights per channel or per group, dynamic INT8 activations per token or per token and group.
+
+    Args:
+        weight_groups: columns that share a weight scale; ``None`` is per-channel.
+        activation_groups: channels that share an activation scale; ``None`` is per token.
+    """
+
+    def __init__(self, weight_groups: int | None, activation_groups: int | None):
+        self.weight_groups = weight_groups
+        self.activation_groups = activation_groups
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 75  # Turing, the first with INT8 tensor cores
+
+    def create_weights(
+        self,
+        layer: torch.nn.Module,
+        output_partition_sizes: list[int],
+        input_size_per_partition: int,
+        params_dtype: torch.dtype,
+        weight_loader: Callable,
+        **kwargs,
+    ) -> None:
+        """Register int8 ``weight [N, K]`` and fp32 ``weight_scale [N, 1]`` or ``[N, K / g]``; N and K are this rank's.
+
+        Raises:
+            ValueError: this rank's share of K is not a multiple of the group size.
+        """
+        rows, columns = sum(output_partition_sizes), input_size_per_partition
+        layer.logical_widths = output_partition_sizes
+        weight = torch.empty(rows, columns, dtype=torch.int8)
+        layer.register_parameter(
+            "weight", ModelWeightParameter(data=weight, input_dim=1, output_dim=0, weight_loader=weight_loader)
+        )
+        if self.weight_groups is None:
+            scale = ChannelQuantScaleParameter(data=_unset(rows, 1), output_dim=0, weight_loader=weight_loader)
+        else:
+            if columns % self.weight_groups:
+                raise ValueError(
+                    f"{getattr(layer, 'prefix', 'linear')}: K = {columns} on this rank is not a multiple of "
+                    f"group_size = {self.weight_groups}; use a smaller tensor parallel size or group size"
+                )
+            scale = GroupQuantScaleParameter(
+                data=_unset(rows, columns // self.weight_groups), input_dim=1, output_dim=0, weight_loader=weight_loader
+            )
+        layer.register_parameter("weight_scale", scale)
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        """Check that scales arrived; parameters stay as loaded, so that LoRA and reloading find them.
+
+        Raises:
+            ValueError: a scale is missing from the checkpoint, or is not a positive finite number.
+        """
+        scale = layer.weight_scale.data
+        if not bool((scale.isfinite() & (scale > 0)).all()):
+            raise ValueError(
+                f"{getattr(layer, 'prefix', 'linear')}.weight_scale holds values that are missing, not finite or not "
+                "positive; the checkpoint is incomplete or corrupt, convert it again"
+            )
+
+    def apply_weights(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """``[..., K]`` to ``[..., N]`` in x's dtype."""
+        return ops.linear(x, layer.weight, layer.weight_scale, self.activation_groups or x.shape[-1], bias)
+
+
+def _unset(*shape: int) -> torch.Tensor:
+    """fp32 NaN: vLLM does not notice a scale that the checkpoint lacks, so it must stand out after loading."""
+    return torch.full(shape, float("nan"), dtype=torch.float32)
