@@ -65,30 +65,29 @@ class Checkpoint:
             raise BismoothError(f"{self.folder}: no such folder; give the path of a local Hugging Face checkpoint")
         self.config = read_json(self.folder / CONFIG)
         self.headers: dict[str, Header] = {}
-        for file, promised in self._shards().items():
-            self._read_header(file, promised)
+        weight_map = self._read_index()
+        for file in sorted(set(weight_map.values())) or [SINGLE]:
+            self._read_header(file, weight_map)
 
-    def _shards(self) -> Mapping[str, set[str] | None]:
-        """Shard -> the tensors that the index promises there (``None`` without an index)."""
+    def _read_index(self) -> Mapping[str, str]:
+        """Tensor -> the shard that the index names; empty for a checkpoint of one file."""
         if not (self.folder / INDEX).exists():
             if not (self.folder / SINGLE).exists():
                 raise BismoothError(
                     f"{self.folder}: neither {SINGLE} nor {INDEX}; only safetensors checkpoints can be converted "
                     "(pickled .bin files are refused: save the model again with save_pretrained)"
                 )
-            return {SINGLE: None}
+            return {}
         path = self.folder / INDEX
         weight_map = read_json(path).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise BismoothError(f"{path}: no weight_map; download the file again")
-        shards: dict[str, set[str]] = {}
         for name, file in weight_map.items():
             if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
                 raise BismoothError(f"{path}: {name} is said to be in {file!r}, which is not a shard of this folder")
-            shards.setdefault(file, set()).add(name)
-        return dict(sorted(shards.items()))
+        return weight_map
 
-    def _read_header(self, file: str, promised: set[str] | None) -> None:
+    def _read_header(self, file: str, weight_map: Mapping[str, str]) -> None:
         from safetensors import SafetensorError, safe_open
 
         path = self.folder / file
@@ -102,15 +101,18 @@ class Checkpoint:
                     found[name] = Header(file, tuple(view.get_shape()), view.get_dtype())
         except (SafetensorError, OSError) as error:
             raise BismoothError(f"{path}: truncated or corrupt ({error}); download the shard again") from None
-        for name in sorted((promised or set()) - set(found)):
-            raise BismoothError(f"{path}: tensor {name} is missing, {INDEX} says that it is here; download both again")
+        missing = sorted(name for name, place in weight_map.items() if place == file and name not in found)
+        if missing:
+            raise BismoothError(
+                f"{path}: tensor {missing[0]} is missing, {INDEX} says that it is here; download both again"
+            )
         for name, header in found.items():
-            if name in self.headers:
+            place = weight_map.get(name) if weight_map else file
+            if place != file:
                 raise BismoothError(
-                    f"tensor {name} is in both {self.headers[name].file} and {file}; remove one of the two"
+                    f"{path}: holds tensor {name}, which {INDEX} places in {place}; one of them is a duplicate or stale, "
+                    "download both again"
                 )
-            if promised is not None and name not in promised:
-                raise BismoothError(f"{path}: tensor {name} is not listed there by {INDEX}; download both again")
             if header.dtype not in FLOAT_DTYPES:
                 raise BismoothError(
                     f"tensor {name} in {file} has dtype {header.dtype}: already quantized or not a weight; "

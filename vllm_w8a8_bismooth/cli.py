@@ -68,7 +68,7 @@ def convert(
     from vllm_w8a8_bismooth.convert import convert as run
     from vllm_w8a8_bismooth.recipe import Recipe
 
-    console = Console(stderr=True)
+    console = Console(stderr=True, soft_wrap=True)  # paths and commands stay copyable
     text = None
     if calibration not in (None, "none"):
         if method != "bismooth":
@@ -102,13 +102,14 @@ class _Progress:
         self.tasks: dict = {}
 
     def __enter__(self) -> "_Progress":
-        self.bars.start()
         return self
 
     def __exit__(self, *exception) -> None:
-        self.bars.stop()
+        if self.tasks:
+            self.bars.stop()
 
     def __call__(self, stage: str, done: int, total: int) -> None:
+        self.bars.start()  # not before there is something to show; again has no effect
         if stage not in self.tasks:
             self.tasks[stage] = self.bars.add_task(stage, total=total)
         self.bars.update(self.tasks[stage], completed=done)

@@ -231,7 +231,7 @@ def measure_extents(
 
 
 def norm_gains(block: Mapping[str, torch.Tensor], architecture: Architecture) -> dict[str, torch.Tensor]:
-    """Data-free stand-ins for activation ranges: before its gain a norm's output has unit RMS, so the gain is the range.
+    """Data-free stand-ins for activation ranges: a norm's output has unit RMS before its gain, which thus is the range.
 
     Sites that no norm feeds (v -> o, up -> down) have no such proxy and are left out.
     """

@@ -22,7 +22,8 @@ def quantize_weight(weight: torch.Tensor, group_size: int | None = None) -> tupl
     if columns % group_size:
         raise ValueError(f"K = {columns} is not a multiple of group_size = {group_size}")
     groups = weight.view(rows, columns // group_size, group_size)
-    scale = groups.abs().amax(dim=-1) / 127
+    amax = groups.abs().amax(dim=-1)
+    scale = amax / amax.new_tensor(127)  # a tensor, because on CUDA torch multiplies by the reciprocal of a scalar
     scale[scale == 0] = 1
     # The clamp matters only where amax / 127 is subnormal and too coarse to hold the ratio 127.
     codes = (groups / scale.unsqueeze(-1)).round_().clamp_(-127, 127)

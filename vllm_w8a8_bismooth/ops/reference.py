@@ -19,10 +19,12 @@ def quantize_activations(x: torch.Tensor, group_size: int) -> tuple[torch.Tensor
     tokens, channels = x.shape
     groups = x.float().reshape(tokens, channels // group_size, group_size)
     amax = groups.abs().amax(dim=-1)
-    inverse = 127 / amax
+    # A tensor 127, because torch turns scalar / tensor, and on CUDA tensor / scalar, into products with reciprocals.
+    top = amax.new_tensor(127)
+    inverse = top / amax
     inverse = torch.where(inverse.isfinite(), inverse, 0)
     codes = (groups * inverse.unsqueeze(-1)).round_().nan_to_num_(0)
-    return codes.to(torch.int8).reshape(tokens, channels), amax / 127
+    return codes.to(torch.int8).reshape(tokens, channels), amax / top
 
 
 def scaled_mm(
@@ -61,7 +63,7 @@ def scaled_mm(
 
 def _int_matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """int32 ``[M, N]`` = ``a b^T``, exact, for int8 ``a [M, K]`` and ``b [N, K]``."""
-    if a.device.type == "cpu":
+    if a.device.type == "cpu" and a.shape[1] > 1:  # at K = 1 torch 2.13's _int_mm misreads a transposed operand
         return torch._int_mm(a.contiguous(), b.t())
-    # Elsewhere torch._int_mm restricts shapes. float64 is exact: |sum| <= K * 127^2 < 2^53.
+    # Elsewhere _int_mm restricts shapes. float64 is exact: |sum| <= K * 127^2 < 2^53.
     return (a.double() @ b.double().t()).to(torch.int32)

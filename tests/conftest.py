@@ -1,0 +1,89 @@
+"""Small real checkpoints, made by transformers with random weights and written to disk."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+SHARD = "60KB"
+
+
+def tiny_config(model_type: str, **changes):
+    """Three blocks with grouped-query attention; widths are multiples of 32 and differ from each other."""
+    from transformers import AutoConfig
+
+    settings = dict(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=24,
+        vocab_size=160,
+        max_position_embeddings=128,
+        tie_word_embeddings=False,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    return AutoConfig.for_model(model_type, **{**settings, **changes})
+
+
+def tiny_model(model_type: str, seed: int = 0, **changes) -> torch.nn.Module:
+    """Random weights, biases and norm gains, in fp32."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(tiny_config(model_type, **changes))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1:
+                parameter.normal_(1.0 if "norm" in name else 0.0, 0.3)
+            else:
+                parameter.normal_(0, 0.08)
+    return model.eval()
+
+
+def tiny_tokenizer():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())[:158]
+    vocabulary = {token: i for i, token in enumerate(["<s>", "</s>", *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="</s>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+
+
+def write_checkpoint(folder: Path, model: torch.nn.Module, dtype=torch.bfloat16, sharded: bool = True) -> Path:
+    """Save model, tokenizer and a few more side files; ``model`` is left in ``dtype``."""
+    model.to(dtype).save_pretrained(folder, max_shard_size=SHARD if sharded else "5GB")
+    tiny_tokenizer().save_pretrained(folder)
+    (folder / "chat_template.jinja").write_bytes(b"{{ messages }}\r\n\xc3\xa9")
+    (folder / "extra").mkdir()
+    (folder / "extra" / "notes.bin.txt").write_bytes(bytes(range(256)))
+    return folder
+
+
+@pytest.fixture
+def make_checkpoint(tmp_path: Path) -> Callable[..., Path]:
+    """``make_checkpoint("llama", dtype=..., sharded=..., **config)`` -> folder."""
+
+    def make(model_type: str = "llama", dtype=torch.bfloat16, sharded: bool = True, **changes) -> Path:
+        return write_checkpoint(tmp_path / "source", tiny_model(model_type, **changes), dtype, sharded)
+
+    return make
+
+
+@pytest.fixture
+def calibration_text(tmp_path: Path) -> Path:
+    path = tmp_path / "calibration.txt"
+    path.write_text("".join(chr(97 + (i * i) % 26) for i in range(4000)))
+    return path
+
+
+def edit_json(path: Path, change: Callable[[dict], None]) -> None:
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))

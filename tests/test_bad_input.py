@@ -1,0 +1,267 @@
+"""Bad input of every kind: one message with culprit and remedy, exit code 2, nothing written, source unchanged."""
+
+import json
+import os
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import edit_json
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from test_convert import digests
+from typer.testing import CliRunner
+
+from vllm_w8a8_bismooth import cli
+from vllm_w8a8_bismooth.errors import BismoothError
+
+INDEX = "model.safetensors.index.json"
+Q = "model.layers.1.self_attn.q_proj.weight"
+
+
+def shard_of(folder: Path, name: str = Q) -> Path:
+    return folder / json.loads((folder / INDEX).read_text())["weight_map"][name]
+
+
+def edit_shard(folder: Path, change, name: str = Q) -> None:
+    shard = shard_of(folder, name)
+    tensors = load_file(shard)
+    change(tensors)
+    save_file(tensors, shard)
+
+
+def poison(value: float, name: str = Q):
+    def change(tensors):
+        tensors[name][3, 5] = value
+
+    return lambda folder: edit_shard(folder, change, name)
+
+
+def remove_tensor(folder: Path) -> None:
+    edit_shard(folder, lambda tensors: tensors.pop(Q))
+
+
+def remove_tensor_everywhere(folder: Path) -> None:
+    remove_tensor(folder)
+    edit_json(folder / INDEX, lambda index: index["weight_map"].pop(Q))
+
+
+def rename_tensor(folder: Path) -> None:
+    new, file = "model.layers.1.router.weight", shard_of(folder).name
+    edit_shard(folder, lambda tensors: tensors.update({new: tensors.pop(Q)}))
+    edit_json(folder / INDEX, lambda index: index["weight_map"].update({new: file}) or index["weight_map"].pop(Q))
+
+
+def duplicate_tensor(folder: Path) -> None:
+    other = next(p for p in sorted(folder.glob("*.safetensors")) if p != shard_of(folder))
+    save_file(load_file(other) | {Q: torch.ones(1)}, other)
+
+
+def truncate(folder: Path) -> None:
+    os.truncate(shard_of(folder), shard_of(folder).stat().st_size - 7)
+
+
+def oversized_header(folder: Path) -> None:
+    shard = shard_of(folder)
+    shard.write_bytes(struct.pack("<Q", 2**62) + shard.read_bytes()[8:])
+
+
+def config(**changes):
+    return lambda folder: edit_json(folder / "config.json", lambda c: c.update(changes))
+
+
+def drop(*names: str):
+    def change(folder: Path) -> None:
+        for name in names:
+            for path in folder.glob(name):
+                path.unlink()
+
+    return change
+
+
+def index_to(file):
+    return lambda folder: edit_json(folder / INDEX, lambda index: index["weight_map"].update({Q: file}))
+
+
+CASES = {
+    "missing tensor": (remove_tensor, [Q, "is missing", "download"]),
+    "missing tensor, index agrees": (remove_tensor_everywhere, [Q, "[96, 64]", "is missing"]),
+    "duplicate tensor": (duplicate_tensor, [Q, "places in model-0000", "duplicate"]),
+    "absent shard": (lambda f: shard_of(f).unlink(), ["model-0000", "absent", "download the shard again"]),
+    "index names a strange file": (index_to("../source/model.safetensors"), [Q, "'../source/", "not a shard"]),
+    "index names a number": (index_to(7), [Q, "7", "not a shard"]),
+    "no index, no weights": (drop("*.safetensors", INDEX), ["only safetensors"]),
+    "index is no JSON": (lambda f: (f / INDEX).write_text("{"), [INDEX, "not valid JSON"]),
+    "index without map": (lambda f: (f / INDEX).write_text("{}"), [INDEX, "no weight_map"]),
+    "truncated": (truncate, ["model-0000", "truncated or corrupt", "download"]),
+    "huge header": (oversized_header, ["model-0000", "truncated or corrupt", "download"]),
+    "empty shard": (lambda f: shard_of(f).write_bytes(b""), ["model-0000", "truncated or corrupt"]),
+    "NaN": (poison(float("nan")), [Q, "nan at [3, 5]", "repair"]),
+    "infinity in the embedding": (
+        poison(float("inf"), "model.embed_tokens.weight"),
+        ["model.embed_tokens.weight", "inf at [3, 5]"],
+    ),
+    "quantized, by config": (config(quantization_config={"quant_method": "gptq"}), ["already quantized", "'gptq'"]),
+    "quantized, by dtype": (
+        lambda f: edit_shard(f, lambda t: t.update({Q: t[Q].to(torch.int8)})),
+        [Q, "dtype I8", "already quantized"],
+    ),
+    "fp8": (
+        lambda f: edit_shard(f, lambda t: t.update({Q: t[Q].to(torch.float8_e4m3fn)})),
+        [Q, "dtype F8_E4M3", "BF16"],
+    ),
+    "unknown architecture": (config(model_type="gpt2"), ["'gpt2'", "llama, mistral, qwen2, qwen3"]),
+    "architecture is no name": (config(model_type=["llama"]), ["['llama']", "not supported"]),
+    "more blocks than tensors": (config(num_hidden_layers=10**12), ["model.layers.3.", "is missing"]),
+    "fewer blocks than tensors": (config(num_hidden_layers=2), ["model.layers.2.", "is not part of"]),
+    "size is no number": (config(hidden_size="64"), ["hidden_size = '64'", "positive integer"]),
+    "heads do not divide": (config(num_key_value_heads=3), ["num_attention_heads = 4", "num_key_value_heads = 3"]),
+    "wrong shape": (config(intermediate_size=128), ["has shape [96, 64]", "config.json implies [128, 64]"]),
+    "foreign tensor": (rename_tensor, ["model.layers.1.router.weight", "is not part of a llama model"]),
+    "config is a list": (lambda f: (f / "config.json").write_text("[]"), ["config.json", "not an object"]),
+    "config is binary": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe"), ["config.json", "not valid JSON"]),
+    "config nests too deep": (
+        lambda f: (f / "config.json").write_text("[" * 200_000),
+        ["config.json", "not valid JSON"],
+    ),
+    "no config": (drop("config.json"), ["config.json", "not found"]),
+}
+
+
+def run(*arguments) -> tuple[int, str]:
+    """Exit code and message of the command, in this process."""
+    try:
+        result = CliRunner().invoke(cli.app, [str(a) for a in arguments], catch_exceptions=False)
+    except BismoothError as error:
+        return 2, str(error)
+    return result.exit_code, result.output
+
+
+def assert_refused(tmp_path: Path, source: Path, parts: list[str], *options) -> None:
+    before = digests(source)
+    listing = {p.name for p in tmp_path.iterdir()}
+    code, message = run("convert", source, tmp_path / "out", *options)
+    assert code == 2 and all(part in message for part in parts), message
+    assert digests(source) == before and {p.name for p in tmp_path.iterdir()} == listing
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_source_is_refused(make_checkpoint, tmp_path, case):
+    source = make_checkpoint()
+    damage, parts = CASES[case]
+    damage(source)
+    assert_refused(tmp_path, source, parts, "--method", "rtn")
+
+
+OPTIONS = {
+    "K and group size": (["--method", "mixed", "--group-size", "64", "--group-layers", "down_proj"], ["K = 96", "32"]),
+    "group size of 48": (["--method", "mixed", "--group-size", "48"], ["--group-size 48", "multiple of 32"]),
+    "names no linear": (["--method", "mixed", "--group-layers", "lm_head"], ["'lm_head' names no linear", "q_proj"]),
+    "no expression": (["--method", "mixed", "--group-layers", "("], ["no regular expression"]),
+    "unknown method": (["--method", "gptq"], ["'gptq'", "rtn, bismooth, mixed"]),
+    "alpha": (["--alpha", "1.5"], ["--alpha 1.5", "0 to 1"]),
+    "useless option": (["--method", "rtn", "--alpha", "0.5"], ["--alpha has no effect", "leave it out"]),
+    "useless calibration": (["--method", "mixed", "--calibration", "x.txt"], ["--calibration has no effect"]),
+    "half of a group": (["--group-layers", "down"], ["needs both --group-layers and --group-size"]),
+    "no tokens": (["--calibration-tokens", "0"], ["--calibration-tokens 0", "positive"]),
+}
+
+
+@pytest.mark.parametrize("case", OPTIONS)
+def test_options_are_refused(make_checkpoint, tmp_path, case):
+    options, parts = OPTIONS[case]
+    assert_refused(tmp_path, make_checkpoint(), parts, *options)
+
+
+CALIBRATION = {
+    "absent": ("a.txt", None, ["a.txt", "cannot be read"]),
+    "empty": ("a.txt", b" \n ", ["a.txt", "is empty", "--calibration none"]),
+    "latin 1": ("a.txt", b"caf\xe9", ["a.txt", "not UTF-8 (byte 3)"]),
+    "parquet": ("a.parquet", b"PAR1", ["a.parquet", ".txt or .jsonl"]),
+    "no JSON": ("a.jsonl", b'{"text": "a"}\nhello\n', ["a.jsonl", "line 2"]),
+    "no text": ("a.jsonl", b'{"content": "a"}\n', ["a.jsonl", "line 1", '"text"']),
+    "only empty texts": ("a.jsonl", b'{"text": ""}\n', ["a.jsonl", "is empty"]),
+}
+
+
+@pytest.mark.parametrize("case", CALIBRATION)
+def test_calibration_is_refused(make_checkpoint, tmp_path, case):
+    name, data, parts = CALIBRATION[case]
+    if data is not None:
+        (tmp_path / name).write_bytes(data)
+    assert_refused(tmp_path, make_checkpoint(), parts, "--calibration", tmp_path / name)
+
+
+def test_checkpoint_without_tokenizer(make_checkpoint, tmp_path, calibration_text):
+    source = make_checkpoint()
+    drop("tokenizer*")(source)
+    assert_refused(tmp_path, source, ["no usable tokenizer", "--calibration none"], "--calibration", calibration_text)
+
+
+def test_vocabularies_that_differ(make_checkpoint, tmp_path, calibration_text):
+    source = make_checkpoint(vocab_size=40)
+    assert_refused(tmp_path, source, ["gives id", "has 40 rows"], "--calibration", calibration_text)
+
+
+def test_source_is_no_folder(tmp_path):
+    assert run("convert", tmp_path / "nowhere", tmp_path / "out")[0] == 2
+
+
+def test_failure_while_writing_leaves_nothing(make_checkpoint, tmp_path, monkeypatch):
+    source = make_checkpoint()
+    monkeypatch.setattr("vllm_w8a8_bismooth.writer.SHARD_SIZE", "40KB")
+    poison(float("nan"), "model.layers.2.mlp.down_proj.weight")(source)
+    assert_refused(tmp_path, source, ["model.layers.2.mlp.down_proj.weight"], "--method", "rtn")
+
+
+def test_full_disk_leaves_nothing(make_checkpoint, tmp_path, monkeypatch):
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("shutil.copyfile", full)
+    assert_refused(tmp_path, make_checkpoint(), ["No space left", "nothing was left"], "--method", "rtn")
+
+
+def test_killed_run_does_not_hinder_the_next(make_checkpoint, tmp_path):
+    source = make_checkpoint()
+    script = (
+        "import os, signal, vllm_w8a8_bismooth.writer as w; from vllm_w8a8_bismooth import cli; import sys\n"
+        "w.CheckpointWriter.commit = lambda self: os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"sys.argv = ['bismooth', 'convert', {str(source)!r}, {str(tmp_path / 'out')!r}, '--method', 'rtn']; cli.main()"
+    )
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True).returncode == -9
+    assert not (tmp_path / "out").exists() and (tmp_path / "out.partial").exists()
+    assert run("convert", source, tmp_path / "out", "--method", "rtn")[0] == 0
+    assert (tmp_path / "out" / "config.json").exists() and not (tmp_path / "out.partial").exists()
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_fuzzed_headers_never_give_a_traceback(make_checkpoint_once, tmp_path_factory, data):
+    """Flip bytes in the index, the config or the head of a shard: converted or refused, but never a crash."""
+    source, originals = make_checkpoint_once
+    name = data.draw(st.sampled_from(sorted(originals)))
+    content = bytearray(originals[name])
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(0, min(len(content), 3000) - 1))] = data.draw(st.integers(0, 255))
+    out = tmp_path_factory.mktemp("fuzz") / "out"
+    (source / name).write_bytes(content)
+    try:
+        code, message = run("convert", source, out, "--method", "rtn")
+        assert code in (0, 2), message
+        assert out.exists() == (code == 0) and not out.with_name("out.partial").exists()
+    finally:
+        (source / name).write_bytes(originals[name])
+
+
+@pytest.fixture(scope="module")
+def make_checkpoint_once(tmp_path_factory):
+    from conftest import tiny_model, write_checkpoint
+
+    source = write_checkpoint(tmp_path_factory.mktemp("fuzz") / "source", tiny_model("llama", num_hidden_layers=1))
+    files = [p for p in source.iterdir() if p.name in ("config.json", INDEX) or p.suffix == ".safetensors"]
+    return source, {p.name: p.read_bytes() for p in files}

@@ -1,0 +1,239 @@
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import edit_json
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from benchmarks import emulate
+from vllm_w8a8_bismooth import convert as pipeline
+from vllm_w8a8_bismooth.calibrate import activation_extents, read_text, tokenize
+from vllm_w8a8_bismooth.checkpoint import Checkpoint
+from vllm_w8a8_bismooth.convert import convert
+from vllm_w8a8_bismooth.errors import BismoothError
+from vllm_w8a8_bismooth.quantize import dequantize_weight
+from vllm_w8a8_bismooth.recipe import Recipe
+
+RTN = Recipe.of("rtn")
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {
+        str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in sorted(folder.rglob("*"))
+        if p.is_file()
+    }
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors; fails if two shards hold the same one."""
+    tensors: dict[str, torch.Tensor] = {}
+    for shard in sorted(folder.glob("*.safetensors")):
+        loaded = load_file(shard)
+        assert not tensors.keys() & loaded.keys()
+        tensors |= loaded
+    return tensors
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_rtn_keeps_everything_but_the_linears(make_checkpoint, tmp_path, model_type, tied):
+    source = make_checkpoint(model_type, tie_word_embeddings=tied)
+    before = tensors_of(source)
+    report = convert(source, tmp_path / "out", RTN)
+    after = tensors_of(tmp_path / "out")
+    linears = {name.removesuffix("_scale") for name in after if name.endswith("_scale")}
+    assert linears == {n for n in before if n.endswith("_proj.weight")} and len(linears) == 21 == len(report.linears)
+    for name, tensor in before.items():
+        if name in linears:
+            assert after[name].dtype == torch.int8 and after[f"{name}_scale"].shape == (len(tensor), 1)
+            step = after[f"{name}_scale"]
+            assert ((dequantize_weight(after[name], step) - tensor.float()).abs() <= step * 0.50001).all()
+        else:
+            assert torch.equal(after[name], tensor) and after[name].dtype == tensor.dtype
+
+
+def test_shards_and_index_agree(make_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr("vllm_w8a8_bismooth.writer.SHARD_SIZE", "40KB")
+    out = tmp_path / "out"
+    report = convert(make_checkpoint(), out, RTN)
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    shards = {p.name for p in out.glob("*.safetensors")}
+    assert len(shards) > 3 and shards == set(index["weight_map"].values())
+    assert index["metadata"]["total_size"] == report.written_bytes == sum(t.nbytes for t in tensors_of(out).values())
+    for name, file in index["weight_map"].items():
+        with safe_open(out / file, framework="pt") as shard:
+            assert name in shard.keys()  # noqa: SIM118
+            assert shard.metadata() == {"format": "pt"}
+    assert (
+        Checkpoint(make_checkpoint.__wrapped__ if False else tmp_path / "source").headers.keys()
+        <= index["weight_map"].keys()
+    )
+
+
+def test_single_file_sources_give_the_same_tensors(make_checkpoint, tmp_path):
+    source = make_checkpoint(sharded=False)
+    assert (source / "model.safetensors").exists()
+    convert(source, tmp_path / "a", RTN)
+    sharded = tmp_path / "sharded"
+    sharded.mkdir()
+    tensors = load_file(source / "model.safetensors")
+    names = sorted(tensors)
+    weight_map = {name: f"part-{i % 3}.safetensors" for i, name in enumerate(names)}
+    for file in set(weight_map.values()):
+        save_file({n: tensors[n] for n in names if weight_map[n] == file}, sharded / file)
+    (sharded / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (sharded / "config.json").write_bytes((source / "config.json").read_bytes())
+    convert(sharded, tmp_path / "b", RTN)
+    a, b = tensors_of(tmp_path / "a"), tensors_of(tmp_path / "b")
+    assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+
+
+def test_side_files_are_copied_byte_for_byte_and_the_source_stays(make_checkpoint, tmp_path):
+    source = make_checkpoint()
+    (source / "pytorch_model.bin").write_bytes(b"never copied")
+    (source / ".hidden").write_bytes(b"nor this")
+    before = digests(source)
+    convert(source, tmp_path / "out", RTN)
+    assert digests(source) == before
+    after = digests(tmp_path / "out")
+    copied = {"tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"}
+    for name in copied | {"extra/notes.bin.txt"}:
+        assert after[name] == before[name]
+    assert not {"pytorch_model.bin", ".hidden"} & after.keys()
+
+
+def test_same_recipe_gives_the_same_bytes(make_checkpoint, tmp_path, calibration_text):
+    source, recipe = make_checkpoint(), Recipe.of("bismooth", calibration_tokens=1000)
+    for name in "ab":
+        convert(source, tmp_path / name, recipe, read_text(calibration_text))
+    assert digests(tmp_path / "a") == digests(tmp_path / "b")
+
+
+def test_second_run_is_recognised_and_another_recipe_refused(make_checkpoint, tmp_path, calibration_text):
+    source, out = make_checkpoint(), tmp_path / "out"
+    first = convert(source, out, Recipe.of("bismooth"), read_text(calibration_text))
+    before = digests(out)
+    assert not first.reused and convert(source, out, Recipe.of("bismooth"), read_text(calibration_text)).reused
+    with pytest.raises(BismoothError, match=r"another conversion \(alpha: 0.5 there, 0.7 now\)"):
+        convert(source, out, Recipe.of("bismooth", alpha=0.7), read_text(calibration_text))
+    with pytest.raises(BismoothError, match="calibration: '[0-9a-f]{64}' there, None now"):
+        convert(source, out, Recipe.of("bismooth"))
+    edit_json(source / "config.json", lambda c: c.update(rope_theta=5.0))
+    with pytest.raises(BismoothError, match="source: "):
+        convert(source, out, Recipe.of("bismooth"), read_text(calibration_text))
+    assert digests(out) == before
+
+
+def test_destinations_that_are_refused(make_checkpoint, tmp_path):
+    source = make_checkpoint()
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.txt").write_text("precious")
+    with pytest.raises(BismoothError, match="no result of bismooth"):
+        convert(source, other, RTN)
+    for overlapping in (source, source / "int8", source.parent):
+        with pytest.raises(BismoothError, match="overlaps the source"):
+            convert(source, overlapping, RTN)
+    assert digests(other).keys() == {"thesis.txt"}
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3"])
+def test_per_group_checkpoint(make_checkpoint, tmp_path, model_type):
+    recipe = Recipe.of("mixed", group_size=32, group_layers=r"layers\.1\.(self_attn\.k_proj|mlp\.down_proj)")
+    report = convert(make_checkpoint(model_type), tmp_path / "out", recipe)
+    grouped = {n.removeprefix("model.layers.1.") for n, e in report.linears.items() if e["group_size"] == 32}
+    assert grouped == {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.down_proj"}
+    tensors = tensors_of(tmp_path / "out")
+    assert tensors["model.layers.1.mlp.down_proj.weight_scale"].shape == (64, 3)
+    assert tensors["model.layers.0.mlp.down_proj.weight_scale"].shape == (64, 1)
+
+
+def test_config_is_read_as_meant_by_compressed_tensors(make_checkpoint, tmp_path):
+    """The library's own matcher must give each linear, and vLLM's fused one, the granularity of its tensors."""
+    from compressed_tensors.quantization import QuantizationConfig
+    from compressed_tensors.utils.match import is_match, match_targets  # noqa: F401
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    source = make_checkpoint()
+    convert(source, tmp_path / "out", Recipe.of("mixed", group_size=32, group_layers=r"layers\.1\.self_attn\.v_proj"))
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    original = json.loads((source / "config.json").read_text())
+    assert {k: v for k, v in written.items() if k != "quantization_config"} == original
+    assert written["quantization_config"]["bismooth"]["method"] == "mixed"
+    parsed = QuantizationConfig.model_validate(written["quantization_config"])
+    group, channel = parsed.config_groups["group_0"], parsed.config_groups["group_1"]
+    assert (group.weights.strategy, group.weights.group_size, group.input_activations.strategy) == (
+        "group",
+        32,
+        "group",
+    )
+    assert (channel.weights.strategy, channel.input_activations.strategy) == ("channel", "token")
+    assert parsed.format == "int-quantized" and parsed.ignore == ["lm_head"]
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**original))
+    matched = {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and any(is_match(name, module, t) for t in group.targets)
+    }
+    assert matched == {f"model.layers.1.self_attn.{p}_proj" for p in "qkv"}
+    fused = torch.nn.Identity()
+    assert any(is_match("model.layers.1.self_attn.qkv_proj", fused, t) for t in group.targets)
+    assert not any(is_match("model.layers.11.self_attn.qkv_proj", fused, t) for t in group.targets)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "mistral"])
+def test_converted_models_stay_close(make_checkpoint, tmp_path, calibration_text, model_type):
+    source = make_checkpoint(model_type)
+    tokens = torch.randint(2, 160, (2, 64), generator=torch.Generator().manual_seed(3))
+    original = emulate.load(source)
+    arms = {"rtn": None, "mixed": None, "bismooth": read_text(calibration_text)}
+    with torch.no_grad():
+        expected = original(tokens).logits
+        for method, text in arms.items():
+            options = {"group_size": 32, "group_layers": "down_proj"} if method == "mixed" else {}
+            convert(source, tmp_path / method, Recipe.of(method, **options), text)
+            error = (emulate.load(tmp_path / method)(tokens).logits - expected).norm() / expected.norm()
+            assert error < 0.03, (method, error)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "mistral"])
+def test_streamed_calibration_equals_the_whole_model(make_checkpoint, calibration_text, model_type, monkeypatch):
+    monkeypatch.setattr("vllm_w8a8_bismooth.calibrate._CHUNK", 200)
+    source = Checkpoint(make_checkpoint(model_type))
+    architecture = pipeline.architecture_of(source.config)
+    tokens = tokenize(read_text(calibration_text), source, 1000)
+    assert tokens.shape == (7, 128)
+    streamed = activation_extents(source, architecture, tokens)
+    model, seen = emulate.load(source.folder), {}
+    for i, layer in enumerate(model.model.layers):
+        for site in architecture.sites:
+
+            def record(module, inputs, key=(i, site.name)):
+                seen[key] = inputs[0].abs().flatten(0, -2).amax(0)
+
+            layer.get_submodule(site.consumers[-1]).register_forward_pre_hook(record)
+    with torch.no_grad():
+        model(tokens)
+    for i, extents in enumerate(streamed):
+        assert extents.keys() == {site.name for site in architecture.sites}
+        for site, extent in extents.items():
+            torch.testing.assert_close(extent, seen[i, site], rtol=1e-5, atol=1e-6)
+
+
+def test_offline_half_never_imports_vllm(make_checkpoint, tmp_path, calibration_text):
+    script = (
+        "import sys; from vllm_w8a8_bismooth import cli; "
+        f"sys.argv = ['bismooth', 'convert', {str(make_checkpoint())!r}, {str(tmp_path / 'out')!r}, "
+        f"'--calibration', {str(calibration_text)!r}]\n"
+        "try: cli.main()\nexcept SystemExit as end: assert not end.code, end.code\n"
+        "assert not [m for m in sys.modules if m.split('.')[0] == 'vllm'], 'vllm was imported'"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+    assert (tmp_path / "out" / "recipe.json").exists()
