@@ -23,7 +23,7 @@ from rich.table import Table
 
 from benchmarks import record
 from benchmarks.compare import Distance, distance
-from benchmarks.score import log_probabilities
+from benchmarks.score import engine_environment, log_probabilities
 from benchmarks.testbed import CALIBRATION, MODEL, heldout_windows
 from benchmarks.testbed.plant import plant
 
@@ -110,9 +110,8 @@ def serve(model: Path, log: Path, *options: str) -> Iterator[str]:
         port = probe.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
     command = [tool("vllm"), "serve", str(model), "--host", "127.0.0.1", "--port", str(port), *options]
-    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", **os.environ}
     with open(log, "wb") as sink:
-        server = subprocess.Popen(command, env=environment, stdout=sink, stderr=subprocess.STDOUT)
+        server = subprocess.Popen(command, env=engine_environment(), stdout=sink, stderr=subprocess.STDOUT)
         try:
             deadline = time.monotonic() + 240
             while not _healthy(url):

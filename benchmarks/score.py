@@ -17,6 +17,11 @@ import numpy as np
 _BATCH = 4  # windows a call: the full vocabulary's log-probabilities of each token live in Python lists
 
 
+def engine_environment() -> dict[str, str]:
+    """Environment of a vLLM process on a small machine: 1 GiB of KV cache on CPU unless the user says otherwise."""
+    return {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", **os.environ}
+
+
 def log_probabilities(model: Path, windows: np.ndarray, log: Path, **options: str) -> np.ndarray:
     """Score windows in a fresh vLLM process.
 
@@ -37,9 +42,8 @@ def log_probabilities(model: Path, windows: np.ndarray, log: Path, **options: st
         np.save(inputs, windows)
         extra = [word for name, value in options.items() for word in (f"--{name}", value)]
         command = [sys.executable, "-m", "benchmarks.score", str(model), str(inputs), str(output), *extra]
-        environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", **os.environ}
         with open(log, "wb") as sink:
-            done = subprocess.run(command, env=environment, stdout=sink, stderr=subprocess.STDOUT)
+            done = subprocess.run(command, env=engine_environment(), stdout=sink, stderr=subprocess.STDOUT)
         if done.returncode:
             tail = log.read_text(errors="replace")[-3000:]
             raise RuntimeError(f"vLLM failed on {model} (exit code {done.returncode}), see {log}:\n{tail}")

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import edit_json
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from test_convert import digests
 from typer.testing import CliRunner
 
+from tests.conftest import edit_json
+from tests.test_convert import digests
 from vllm_w8a8_bismooth import cli
 from vllm_w8a8_bismooth.errors import BismoothError
 
@@ -260,7 +260,7 @@ def test_fuzzed_headers_never_give_a_traceback(make_checkpoint_once, tmp_path_fa
 
 @pytest.fixture(scope="module")
 def make_checkpoint_once(tmp_path_factory):
-    from conftest import tiny_model, write_checkpoint
+    from tests.conftest import tiny_model, write_checkpoint
 
     source = write_checkpoint(tmp_path_factory.mktemp("fuzz") / "source", tiny_model("llama", num_hidden_layers=1))
     files = [p for p in source.iterdir() if p.name in ("config.json", INDEX) or p.suffix == ".safetensors"]

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import edit_json
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from benchmarks import emulate
+from tests.conftest import edit_json
 from vllm_w8a8_bismooth import convert as pipeline
 from vllm_w8a8_bismooth.calibrate import activation_extents, read_text, tokenize
 from vllm_w8a8_bismooth.checkpoint import Checkpoint

@@ -2,10 +2,10 @@ import copy
 
 import pytest
 import torch
-from conftest import tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.conftest import tiny_model
 from vllm_w8a8_bismooth.architectures import ARCHITECTURES, sizes_of
 from vllm_w8a8_bismooth.smooth import balance, fold_vector, gather, smooth_block, spread
 

@@ -110,8 +110,8 @@ class Checkpoint:
             place = weight_map.get(name) if weight_map else file
             if place != file:
                 raise BismoothError(
-                    f"{path}: holds tensor {name}, which {INDEX} places in {place}; one of them is a duplicate or stale, "
-                    "download both again"
+                    f"{path}: holds tensor {name}, which {INDEX} places in {place}; one of them is a duplicate "
+                    "or stale, download both again"
                 )
             if header.dtype not in FLOAT_DTYPES:
                 raise BismoothError(

@@ -30,6 +30,11 @@ def _(a, b, a_scale, b_scale, out_dtype, bias=None) -> torch.Tensor:
     return a.new_empty((a.shape[0], b.shape[0]), dtype=out_dtype)
 
 
+def has_kernel(device_type: str) -> bool:
+    """Whether a compiled kernel, rather than the reference, multiplies on this device (``cpu``, ``cuda``)."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key("w8a8_bismooth::scaled_mm", device_type.upper())
+
+
 def quantize_activations(x: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """See :func:`reference.quantize_activations`.
 

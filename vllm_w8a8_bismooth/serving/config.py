@@ -6,7 +6,9 @@ from typing import Any
 from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy, QuantizationType
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
 from vllm.model_executor.layers.quantization.compressed_tensors.schemes import CompressedTensorsScheme
+from vllm.platforms import current_platform
 
+from vllm_w8a8_bismooth import ops
 from vllm_w8a8_bismooth.recipe import MARKER
 from vllm_w8a8_bismooth.serving.scheme import W8A8Scheme
 
@@ -40,13 +42,22 @@ class BiSmoothConfig(CompressedTensorsConfig):
         """Ours where :class:`W8A8Scheme` fits, the stock scheme otherwise."""
         if _is_int8(weight_quant, dynamic=False) and _is_int8(input_quant, dynamic=True):
             strategies = (weight_quant.strategy, input_quant.strategy)
-            if strategies == (CHANNEL, TOKEN):
+            if strategies == (CHANNEL, TOKEN) and not _stock_is_faster():
                 return W8A8Scheme(weight_groups=None, activation_groups=None)
             if strategies == (GROUP, TOKEN):
                 return W8A8Scheme(weight_groups=weight_quant.group_size, activation_groups=None)
             if strategies == (GROUP, GROUP) and weight_quant.group_size == input_quant.group_size:
                 return W8A8Scheme(weight_groups=weight_quant.group_size, activation_groups=input_quant.group_size)
         return super()._get_scheme_from_parts(weight_quant, input_quant, *args, **kwargs)
+
+
+def _stock_is_faster() -> bool:
+    """On a GPU without our kernels, vLLM's own serve per-channel linears better than the reference does.
+
+    Compute capability 10 and above has no stock INT8 kernel (vLLM issue 54311).
+    """
+    cuda = current_platform.is_cuda() and not current_platform.has_device_capability(100)
+    return cuda and not ops.has_kernel("cuda")
 
 
 def _is_int8(quant: QuantizationArgs | None, dynamic: bool) -> bool:

@@ -3,10 +3,13 @@
 from collections.abc import Callable
 
 import torch
+from vllm.logger import init_logger
 from vllm.model_executor.layers.quantization.compressed_tensors.schemes import CompressedTensorsScheme
 from vllm.model_executor.parameter import ChannelQuantScaleParameter, GroupQuantScaleParameter, ModelWeightParameter
 
 from vllm_w8a8_bismooth import ops
+
+logger = init_logger("vllm.w8a8_bismooth")
 
 
 class W8A8Scheme(CompressedTensorsScheme):
@@ -65,6 +68,12 @@ class W8A8Scheme(CompressedTensorsScheme):
             ValueError: a scale is missing from the checkpoint, or is not a positive finite number.
         """
         scale = layer.weight_scale.data
+        device = scale.device.type
+        logger.info_once(
+            "w8a8_bismooth: %s linears run on %s",
+            "per-channel" if self.weight_groups is None else f"per-group ({self.weight_groups})",
+            f"the {device} kernel" if ops.has_kernel(device) else "the torch reference",
+        )
         if not bool((scale.isfinite() & (scale > 0)).all()):
             raise ValueError(
                 f"{getattr(layer, 'prefix', 'linear')}.weight_scale holds values that are missing, not finite or not "

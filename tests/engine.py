@@ -1,0 +1,49 @@
+"""One vLLM engine in a process of its own: ``python -m tests.engine REQUEST.json RESULT.json``.
+
+The request holds ``options`` for ``vllm.LLM``, ``prompts`` and ``max_tokens``; the result holds the quantization method
+that vLLM settled on, the greedy tokens, and at each step the log-probabilities of the best tokens.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from benchmarks.score import engine_environment
+
+
+def run(folder: Path, plugins: str | None = None, **request) -> tuple[dict | None, str]:
+    """Start the process; returns its result (``None`` if it failed) and everything that it printed.
+
+    Args:
+        folder: scratch.
+        plugins: value of ``VLLM_PLUGINS``; ``None`` leaves it unset.
+        request: see above.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    question, answer = folder / "request.json", folder / "result.json"
+    question.write_text(json.dumps(request, default=str))
+    environment = engine_environment() | {"VLLM_CACHE_ROOT": str(folder / "cache")}
+    if plugins is not None:
+        environment["VLLM_PLUGINS"] = plugins
+    command = [sys.executable, "-m", "tests.engine", str(question), str(answer)]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=400)
+    log = done.stdout.decode(errors="replace")
+    return (json.loads(answer.read_text()) if done.returncode == 0 else None), log
+
+
+def main(request: dict) -> dict:
+    from vllm import LLM, SamplingParams
+
+    engine = LLM(max_model_len=256, disable_log_stats=True, **request["options"])
+    asked = SamplingParams(max_tokens=request["max_tokens"], temperature=0, logprobs=5)
+    outputs = [o.outputs[0] for o in engine.generate(request["prompts"], asked, use_tqdm=False)]
+    return {
+        "quantization": engine.llm_engine.model_config.quantization,
+        "tokens": [list(o.token_ids) for o in outputs],
+        "logprobs": [[{str(t): lp.logprob for t, lp in step.items()} for step in o.logprobs] for o in outputs],
+    }
+
+
+if __name__ == "__main__":
+    Path(sys.argv[2]).write_text(json.dumps(main(json.loads(Path(sys.argv[1]).read_text()))))
