@@ -23,13 +23,15 @@ def run(folder: Path, plugins: str | None = None, **request) -> tuple[dict | Non
     folder.mkdir(parents=True, exist_ok=True)
     question, answer = folder / "request.json", folder / "result.json"
     question.write_text(json.dumps(request, default=str))
+    answer.unlink(missing_ok=True)
     environment = engine_environment() | {"VLLM_CACHE_ROOT": str(folder / "cache")}
     if plugins is not None:
         environment["VLLM_PLUGINS"] = plugins
     command = [sys.executable, "-m", "tests.engine", str(question), str(answer)]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=400)
     log = done.stdout.decode(errors="replace")
-    return (json.loads(answer.read_text()) if done.returncode == 0 else None), log
+    # Not the exit code: vLLM 0.32 sometimes aborts in the interpreter's teardown, after all work is done.
+    return (json.loads(answer.read_text()) if answer.exists() else None), log
 
 
 def main(request: dict) -> dict:

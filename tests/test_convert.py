@@ -66,6 +66,7 @@ def test_shards_and_index_agree(make_checkpoint, tmp_path, monkeypatch):
     shards = {p.name for p in out.glob("*.safetensors")}
     assert len(shards) > 3 and shards == set(index["weight_map"].values())
     assert index["metadata"]["total_size"] == report.written_bytes == sum(t.nbytes for t in tensors_of(out).values())
+    assert len({p.stat().st_mode for p in out.iterdir() if p.is_file()}) == 1, "shards are readable like the rest"
     for name, file in index["weight_map"].items():
         with safe_open(out / file, framework="pt") as shard:
             assert name in shard.keys()  # noqa: SIM118

@@ -146,9 +146,11 @@ def _summary(console, report, recipe) -> None:
             f"[yellow]Warning:[/yellow] {len(bad)} linears lose their weights to outlier columns "
             f"(mean column error; healthy is about 0.01): {worst}{', ...' if len(bad) > 5 else ''}. "
             + (
-                f"Try a --group-size under {recipe.group_size}, or --method bismooth."
-                if recipe.group_size
-                else "Try --method bismooth or mixed."
+                "Try --method bismooth or mixed."
+                if not recipe.group_size
+                else f"Try a --group-size under {recipe.group_size}, or --method bismooth."
+                if recipe.group_size > 32
+                else "Try --method bismooth."
             )
         )
     console.print(f"Next: vllm serve {where}")

@@ -76,6 +76,8 @@ class CheckpointWriter:
         if len(waiting) == len(self._plan.filename_to_tensors[file]):
             with _disk_errors(self.destination):
                 save_file(waiting, self.partial / file, metadata={"format": "pt"})
+                # safetensors leaves 0600, which a server under another user could not read: follow the umask
+                (self.partial / file).chmod(self.partial.stat().st_mode & 0o666)
             del self._waiting[file]
 
     def add_json(self, name: str, value: Mapping) -> None:

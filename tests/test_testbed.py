@@ -1,0 +1,88 @@
+"""The test bed is what it claims to be, and on it the collapse and its repairs are as large as the project promises."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import accuracy, emulate
+from benchmarks.compare import distance
+from benchmarks.testbed import MODEL, heldout_windows
+from benchmarks.testbed.plant import plant
+from vllm_w8a8_bismooth.checkpoint import Checkpoint
+
+WINDOWS = heldout_windows(12)
+
+
+@pytest.fixture(scope="module")
+def healthy() -> np.ndarray:
+    return emulate.log_probabilities(emulate.load(MODEL), WINDOWS)
+
+
+def test_assets_are_small_and_of_the_promised_shape():
+    folder = MODEL.parent
+    assert sum(p.stat().st_size for p in folder.rglob("*") if p.is_file() and p.suffix != ".pyc") <= 16e6
+    config = json.loads((MODEL / "config.json").read_text())
+    assert config["num_hidden_layers"] >= 6 and config["hidden_size"] >= 256
+    assert config["num_key_value_heads"] < config["num_attention_heads"]
+
+
+def test_model_is_trained(healthy):
+    """Held-out loss at least 2 nats under the unigram entropy of the held-out tokens."""
+    record = json.loads((MODEL.parent / "training.json").read_text())
+    stream = np.load(MODEL.parent / "heldout.npy")
+    share = np.bincount(stream) / len(stream)
+    entropy = -(share[share > 0] * np.log(share[share > 0])).sum()
+    loss = np.log(distance(healthy, healthy, WINDOWS).ppl)
+    assert loss < entropy - 2 and record["heldout_loss_nats"] < entropy - 2
+    assert record["unigram_entropy_nats"] == pytest.approx(entropy, rel=1e-3)
+
+
+@pytest.mark.parametrize(("kind", "limit"), [("norm", 1e-5), ("residual", 1e-3)])
+def test_planting_preserves_the_function(healthy, tmp_path, kind, limit):
+    plant(MODEL, tmp_path / "planted", kind=kind, k=1000.0, seed=7)
+    planted = emulate.log_probabilities(emulate.load(tmp_path / "planted"), WINDOWS)
+    assert 0 < distance(healthy, planted, WINDOWS).kl < limit
+
+
+def test_planting_is_what_it_says(tmp_path):
+    plant(MODEL, tmp_path / "a", k=512.0, blocks=(2,), channels=4, seed=1)
+    plant(MODEL, tmp_path / "b", k=512.0, blocks=(2,), channels=4, seed=1)
+    before, a, b = Checkpoint(MODEL), Checkpoint(tmp_path / "a"), Checkpoint(tmp_path / "b")
+    changed = {n for n in before.headers if not torch.equal(before.read(n), a.read(n))}
+    assert all(torch.equal(a.read(n), b.read(n)) for n in changed)
+    inner = {n.removeprefix("model.layers.2.").removesuffix(".weight") for n in changed}
+    consumers = {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"}
+    assert inner == consumers | {"input_layernorm", "post_attention_layernorm"}
+    name = "model.layers.2.self_attn.q_proj.weight"
+    ratio = (a.read(name).float() / before.read(name).float()).nan_to_num(1)
+    assert sorted(ratio.median(dim=0).values.round().tolist())[-5:] == [1, 512, 512, 512, 512]
+
+
+@pytest.fixture(scope="module")
+def healthy_rtn(tmp_path_factory) -> float:
+    rows = accuracy.measure(accuracy.HEALTHY, "emulation", tmp_path_factory.mktemp("healthy"), WINDOWS, print)
+    return {row["arm"]: row["kl"] for row in rows}["rtn"]
+
+
+PLANTS = [
+    {"kind": "norm", "k": 1000.0, "blocks": (0, 1, 3), "seed": 11},
+    {"kind": "norm", "k": 2000.0, "blocks": (1, 3, 4), "seed": 12},
+    {"kind": "norm", "k": 100.0, "blocks": (2, 4, 5), "seed": 13},
+    {"kind": "residual", "k": 1000.0, "seed": 14},
+]
+
+
+@pytest.mark.parametrize("planted", PLANTS, ids=lambda p: f"{p['kind']}-{p['k']:.0f}-{p['seed']}")
+def test_collapse_and_repairs(healthy_rtn, tmp_path: Path, planted):
+    kl = {row["arm"]: row["kl"] for row in accuracy.measure(planted, "emulation", tmp_path, WINDOWS, print)}
+    assert kl["bismooth"] <= healthy_rtn
+    assert kl["mixed-g32"] < kl["rtn"]
+    if planted["k"] >= 1000:
+        assert kl["rtn"] > 1
+    if planted["kind"] == "norm":
+        assert kl["bismooth-data-free"] <= 1.1 * healthy_rtn
+    if planted is PLANTS[0]:
+        assert kl["mixed-g32"] <= kl["rtn"] / 10
