@@ -30,7 +30,7 @@ from benchmarks.testbed.plant import plant
 WORK = Path("build/demo")
 PLANT = {"kind": "norm", "k": 1000.0, "blocks": (0, 1, 3), "channels": 3, "seed": 0}
 WINDOWS = 24
-PROMPT = "import os\nimport sys\n\ndef main(argv=None):\n    "
+PROMPT = 'def read(path):\n    """Return the contents of the file."""\n    with open('
 
 # Checkpoint, the source it is converted from, and how. Without a method the source itself is served.
 ARMS = (
@@ -93,8 +93,8 @@ def table(distances: dict[str, Distance]) -> Table:
     for heading in ("perplexity", "KL to bf16 (nats/token)", "same first token"):
         result.add_column(heading, justify="right")
     for arm, d in distances.items():
-        kl = "" if arm.endswith("bf16") else f"{d.kl:.2e} ± {d.kl_error:.0e}"
-        result.add_row(arm, f"{d.ppl:.3f}", kl, f"{d.top1:.1%}", end_section=arm == "healthy RTN")
+        to_bf16 = ("", "") if arm.endswith("bf16") else (f"{d.kl:.2e} ± {d.kl_error:.0e}", f"{d.top1:.1%}")
+        result.add_row(arm, f"{d.ppl:.3f}", *to_bf16, end_section=arm == "healthy RTN")
     return result
 
 
