@@ -1,11 +1,22 @@
 """Small real checkpoints, made by transformers with random weights and written to disk."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
+
+# No deadline: machines are shared. On CI the examples are the same every time, elsewhere new ones are searched.
+settings.register_profile(
+    "project",
+    deadline=None,
+    derandomize=bool(os.environ.get("CI")),
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+settings.load_profile("project")
 
 SHARD = "60KB"
 

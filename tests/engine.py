@@ -24,7 +24,11 @@ def run(folder: Path, plugins: str | None = None, **request) -> tuple[dict | Non
     question, answer = folder / "request.json", folder / "result.json"
     question.write_text(json.dumps(request, default=str))
     answer.unlink(missing_ok=True)
-    environment = engine_environment() | {"VLLM_CACHE_ROOT": str(folder / "cache")}
+    environment = engine_environment() | {
+        "VLLM_CACHE_ROOT": str(folder / "cache"),
+        # Engine core and worker in one process, for speed; the server test has them apart, as users do.
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    }
     if plugins is not None:
         environment["VLLM_PLUGINS"] = plugins
     command = [sys.executable, "-m", "tests.engine", str(question), str(answer)]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
@@ -239,7 +239,7 @@ def test_killed_run_does_not_hinder_the_next(make_checkpoint, tmp_path):
     assert (tmp_path / "out" / "config.json").exists() and not (tmp_path / "out.partial").exists()
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60)
 @given(data=st.data())
 def test_fuzzed_headers_never_give_a_traceback(make_checkpoint_once, tmp_path_factory, data):
     """Flip bytes in the index, the config or the head of a shard: converted or refused, but never a crash."""

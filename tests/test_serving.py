@@ -157,72 +157,78 @@ def assert_same_up_to_near_ties(first: dict, second: dict, tie: float = 0.05) ->
     assert agreed >= len(PROMPTS) * 4
 
 
-@pytest.fixture(scope="module")
-def compiled(checkpoints, tmp_path_factory) -> tuple[dict, str]:
-    """The bi-smoothed checkpoint auto-detected, torch.compile on (vLLM's default)."""
-    options = {"model": checkpoints["bismooth"]}
-    return engine.run(tmp_path_factory.mktemp("compiled"), options=options, prompts=PROMPTS, max_tokens=24)
+def assert_close_to_emulation(model: Path, logprobs: list[float]) -> None:
+    """The best first token of each prompt has the log-probability that fp32 on the reference ops gives it."""
+    from transformers import AutoTokenizer
+
+    emulated, encode = emulate.load(model), AutoTokenizer.from_pretrained(model)
+    for prompt, logprob in zip(PROMPTS, logprobs, strict=True):
+        with torch.no_grad():
+            logits = emulated(encode(prompt, return_tensors="pt").input_ids).logits[0, -1]
+        assert logprob == pytest.approx(logits.log_softmax(-1).max().item(), abs=0.05)
 
 
-@pytest.mark.engine
-def test_marked_checkpoint_is_detected(compiled):
-    result, log = compiled
+def ask(folder: Path, model: Path, plugins: str | None = None, **options) -> dict:
+    """Greedy answers to all prompts; fails with the engine's log if there are none."""
+    request = {"options": {"model": model, **options}, "prompts": PROMPTS, "max_tokens": 24}
+    result, log = engine.run(folder, plugins, **request)
     assert result is not None, log[-3000:]
-    assert result["quantization"] == "w8a8_bismooth"
-    assert "per-channel linears run on" in log
+    return result | {"log": log}
+
+
+@pytest.fixture(scope="module")
+def stock(checkpoints, tmp_path_factory) -> dict:
+    """The bi-smoothed checkpoint in vLLM without plugins."""
+    return ask(tmp_path_factory.mktemp("stock"), checkpoints["bismooth"], plugins="", enforce_eager=True)
 
 
 @pytest.mark.engine
-def test_stock_vllm_serves_the_per_channel_checkpoint_alike(compiled, checkpoints, tmp_path):
-    options = {"model": checkpoints["bismooth"], "enforce_eager": True}
-    stock, log = engine.run(tmp_path, plugins="", options=options, prompts=PROMPTS, max_tokens=24)
-    assert stock is not None, log[-3000:]
-    assert stock["quantization"] == "compressed-tensors" and "w8a8_bismooth:" not in log
-    assert_same_up_to_near_ties(compiled[0], stock)
+def test_marked_checkpoint_is_detected_and_stock_serves_it_alike(checkpoints, stock, tmp_path):
+    """Auto-detected, torch.compile on (vLLM's default); without the plugin the same greedy tokens up to near-ties."""
+    ours = ask(tmp_path, checkpoints["bismooth"])
+    assert ours["quantization"] == "w8a8_bismooth" and "per-channel linears run on" in ours["log"]
+    assert stock["quantization"] == "compressed-tensors" and "w8a8_bismooth:" not in stock["log"]
+    assert_same_up_to_near_ties(ours, stock)
 
 
 @pytest.mark.engine
 def test_stock_vllm_refuses_the_mixed_checkpoint(checkpoints, tmp_path):
     options = {"model": checkpoints["mixed"], "enforce_eager": True}
-    result, log = engine.run(tmp_path, plugins="", options=options, prompts=PROMPTS[:1], max_tokens=1)
+    result, log = engine.run(tmp_path, "", options=options, prompts=PROMPTS[:1], max_tokens=1)
     assert result is None and "No compressed-tensors compatible scheme was found" in log
 
 
 @pytest.mark.engine
-def test_other_models_are_not_touched(checkpoints, tmp_path):
+def test_mixed_checkpoint_in_eager_mode(checkpoints, tmp_path):
+    ours = ask(tmp_path, checkpoints["mixed"], enforce_eager=True)
+    assert ours["quantization"] == "w8a8_bismooth"
+    assert_close_to_emulation(checkpoints["mixed"], [max(steps[0].values()) for steps in ours["logprobs"]])
+
+
+@pytest.mark.engine
+def test_other_models_are_not_touched(checkpoints, stock, tmp_path):
     """With and without the plugin: the same method, the same log-probabilities to the last bit."""
-    for name, method in (("planted", None), ("unmarked", "compressed-tensors")):
-        options = {"model": checkpoints[name], "enforce_eager": True}
-        results = []
-        for plugins in (None, ""):
-            result, log = engine.run(tmp_path, plugins=plugins, options=options, prompts=PROMPTS, max_tokens=8)
-            assert result is not None, log[-3000:]
-            assert result["quantization"] == method and "w8a8_bismooth:" not in log
-            results.append(result)
-        assert results[0] == results[1]
+    plain = [ask(tmp_path, checkpoints["planted"], plugins, enforce_eager=True) for plugins in (None, "")]
+    unmarked = [ask(tmp_path, checkpoints["unmarked"], enforce_eager=True), stock]
+    for pair, method in ((plain, None), (unmarked, "compressed-tensors")):
+        assert [result["quantization"] for result in pair] == [method, method]
+        assert "w8a8_bismooth:" not in pair[0]["log"]
+        assert pair[0]["tokens"] == pair[1]["tokens"] and pair[0]["logprobs"] == pair[1]["logprobs"]
 
 
 @pytest.mark.engine
 def test_server_with_the_explicit_flag(checkpoints, tmp_path, monkeypatch):
-    """`vllm serve --quantization w8a8_bismooth` on the mixed checkpoint, compiled, over HTTP, against the emulation."""
+    """`vllm serve --quantization w8a8_bismooth` on the mixed checkpoint, compiled, in several processes, over HTTP."""
     from openai import OpenAI
-    from transformers import AutoTokenizer
 
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "cache"))
     flags = ("--quantization", "w8a8_bismooth", "--served-model-name", "mixed", "--max-model-len", "256")
     with serve(checkpoints["mixed"], tmp_path / "log", *flags) as url:
         client = OpenAI(base_url=f"{url}/v1", api_key="unused")
         assert [m.id for m in client.models.list().data] == ["mixed"]
-        answers = [
-            client.completions.create(model="mixed", prompt=prompt, max_tokens=8, temperature=0, logprobs=5)
-            for prompt in PROMPTS
-        ]
+        asked = {"model": "mixed", "max_tokens": 8, "temperature": 0, "logprobs": 5}
+        answers = [client.completions.create(prompt=prompt, **asked).choices[0] for prompt in PROMPTS]
+    assert all(answer.finish_reason == "length" for answer in answers)
     log = (tmp_path / "log").read_text()
     assert "per-group (32) linears run on" in log and "per-channel linears run on" in log
-    model = emulate.load(checkpoints["mixed"])
-    encode = AutoTokenizer.from_pretrained(checkpoints["mixed"])
-    for prompt, answer in zip(PROMPTS, answers, strict=True):
-        choice = answer.choices[0]
-        with torch.no_grad():
-            scores = model(encode(prompt, return_tensors="pt").input_ids).logits[0, -1].log_softmax(-1)
-        assert choice.logprobs.token_logprobs[0] == pytest.approx(scores.max().item(), abs=0.05)
+    assert_close_to_emulation(checkpoints["mixed"], [answer.logprobs.token_logprobs[0] for answer in answers])

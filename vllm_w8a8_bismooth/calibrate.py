@@ -131,11 +131,14 @@ def activation_extents(
 
     try:
         config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
+        with torch.device("meta"):
+            model = AutoModel.from_config(config, dtype=torch.float32, attn_implementation="sdpa").eval()
+        model.rotary_emb = type(model.rotary_emb)(config=config)  # its tables are not in the checkpoint
     except Exception as error:  # as for tokenizers, transformers' own validation raises many types
-        raise BismoothError(f"{checkpoint.folder}: transformers refuses config.json ({error}); mend it") from None
-    with torch.device("meta"):
-        model = AutoModel.from_config(config, dtype=torch.float32, attn_implementation="sdpa").eval()
-    model.rotary_emb = type(model.rotary_emb)(config=config)
+        raise BismoothError(
+            f"{checkpoint.folder}: transformers refuses config.json ({type(error).__name__}: {error}); mend it, "
+            "or use --calibration none"
+        ) from None
     model.norm = torch.nn.Identity()
     extents: list[dict[str, torch.Tensor]] = []
     for index, block in enumerate(model.layers):
