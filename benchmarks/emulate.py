@@ -46,7 +46,8 @@ def load(folder: Path) -> torch.nn.Module:
         module = W8A8Linear(tensors.pop(f"{linear}.weight"), tensors.pop(scale), bias)
         setattr(model.get_submodule(parent), child, module)
     left = model.load_state_dict({n: t.float() for n, t in tensors.items()}, strict=False)
-    assert not left.unexpected_keys and set(left.missing_keys) <= {"lm_head.weight"}, left
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    assert not left.unexpected_keys and set(left.missing_keys) <= tied, left
     model.tie_weights()
     return model.eval()
 

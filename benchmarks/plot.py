@@ -21,12 +21,40 @@ STYLE = {
 COLLAPSED, HEALTHY, REPAIRED = "#c0392b", "#7f8c8d", "#2471a3"
 
 
+def load(name: str) -> list[dict]:
+    return json.loads((RESULTS / name).read_text())["rows"]
+
+
+def demo_table() -> str:
+    """The demo's result as a Markdown table."""
+    lines = ["| checkpoint | perplexity | KL to bf16, nats per token | same first token |", "|---|--:|--:|--:|"]
+    for row in load("demo.json"):
+        model = "" if row["arm"].startswith("healthy") else "planted, "
+        kl, top1 = f"{row['kl']:.2e} ± {row['kl_error']:.0e}", f"{row['top1']:.1%}"
+        cells = ("", "") if row["arm"].endswith("bf16") else (kl, top1)
+        lines.append(f"| {model}{row['arm']} | {row['ppl']:.3f} | {cells[0]} | {cells[1]} |")
+    return "\n".join(lines)
+
+
+def accuracy_table() -> str:
+    """KL to bf16 of every arm on every plant as a Markdown table."""
+    arms = {"rtn": "RTN", "mixed-g32": "mixed, g = 32", "bismooth": "bi-smooth", "bismooth-data-free": "data-free"}
+    lines = [f"| plant | {' | '.join(arms.values())} |", "|---|" + "--:|" * len(arms)]
+    plants: dict[str, dict[str, float]] = {}
+    for row in load("accuracy-vllm.json"):
+        where = f"{row['plant']}" if row["k"] is None else f"{row['plant']}, k = {row['k']:.0f}"
+        where += f", blocks {', '.join(map(str, row['blocks']))}" if row["blocks"] else ""
+        where += f", seed {row['seed']}" if row["seed"] is not None else ""
+        plants.setdefault(where, {})[row["arm"]] = row["kl"]
+    lines += [f"| {where} | {' | '.join(f'{kl[arm]:.2e}' for arm in arms)} |" for where, kl in plants.items()]
+    return "\n".join(lines)
+
+
 def collapse() -> None:
     """KL to bf16 of each INT8 arm of the demo."""
     from matplotlib import pyplot
 
-    data = json.loads((RESULTS / "demo.json").read_text())
-    rows = {row["arm"]: row for row in data["rows"] if not row["arm"].endswith("bf16")}
+    rows = {row["arm"]: row for row in load("demo.json")}
     labels = {
         "healthy RTN": "healthy model, RTN",
         "RTN": "outlier columns, RTN",
@@ -53,3 +81,4 @@ def collapse() -> None:
 
 if __name__ == "__main__":
     collapse()
+    print(demo_table(), accuracy_table(), sep="\n\n")

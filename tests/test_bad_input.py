@@ -56,6 +56,14 @@ def rename_tensor(folder: Path) -> None:
     edit_json(folder / INDEX, lambda index: index["weight_map"].update({new: file}) or index["weight_map"].pop(Q))
 
 
+def add_tensor(name: str, shape: tuple[int, ...]):
+    def change(folder: Path) -> None:
+        edit_shard(folder, lambda tensors: tensors.update({name: torch.ones(shape)}))
+        edit_json(folder / INDEX, lambda index: index["weight_map"].update({name: shard_of(folder).name}))
+
+    return change
+
+
 def duplicate_tensor(folder: Path) -> None:
     other = next(p for p in sorted(folder.glob("*.safetensors")) if p != shard_of(folder))
     save_file(load_file(other) | {Q: torch.ones(1)}, other)
@@ -122,6 +130,21 @@ CASES = {
     "heads do not divide": (config(num_key_value_heads=3), ["num_attention_heads = 4", "num_key_value_heads = 3"]),
     "wrong shape": (config(intermediate_size=128), ["has shape [96, 64]", "config.json implies [128, 64]"]),
     "foreign tensor": (rename_tensor, ["model.layers.1.router.weight", "is not part of a llama model"]),
+    "rotary table of no block": (
+        add_tensor("model.layers.99.self_attn.rotary_emb.inv_freq", (12,)),
+        ["layers.99", "is not part of"],
+    ),
+    "rotary table of a strange block": (
+        add_tensor("model.layers.00.self_attn.rotary_emb.inv_freq", (12,)),
+        ["layers.00", "is not part of"],
+    ),
+    "bias that the config denies": (
+        add_tensor("model.layers.0.self_attn.q_proj.bias", (96,)),
+        ["self_attn.q_proj.bias", "is not part of", "mend config.json"],
+    ),
+    "bias that the config promises": (config(attention_bias=True), ["q_proj.bias [96]", "is missing"]),
+    "another recipe.json": (lambda f: (f / "recipe.json").write_text("{}"), ["recipe.json", "rename it"]),
+    "shard with a long name": (index_to("a" * 300 + ".safetensors"), ["aaa", "too long"]),
     "config is a list": (lambda f: (f / "config.json").write_text("[]"), ["config.json", "not an object"]),
     "config is binary": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe"), ["config.json", "not valid JSON"]),
     "config nests too deep": (
@@ -136,7 +159,7 @@ def run(*arguments) -> tuple[int, str]:
     """Exit code and message of the command, in this process."""
     try:
         result = CliRunner().invoke(cli.app, [str(a) for a in arguments], catch_exceptions=False)
-    except BismoothError as error:
+    except (BismoothError, OSError) as error:  # as cli.main catches them
         return 2, str(error)
     return result.exit_code, result.output
 
@@ -167,7 +190,7 @@ OPTIONS = {
     "useless option": (["--method", "rtn", "--alpha", "0.5"], ["--alpha has no effect", "leave it out"]),
     "useless calibration": (["--method", "mixed", "--calibration", "x.txt"], ["--calibration has no effect"]),
     "half of a group": (["--group-layers", "down"], ["needs both --group-layers and --group-size"]),
-    "no tokens": (["--calibration-tokens", "0"], ["--calibration-tokens 0", "positive"]),
+    "tokens of no text": (["--calibration-tokens", "9"], ["--calibration-tokens has no effect without"]),
 }
 
 
@@ -188,6 +211,11 @@ CALIBRATION = {
 }
 
 
+def test_calibration_needs_tokens(make_checkpoint, tmp_path, calibration_text):
+    options = ("--calibration", calibration_text, "--calibration-tokens", "0")
+    assert_refused(tmp_path, make_checkpoint(), ["--calibration-tokens 0", "positive"], *options)
+
+
 @pytest.mark.parametrize("case", CALIBRATION)
 def test_calibration_is_refused(make_checkpoint, tmp_path, case):
     name, data, parts = CALIBRATION[case]
@@ -200,6 +228,46 @@ def test_checkpoint_without_tokenizer(make_checkpoint, tmp_path, calibration_tex
     source = make_checkpoint()
     drop("tokenizer*")(source)
     assert_refused(tmp_path, source, ["no usable tokenizer", "--calibration none"], "--calibration", calibration_text)
+
+
+def test_bias_of_a_type_that_always_has_one(make_checkpoint, tmp_path):
+    source, bias = make_checkpoint("qwen2"), "model.layers.1.self_attn.q_proj.bias"
+    edit_shard(source, lambda tensors: tensors.pop(bias), bias)
+    edit_json(source / INDEX, lambda index: index["weight_map"].pop(bias))
+    assert_refused(tmp_path, source, [bias, "is missing"], "--method", "rtn")
+
+
+def test_tokenizer_that_drops_everything(make_checkpoint, tmp_path, calibration_text):
+    source = make_checkpoint()
+    strip = {"type": "Replace", "pattern": {"Regex": r"[\s\S]"}, "content": ""}
+    edit_json(source / "tokenizer.json", lambda t: t.update(normalizer=strip))
+    assert_refused(tmp_path, source, ["makes no tokens"], "--calibration", calibration_text)
+
+
+def test_partial_folder_that_is_not_ours(make_checkpoint, tmp_path):
+    source = make_checkpoint()
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "thesis.txt").write_text("precious")
+    assert_refused(tmp_path, source, ["out.partial", "is not ours"], "--method", "rtn")
+    assert (tmp_path / "out.partial" / "thesis.txt").read_text() == "precious"
+
+
+def test_source_in_the_place_of_the_partial_folder(make_checkpoint, tmp_path):
+    source = make_checkpoint().rename(tmp_path / "model.partial")
+    before = digests(source)
+    code, message = run("convert", source, tmp_path / "model", "--method", "rtn")
+    assert code == 2 and "overlaps the source" in message and digests(source) == before
+
+
+def test_two_runs_at_once(make_checkpoint, tmp_path):
+    from vllm_w8a8_bismooth.writer import CheckpointWriter
+
+    source = make_checkpoint()
+    with CheckpointWriter(tmp_path / "out", {"a": torch.ones(1, device="meta")}):
+        (tmp_path / "out.partial" / "half").write_text("half")
+        assert_refused(tmp_path, source, ["another conversion is writing it"], "--method", "rtn")
+        assert (tmp_path / "out.partial" / "half").exists()
+    assert run("convert", source, tmp_path / "out", "--method", "rtn")[0] == 0
 
 
 def test_vocabularies_that_differ(make_checkpoint, tmp_path, calibration_text):

@@ -131,6 +131,32 @@ def test_second_run_is_recognised_and_another_recipe_refused(make_checkpoint, tm
     assert digests(out) == before
 
 
+def test_a_source_that_differs_in_one_weight_is_another_source(make_checkpoint, tmp_path):
+    source = make_checkpoint(sharded=False, hidden_size=512, vocab_size=4000)
+    shard = source / "model.safetensors"
+    assert shard.stat().st_size > 4 * 2**20
+    convert(source, tmp_path / "out", RTN)
+    tensors = load_file(shard)
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] += 1
+    save_file(tensors, shard, metadata={"format": "pt"})
+    with pytest.raises(BismoothError, match="another conversion .source: "):
+        convert(source, tmp_path / "out", RTN)
+
+
+def test_odd_destinations(make_checkpoint, tmp_path, monkeypatch):
+    """The current folder, and a link to an empty one, are filled; config.json may hold any JSON string."""
+    source = make_checkpoint()
+    edit_json(source / "config.json", lambda c: c.update(note="\ud800 \u00e9"))
+    for name in ("here", "real"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    convert(source, tmp_path / "link", RTN)
+    monkeypatch.chdir(tmp_path / "here")
+    convert(source, Path("."), RTN)
+    assert digests(tmp_path / "real") == digests(tmp_path / "here")
+    assert json.loads((tmp_path / "real" / "config.json").read_text())["note"] == "\ud800 \u00e9"
+
+
 def test_destinations_that_are_refused(make_checkpoint, tmp_path):
     source = make_checkpoint()
     other = tmp_path / "other"
@@ -204,10 +230,15 @@ def test_converted_models_stay_close(make_checkpoint, tmp_path, calibration_text
             assert error < 0.03, (method, error)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen3", "mistral"])
-def test_streamed_calibration_equals_the_whole_model(make_checkpoint, calibration_text, model_type, monkeypatch):
+@pytest.mark.parametrize(
+    ("model_type", "changes"),
+    [("llama", {}), ("qwen2", {}), ("qwen3", {"attention_bias": True}), ("mistral", {"sliding_window": 32})],
+)
+def test_streamed_calibration_equals_the_whole_model(
+    make_checkpoint, calibration_text, model_type, changes, monkeypatch
+):
     monkeypatch.setattr("vllm_w8a8_bismooth.calibrate._CHUNK", 200)
-    source = Checkpoint(make_checkpoint(model_type))
+    source = Checkpoint(make_checkpoint(model_type, **changes))
     architecture = pipeline.architecture_of(source.config)
     tokens = tokenize(read_text(calibration_text), source, 1000)
     assert tokens.shape == (7, 128)
@@ -226,6 +257,13 @@ def test_streamed_calibration_equals_the_whole_model(make_checkpoint, calibratio
         assert extents.keys() == {site.name for site in architecture.sites}
         for site, extent in extents.items():
             torch.testing.assert_close(extent, seen[i, site], rtol=1e-5, atol=1e-6)
+
+
+def test_long_documents_are_tokenized_in_pieces(make_checkpoint, calibration_text, monkeypatch):
+    source, text = Checkpoint(make_checkpoint()), read_text(calibration_text)
+    whole = tokenize(text, source, 1000)
+    monkeypatch.setattr("vllm_w8a8_bismooth.calibrate._PIECE", 100)
+    assert torch.equal(tokenize(text, source, 1000), whole)
 
 
 def test_offline_half_never_imports_vllm(make_checkpoint, tmp_path, calibration_text):

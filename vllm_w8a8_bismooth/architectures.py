@@ -1,7 +1,7 @@
 """What the converter knows of each model type: tensor names and shapes, couplings, fused siblings. Tables, not code."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from vllm_w8a8_bismooth.errors import BismoothError
 
@@ -21,6 +21,7 @@ class Architecture:
 
     linears: linear -> (rows, columns). All of them become INT8.
     vectors: one-dimensional tensors that every block has -> length.
+    biases: linear -> the config key that switches its bias on; ``True`` where the model type always has one.
     sites: couplings. Those whose producer is itself a linear come first, because dividing the producer's rows changes
         the column ranges that the sites behind the norms balance.
     fused: what vLLM merges into one linear -> its parts, which must share factor and granularity.
@@ -30,6 +31,7 @@ class Architecture:
     vectors: Mapping[str, str]
     sites: tuple[Site, ...]
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    biases: Mapping[str, str | bool] = field(default_factory=dict)
 
     def linear_of(self, tensor: str) -> str | None:
         """The linear whose weight a tensor of the block is, ``None`` for anything else (norms, biases)."""
@@ -37,6 +39,8 @@ class Architecture:
         return linear if linear != tensor and linear in self.linears else None
 
 
+_ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+_MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 _LLAMA = Architecture(
     linears={
         "self_attn.q_proj": ("query", "hidden"),
@@ -58,19 +62,18 @@ _LLAMA = Architecture(
         "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
         "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
     },
-)
-_QWEN3 = Architecture(
-    linears=_LLAMA.linears,
-    vectors={**_LLAMA.vectors, "self_attn.q_norm": "head", "self_attn.k_norm": "head"},
-    sites=_LLAMA.sites,
-    fused=_LLAMA.fused,
+    biases={**dict.fromkeys(_ATTENTION, "attention_bias"), **dict.fromkeys(_MLP, "mlp_bias")},
 )
 
 ARCHITECTURES: Mapping[str, Architecture] = {
     "llama": _LLAMA,
-    "mistral": _LLAMA,
-    "qwen2": _LLAMA,
-    "qwen3": _QWEN3,
+    "mistral": replace(_LLAMA, biases={}),
+    "qwen2": replace(_LLAMA, biases=dict.fromkeys(_ATTENTION[:3], True)),
+    "qwen3": replace(
+        _LLAMA,
+        vectors={**_LLAMA.vectors, "self_attn.q_norm": "head", "self_attn.k_norm": "head"},
+        biases=dict.fromkeys(_ATTENTION, "attention_bias"),
+    ),
 }
 
 BLOCK = "model.layers.{}."
@@ -132,11 +135,14 @@ def sizes_of(config: Mapping) -> dict[str, int]:
     }
 
 
-def block_tensors(architecture: Architecture, sizes: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+def block_tensors(architecture: Architecture, sizes: Mapping[str, int], config: Mapping) -> dict[str, tuple[int, ...]]:
     """Name inside a block -> shape, for every tensor that each block must have."""
     shapes: dict[str, tuple[int, ...]] = {f"{n}.weight": (sizes[size],) for n, size in architecture.vectors.items()}
     for name, (rows, columns) in architecture.linears.items():
         shapes[f"{name}.weight"] = (sizes[rows], sizes[columns])
+        switch = architecture.biases.get(name, False)
+        if switch is True or (switch and config.get(switch)):
+            shapes[f"{name}.bias"] = (sizes[rows],)
     return shapes
 
 
@@ -145,20 +151,19 @@ def audit(
 ) -> Iterator[str]:
     """Compare what the config promises with the shapes in the headers; yields one problem at a time, with its remedy.
 
-    Optional are linears' biases, ``lm_head.weight`` of tied models and rotary tables (which are passed through);
+    Optional are ``lm_head.weight`` of tied models and old checkpoints' rotary tables, which are passed through;
     anything else inside a block is a problem, because converting it as if it were not there would be silently wrong.
     """
     required = {EMBEDDING: (sizes["vocab"], sizes["hidden"]), NORM: (sizes["hidden"],)}
     optional = {HEAD: (sizes["vocab"], sizes["hidden"])}
     if not config.get("tie_word_embeddings", False):
         required |= optional
-    inside = block_tensors(architecture, sizes)
-    biases = {f"{name}.bias": (sizes[rows],) for name, (rows, _) in architecture.linears.items()}
+    inside = block_tensors(architecture, sizes, config)
     # Bounded by the headers, not by the config's word for the number of blocks.
     blocks = min(sizes["blocks"], len(shapes))
     for i in range(blocks):
         required |= {BLOCK.format(i) + name: shape for name, shape in inside.items()}
-        optional |= {BLOCK.format(i) + name: shape for name, shape in biases.items()}
+        optional[BLOCK.format(i) + "self_attn.rotary_emb.inv_freq"] = (sizes["head"] // 2,)
 
     for name, shape in required.items():
         if name not in shapes:
@@ -166,10 +171,10 @@ def audit(
     for name, shape in shapes.items():
         expected = required.get(name) or optional.get(name)
         if expected is None:
-            if name.startswith(BLOCK.format("")[:-1]) and not name.endswith("rotary_emb.inv_freq"):
+            if name.startswith(BLOCK.format("")[:-1]):
                 yield (
-                    f"tensor {name} {list(shape)} is not part of a {config['model_type']} model with "
-                    f"{sizes['blocks']} blocks; remove it or mend config.json"
+                    f"tensor {name} {list(shape)} is not part of a {config['model_type']} model with this config.json; "
+                    "remove it or mend config.json"
                 )
         elif shape != expected:
             yield f"tensor {name} has shape {list(shape)}, config.json implies {list(expected)}; one of them is wrong"

@@ -13,6 +13,7 @@ from vllm_w8a8_bismooth.checkpoint import Checkpoint
 from vllm_w8a8_bismooth.errors import BismoothError
 
 WINDOW = 512
+_PIECE = 2**16  # characters tokenized at once
 _CHUNK = 4096  # tokens that pass through a block at once; bounds the MLP's intermediate
 
 
@@ -77,21 +78,24 @@ def tokenize(text: CalibrationText, checkpoint: Checkpoint, budget: int) -> torc
     """
     from transformers import AutoTokenizer
 
+    ids: list[int] = []
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
+        lead = [tokenizer.bos_token_id] if tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id] else []
+        # In pieces, because a document may be far longer than the budget; a seam costs at most one odd token.
+        for piece in (d[i : i + _PIECE] for d in text.documents for i in range(0, len(d), _PIECE)):
+            ids += tokenizer(piece, add_special_tokens=False, verbose=False).input_ids
+            if len(ids) >= budget:
+                break
     except Exception as error:  # transformers raises anything from OSError to KeyError here
         raise BismoothError(
             f"{checkpoint.folder}: no usable tokenizer ({type(error).__name__}: {error}); "
             "add tokenizer.json, or use --calibration none"
         ) from None
-    lead = [tokenizer.bos_token_id] if tokenizer("a").input_ids[0] == tokenizer.bos_token_id else []
-    ids: list[int] = []
-    for document in text.documents:
-        ids += tokenizer(document, add_special_tokens=False, verbose=False).input_ids
-        if len(ids) >= budget:
-            break
+    if not ids:
+        raise BismoothError(f"{text.path}: the checkpoint's tokenizer makes no tokens of it; use --calibration none")
     vocabulary = checkpoint.headers[EMBEDDING].shape[0]
-    if max(ids, default=0) >= vocabulary:
+    if max(ids) >= vocabulary:
         raise BismoothError(
             f"{checkpoint.folder}: the tokenizer gives id {max(ids)}, {EMBEDDING} has {vocabulary} rows; "
             "tokenizer and model do not belong together"
@@ -143,7 +147,16 @@ def activation_extents(
     extents: list[dict[str, torch.Tensor]] = []
     for index, block in enumerate(model.layers):
         block.forward = _streamed(block, index, checkpoint, architecture, extents, on_block)
-    model(inputs_embeds=checkpoint.read(EMBEDDING)[tokens].float(), use_cache=False)
+    embedded = checkpoint.read(EMBEDDING)[tokens].float()
+    try:
+        model(inputs_embeds=embedded, use_cache=False)
+    except BismoothError:
+        raise
+    except Exception as error:
+        raise BismoothError(
+            f"{checkpoint.folder}: the forward pass failed in block {len(extents)} ({type(error).__name__}: {error}); "
+            "check config.json, or use --calibration none"
+        ) from error
     return extents
 
 
@@ -158,7 +171,7 @@ def _streamed(
     """The block's forward, with weights that are read on entry and dropped on exit, and sites that record extents."""
     forward = block.forward
 
-    def run(hidden: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+    def run(hidden: torch.Tensor, **kwargs) -> torch.Tensor:
         prefix = BLOCK.format(index)
         block.load_state_dict({n: checkpoint.read(prefix + n).float() for n in block.state_dict()}, assign=True)
         seen: dict[str, torch.Tensor] = {}
@@ -175,7 +188,12 @@ def _streamed(
             for site in architecture.sites
         ]
         rows = max(1, _CHUNK // hidden.shape[1])
-        outputs = torch.cat([forward(chunk, *args, **kwargs) for chunk in hidden.split(rows)])
+        outputs = torch.cat(
+            [
+                forward(hidden[i : i + rows], **{k: _rows(v, i, rows, len(hidden)) for k, v in kwargs.items()})
+                for i in range(0, len(hidden), rows)
+            ]
+        )
         for hook in hooks:
             hook.remove()
         block.to("meta")
@@ -187,3 +205,9 @@ def _streamed(
         return outputs
 
     return run
+
+
+def _rows(value, start: int, count: int, batch: int):
+    """The part of a batched argument (a mask ``[batch, 1, L, L]``) that goes with some windows; others pass whole."""
+    batched = isinstance(value, torch.Tensor) and value.dim() == 4 and value.shape[0] == batch
+    return value[start : start + count] if batched else value

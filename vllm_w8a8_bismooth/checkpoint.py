@@ -14,7 +14,7 @@ _JSON_LIMIT = 100 * 2**20  # the same bound that safetensors puts on a header
 _WEIGHT_SUFFIXES = {
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".pkl", ".pickle", ".npz",
 }  # fmt: skip
-_SAMPLE = 2**20
+_PIECE = 2**20
 
 
 @dataclass(frozen=True)
@@ -91,9 +91,9 @@ class Checkpoint:
         from safetensors import SafetensorError, safe_open
 
         path = self.folder / file
-        if not path.is_file():
-            raise BismoothError(f"{path}: named by {INDEX} but absent; download the shard again")
         try:
+            if not path.is_file():
+                raise BismoothError(f"{path}: named by {INDEX} but absent; download the shard again")
             with safe_open(path, framework="pt") as shard:
                 found = {}
                 for name in shard.keys():  # noqa: SIM118 (safe_open is not iterable)
@@ -156,14 +156,13 @@ class Checkpoint:
             yield relative
 
     def fingerprint(self) -> str:
-        """SHA-256 over config, headers, and each shard's size, first and last MiB: tells sources apart cheaply."""
-        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
-        digest.update(repr(sorted(self.headers.items())).encode())
-        for file in sorted({header.file for header in self.headers.values()}):
-            with open(self.folder / file, "rb") as shard:
-                size = shard.seek(0, 2)
-                for start in (0, max(0, size - _SAMPLE)):
-                    shard.seek(start)
-                    digest.update(shard.read(_SAMPLE))
-                digest.update(str(size).encode())
+        """SHA-256 over everything that the conversion reads: config, every byte of every shard and side file."""
+        digest = hashlib.sha256()
+        files = {Path(CONFIG), *(Path(header.file) for header in self.headers.values()), *self.side_files()}
+        for relative in sorted(files):
+            with open(self.folder / relative, "rb") as file:
+                digest.update(f"{relative.as_posix()} {file.seek(0, 2)} ".encode(errors="surrogateescape"))
+                file.seek(0)
+                while piece := file.read(_PIECE):
+                    digest.update(piece)
         return digest.hexdigest()

@@ -74,6 +74,8 @@ def convert(
         if method != "bismooth":
             raise BismoothError(f"--calibration has no effect with --method {method}; leave it out")
         text = calibrate.read_text(Path(calibration))
+    elif calibration_tokens is not None:
+        raise BismoothError("--calibration-tokens has no effect without --calibration FILE; leave it out")
     recipe = Recipe.of(
         method, alpha=alpha, calibration_tokens=calibration_tokens, group_size=group_size, group_layers=group_layers
     )
@@ -160,6 +162,6 @@ def main() -> None:
     """Console entry point: bad input ends with one message on stderr and exit code 2."""
     try:
         app()
-    except BismoothError as error:
+    except (BismoothError, OSError) as error:  # OSError says which file and why: a name too long, no permission
         print(f"Error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -17,7 +17,7 @@ from vllm_w8a8_bismooth.errors import BismoothError
 from vllm_w8a8_bismooth.quantize import quantize_weight
 from vllm_w8a8_bismooth.recipe import Recipe, group_targets, quantization_config
 from vllm_w8a8_bismooth.smooth import smooth_block
-from vllm_w8a8_bismooth.writer import CheckpointWriter
+from vllm_w8a8_bismooth.writer import CheckpointWriter, partial_folder
 
 RECIPE = "recipe.json"
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -106,6 +106,8 @@ def convert(
     Raises:
         BismoothError: anything wrong with the input; see the modules that do the work.
     """
+    target = destination.resolve()
+    _refuse_overlap(folder, target)
     source = Source(folder)
     recipe = replace(
         recipe,
@@ -113,41 +115,22 @@ def convert(
         calibration=text.sha256 if text is not None else None,
         calibration_tokens=recipe.calibration_tokens if text is not None else None,
     )
-    if already_converted(folder, destination, recipe):
+    if already_converted(target, recipe):
         return Report(destination, reused=True)
     grouped = choose_grouped(source, recipe, progress)
-    extents = measure_extents(source, recipe, text, progress) if text is not None else None
-
     report = Report(destination, source_bytes=sum(map(_nbytes, source.checkpoint.headers.values())))
-    with CheckpointWriter(destination, output_tensors(source, recipe, grouped)) as writer:
+    with CheckpointWriter(target, output_tensors(source, recipe, grouped)) as writer:
+        extents = measure_extents(source, recipe, text, progress) if text is not None else None
         for name in source.outside:
             writer.add(name, source.checkpoint.read(name))
         for index in range(len(source.blocks)):
-            stored = source.read_block(index)
-            block = {name: tensor.float() for name, tensor in stored.items()}
-            if recipe.method == "bismooth":
-                block, factors = smooth_block(
-                    block,
-                    extents[index] if extents is not None else norm_gains(block, source.architecture),
-                    source.architecture.sites,
-                    recipe.alpha,
-                    source.sizes["head"],
-                    {name: tensor.dtype for name, tensor in stored.items()},
-                )
-                report.sites[index] = [asdict(f) for f in factors]
-            for name, tensor in block.items():
-                linear, full = source.architecture.linear_of(name), BLOCK.format(index) + name
-                if linear is None:
-                    writer.add(full, tensor.to(stored[name].dtype))
-                    continue
-                group_size = recipe.group_size if linear in grouped[index] else None
-                codes, scale = quantize_weight(tensor, group_size)
-                writer.add(full, codes)
-                writer.add(f"{full}_scale", scale)
-                report.linears[BLOCK.format(index) + linear] = {
-                    "group_size": group_size,
-                    "column_error": analyze.column_error(tensor, codes, scale),
-                }
+            tensors, linears, sites = convert_block(
+                source, index, recipe, grouped[index], extents[index] if extents is not None else None
+            )
+            for name, tensor in tensors.items():
+                writer.add(name, tensor)
+            report.linears |= linears
+            report.sites[index] = sites
             progress("convert", index + 1, len(source.blocks))
         for relative in source.checkpoint.side_files():
             writer.copy(folder / relative, relative)
@@ -157,15 +140,63 @@ def convert(
     return report
 
 
-def already_converted(folder: Path, destination: Path, recipe: Recipe) -> bool:
+def convert_block(
+    source: Source, index: int, recipe: Recipe, grouped: set[str], extents: Mapping[str, torch.Tensor] | None
+) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, Any]], list[dict[str, Any]]]:
+    """Smooth and quantize one decoder block.
+
+    Args:
+        source, recipe: see :func:`convert`.
+        index: of the block.
+        grouped: its per-group linears, by name inside the block.
+        extents: activation range of each site, fp32 ``[K]``; ``None`` is data-free.
+
+    Returns:
+        The block's tensors by full name, and its entries for ``linears`` and ``sites`` of the :class:`Report`.
+    """
+    prefix, architecture = BLOCK.format(index), source.architecture
+    stored = source.read_block(index)
+    block, factors = {name: tensor.float() for name, tensor in stored.items()}, []
+    if recipe.method == "bismooth":
+        block, factors = smooth_block(
+            block,
+            extents if extents is not None else norm_gains(block, architecture),
+            architecture.sites,
+            recipe.alpha,
+            source.sizes["head"],
+            {name: tensor.dtype for name, tensor in stored.items()},
+        )
+    tensors, linears = {}, {}
+    for name, tensor in block.items():
+        linear = architecture.linear_of(name)
+        if linear is None:
+            tensors[prefix + name] = tensor.to(stored[name].dtype)
+            continue
+        group_size = recipe.group_size if linear in grouped else None
+        codes, scale = quantize_weight(tensor, group_size)
+        tensors[prefix + name], tensors[f"{prefix}{name}_scale"] = codes, scale
+        error = analyze.column_error(tensor, codes, scale)
+        linears[prefix + linear] = {"group_size": group_size, "column_error": error}
+    return tensors, linears, [asdict(f) for f in factors]
+
+
+def _refuse_overlap(folder: Path, destination: Path) -> None:
+    source = folder.resolve()
+    for written in (destination, partial_folder(destination)):
+        if written == source or written in source.parents or source in written.parents:
+            raise BismoothError(f"{written}: overlaps the source {folder}; choose a destination beside it")
+    if (source / RECIPE).exists():
+        raise BismoothError(
+            f"{source / RECIPE}: would be overwritten in the copy by our own; rename it or move it away"
+        )
+
+
+def already_converted(destination: Path, recipe: Recipe) -> bool:
     """Whether the destination holds the result of this recipe already.
 
     Raises:
-        BismoothError: it overlaps the source, or holds anything else.
+        BismoothError: it holds anything else.
     """
-    inner, outer = destination.resolve(), folder.resolve()
-    if inner == outer or outer in inner.parents or inner in outer.parents:
-        raise BismoothError(f"{destination}: overlaps the source {folder}; choose a folder beside it")
     if not destination.exists() or (destination.is_dir() and not any(destination.iterdir())):
         return False
     if not (destination / RECIPE).is_file():

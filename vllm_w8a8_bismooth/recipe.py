@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from vllm_w8a8_bismooth import MARKER
 from vllm_w8a8_bismooth.architectures import Architecture
 from vllm_w8a8_bismooth.errors import BismoothError
 
@@ -14,8 +15,6 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "mixed": {"group_size": 128, "group_layers": None},
 }
 """Method -> the options that go with it and their defaults."""
-MARKER = "bismooth"
-"""The key of ``quantization_config`` by which the plugin claims a checkpoint; other readers ignore it."""
 
 
 @dataclass(frozen=True)

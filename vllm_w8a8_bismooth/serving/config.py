@@ -8,11 +8,11 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
 from vllm.model_executor.layers.quantization.compressed_tensors.schemes import CompressedTensorsScheme
 from vllm.platforms import current_platform
 
-from vllm_w8a8_bismooth import ops
-from vllm_w8a8_bismooth.recipe import MARKER
+from vllm_w8a8_bismooth import MARKER, ops
 from vllm_w8a8_bismooth.serving.scheme import W8A8Scheme
 
 NAME = "w8a8_bismooth"
+FORMAT = "int-quantized"
 CHANNEL, GROUP, TOKEN = (QuantizationStrategy(s).value for s in ("channel", "group", "token"))
 
 
@@ -32,7 +32,7 @@ class BiSmoothConfig(CompressedTensorsConfig):
         """
         if not isinstance(hf_quant_cfg, Mapping) or hf_quant_cfg.get("quant_method") != "compressed-tensors":
             return None
-        asked = user_quant == NAME and _all_w8a8(hf_quant_cfg.get("config_groups"))
+        asked = user_quant == NAME and _all_w8a8(hf_quant_cfg)
         marked = user_quant in (None, NAME) and MARKER in hf_quant_cfg
         return NAME if asked or marked else None
 
@@ -40,7 +40,8 @@ class BiSmoothConfig(CompressedTensorsConfig):
         self, weight_quant: QuantizationArgs, input_quant: QuantizationArgs | None, *args: Any, **kwargs: Any
     ) -> CompressedTensorsScheme:
         """Ours where :class:`W8A8Scheme` fits, the stock scheme otherwise."""
-        if _is_int8(weight_quant, dynamic=False) and _is_int8(input_quant, dynamic=True):
+        plain = (kwargs.get("format") or self.quant_format) == FORMAT and kwargs.get("output_quant") is None
+        if plain and _is_int8(weight_quant, dynamic=False) and _is_int8(input_quant, dynamic=True):
             strategies = (weight_quant.strategy, input_quant.strategy)
             if strategies == (CHANNEL, TOKEN) and not _stock_is_faster():
                 return W8A8Scheme(weight_groups=None, activation_groups=None)
@@ -52,12 +53,13 @@ class BiSmoothConfig(CompressedTensorsConfig):
 
 
 def _stock_is_faster() -> bool:
-    """On a GPU without our kernels, vLLM's own serve per-channel linears better than the reference does.
+    """On an accelerator without our kernels, vLLM's own serve per-channel linears better than the reference does.
 
-    Compute capability 10 and above has no stock INT8 kernel (vLLM issue 54311).
+    Not on CUDA of compute capability 10 and above, for which vLLM picks an INT8 kernel that fails (vLLM issue 54311).
     """
-    cuda = current_platform.is_cuda() and not current_platform.has_device_capability(100)
-    return cuda and not ops.has_kernel("cuda")
+    if current_platform.is_cpu() or ops.has_kernel(current_platform.device_type):
+        return False
+    return not (current_platform.is_cuda() and current_platform.has_device_capability(100))
 
 
 def _is_int8(quant: QuantizationArgs | None, dynamic: bool) -> bool:
@@ -70,9 +72,10 @@ def _is_int8(quant: QuantizationArgs | None, dynamic: bool) -> bool:
     )
 
 
-def _all_w8a8(groups: Any) -> bool:
-    """Whether every config group (raw JSON) has 8-bit integer weights and activations."""
-    if not isinstance(groups, Mapping) or not groups:
+def _all_w8a8(config: Mapping) -> bool:
+    """Whether a raw ``quantization_config`` stores plain int8 and all its groups have 8-bit weights and activations."""
+    groups = config.get("config_groups")
+    if config.get("format") != FORMAT or not isinstance(groups, Mapping) or not groups:
         return False
     sides = [
         group.get(side) if isinstance(group, Mapping) else None

@@ -65,7 +65,7 @@ class W8A8Scheme(CompressedTensorsScheme):
         """Check that scales arrived; parameters stay as loaded, so that LoRA and reloading find them.
 
         Raises:
-            ValueError: a scale is missing from the checkpoint, or is not a positive finite number.
+            ValueError: a scale is missing from the checkpoint, or is not finite.
         """
         scale = layer.weight_scale.data
         device = scale.device.type
@@ -74,10 +74,10 @@ class W8A8Scheme(CompressedTensorsScheme):
             "per-channel" if self.weight_groups is None else f"per-group ({self.weight_groups})",
             f"the {device} kernel" if ops.has_kernel(device) else "the torch reference",
         )
-        if not bool((scale.isfinite() & (scale > 0)).all()):
+        if not bool(scale.isfinite().all()):
             raise ValueError(
-                f"{getattr(layer, 'prefix', 'linear')}.weight_scale holds values that are missing, not finite or not "
-                "positive; the checkpoint is incomplete or corrupt, convert it again"
+                f"{getattr(layer, 'prefix', 'linear')}.weight_scale holds values that are missing or not finite; "
+                "the checkpoint is incomplete or corrupt, convert it again"
             )
 
     def apply_weights(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

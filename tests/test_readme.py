@@ -1,0 +1,19 @@
+from pathlib import Path
+
+import pytest
+
+from benchmarks import plot
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+
+
+@pytest.mark.parametrize("table", [plot.demo_table, plot.accuracy_table])
+def test_tables_are_the_committed_results(table):
+    assert table() in README
+
+
+def test_files_that_it_names_exist():
+    import re
+
+    for target in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (Path(__file__).parents[1] / target).exists(), target
