@@ -100,7 +100,8 @@ def tokenize(text: CalibrationText, checkpoint: Checkpoint, budget: int) -> torc
             f"{checkpoint.folder}: the tokenizer gives id {max(ids)}, {EMBEDDING} has {vocabulary} rows; "
             "tokenizer and model do not belong together"
         )
-    longest = checkpoint.config.get("max_position_embeddings") or WINDOW
+    longest = checkpoint.config.get("max_position_embeddings")
+    longest = longest if isinstance(longest, int) and longest > 0 else WINDOW
     length = max(1, min(WINDOW, longest, budget, len(ids) + len(lead)) - len(lead))
     count = max(1, min(budget // (length + len(lead)), len(ids) // length))
     windows = torch.tensor(ids[: count * length]).view(count, length)

@@ -186,9 +186,7 @@ def _refuse_overlap(folder: Path, destination: Path) -> None:
         if written == source or written in source.parents or source in written.parents:
             raise BismoothError(f"{written}: overlaps the source {folder}; choose a destination beside it")
     if (source / RECIPE).exists():
-        raise BismoothError(
-            f"{source / RECIPE}: would be overwritten in the copy by our own; rename it or move it away"
-        )
+        raise BismoothError(f"{source / RECIPE}: our own {RECIPE} would take its place in the copy; rename it")
 
 
 def already_converted(destination: Path, recipe: Recipe) -> bool:

@@ -124,7 +124,7 @@ class CheckpointWriter:
                 if path.is_file():
                     with open(path, "rb") as file:
                         os.fsync(file.fileno())
-            (self.partial / _LOCK).unlink()
             os.replace(self.partial, self.destination)
-        self._committed = True
+            self._committed = True
+            (self.destination / _LOCK).unlink()  # after the rename: a partial folder without it would not be ours
         return size
