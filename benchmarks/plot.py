@@ -75,7 +75,6 @@ def collapse() -> None:
         axes.set_title("W8A8 INT8 in vLLM on the planted test bed", loc="left")
         FIGURES.mkdir(parents=True, exist_ok=True)
         figure.savefig(FIGURES / "collapse.svg", metadata={"Date": None})
-        figure.savefig(FIGURES / "collapse.png", dpi=150, metadata={"Software": None})
         pyplot.close(figure)
 
 
