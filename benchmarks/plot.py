@@ -1,6 +1,6 @@
-"""Figures for the README, from the JSON files under benchmarks/results/ and nothing else.
+"""Figures and tables for the README, from the JSON files under benchmarks/results/ and nothing else.
 
-python -m benchmarks.plot
+python -m benchmarks.plot     # writes docs/figures/, prints the tables that the README must hold
 """
 
 import json

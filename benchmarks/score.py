@@ -1,6 +1,6 @@
 """Log-probabilities of a checkpoint, from real vLLM.
 
-    python -m benchmarks.score MODEL WINDOWS.npy OUT.npy [--dtype bfloat16] [--quantization w8a8_bismooth]
+    python -m benchmarks.score MODEL WINDOWS.npy OUT.npy
 
 A process of its own, because an engine is only wholly gone when its process is.
 """
@@ -22,14 +22,13 @@ def engine_environment() -> dict[str, str]:
     return {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", **os.environ}
 
 
-def log_probabilities(model: Path, windows: np.ndarray, log: Path, **options: str) -> np.ndarray:
+def log_probabilities(model: Path, windows: np.ndarray, log: Path) -> np.ndarray:
     """Score windows in a fresh vLLM process.
 
     Args:
         model: checkpoint folder.
         windows: integer ``[n, length]`` token ids; each row is one prompt.
         log: file that receives the engine's output.
-        options: further options of this module's command line.
 
     Returns:
         fp32 ``[n, length - 1, vocab]``: log-probabilities of each next token.
@@ -40,8 +39,7 @@ def log_probabilities(model: Path, windows: np.ndarray, log: Path, **options: st
     with tempfile.TemporaryDirectory() as scratch:
         inputs, output = Path(scratch, "windows.npy"), Path(scratch, "logprobs.npy")
         np.save(inputs, windows)
-        extra = [word for name, value in options.items() for word in (f"--{name}", value)]
-        command = [sys.executable, "-m", "benchmarks.score", str(model), str(inputs), str(output), *extra]
+        command = [sys.executable, "-m", "benchmarks.score", str(model), str(inputs), str(output)]
         # The engine core in the same process: two start-ups and a shutdown less, and the same computation.
         environment = engine_environment() | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
         with open(log, "wb") as sink:
@@ -52,8 +50,8 @@ def log_probabilities(model: Path, windows: np.ndarray, log: Path, **options: st
         return np.load(output)
 
 
-def score(model: str, windows: np.ndarray, **options) -> np.ndarray:
-    """As :func:`log_probabilities`, in this process; ``options`` go to ``vllm.LLM``."""
+def score(model: str, windows: np.ndarray) -> np.ndarray:
+    """As :func:`log_probabilities`, in this process."""
     from vllm import LLM, SamplingParams
 
     count, length = windows.shape
@@ -65,7 +63,7 @@ def score(model: str, windows: np.ndarray, **options) -> np.ndarray:
         max_num_batched_tokens=max(2048, length + 1),
         enable_prefix_caching=False,
         disable_log_stats=True,
-        **options,
+        dtype="bfloat16",
     )
     asked = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=-1, flat_logprobs=True, detokenize=False)
     vocabulary = engine.llm_engine.model_config.get_vocab_size()
@@ -86,15 +84,5 @@ if __name__ == "__main__":
     parser.add_argument("model")
     parser.add_argument("windows", type=Path)
     parser.add_argument("output", type=Path)
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--quantization")
     arguments = parser.parse_args()
-    np.save(
-        arguments.output,
-        score(
-            arguments.model,
-            np.load(arguments.windows),
-            dtype=arguments.dtype,
-            quantization=arguments.quantization,
-        ),
-    )
+    np.save(arguments.output, score(arguments.model, np.load(arguments.windows)))

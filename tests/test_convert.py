@@ -71,10 +71,6 @@ def test_shards_and_index_agree(make_checkpoint, tmp_path, monkeypatch):
         with safe_open(out / file, framework="pt") as shard:
             assert name in shard.keys()  # noqa: SIM118
             assert shard.metadata() == {"format": "pt"}
-    assert (
-        Checkpoint(make_checkpoint.__wrapped__ if False else tmp_path / "source").headers.keys()
-        <= index["weight_map"].keys()
-    )
 
 
 def test_single_file_sources_give_the_same_tensors(make_checkpoint, tmp_path):
@@ -184,7 +180,7 @@ def test_per_group_checkpoint(make_checkpoint, tmp_path, model_type):
 def test_config_is_read_as_meant_by_compressed_tensors(make_checkpoint, tmp_path):
     """The library's own matcher must give each linear, and vLLM's fused one, the granularity of its tensors."""
     from compressed_tensors.quantization import QuantizationConfig
-    from compressed_tensors.utils.match import is_match, match_targets  # noqa: F401
+    from compressed_tensors.utils.match import is_match
     from transformers import AutoConfig, AutoModelForCausalLM
 
     source = make_checkpoint()
@@ -195,11 +191,8 @@ def test_config_is_read_as_meant_by_compressed_tensors(make_checkpoint, tmp_path
     assert written["quantization_config"]["bismooth"]["method"] == "mixed"
     parsed = QuantizationConfig.model_validate(written["quantization_config"])
     group, channel = parsed.config_groups["group_0"], parsed.config_groups["group_1"]
-    assert (group.weights.strategy, group.weights.group_size, group.input_activations.strategy) == (
-        "group",
-        32,
-        "group",
-    )
+    assert (group.weights.strategy, group.input_activations.strategy) == ("group", "group")
+    assert group.weights.group_size == group.input_activations.group_size == 32
     assert (channel.weights.strategy, channel.input_activations.strategy) == ("channel", "token")
     assert parsed.format == "int-quantized" and parsed.ignore == ["lm_head"]
     with torch.device("meta"):

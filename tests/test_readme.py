@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,5 @@ def test_tables_are_the_committed_results(table):
 
 
 def test_files_that_it_names_exist():
-    import re
-
     for target in re.findall(r"\]\(([^)#:]+)\)", README):
         assert (Path(__file__).parents[1] / target).exists(), target

@@ -99,7 +99,12 @@ def test_which_checkpoints_are_claimed(checkpoint, flag, claimed):
 
 @given(JSON, JSON, st.sampled_from([None, "w8a8_bismooth", "fp8"]))
 def test_any_config_is_tolerated(groups, whole, flag):
-    for checkpoint in (whole, {"quant_method": "compressed-tensors", "config_groups": groups}):
+    for checkpoint in (
+        whole,
+        STOCK | {"format": whole},
+        STOCK | {"config_groups": groups},
+        STOCK | {"config_groups": {"g": groups}},
+    ):
         config_class().override_quantization_method(checkpoint, flag, hf_config=None)
 
 
@@ -117,8 +122,8 @@ def test_schemes_that_are_left_to_compressed_tensors():
 
     group = {"strategy": "group", "group_size": 32}
     assert isinstance(scheme_of(W8A8, TOKEN), W8A8Scheme)
-    assert scheme_of(W8A8 | group, TOKEN | group).activation_groups == 32
-    assert scheme_of(W8A8 | group, TOKEN).activation_groups is None
+    assert scheme_of(W8A8 | group, TOKEN | group).activation_group_size == 32
+    assert scheme_of(W8A8 | group, TOKEN).activation_group_size is None
     assert not isinstance(scheme_of(W8A8, TOKEN, format="pack-quantized"), W8A8Scheme)
     assert not isinstance(scheme_of(W8A8, W8A8 | {"strategy": "tensor"}), W8A8Scheme)
     assert not isinstance(scheme_of(W8A8, TOKEN | {"symmetric": False}), W8A8Scheme)
@@ -183,8 +188,9 @@ def test_ranks_add_up(on_rank, group_size, split):
         assert torch.equal(torch.cat(outputs, dim=1), whole)
     elif group_size:  # every group lies on one rank, so only the order of fp32 sums differs
         torch.testing.assert_close(outputs[0] + outputs[1], whole, rtol=1e-5, atol=1e-4)
-    else:  # each rank quantizes its half of a token by its own range
-        torch.testing.assert_close(outputs[0] + outputs[1], whole, rtol=0.05, atol=0.3)
+    else:  # each rank quantizes its half of a token by its own range: not the whole's product, but the halves'
+        halves = [ops.linear(x[:, half], codes[:, half], scales, 64) for half in (slice(0, 64), slice(64, 128))]
+        assert torch.equal(outputs[0], halves[0] + bias) and torch.equal(outputs[1], halves[1])
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -215,7 +221,7 @@ def checkpoints(tmp_path_factory) -> dict[str, Path]:
 
 
 CLOSE = 0.1
-"""Nats between log-probabilities of one model in bf16 through different kernels, compiled or not."""
+"""Nats between log-probabilities of one model through different kernels: a bf16 logit near 10 has steps of 0.06."""
 
 
 def assert_same_up_to_near_ties(first: dict, second: dict) -> None:

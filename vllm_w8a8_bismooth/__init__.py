@@ -3,6 +3,8 @@
 import logging
 
 __version__ = "0.1.0"
+FORMAT = "int-quantized"
+"""How compressed-tensors calls the storage of our checkpoints: plain int8 weights and their scales."""
 MARKER = "bismooth"
 """The key of ``quantization_config`` by which the plugin claims our checkpoints; other readers ignore it."""
 

@@ -55,13 +55,10 @@ _LLAMA = Architecture(
     sites=(
         Site("v->o", "self_attn.v_proj", ("self_attn.o_proj",)),
         Site("up->down", "mlp.up_proj", ("mlp.down_proj",)),
-        Site("norm->qkv", "input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
-        Site("norm->gate_up", "post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
+        Site("norm->qkv", "input_layernorm", _ATTENTION[:3]),
+        Site("norm->gate_up", "post_attention_layernorm", _MLP[:2]),
     ),
-    fused={
-        "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-        "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
-    },
+    fused={"self_attn.qkv_proj": _ATTENTION[:3], "mlp.gate_up_proj": _MLP[:2]},
     biases={**dict.fromkeys(_ATTENTION, "attention_bias"), **dict.fromkeys(_MLP, "mlp_bias")},
 )
 
@@ -102,7 +99,7 @@ def architecture_of(config: Mapping) -> Architecture:
 
 
 def sizes_of(config: Mapping) -> dict[str, int]:
-    """Sizes named in :class:`Architecture`, plus ``blocks``, ``heads``, ``kv_heads`` and ``vocab``.
+    """Sizes named in :class:`Architecture`, plus ``blocks`` and ``vocab``.
 
     Raises:
         BismoothError: a size is missing, not a positive integer, or the heads do not divide.
@@ -126,8 +123,6 @@ def sizes_of(config: Mapping) -> dict[str, int]:
         "blocks": size("num_hidden_layers"),
         "hidden": hidden,
         "intermediate": size("intermediate_size"),
-        "heads": heads,
-        "kv_heads": kv_heads,
         "head": head,
         "query": heads * head,
         "key": kv_heads * head,

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from vllm_w8a8_bismooth import MARKER
+from vllm_w8a8_bismooth import FORMAT, MARKER
 from vllm_w8a8_bismooth.architectures import Architecture
 from vllm_w8a8_bismooth.errors import BismoothError
 
@@ -137,7 +137,7 @@ def quantization_config(recipe: Recipe, group_targets: list[str], all_grouped: b
         groups.append(_group(["Linear"], None))
     return {
         "quant_method": "compressed-tensors",
-        "format": "int-quantized",
+        "format": FORMAT,
         "quantization_status": "compressed",
         # Specific targets come first: readers stop at the first group that matches.
         "config_groups": {f"group_{i}": group for i, group in enumerate(groups)},

@@ -82,6 +82,9 @@ def linear(
 
     Returns:
         ``[..., N]`` in x's dtype.
+
+    Raises:
+        ValueError: the shapes do not fit together.
     """
     codes, scale = quantize_activations(x.reshape(-1, x.shape[-1]), group_size)
     out = scaled_mm(codes, weight, scale, weight_scale, x.dtype, bias)

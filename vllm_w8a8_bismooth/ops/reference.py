@@ -13,7 +13,7 @@ def quantize_activations(x: torch.Tensor, group_size: int) -> tuple[torch.Tensor
     Returns:
         int8 ``[M, K]`` with ``q = round_half_even(x * (127 / amax))``, and fp32 ``[M, K / group_size]`` with
         ``scale = amax / 127``, all of it computed in fp32. A group that is all zero, or so small that ``127 / amax``
-        overflows (amax < 3.8e-37), gives q 0. A group with a NaN or an infinity has a NaN or infinite scale, so that
+        overflows (amax < 3.74e-37), gives q 0. A group with a NaN or an infinity has a NaN or infinite scale, so that
         the product is NaN there; its codes are unspecified.
     """
     tokens, channels = x.shape

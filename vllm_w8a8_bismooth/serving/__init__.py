@@ -2,7 +2,7 @@
 
 import logging
 
-TESTED = ((0, 26), (0, 33))
+WRITTEN_FOR = ((0, 26), (0, 33))
 _registered = False
 
 
@@ -21,11 +21,11 @@ def register() -> None:
     from vllm_w8a8_bismooth.serving.config import NAME, BiSmoothConfig
 
     release = tuple(vllm.__version_tuple__[:2])
-    if not TESTED[0] <= release <= TESTED[1]:
+    if not WRITTEN_FOR[0] <= release <= WRITTEN_FOR[1]:
         logging.getLogger("vllm.w8a8_bismooth").warning(
             "vLLM %s is outside the range this package was made for (%s to %s)",
             vllm.__version__,
-            *(".".join(map(str, v)) for v in TESTED),
+            *(".".join(map(str, v)) for v in WRITTEN_FOR),
         )
     register_quantization_config(NAME)(BiSmoothConfig)
     _registered = True

@@ -8,11 +8,10 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
 from vllm.model_executor.layers.quantization.compressed_tensors.schemes import CompressedTensorsScheme
 from vllm.platforms import current_platform
 
-from vllm_w8a8_bismooth import MARKER, ops
+from vllm_w8a8_bismooth import FORMAT, MARKER, ops
 from vllm_w8a8_bismooth.serving.scheme import W8A8Scheme
 
 NAME = "w8a8_bismooth"
-FORMAT = "int-quantized"
 CHANNEL, GROUP, TOKEN = (QuantizationStrategy(s).value for s in ("channel", "group", "token"))
 
 
@@ -44,11 +43,13 @@ class BiSmoothConfig(CompressedTensorsConfig):
         if plain and _is_int8(weight_quant, dynamic=False) and _is_int8(input_quant, dynamic=True):
             strategies = (weight_quant.strategy, input_quant.strategy)
             if strategies == (CHANNEL, TOKEN) and not _stock_is_faster():
-                return W8A8Scheme(weight_groups=None, activation_groups=None)
+                return W8A8Scheme(weight_group_size=None, activation_group_size=None)
             if strategies == (GROUP, TOKEN):
-                return W8A8Scheme(weight_groups=weight_quant.group_size, activation_groups=None)
+                return W8A8Scheme(weight_group_size=weight_quant.group_size, activation_group_size=None)
             if strategies == (GROUP, GROUP) and weight_quant.group_size == input_quant.group_size:
-                return W8A8Scheme(weight_groups=weight_quant.group_size, activation_groups=input_quant.group_size)
+                return W8A8Scheme(
+                    weight_group_size=weight_quant.group_size, activation_group_size=input_quant.group_size
+                )
         return super()._get_scheme_from_parts(weight_quant, input_quant, *args, **kwargs)
 
 

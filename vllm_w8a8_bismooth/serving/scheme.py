@@ -16,13 +16,13 @@ class W8A8Scheme(CompressedTensorsScheme):
     """INT8 weights per channel or per group, dynamic INT8 activations per token or per token and group.
 
     Args:
-        weight_groups: columns that share a weight scale; ``None`` is per-channel.
-        activation_groups: channels that share an activation scale; ``None`` is per token.
+        weight_group_size: columns that share a weight scale; ``None`` is per-channel.
+        activation_group_size: channels that share an activation scale; ``None`` is per token.
     """
 
-    def __init__(self, weight_groups: int | None, activation_groups: int | None):
-        self.weight_groups = weight_groups
-        self.activation_groups = activation_groups
+    def __init__(self, weight_group_size: int | None, activation_group_size: int | None):
+        self.weight_group_size = weight_group_size
+        self.activation_group_size = activation_group_size
 
     @classmethod
     def get_min_capability(cls) -> int:
@@ -48,16 +48,19 @@ class W8A8Scheme(CompressedTensorsScheme):
         layer.register_parameter(
             "weight", ModelWeightParameter(data=weight, input_dim=1, output_dim=0, weight_loader=weight_loader)
         )
-        if self.weight_groups is None:
+        if self.weight_group_size is None:
             scale = ChannelQuantScaleParameter(data=_unset(rows, 1), output_dim=0, weight_loader=weight_loader)
         else:
-            if columns % self.weight_groups:
+            if columns % self.weight_group_size:
                 raise ValueError(
                     f"{getattr(layer, 'prefix', 'linear')}: K = {columns} on this rank is not a multiple of "
-                    f"group_size = {self.weight_groups}; use a smaller tensor parallel size or group size"
+                    f"group_size = {self.weight_group_size}; use a smaller tensor parallel size or group size"
                 )
             scale = GroupQuantScaleParameter(
-                data=_unset(rows, columns // self.weight_groups), input_dim=1, output_dim=0, weight_loader=weight_loader
+                data=_unset(rows, columns // self.weight_group_size),
+                input_dim=1,
+                output_dim=0,
+                weight_loader=weight_loader,
             )
         layer.register_parameter("weight_scale", scale)
 
@@ -71,7 +74,7 @@ class W8A8Scheme(CompressedTensorsScheme):
         device = scale.device.type
         logger.info_once(
             "w8a8_bismooth: %s linears run on %s",
-            "per-channel" if self.weight_groups is None else f"per-group ({self.weight_groups})",
+            "per-channel" if self.weight_group_size is None else f"per-group ({self.weight_group_size})",
             f"the {device} kernel" if ops.has_kernel(device) else "the torch reference",
         )
         if not bool(scale.isfinite().all()):
@@ -82,7 +85,7 @@ class W8A8Scheme(CompressedTensorsScheme):
 
     def apply_weights(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """``[..., K]`` to ``[..., N]`` in x's dtype."""
-        return ops.linear(x, layer.weight, layer.weight_scale, self.activation_groups or x.shape[-1], bias)
+        return ops.linear(x, layer.weight, layer.weight_scale, self.activation_group_size or x.shape[-1], bias)
 
 
 def _unset(*shape: int) -> torch.Tensor:
