@@ -8,7 +8,7 @@ test: .venv/ready
 	.venv/bin/ruff format --check .
 	.venv/bin/python -m pytest
 
-.venv/ready: pyproject.toml .ci/setup .ci/vllm-metadata/pyproject.toml
+.venv/ready: pyproject.toml setup.py .ci/setup .ci/vllm-metadata/pyproject.toml $(shell find csrc -type f)
 	.ci/setup
 
 clean:

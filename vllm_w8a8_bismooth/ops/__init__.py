@@ -1,13 +1,19 @@
 """INT8 operations as ``torch.library`` ops of the namespace ``w8a8_bismooth``.
 
 The schemas, the fakes (shapes for torch.compile) and a reference implementation for every device are registered here
-at import. A faster kernel registers itself for its own device (``CPU``, ``CUDA``) in the same namespace; torch's
-dispatcher then prefers it, and nothing above this module changes.
+at import. The compiled kernels of ``csrc/``, where they were built, register themselves for their own device (``CPU``,
+``CUDA``) in the same namespace; torch's dispatcher then prefers them, and nothing above this module changes.
 """
+
+import logging
+from pathlib import Path
 
 import torch
 
 from vllm_w8a8_bismooth.ops import reference
+from vllm_w8a8_bismooth.ops.packing import pack_weight, unpack_weight
+
+__all__ = ["has_kernel", "linear", "pack_weight", "quantize_activations", "scaled_mm", "unpack_weight"]
 
 _LIBRARY = torch.library.Library("w8a8_bismooth", "FRAGMENT")  # kept alive: the ops go when it goes
 _LIBRARY.define("quantize_activations(Tensor x, int group_size) -> (Tensor, Tensor)")
@@ -27,7 +33,22 @@ def _(x: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 @torch.library.register_fake("w8a8_bismooth::scaled_mm", lib=_LIBRARY)
 def _(a, b, a_scale, b_scale, out_dtype, bias=None) -> torch.Tensor:
-    return a.new_empty((a.shape[0], b.shape[0]), dtype=out_dtype)
+    return a.new_empty((a.shape[0], b_scale.shape[0]), dtype=out_dtype)
+
+
+def _load_kernels() -> None:
+    path = Path(__file__).parents[1] / "_C.so"
+    if not path.exists():
+        return
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        logging.getLogger("vllm.w8a8_bismooth").warning(
+            "the compiled kernels do not load, so they are not used: %s", error
+        )
+
+
+_load_kernels()
 
 
 def has_kernel(device_type: str) -> bool:
@@ -54,13 +75,14 @@ def scaled_mm(
     out_dtype: torch.dtype,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """See :func:`reference.scaled_mm`.
+    """See :func:`reference.scaled_mm`. On a CPU with a kernel, ``b`` may be what :func:`pack_weight` made of it.
 
     Raises:
         ValueError: the shapes do not fit together.
     """
     (m, k), (n, groups) = a.shape, b_scale.shape
-    if b.shape != (n, k) or k % groups or a_scale.shape not in ((m, 1), (m, groups)):
+    fits = b.dim() == 4 or b.shape == (n, k)  # the kernel checks a packed one
+    if not fits or k % groups or a_scale.shape not in ((m, 1), (m, groups)):
         raise ValueError(
             f"a {list(a.shape)}, b {list(b.shape)}, a_scale {list(a_scale.shape)}, b_scale {list(b_scale.shape)}: "
             "expected [M, K], [N, K], [M, 1] or [M, G], [N, G] with K a multiple of G"
@@ -75,7 +97,7 @@ def linear(
 
     Args:
         x: ``[..., K]`` float.
-        weight: int8 ``[N, K]``.
+        weight: int8 ``[N, K]``, or packed as in :func:`scaled_mm`.
         weight_scale: fp32 ``[N, 1]`` or ``[N, G]``.
         group_size: channels per activation scale: K for per token, ``K / G`` for per token and group.
         bias: ``[N]``.
@@ -88,4 +110,4 @@ def linear(
     """
     codes, scale = quantize_activations(x.reshape(-1, x.shape[-1]), group_size)
     out = scaled_mm(codes, weight, scale, weight_scale, x.dtype, bias)
-    return out.view(*x.shape[:-1], weight.shape[0])
+    return out.view(*x.shape[:-1], weight_scale.shape[0])

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from vllm.logger import init_logger
 from vllm.model_executor.layers.quantization.compressed_tensors.schemes import CompressedTensorsScheme
+from vllm.model_executor.layers.quantization.utils import replace_parameter
 from vllm.model_executor.parameter import ChannelQuantScaleParameter, GroupQuantScaleParameter, ModelWeightParameter
 
 from vllm_w8a8_bismooth import ops
@@ -65,23 +66,35 @@ class W8A8Scheme(CompressedTensorsScheme):
         layer.register_parameter("weight_scale", scale)
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        """Check that scales arrived; parameters stay as loaded, so that LoRA and reloading find them.
+        """Check that scales arrived, and lay weights and scales out for the kernels.
+
+        On CPU, ``weight`` becomes what :func:`ops.pack_weight` makes of it, in the same amount of memory, and
+        :func:`ops.unpack_weight` gives the logical ``[N, K]``; vLLM's reloading packs anew. Scales keep their shape;
+        per-group ones are stored group by group.
 
         Raises:
             ValueError: a scale is missing from the checkpoint, or is not finite.
         """
-        scale = layer.weight_scale.data
-        device = scale.device.type
+        weight, scale = layer.weight.data, layer.weight_scale.data
+        device = weight.device.type
+        compiled = ops.has_kernel(device)
         logger.info_once(
             "w8a8_bismooth: %s linears run on %s",
             "per-channel" if self.weight_group_size is None else f"per-group ({self.weight_group_size})",
-            f"the {device} kernel" if ops.has_kernel(device) else "the torch reference",
+            f"the {device} kernel" if compiled else "the torch reference",
         )
         if not bool(scale.isfinite().all()):
             raise ValueError(
                 f"{getattr(layer, 'prefix', 'linear')}.weight_scale holds values that are missing or not finite; "
                 "the checkpoint is incomplete or corrupt, convert it again"
             )
+        if compiled:
+            replace_parameter(
+                layer, "weight_scale", torch.nn.Parameter(scale.t().contiguous().t(), requires_grad=False)
+            )
+            if device == "cpu":
+                packed = ops.pack_weight(weight, groups=scale.shape[1])
+                replace_parameter(layer, "weight", torch.nn.Parameter(packed, requires_grad=False))
 
     def apply_weights(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """``[..., K]`` to ``[..., N]`` in x's dtype."""
