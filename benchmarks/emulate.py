@@ -1,4 +1,4 @@
-"""A converted checkpoint on transformers and this package's reference ops: fp32 elsewhere, no engine, seconds to load.
+"""A converted checkpoint on transformers and this package's ops: fp32 elsewhere, no engine, seconds to load.
 
 Cross-checks what vLLM measures, and makes sweeps over many plants affordable.
 """

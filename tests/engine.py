@@ -1,7 +1,9 @@
 """One vLLM engine in a process of its own: ``python -m tests.engine REQUEST.json RESULT.json``.
 
-The request holds ``options`` for ``vllm.LLM``, ``prompts`` and ``max_tokens``; the result holds the quantization method
-that vLLM settled on, the greedy tokens, and at each step the log-probabilities of the best tokens.
+The request holds ``options`` for ``vllm.LLM``, ``prompts``, ``max_tokens`` and perhaps ``lora``, an adapter folder. The
+result holds the quantization method that vLLM settled on, the greedy tokens, and at each step the log-probabilities of
+the best tokens; with an adapter the latter two also with it (``adapted``) and, after the engine reloaded its weights,
+without it (``reloaded``).
 """
 
 import json
@@ -43,12 +45,22 @@ def main(request: dict) -> dict:
 
     engine = LLM(**{"max_model_len": 256, "disable_log_stats": True} | request["options"])
     asked = SamplingParams(max_tokens=request["max_tokens"], temperature=0, logprobs=5)
-    outputs = [o.outputs[0] for o in engine.generate(request["prompts"], asked, use_tqdm=False)]
-    return {
-        "quantization": engine.llm_engine.model_config.quantization,
-        "tokens": [list(o.token_ids) for o in outputs],
-        "logprobs": [[{str(t): lp.logprob for t, lp in step.items()} for step in o.logprobs] for o in outputs],
-    }
+
+    def answers(**options) -> dict:
+        outputs = [o.outputs[0] for o in engine.generate(request["prompts"], asked, use_tqdm=False, **options)]
+        return {
+            "tokens": [list(o.token_ids) for o in outputs],
+            "logprobs": [[{str(t): lp.logprob for t, lp in step.items()} for step in o.logprobs] for o in outputs],
+        }
+
+    result = {"quantization": engine.llm_engine.model_config.quantization, **answers()}
+    if adapter := request.get("lora"):
+        from vllm.lora.request import LoRARequest
+
+        result["adapted"] = answers(lora_request=LoRARequest("adapter", 1, adapter))
+        engine.collective_rpc("reload_weights")
+        result["reloaded"] = answers()
+    return result
 
 
 if __name__ == "__main__":

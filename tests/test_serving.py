@@ -1,12 +1,16 @@
+import json
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib.metadata import entry_points
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from benchmarks import emulate
 from benchmarks.demo import serve
@@ -235,11 +239,23 @@ def assert_same_up_to_near_ties(first: dict, second: dict) -> None:
                 break
 
 
-def assert_close_to_emulation(model: Path, prompts: list[str], first_steps: list[dict[str, float]]) -> None:
-    """The first step of each prompt has the log-probabilities that fp32 on the reference ops gives its tokens."""
+def assert_close_to_emulation(
+    model: Path,
+    prompts: list[str],
+    first_steps: list[dict[str, float]],
+    updates: Mapping[int, torch.Tensor] = MappingProxyType({}),
+) -> None:
+    """The first step of each prompt has the log-probabilities that fp32 with our ops gives its tokens.
+
+    ``updates`` are added to the weights of the blocks' down_proj, in fp32.
+    """
     from transformers import AutoTokenizer
 
     emulated, encode = emulate.load(model), AutoTokenizer.from_pretrained(model)
+    for block, update in updates.items():
+        emulated.model.layers[block].mlp.down_proj.register_forward_hook(
+            lambda _, inputs, output, update=update: output + inputs[0] @ update.t()
+        )
     for prompt, step in zip(prompts, first_steps, strict=True):
         with torch.no_grad():
             logits = emulated(encode(prompt, return_tensors="pt").input_ids).logits[0, -1].log_softmax(-1)
@@ -248,9 +264,9 @@ def assert_close_to_emulation(model: Path, prompts: list[str], first_steps: list
             assert logprob == pytest.approx(logits[int(token)].item(), abs=CLOSE)
 
 
-def ask(folder: Path, model: Path, plugins: str | None = None, **options) -> dict:
+def ask(folder: Path, model: Path, plugins: str | None = None, lora: Path | None = None, **options) -> dict:
     """Greedy answers to all prompts; fails with the engine's log if there are none."""
-    request = {"options": {"model": model, **options}, "prompts": PROMPTS, "max_tokens": 24}
+    request = {"options": {"model": model, **options}, "prompts": PROMPTS, "max_tokens": 24, "lora": lora}
     result, log = engine.run(folder, plugins, **request)
     assert result is not None, log[-3000:]
     return result | {"log": log, "first_steps": [steps[0] for steps in result["logprobs"]]}
@@ -287,11 +303,35 @@ def test_stock_vllm_refuses_the_mixed_checkpoint(checkpoints, tmp_path):
     assert result is None and "No compressed-tensors compatible scheme was found" in log
 
 
+def write_adapter(folder: Path, config: dict, seed: int = 0) -> dict[int, torch.Tensor]:
+    """A LoRA adapter of rank 8 on every down_proj, as PEFT writes it; block -> what it adds to the weight."""
+    generator, tensors, updates = torch.Generator().manual_seed(seed), {}, {}
+    for block in range(config["num_hidden_layers"]):
+        down = torch.randn(8, config["intermediate_size"], generator=generator) / config["intermediate_size"] ** 0.5
+        up = torch.randn(config["hidden_size"], 8, generator=generator) * 0.05
+        name = f"base_model.model.model.layers.{block}.mlp.down_proj"
+        tensors |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
+        updates[block] = up @ down
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": 8, "lora_alpha": 8, "target_modules": ["down_proj"], "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    return updates
+
+
 @pytest.mark.engine
-def test_mixed_checkpoint_in_eager_mode(checkpoints, tmp_path):
-    ours = ask(tmp_path, checkpoints["mixed"], enforce_eager=True)
+def test_mixed_checkpoint_eager_with_adapter_and_reload(checkpoints, tmp_path):
+    """On CPU the weights are packed: LoRA finds what it needs of them, and reloading packs them anew."""
+    model = checkpoints["mixed"]
+    updates = write_adapter(tmp_path / "adapter", json.loads((model / "config.json").read_text()))
+    ours = ask(tmp_path, model, lora=tmp_path / "adapter", enforce_eager=True, enable_lora=True)
     assert ours["quantization"] == "w8a8_bismooth"
-    assert_close_to_emulation(checkpoints["mixed"], PROMPTS, ours["first_steps"])
+    assert_close_to_emulation(model, PROMPTS, ours["first_steps"])
+    adapted = [steps[0] for steps in ours["adapted"]["logprobs"]]
+    assert_close_to_emulation(model, PROMPTS, adapted, updates)
+    with pytest.raises(AssertionError):  # the adapter makes a difference
+        assert_close_to_emulation(model, PROMPTS, adapted)
+    assert ours["reloaded"] == {key: ours[key] for key in ("tokens", "logprobs")}
 
 
 @pytest.mark.engine
