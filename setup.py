@@ -11,6 +11,8 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -40,7 +42,7 @@ if platform.machine() != "x86_64":
 # -ffp-contract=off: the numerics contract rounds products and sums separately.
 CPU_FLAGS = ["-O3", "-ffp-contract=off", "-fno-math-errno"]
 
-CUDA_ARCHES = ["8.0", "8.9", "9.0a", "12.0", "12.0+PTX"]
+CUDA_ARCHES = ["8.0", "8.9", "9.0a", "10.0", "12.0", "12.0+PTX"]
 CUDA_FLAGS = ["-O3", "-DNDEBUG", "--expt-relaxed-constexpr", "-Xptxas=-v", "-Xcompiler=-fPIC", "-diag-suppress=177"]
 # What ptxas must not say: it would mean wgmma instructions in a row, or registers not handed over.
 CUDA_FATAL = ("C7508", "C7510", "setmaxnreg ignored")
@@ -89,7 +91,7 @@ def gencode(arches: list[str]) -> list[str]:
     flags = []
     for arch in arches:
         number, _, ptx = arch.partition("+")
-        number = number.replace(".", "")
+        number = number.replace(".", "").replace("90", "90a").replace("aa", "a")  # wgmma is of sm_90a alone
         flags.append(f"-gencode=arch=compute_{number},code={'compute' if ptx else 'sm'}_{number}")
     return flags
 
@@ -129,8 +131,9 @@ class BuildKernels(build_ext):
             command = [nvcc, *host, "-DUSE_CUDA", f"-I{cutlass}", *CUDA_FLAGS, *gencode(asked), f"-ccbin={compiler}"]
             for source in cuda:
                 self.add(command, source, temp)
-            cudart = Path(nvcc).resolve().parents[1] / "lib64"
-            self.cuda_libraries = [f"-L{cudart}", "-lcudart_static", "-lrt", "-lpthread", "-ldl"]
+            # nvcc may be a script somewhere else, so it is asked where its libraries are.
+            places = shlex.split(re.search("LIBRARIES=(.*)", run([nvcc, "--dryrun", "-link", "none.o"])).group(1))
+            self.cuda_libraries = [*places, "-lcudart_static", "-lrt", "-lpthread", "-ldl"]
         else:
             self.cuda_libraries = []
         if not self.steps:

@@ -1,0 +1,98 @@
+// What both GEMM kernels share: their arguments, the sum of split tiles, and the way from sums to outputs.
+#pragma once
+
+#include "layout.h"
+#include "ptx.h"
+
+enum class Float : int { fp32, bf16, fp16 };
+
+/// d[m, n] = cast(sum_g(a_scale[m, g] * b_scale[n, g] * (a b^T)[m, n, g]) + bias[n]); a int8 [m, k], b int8 [n, k].
+struct Gemm {
+  const int8_t *a, *b;
+  int m, n, k;
+  int groups, group_steps;  // groups in k; steps of 32 columns in a group
+  const float *a_scale, *b_scale;
+  int64_t a_scale_row, a_scale_group, b_scale_row, b_scale_group;  // strides
+  const void* bias;                                                // [n] or null
+  Float bias_type, d_type;
+  void* d;
+  int* partials;       // of split tiles: [team][part][thread's sums]
+  unsigned* tickets;   // of split tiles: parts of a team that are done; zero before and after
+  bool early_weights;  // weights may be loaded before the previous kernel ends
+  layout::Schedule schedule;
+};
+
+__device__ __forceinline__ float load_bias(const Gemm& gemm, int n) {
+  if (!gemm.bias) return 0.f;
+  if (gemm.bias_type == Float::fp32) return static_cast<const float*>(gemm.bias)[n];
+  uint16_t bits = static_cast<const uint16_t*>(gemm.bias)[n];
+  return gemm.bias_type == Float::bf16 ? ptx::unpack_bf16(bits) : ptx::unpack_fp16(bits);
+}
+
+/// Scales of a weight row and a token in the epilogue: 1 where the main loop has applied them.
+template <bool GROUPS>
+__device__ __forceinline__ float epilogue_b_scale(const Gemm& gemm, int n) {
+  return GROUPS || n >= gemm.n ? 1.f : gemm.b_scale[n * gemm.b_scale_row];
+}
+template <bool A_GROUPS>
+__device__ __forceinline__ float epilogue_a_scale(const Gemm& gemm, int m) {
+  return A_GROUPS || m >= gemm.m ? 1.f : gemm.a_scale[m * gemm.a_scale_row];
+}
+
+/// The reference's roundings: ((sum * a_scale) * b_scale) + bias, none of them contracted. x * 1 and x + 0 change nothing.
+__device__ __forceinline__ float finish(float sum, float a_scale, float b_scale, float bias) {
+  return __fadd_rn(__fmul_rn(__fmul_rn(sum, a_scale), b_scale), bias);
+}
+
+__device__ __forceinline__ uint32_t pack(Float type, float low, float high) {
+  return type == Float::bf16 ? ptx::pack_bf16(low, high) : ptx::pack_fp16(low, high);
+}
+
+/// Adds up the parts of a split tile, which `threads` threads of each part hold in the same order. Returns true in the
+/// part that comes last, with the total in `sums`. `flag` is a word of shared memory; `sync` a barrier of these threads.
+template <int COUNT, class Sync>
+__device__ __forceinline__ bool sum_parts(const Gemm& gemm, int (&sums)[COUNT], int team, int part, int thread,
+                                          int threads, unsigned* flag, Sync sync) {
+  static_assert(COUNT % 4 == 0, "partial sums move as int4");
+  int split = gemm.schedule.split;
+  auto slot = [&](int of, int i) {
+    return reinterpret_cast<int4*>(gemm.partials) + ((team * split + of) * (COUNT / 4) + i) * threads + thread;
+  };
+#pragma unroll
+  for (int i = 0; i < COUNT / 4; ++i) {
+    *slot(part, i) = int4{sums[i * 4], sums[i * 4 + 1], sums[i * 4 + 2], sums[i * 4 + 3]};
+  }
+  __threadfence();
+  sync();
+  if (thread == 0) *flag = atomicAdd(gemm.tickets + team, 1u);
+  sync();
+  if (*flag + 1 != unsigned(split)) return false;
+  __threadfence();
+  if (thread == 0) gemm.tickets[team] = 0;  // for the next launch
+  for (int of = 0; of < split; ++of) {
+    if (of == part) continue;
+#pragma unroll
+    for (int i = 0; i < COUNT / 4; ++i) {
+      int4 other = __ldcg(slot(of, i));
+      sums[i * 4] += other.x;
+      sums[i * 4 + 1] += other.y;
+      sums[i * 4 + 2] += other.z;
+      sums[i * 4 + 3] += other.w;
+    }
+  }
+  return true;
+}
+
+/// Copies `rows` staged rows of `columns` 16-bit outputs to d at token m, weight row n, 16 bytes at a time.
+template <int THREADS>
+__device__ __forceinline__ void store_rows(const Gemm& gemm, const uint16_t* staged, int pitch, int rows, int columns,
+                                           int m, int n, int thread) {
+  int chunks = columns / 8;
+  for (int i = thread; i < rows * chunks; i += THREADS) {
+    int row = i / chunks, column = i % chunks * 8;
+    if (m + row < gemm.m && n + column < gemm.n) {
+      uint16_t* to = static_cast<uint16_t*>(gemm.d) + int64_t(m + row) * gemm.n + n + column;
+      *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(staged + row * pitch + column);
+    }
+  }
+}

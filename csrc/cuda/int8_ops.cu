@@ -1,0 +1,283 @@
+// scaled_mm on CUDA: checks, choice of the kernel, tensor maps, workspaces, launch. Schema: vllm_w8a8_bismooth/ops.
+#include <cuda_runtime.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <atomic>
+#include <optional>
+#include <string>
+
+#include "gemm.cuh"
+#include "stream.h"
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int MAX_DEVICES = 64;
+
+#define CHECK_CUDA(call)                                                            \
+  do {                                                                              \
+    cudaError_t status = (call);                                                    \
+    STD_TORCH_CHECK(status == cudaSuccess, #call ": ", cudaGetErrorString(status)); \
+  } while (0)
+
+layout::Device device_properties(int index) {
+  static std::atomic<bool> known[MAX_DEVICES];
+  static layout::Device devices[MAX_DEVICES];
+  STD_TORCH_CHECK(index >= 0 && index < MAX_DEVICES, "no CUDA device ", index);
+  if (!known[index].load(std::memory_order_acquire)) {
+    int major = 0, minor = 0, sms = 0, shared = 0;
+    CHECK_CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index));
+    CHECK_CUDA(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index));
+    CHECK_CUDA(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, index));
+    CHECK_CUDA(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, index));
+    devices[index] = {major * 10 + minor, sms, shared};  // racing threads write the same
+    known[index].store(true, std::memory_order_release);
+  }
+  return devices[index];
+}
+
+// Counters for split tiles. A kernel leaves those it used at zero, so none is ever reset; a launch takes the next ones of
+// a ring, so that launches which may overlap (streams, captured graphs) do not share any: the ring is long enough for
+// thousands of launches. No allocation and no memset, so launches can be captured.
+constexpr unsigned RING = 1 << 20, MAX_TEAMS = 4096;
+__device__ unsigned split_tickets[RING + MAX_TEAMS];
+
+unsigned* take_tickets(int device, int teams) {
+  static std::atomic<unsigned> next[MAX_DEVICES];
+  STD_TORCH_CHECK(unsigned(teams) <= MAX_TEAMS, "too many split tiles: ", teams);
+  void* first = nullptr;
+  CHECK_CUDA(cudaGetSymbolAddress(&first, split_tickets));
+  return static_cast<unsigned*>(first) + next[device].fetch_add(unsigned(teams)) % RING;
+}
+
+// Whether the last call with this address, of those that share its place, was with this address too. Weights that were
+// used before are not being written now, so their loads need not wait for the kernel ahead.
+bool used_before(const void* address) {
+  static std::atomic<const void*> recent[1 << 14];
+  return recent[reinterpret_cast<uintptr_t>(address) * 0x9e3779b97f4a7c15u >> 50].exchange(address) == address;
+}
+
+// Rows of k bytes in boxes of box_rows x 128 bytes, with the 128-byte swizzle; zero outside.
+CUtensorMap tensor_map(const void* base, int rows, int k, int box_rows) {
+  using Encode = decltype(&cuTensorMapEncodeTiled);
+  static const Encode encode = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult found;
+    cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
+    return reinterpret_cast<Encode>(found == cudaDriverEntryPointSuccess ? function : nullptr);
+  }();
+  STD_TORCH_CHECK(encode != nullptr, "the driver has no cuTensorMapEncodeTiled");
+  CUtensorMap map;
+  cuuint64_t sizes[] = {cuuint64_t(k), cuuint64_t(rows)}, pitch[] = {cuuint64_t(k)};
+  cuuint32_t box[] = {layout::BLOCK, cuuint32_t(box_rows)}, steps[] = {1, 1};
+  CUresult status =
+      encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, const_cast<void*>(base), sizes, pitch, box, steps,
+             CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  STD_TORCH_CHECK(status == CUDA_SUCCESS, "cuTensorMapEncodeTiled: error ", int(status));
+  return map;
+}
+
+// Launches one kernel. Its shared memory and, with clusters, how many fit on the device are settled at its first launch.
+template <class Kernel>
+void launch(const Gemm& gemm, const layout::Device& device, int device_index, cudaStream_t stream) {
+  constexpr layout::Tile tile = Kernel::tile;
+  auto function = Kernel::function();
+  int units = gemm.schedule.units();
+  cudaLaunchAttribute attributes[2] = {};
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(units);
+  config.blockDim = dim3(tile.threads());
+  config.dynamicSmemBytes = Kernel::shared_bytes;
+  config.stream = stream;
+  config.attrs = attributes;
+  if (tile.cluster > 1) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+    attributes[config.numAttrs++].val.clusterDim = {unsigned(tile.cluster), 1, 1};
+  }
+  static std::atomic<int> resident[MAX_DEVICES];  // clusters that run at once
+  if (!resident[device_index].load()) {
+    CHECK_CUDA(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, Kernel::shared_bytes));
+    int clusters = device.sms;
+    config.gridDim = dim3(device.sms / tile.cluster * tile.cluster);
+    if (tile.cluster > 1) CHECK_CUDA(cudaOccupancyMaxActiveClusters(&clusters, function, &config));
+    STD_TORCH_CHECK(clusters > 0, "no room for a cluster of ", tile.cluster, " CTAs");
+    resident[device_index].store(clusters);
+  }
+  if (device.capability >= 90) {  // may start before the kernel ahead of it has ended: it waits for it itself
+    attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
+  }
+  if constexpr (tile.wgmma) {
+    config.gridDim = dim3(layout::least(units, resident[device_index].load()) * tile.cluster);
+    CUtensorMap a_map = tensor_map(gemm.a, gemm.m, gemm.k, tile.tokens / tile.cluster);
+    CUtensorMap b_map = tensor_map(gemm.b, gemm.n, gemm.k, tile.weights);
+    CHECK_CUDA(cudaLaunchKernelEx(&config, function, gemm, a_map, b_map));
+  } else {
+    config.gridDim = dim3(units);
+    CHECK_CUDA(cudaLaunchKernelEx(&config, function, gemm));
+  }
+}
+
+// Why there is no kernel for weights [n, k] with `groups` scales a row on a compute capability (90 for 9.0), or nothing.
+std::string gemm_unsupported(int64_t n, int64_t k, int64_t groups, int64_t capability) {
+  if (capability < 80) return "compute capability " + std::to_string(capability) + " is below 80 (Ampere)";
+  if (n % 16 || k % 16 || k < 16) {
+    return "N = " + std::to_string(n) + " and K = " + std::to_string(k) + " must be multiples of 16";
+  }
+  if (k >= 1 << 17) return "K = " + std::to_string(k) + " is not below 131072, where int32 sums may overflow";
+  if (groups < 1 || k % groups || (groups > 1 && k / groups % 32)) {
+    return "K = " + std::to_string(k) + " in " + std::to_string(groups) + " groups: a group must have a multiple of 32";
+  }
+  return "";
+}
+
+layout::Granularity granularity_of(int64_t k, int64_t groups) {
+  return groups == 1 ? layout::CHANNEL : k / groups == 128 ? layout::GROUP_128 : layout::GROUP_ANY;
+}
+
+// A contiguous tensor at an address that TMA and 16-byte loads can use.
+Tensor loadable(const Tensor& x) {
+  if (!x.is_contiguous()) return torch::stable::contiguous(x);
+  return reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 ? torch::stable::clone(x) : x;
+}
+
+Float float_type(ScalarType type, const char* what) {
+  if (type == ScalarType::BFloat16) return Float::bf16;
+  if (type == ScalarType::Half) return Float::fp16;
+  STD_TORCH_CHECK(type == ScalarType::Float, what, " must be bfloat16, float16 or float32");
+  return Float::fp32;
+}
+
+// tile < 0: chosen.
+Tensor multiply(const Tensor& a_any, const Tensor& b_any, const Tensor& a_scale, const Tensor& b_scale,
+                ScalarType out_dtype, const std::optional<Tensor>& bias_any, int64_t tile_index, int64_t split) {
+  STD_TORCH_CHECK(a_any.dim() == 2 && b_any.dim() == 2 && a_scale.dim() == 2 && b_scale.dim() == 2,
+                  "a, b, a_scale and b_scale must be matrices");
+  STD_TORCH_CHECK(a_any.scalar_type() == ScalarType::Char && b_any.scalar_type() == ScalarType::Char,
+                  "a and b must be int8");
+  STD_TORCH_CHECK(a_scale.scalar_type() == ScalarType::Float && b_scale.scalar_type() == ScalarType::Float,
+                  "scales must be float32");
+  int64_t m = a_any.size(0), k = a_any.size(1), n = b_any.size(0), groups = b_scale.size(1);
+  STD_TORCH_CHECK(b_any.size(1) == k && b_scale.size(0) == n && a_scale.size(0) == m &&
+                      (a_scale.size(1) == 1 || a_scale.size(1) == groups),
+                  "expected a [M, K], b [N, K], a_scale [M, 1] or [M, G], b_scale [N, G]; got a [", m, ", ", k, "], b [", n,
+                  ", ", b_any.size(1), "], a_scale [", a_scale.size(0), ", ", a_scale.size(1), "], b_scale [",
+                  b_scale.size(0), ", ", groups, "]");
+  STD_TORCH_CHECK(m < 1 << 30 && n < 1 << 30, "M = ", m, " or N = ", n, " is too large");
+  int device_index = a_any.get_device_index();
+  STD_TORCH_CHECK(b_any.get_device_index() == device_index && a_scale.get_device_index() == device_index &&
+                      b_scale.get_device_index() == device_index,
+                  "a, b and their scales must be on one device");
+  layout::Device device = device_properties(device_index);
+  std::string problem = gemm_unsupported(n, k, groups, device.capability);
+  STD_TORCH_CHECK(problem.empty(), problem);
+
+  torch::stable::accelerator::DeviceGuard guard(device_index);
+  Float d_type = float_type(out_dtype, "out_dtype");
+  Tensor d = torch::stable::new_empty(a_any, {m, n}, out_dtype);
+  if (m == 0 || n == 0) return d;
+  Tensor a = loadable(a_any), b = loadable(b_any);
+  std::optional<Tensor> bias;
+  if (bias_any) {
+    STD_TORCH_CHECK(bias_any->numel() == n && bias_any->get_device_index() == device_index,
+                    "bias must be [N] and on the device of a");
+    bias = torch::stable::contiguous(*bias_any);
+  }
+
+  layout::Granularity granularity = granularity_of(k, groups);
+  layout::Problem shape{int(m), int(n), int(k), granularity};
+  layout::Choice choice;
+  if (tile_index < 0) {
+    choice = layout::choose(shape, device);
+  } else {
+    STD_TORCH_CHECK(tile_index < layout::TILE_COUNT && layout::fits(layout::TILES[tile_index], granularity, device) &&
+                        split >= 1 && (split == 1 || granularity == layout::CHANNEL),
+                    "tile ", tile_index, " with split ", split, " does not fit this device or granularity");
+    choice.tile = int(tile_index);
+    choice.split = int(split);
+    choice.whole = split > 1 ? 0 : layout::schedule(shape, layout::TILES[tile_index], 0, 1).tiles();
+  }
+  STD_TORCH_CHECK(choice.tile >= 0, "no kernel fits into the shared memory of this device");
+  const layout::Tile& tile = layout::TILES[choice.tile];
+  layout::Schedule schedule = layout::schedule(shape, tile, choice.whole, choice.split);
+  STD_TORCH_CHECK(choice.split <= schedule.blocks, "tile ", choice.tile, " has fewer blocks of K than split ", split);
+
+  Gemm gemm{};
+  gemm.a = static_cast<const int8_t*>(a.const_data_ptr());
+  gemm.b = static_cast<const int8_t*>(b.const_data_ptr());
+  gemm.m = int(m), gemm.n = int(n), gemm.k = int(k);
+  gemm.groups = int(groups), gemm.group_steps = int(k / groups / 32);
+  gemm.a_scale = static_cast<const float*>(a_scale.const_data_ptr());
+  gemm.b_scale = static_cast<const float*>(b_scale.const_data_ptr());
+  gemm.a_scale_row = a_scale.stride(0), gemm.a_scale_group = a_scale.stride(1);
+  gemm.b_scale_row = b_scale.stride(0), gemm.b_scale_group = b_scale.stride(1);
+  gemm.bias = bias ? bias->const_data_ptr() : nullptr;
+  gemm.bias_type = bias ? float_type(bias->scalar_type(), "bias") : Float::fp32;
+  gemm.d = d.mutable_data_ptr();
+  gemm.d_type = d_type;
+  bool weights_known = used_before(gemm.b), scales_known = used_before(gemm.b_scale);
+  gemm.early_weights = weights_known && scales_known;
+  gemm.schedule = schedule;
+  std::optional<Tensor> partials;  // from torch's allocator, so that it is right on every stream and in a captured graph
+  if (schedule.split_tiles() > 0 && schedule.split > 1) {
+    int64_t ctas = int64_t(schedule.split_tiles()) * tile.cluster;
+    partials = torch::stable::new_empty(a, {ctas * schedule.split * tile.tokens * tile.weights}, ScalarType::Int);
+    gemm.partials = static_cast<int*>(partials->mutable_data_ptr());
+    gemm.tickets = take_tickets(device_index, int(ctas) * (tile.wgmma ? 2 : 1));
+  } else {
+    gemm.schedule.whole = schedule.tiles();
+  }
+
+  cudaStream_t stream = current_stream(device_index);
+  bool found = with_kernel(choice.tile, granularity, a_scale.size(1) > 1, [&](auto kernel) {
+    launch<decltype(kernel)>(gemm, device, device_index, stream);
+  });
+  STD_TORCH_CHECK(found, "tile ", choice.tile, " has no kernel for this granularity");
+  return d;
+}
+
+Tensor scaled_mm(Tensor a, Tensor b, Tensor a_scale, Tensor b_scale, ScalarType out_dtype, std::optional<Tensor> bias) {
+  return multiply(a, b, a_scale, b_scale, out_dtype, bias, -1, 1);
+}
+
+// By one tile of layout::TILES, with every tile split along k: for tests and measurements.
+Tensor scaled_mm_tile(Tensor a, Tensor b, Tensor a_scale, Tensor b_scale, ScalarType out_dtype,
+                      std::optional<Tensor> bias, int64_t tile, int64_t split) {
+  STD_TORCH_CHECK(tile >= 0, "no tile ", tile);
+  return multiply(a, b, a_scale, b_scale, out_dtype, bias, tile, split);
+}
+
+// What scaled_mm would run, in words.
+std::string gemm_choice(int64_t m, int64_t n, int64_t k, int64_t groups, int64_t device) {
+  auto choice = layout::choose({int(m), int(n), int(k), granularity_of(k, groups)}, device_properties(int(device)));
+  if (choice.tile < 0) return "none";
+  const layout::Tile& tile = layout::TILES[choice.tile];
+  return std::to_string(choice.tile) + ": " + (tile.wgmma ? "wgmma " : "mma ") + std::to_string(tile.tokens) + " tokens x " +
+         std::to_string(tile.weights) + " weights, cluster " + std::to_string(tile.cluster) + ", split " +
+         std::to_string(choice.split);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(w8a8_bismooth, m) {
+  m.def(
+      "scaled_mm_tile(Tensor a, Tensor b, Tensor a_scale, Tensor b_scale, ScalarType out_dtype, Tensor? bias, int tile, "
+      "int split) -> Tensor");
+  m.def("gemm_unsupported(int n, int k, int groups, int capability) -> str");
+  m.def("gemm_choice(int m, int n, int k, int groups, int device) -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(w8a8_bismooth, CUDA, m) {
+  m.impl("scaled_mm", TORCH_BOX(&scaled_mm));
+  m.impl("scaled_mm_tile", TORCH_BOX(&scaled_mm_tile));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(w8a8_bismooth, CompositeExplicitAutograd, m) {
+  m.impl("gemm_unsupported", TORCH_BOX(&gemm_unsupported));
+  m.impl("gemm_choice", TORCH_BOX(&gemm_choice));
+}

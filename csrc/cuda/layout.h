@@ -1,0 +1,193 @@
+// Which tile, and which part of it, a CTA computes: plain integer functions for the host and the device.
+//
+// Everything is seen with the operands swapped: weight rows (N) are the rows of the MMA, tokens (M) its columns.
+#pragma once
+
+#include <cstdint>
+#include <initializer_list>
+
+#ifdef __CUDACC__
+#define LAYOUT_FUNCTION __host__ __device__ constexpr
+#else
+#define LAYOUT_FUNCTION constexpr
+#endif
+
+namespace layout {
+
+constexpr int BLOCK = 128;  // bytes of k in a block: a 128-byte swizzle row, and a group of the fast path
+
+LAYOUT_FUNCTION int ceil_div(int a, int b) { return (a + b - 1) / b; }
+LAYOUT_FUNCTION int least(int a, int b) { return a < b ? a : b; }
+
+/// Byte offset of 16-byte chunk `chunk` of row `row` in a tile of 128-byte rows with the 128-byte swizzle.
+LAYOUT_FUNCTION int swizzled(int row, int chunk) { return row * BLOCK + ((chunk ^ (row & 7)) << 4); }
+
+/// Work of one CTA (or cluster): a tile, and the k-blocks [begin, end) of it.
+struct Unit {
+  int token_tile, weight_tile, begin, end;
+  int split_tile, part;  // which split tile this is a part of, and which part; -1, 0 for a whole tile
+};
+
+/// All units of a product. The first `whole` tiles have one unit each, which covers all of k; every later tile is split
+/// along k into `split` units, so that the last wave fills the chip. int32 partial sums make the split exact.
+struct Schedule {
+  int token_tiles, weight_tiles, blocks, whole, split;
+
+  LAYOUT_FUNCTION int tiles() const { return token_tiles * weight_tiles; }
+  LAYOUT_FUNCTION int split_tiles() const { return tiles() - whole; }
+  LAYOUT_FUNCTION int units() const { return whole + split_tiles() * split; }
+
+  LAYOUT_FUNCTION Unit unit(int index) const {
+    bool entire = index < whole;
+    int late = index - whole;
+    int tile = entire ? index : whole + late / split;
+    int part = entire ? 0 : late % split;
+    int parts = entire ? 1 : split;
+    // Bands of 8 token tiles, through which all weight tiles pass: CTAs that run together share both operands in L2.
+    int band = tile / (8 * weight_tiles), within = tile - band * 8 * weight_tiles;
+    int height = least(8, token_tiles - band * 8);
+    return {band * 8 + within % height,
+            within / height,
+            blocks * part / parts,
+            blocks * (part + 1) / parts,
+            entire ? -1 : tile - whole,
+            part};
+  }
+};
+
+enum Granularity {
+  CHANNEL,    // one scale a weight row
+  GROUP_128,  // one scale a weight row and 128 columns
+  GROUP_ANY,  // groups of any multiple of 32 columns
+};
+
+/// A tile shape that kernels are built for.
+struct Tile {
+  bool wgmma;                      // Hopper's warpgroup MMA; otherwise mma.sync
+  int tokens, weights;             // of one CTA
+  int warp_tokens, warp_weights;   // mma.sync: of one warp
+  int warps_k;                     // mma.sync: warps that share the tile and divide k
+  int stages;                      // mma.sync: of the pipeline; wgmma takes as many as fit
+  int cluster;                     // CTAs with neighbouring weight tiles, which share the activations' loads
+  unsigned granularities;          // bits, by Granularity
+
+  LAYOUT_FUNCTION bool does(int granularity) const { return granularities >> granularity & 1; }
+  LAYOUT_FUNCTION int threads() const {
+    return wgmma ? 384 : tokens / warp_tokens * (weights / warp_weights) * warps_k * 32;
+  }
+  LAYOUT_FUNCTION int block() const { return BLOCK * warps_k; }
+
+  // Shared memory of an mma.sync tile: stages, then their scales, then the exchange between warps that divide k.
+  LAYOUT_FUNCTION int stage_bytes() const { return (tokens + weights) * block(); }
+  LAYOUT_FUNCTION int scales(int granularity) const { return granularity == GROUP_128 ? tokens + weights : 0; }
+  LAYOUT_FUNCTION int exchange_bytes() const { return warps_k > 1 ? warps_k * tokens * (weights + 4) * 4 : 0; }
+
+  // Shared memory of a wgmma tile: stages, their scales, output staging and token scales of two warpgroups, barriers.
+  LAYOUT_FUNCTION int staging_tokens() const { return least(tokens, 64); }
+  LAYOUT_FUNCTION int staging_bytes() const { return 2 * (staging_tokens() * (64 + 8) * 2 + tokens * 4); }
+  LAYOUT_FUNCTION int wgmma_stages(int granularity) const {
+    int stage = stage_bytes() + scales(granularity) * 4 + 16;
+    return least(12, (SHARED_LIMIT - staging_bytes() - 16) / stage);
+  }
+
+  LAYOUT_FUNCTION int shared_bytes(int granularity) const {
+    if (wgmma) {
+      int stage = stage_bytes() + scales(granularity) * 4 + 16;
+      return wgmma_stages(granularity) * stage + staging_bytes() + 16;
+    }
+    int pipeline = stages * (stage_bytes() + scales(granularity) * warps_k * 4) + exchange_bytes();
+    int output = tokens * (weights + 8) * 2;
+    return pipeline > output ? pipeline : output;
+  }
+
+  static constexpr int SHARED_LIMIT = 232448;  // of a CTA on Hopper
+};
+
+constexpr unsigned C = 1u << CHANNEL, G = 1u << GROUP_128, ANY = 1u << GROUP_ANY;
+constexpr Tile TILES[] = {
+    // wgmma   tokens weights  warp's  k stages cluster
+    {true, 16, 128, 0, 0, 1, 0, 1, C | G},
+    {true, 32, 128, 0, 0, 1, 0, 1, C | G},
+    {true, 64, 128, 0, 0, 1, 0, 1, C | G},
+    {true, 128, 128, 0, 0, 1, 0, 1, C | G},
+    {true, 192, 128, 0, 0, 1, 0, 2, C | G},
+    {true, 128, 256, 0, 0, 1, 0, 2, C | G},
+    {true, 256, 128, 0, 0, 1, 0, 2, C},  // per group: too many registers
+    {false, 16, 32, 16, 32, 4, 3, 1, C | G},
+    {false, 32, 32, 32, 32, 4, 3, 1, G},
+    {false, 32, 64, 32, 16, 1, 4, 1, C | G | ANY},
+    {false, 64, 64, 32, 32, 1, 4, 1, C | G},
+    {false, 64, 128, 32, 32, 1, 4, 1, C | G},
+    {false, 128, 128, 32, 64, 1, 3, 1, C | G | ANY},
+    {false, 256, 128, 64, 64, 1, 3, 1, C},
+};
+constexpr int TILE_COUNT = sizeof(TILES) / sizeof(TILES[0]);
+
+/// What the choice depends on: the product and the device.
+struct Problem {
+  int m, n, k, granularity;
+};
+struct Device {
+  int capability;    // 80, 86, 89, 90, ...
+  int sms;           // multiprocessors
+  int shared_bytes;  // of a CTA, opted in
+};
+struct Choice {
+  int tile = -1;  // in TILES; -1: none fits
+  int whole = 0, split = 1;
+  double clocks = 0;  // predicted
+};
+
+LAYOUT_FUNCTION Schedule schedule(const Problem& p, const Tile& tile, int whole, int split) {
+  Schedule s{ceil_div(p.m, tile.tokens), ceil_div(p.n, tile.weights * tile.cluster), ceil_div(p.k, tile.block()), whole,
+             split};
+  return s;
+}
+
+/// Clocks that one multiprocessor needs for 128 columns of k of a tile: its busiest resource. A model, not a measurement;
+/// its rates are nominal, and 32 bytes a clock from L2 reproduces the published 68 % of peak of 128x128 tiles on H100.
+LAYOUT_FUNCTION double block_clocks(const Tile& tile, int granularity, int capability) {
+  double area = double(tile.tokens) * tile.weights;
+  double macs = tile.wgmma ? 4096 : capability == 80 || capability == 90 || capability == 100 ? 1536 : 1024;
+  double multiply = area * BLOCK / macs;
+  double fill = tile.tokens + tile.weights;  // 128 bytes a clock into shared memory, and out of it:
+  double read = tile.wgmma ? tile.weights / 64 * (64.0 + tile.tokens)
+                           : area / (tile.warp_tokens * tile.warp_weights) * (tile.warp_tokens + tile.warp_weights);
+  double level2 = 4.0 * (tile.weights + double(tile.tokens) / tile.cluster);
+  double promote = granularity == CHANNEL ? 0 : granularity == GROUP_128 ? area / 64 + area / 128 : area / 12;
+  double busiest = multiply;
+  for (double each : {fill + read, level2, promote}) busiest = each > busiest ? each : busiest;
+  return busiest + 0.15 * promote;
+}
+
+LAYOUT_FUNCTION bool fits(const Tile& tile, int granularity, const Device& device) {
+  return tile.does(granularity) && (!tile.wgmma || device.capability == 90) &&
+         tile.shared_bytes(granularity) <= device.shared_bytes;
+}
+
+/// The tile and split with the lowest predicted time.
+inline Choice choose(const Problem& p, const Device& device) {
+  Choice best;
+  for (int index = 0; index < TILE_COUNT; ++index) {
+    const Tile& tile = TILES[index];
+    if (!fits(tile, p.granularity, device)) continue;
+    Schedule plain = schedule(p, tile, 0, 1);
+    int slots = device.sms / tile.cluster, tiles = plain.tiles();
+    double block = block_clocks(tile, p.granularity, device.capability) * tile.warps_k;
+    double area = double(tile.tokens) * tile.weights;
+    double overhead = 1000 + area / 32;
+    double memory = (double(p.n) * p.k + double(p.m) * p.k + 2.0 * p.m * p.n) / (20.0 * device.sms);
+    int full = tiles / slots, rest = tiles % slots;
+    for (int split = 1; split <= 16; ++split) {
+      if (split > 1 && (p.granularity != CHANNEL || rest * split > slots || split * 2 > plain.blocks)) break;
+      double clocks = full * (plain.blocks * block + overhead);
+      if (rest) clocks += ceil_div(plain.blocks, split) * block + overhead;
+      if (split > 1) clocks += 1500 + split * area * 4 / 32;
+      if (clocks < memory + overhead) clocks = memory + overhead;
+      if (best.tile < 0 || clocks < best.clocks) best = {index, split > 1 ? full * slots : tiles, split, clocks};
+    }
+  }
+  return best;
+}
+
+}  // namespace layout

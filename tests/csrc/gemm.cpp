@@ -1,0 +1,100 @@
+// The GEMM kernels under emulation, and the tile chooser, behind a C interface for the Python tests.
+#include "gemm.cuh"
+
+#ifdef MUTANTS  // the sources are patched to misbehave in the way of this number
+extern "C" void set_mutant(int number) { mutant = number; }
+#endif
+
+#ifndef ONLY_TILES  // bits: fewer kernels compile faster
+#define ONLY_TILES ~0u
+#endif
+
+struct Arguments {
+  int32_t tile, granularity, a_groups, m, n, k, groups, grid, whole, split;
+  int32_t bias_type, d_type;
+  int64_t a_scale_row, a_scale_group, b_scale_row, b_scale_group;
+  const int8_t *a, *b;
+  const float *a_scale, *b_scale;
+  const void* bias;
+  void* d;
+  uint64_t seed;
+};
+
+static const char* run(const Arguments& x) {
+  static std::string error;
+  const layout::Tile& tile = layout::TILES[x.tile];
+  auto schedule = layout::schedule({x.m, x.n, x.k, x.granularity}, tile, x.whole, x.split);
+  int teams = schedule.split_tiles() * (tile.wgmma ? 2 * tile.cluster : 1);
+  std::vector<int> partials(size_t(schedule.split_tiles()) * tile.cluster * x.split * tile.tokens * tile.weights, 0x5a5a5a5a);
+  std::vector<unsigned> tickets(teams, 0);
+  Gemm gemm{x.a,           x.b,           x.m,           x.n,
+            x.k,           x.groups,      x.k / x.groups / 32, x.a_scale,
+            x.b_scale,     x.a_scale_row, x.a_scale_group,     x.b_scale_row,
+            x.b_scale_group, x.bias,      Float(x.bias_type),  Float(x.d_type),
+            x.d,           partials.data(), tickets.data(),    x.seed % 2 == 1,
+            schedule};
+  ptx::TensorMap a_map{reinterpret_cast<const uint8_t*>(x.a), uint64_t(x.m), uint64_t(x.k), uint64_t(x.k),
+                       unsigned(tile.tokens / tile.cluster)};
+  ptx::TensorMap b_map{reinterpret_cast<const uint8_t*>(x.b), uint64_t(x.n), uint64_t(x.k), uint64_t(x.k),
+                       unsigned(tile.weights)};
+  error.clear();
+  try {
+    bool found = with_kernel(x.tile, x.granularity, x.a_groups, [&](auto kernel) {
+      using Kernel = decltype(kernel);
+      if constexpr (ONLY_TILES >> Kernel::index & 1) {
+        unsigned units = unsigned(schedule.units()) * tile.cluster;
+        unsigned grid = x.grid ? unsigned(layout::least(x.grid * tile.cluster, int(units))) : units;
+        if constexpr (Kernel::tile.wgmma) {
+          emulate::launch({grid}, tile.threads(), Kernel::shared_bytes, x.seed,
+                          [&] { Kernel::function()(gemm, a_map, b_map); }, tile.cluster);
+        } else {
+          emulate::launch({units}, tile.threads(), Kernel::shared_bytes, x.seed, [&] { Kernel::function()(gemm); });
+        }
+      }
+    });
+    if (!found) error = "no such kernel";
+  } catch (const std::exception& e) {
+    error = e.what();
+  }
+  for (unsigned ticket : tickets) {
+    if (ticket && error.empty()) error = "a ticket was left behind";
+  }
+  return error.c_str();
+}
+
+extern "C" const char* run_gemm(const Arguments* arguments) { return run(*arguments); }
+
+extern "C" int tile_count() { return layout::TILE_COUNT; }
+
+/// The whole table: wgmma, tokens, weights, cluster, granularities, shared bytes by granularity.
+extern "C" void tile_at(int index, int* out) {
+  const layout::Tile& tile = layout::TILES[index];
+  int values[] = {tile.wgmma, tile.tokens, tile.weights, tile.cluster, int(tile.granularities), tile.block(),
+                  tile.threads(), tile.shared_bytes(0), tile.shared_bytes(1), tile.shared_bytes(2)};
+  for (int i = 0; i < 10; ++i) out[i] = values[i];
+}
+
+extern "C" double choose(int m, int n, int k, int granularity, int capability, int sms, int shared, int* out) {
+  layout::Choice choice = layout::choose({m, n, k, granularity}, {capability, sms, shared});
+  out[0] = choice.tile, out[1] = choice.whole, out[2] = choice.split;
+  return choice.clocks;
+}
+
+/// All units of a schedule as rows of 6; returns their number.
+extern "C" int units(int m, int n, int k, int tile, int whole, int split, int* out) {
+  auto schedule = layout::schedule({m, n, k, 0}, layout::TILES[tile], whole, split);
+  for (int i = 0; out && i < schedule.units(); ++i) {
+    layout::Unit unit = schedule.unit(i);
+    int values[] = {unit.token_tile, unit.weight_tile, unit.begin, unit.end, unit.split_tile, unit.part};
+    for (int j = 0; j < 6; ++j) out[i * 6 + j] = values[j];
+  }
+  return schedule.units();
+}
+
+/// Conversions of the host emulation between float32 and 16-bit floats (1: bf16, 2: fp16).
+extern "C" void round_floats(const float* x, uint16_t* out, int count, int type) {
+  for (int i = 0; i < count; ++i) out[i] = uint16_t(pack(Float(type), x[i], 0.f));
+}
+extern "C" void widen_halves(const uint16_t* x, float* out, int count, int type) {
+  for (int i = 0; i < count; ++i) out[i] = Float(type) == Float::bf16 ? ptx::unpack_bf16(x[i]) : ptx::unpack_fp16(x[i]);
+}
