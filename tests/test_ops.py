@@ -1,3 +1,5 @@
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
@@ -47,6 +49,92 @@ def test_activations_without_a_usable_scale():
     assert codes[:2].eq(0).all() and codes[4].tolist() == [64, -127]
     out = ops.scaled_mm(codes, torch.ones(1, 2, dtype=torch.int8), scale, torch.ones(1, 1), torch.float32)
     assert out[:2].eq(0).all() and out[2:4].isnan().all() and out[4].isfinite().all()
+
+
+@given(
+    tokens=st.integers(0, 4),
+    channels=st.integers(1, 70),
+    dtype=st.sampled_from(DTYPES),
+    added=st.booleans(),
+    exponent=st.integers(-3, 3),
+    seed=st.integers(0, 2**31),
+)
+def test_norm_matches_exact_arithmetic(tokens, channels, dtype, added, exponent, seed):
+    generator = torch.Generator().manual_seed(seed)
+    x, residual = (torch.randn(2, tokens, channels, generator=generator) * 10.0**exponent).to(dtype)
+    gain = torch.randn(channels, generator=generator).to(dtype)
+    summed = residual.clone() if added else None
+    codes, scale = ops.rms_norm_quantize(x, summed, gain, 1e-6, channels)
+    z = (x.float() + residual.float()).to(dtype) if added else x
+    assert not added or torch.equal(summed, z)
+    exact = z.double() * (z.double().square().mean(1, keepdim=True) + 1e-6).rsqrt() * gain.double()
+    step = torch.finfo(dtype).eps + 2.0**-21
+    assert ((codes * scale - exact).abs() <= scale * 0.5001 + exact.abs() * step + torch.finfo(dtype).tiny).all()
+
+
+@given(
+    tokens=st.integers(0, 4),
+    channels=st.integers(1, 70),
+    dtype=st.sampled_from(DTYPES),
+    exponent=st.integers(-3, 2),
+    seed=st.integers(0, 2**31),
+)
+def test_silu_mul_matches_exact_arithmetic(tokens, channels, dtype, exponent, seed):
+    x = (torch.randn(tokens, 2 * channels, generator=torch.Generator().manual_seed(seed)) * 10.0**exponent).to(dtype)
+    codes, scale = ops.silu_mul_quantize(x, channels)
+    gate, up = x.double().chunk(2, dim=1)
+    exact = gate / (1 + (-gate).exp()) * up
+    slack = exact.abs() * (2 * torch.finfo(dtype).eps + 2.0**-20) + (torch.finfo(dtype).tiny + 2e-36) * (1 + up.abs())
+    assert ((codes * scale - exact).abs() <= scale * 0.5001 + slack).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_silu_is_that_of_torch_for_nearly_all_16_bit_numbers(dtype):
+    x = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+    x = x[x.isfinite()].float()
+    ours, torchs = reference.silu(x).to(dtype), torch.nn.functional.silu(x).to(dtype)
+    assert (ours != torchs).sum() <= 8  # 3 and 1 where it was counted: torch's exponential depends on the machine
+    assert torch.allclose(ours, torchs, rtol=torch.finfo(dtype).eps, atol=2e-36)
+
+
+def test_silu_at_the_ends():
+    inf, nan = float("inf"), float("nan")
+    out = reference.silu(torch.tensor([0.0, 1e-45, 88.0, 3.4e38, inf, -87.0, -88.0, -3.4e38, -inf, nan]))
+    assert out[:5].tolist() == pytest.approx([0.0, 0.0, 88.0, 3.4e38, inf])
+    assert -1.5e-36 < out[5] < -1.4e-36 and out[6:8].tolist() == [0.0, 0.0] and out[8:].isnan().all()
+
+
+FLOATS = st.floats(width=32, min_value=-(2.0**40), max_value=2.0**40)
+
+
+@given(a=FLOATS, b=FLOATS, c=FLOATS)
+def test_fma_rounds_once(a, b, c):
+    out = reference._fma(torch.tensor([a]), b, torch.tensor([c]))[0].item()
+    exact = Fraction(a) * Fraction(b) + Fraction(c)
+    neighbours = [np.nextafter(np.float32(out), np.float32(side)) for side in (-np.inf, np.inf)]
+    error = abs(Fraction(out) - exact)
+    assert all(error <= abs(Fraction(float(n)) - exact) for n in neighbours if np.isfinite(n))
+
+
+def test_fma_where_rounding_twice_would_be_wrong():
+    # 1 + 2^-23 + 2^-24 - 2^-70: a double drops the last term, and the tie then goes up to the even neighbour.
+    a, b, c = 2.0**-24 * (1 + 2.0**-23), 1 - 2.0**-23, 1 + 2.0**-23
+    assert reference._fma(torch.tensor([a]), b, torch.tensor([c])).item() == c
+    assert torch.tensor([a * b + c], dtype=torch.float32).item() != c
+
+
+@given(count=st.integers(1, 70), seed=st.integers(0, 2**31))
+def test_sums_follow_the_tree(count, seed):
+    x = torch.randn(3, count, generator=torch.Generator().manual_seed(seed))
+
+    def tree(values):
+        if len(values) == 1:
+            return values[0]
+        return tree([np.float32(a + b) for a, b in zip(values[::2], values[1::2], strict=True)])
+
+    padded = np.zeros((3, 1 << (count - 1).bit_length()), dtype=np.float32)
+    padded[:, :count] = x.numpy()
+    assert reference._tree_sum(x).tolist() == [float(tree(list(row))) for row in padded]
 
 
 @given(
@@ -100,6 +188,10 @@ def test_opcheck():
     a, b, a_scale, b_scale, bias = operands(4, 8, 64, 2, 2)
     for group_size in (32, 64):
         torch.library.opcheck(torch.ops.w8a8_bismooth.quantize_activations.default, (torch.randn(4, 64), group_size))
+        torch.library.opcheck(torch.ops.w8a8_bismooth.silu_mul_quantize.default, (torch.randn(4, 128), group_size))
+        for residual in (None, torch.randn(4, 64)):
+            arguments = (torch.randn(4, 64), residual, torch.randn(64), 1e-6, group_size)
+            torch.library.opcheck(torch.ops.w8a8_bismooth.rms_norm_quantize.default, arguments)
     for arguments in ((a, b, a_scale, b_scale, torch.bfloat16, bias), (a, b, a_scale[:, :1], b_scale, torch.float32)):
         torch.library.opcheck(torch.ops.w8a8_bismooth.scaled_mm.default, arguments)
 
@@ -114,11 +206,32 @@ def test_compiles_without_breaks_or_recompiles():
     assert counter.frame_count == 1
 
 
+def test_fused_ops_compile_and_update_the_residual():
+    gain = torch.randn(64, generator=torch.Generator().manual_seed(0))
+
+    def block(x, residual):
+        codes, scale = ops.rms_norm_quantize(x, residual, gain, 1e-6, 64)
+        y = codes * scale
+        return residual, *ops.silu_mul_quantize(y, 32)
+
+    compiled = torch.compile(block, fullgraph=True, dynamic=True, backend="aot_eager")
+    for m in (5, 3, 17):
+        x, residual = torch.randn(2, m, 64, generator=torch.Generator().manual_seed(m))
+        ours, theirs = residual.clone(), residual.clone()
+        for got, want in zip(compiled(x, ours), block(x, theirs), strict=True):
+            assert torch.equal(got, want)
+        assert torch.equal(ours, theirs) and not torch.equal(ours, residual)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda: ops.quantize_activations(torch.ones(2, 40), 32), "multiple of group_size = 32"),
         (lambda: ops.quantize_activations(torch.ones(40), 40), "must be"),
+        (lambda: ops.silu_mul_quantize(torch.ones(2, 96), 32), r"\[M, 2 K\]"),
+        (lambda: ops.rms_norm_quantize(torch.ones(2, 48), None, torch.ones(48), 1e-6, 32), "group_size = 32"),
+        (lambda: ops.rms_norm_quantize(torch.ones(2, 64), None, torch.ones(32), 1e-6, 32), "weight is"),
+        (lambda: ops.rms_norm_quantize(torch.ones(2, 64), torch.ones(1, 64), torch.ones(64), 1e-6, 32), "residual is"),
         (lambda: ops.scaled_mm(*operands(2, 3, 40, 3, 1)[:4], torch.float32), "multiple of G"),
         (lambda: ops.scaled_mm(*operands(2, 3, 64, 1, 2)[:4], torch.float32), "expected"),
     ],

@@ -13,22 +13,49 @@ import torch
 from vllm_w8a8_bismooth.ops import reference
 from vllm_w8a8_bismooth.ops.packing import pack_weight, unpack_weight
 
-__all__ = ["has_kernel", "linear", "pack_weight", "quantize_activations", "scaled_mm", "unpack_weight"]
+__all__ = [
+    "has_kernel",
+    "linear",
+    "pack_weight",
+    "quantize_activations",
+    "rms_norm_quantize",
+    "scaled_mm",
+    "silu_mul_quantize",
+    "unpack_weight",
+]
 
 _LIBRARY = torch.library.Library("w8a8_bismooth", "FRAGMENT")  # kept alive: the ops go when it goes
 _LIBRARY.define("quantize_activations(Tensor x, int group_size) -> (Tensor, Tensor)")
 _LIBRARY.define(
+    "rms_norm_quantize(Tensor x, Tensor(a!)? residual, Tensor weight, float epsilon, int group_size) "
+    "-> (Tensor, Tensor)"
+)
+_LIBRARY.define("silu_mul_quantize(Tensor x, int group_size) -> (Tensor, Tensor)")
+_LIBRARY.define(
     "scaled_mm(Tensor a, Tensor b, Tensor a_scale, Tensor b_scale, ScalarType out_dtype, Tensor? bias=None) -> Tensor"
 )
-_LIBRARY.impl("quantize_activations", reference.quantize_activations, "CompositeExplicitAutograd")
-_LIBRARY.impl("scaled_mm", reference.scaled_mm, "CompositeExplicitAutograd")
+for _op in ("quantize_activations", "rms_norm_quantize", "silu_mul_quantize", "scaled_mm"):
+    _LIBRARY.impl(_op, getattr(reference, _op), "CompositeExplicitAutograd")
+
+
+def _fake_quantized(x: torch.Tensor, channels: int, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    codes = x.new_empty((x.shape[0], channels), dtype=torch.int8)
+    return codes, x.new_empty((x.shape[0], channels // group_size), dtype=torch.float32)
 
 
 @torch.library.register_fake("w8a8_bismooth::quantize_activations", lib=_LIBRARY)
 def _(x: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    tokens, channels = x.shape
-    codes = x.new_empty((tokens, channels), dtype=torch.int8)
-    return codes, x.new_empty((tokens, channels // group_size), dtype=torch.float32)
+    return _fake_quantized(x, x.shape[1], group_size)
+
+
+@torch.library.register_fake("w8a8_bismooth::rms_norm_quantize", lib=_LIBRARY)
+def _(x, residual, weight, epsilon, group_size) -> tuple[torch.Tensor, torch.Tensor]:
+    return _fake_quantized(x, x.shape[1], group_size)
+
+
+@torch.library.register_fake("w8a8_bismooth::silu_mul_quantize", lib=_LIBRARY)
+def _(x, group_size) -> tuple[torch.Tensor, torch.Tensor]:
+    return _fake_quantized(x, x.shape[1] // 2, group_size)
 
 
 @torch.library.register_fake("w8a8_bismooth::scaled_mm", lib=_LIBRARY)
@@ -65,6 +92,34 @@ def quantize_activations(x: torch.Tensor, group_size: int) -> tuple[torch.Tensor
     if x.dim() != 2 or group_size < 1 or x.shape[1] % group_size:
         raise ValueError(f"x is {list(x.shape)}; it must be [M, K] with K a multiple of group_size = {group_size}")
     return torch.ops.w8a8_bismooth.quantize_activations(x, group_size)
+
+
+def rms_norm_quantize(
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, epsilon: float, group_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See :func:`reference.rms_norm_quantize`.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit together.
+    """
+    if x.dim() != 2 or group_size < 1 or x.shape[1] % group_size:
+        raise ValueError(f"x is {list(x.shape)}; it must be [M, K] with K a multiple of group_size = {group_size}")
+    if weight.shape != x.shape[1:] or weight.dtype != x.dtype:
+        raise ValueError(f"weight is {list(weight.shape)} {weight.dtype}; expected {list(x.shape[1:])} {x.dtype}")
+    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
+        raise ValueError(f"residual is {list(residual.shape)} {residual.dtype}; expected {list(x.shape)} {x.dtype}")
+    return torch.ops.w8a8_bismooth.rms_norm_quantize(x, residual, weight, epsilon, group_size)
+
+
+def silu_mul_quantize(x: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """See :func:`reference.silu_mul_quantize`.
+
+    Raises:
+        ValueError: x is not ``[M, 2 K]`` with K a multiple of ``group_size``.
+    """
+    if x.dim() != 2 or group_size < 1 or x.shape[1] % (2 * group_size):
+        raise ValueError(f"x is {list(x.shape)}; it must be [M, 2 K] with K a multiple of group_size = {group_size}")
+    return torch.ops.w8a8_bismooth.silu_mul_quantize(x, group_size)
 
 
 def scaled_mm(
