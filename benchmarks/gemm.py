@@ -1,0 +1,355 @@
+"""GEMM of LLaMA's linears: our INT8 kernels against vLLM's own, CUTLASS's and torch's, on a CPU or a GPU.
+
+    python -m benchmarks.gemm --device cpu|cuda [--quick] [--linear] [--json FILE]
+                              [--m 1,64] [--shapes REGEX] [--impl REGEX]
+
+Times the product alone; with ``--linear`` the quantization of the activations and the product. All implementations run
+in one process, in turns, on random data, with weights that alternate between copies, so that no cache holds them.
+``x`` columns are speed relative to vLLM's INT8 kernel. GB/s counts weights, activations, scales and results once.
+"""
+
+import argparse
+import importlib.util
+import os
+import re
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from benchmarks import cutlass_baseline, record, timing
+from vllm_w8a8_bismooth import ops
+
+GROUP = 128
+STOCK = "vllm"
+# hidden size, width of k and v, intermediate size
+MODELS = {"LLaMA3-8B": (4096, 1024, 14336), "LLaMA3-70B": (8192, 1024, 28672)}
+TOKENS = {"cpu": [1, 4, 16, 32, 64, 128, 256, 1024], "cuda": [1, *(2**i for i in range(2, 14))]}
+QUICK_TOKENS = {"cpu": [1, 16, 128], "cuda": [1, 16, 64, 256, 1024, 4096, 8192]}
+SECONDS = {"cpu": 2.0, "cuda": 0.05}  # per row of the table
+QUICK_SECONDS = {"cpu": 0.5, "cuda": 0.02}
+
+
+def layers(model: str, tp: int) -> dict[str, tuple[int, int]]:
+    """(N, K) of the linears of a decoder layer on one of ``tp`` GPUs."""
+    hidden, kv, middle = MODELS[model]
+    shapes = {
+        "qkv": ((hidden + 2 * kv) // tp, hidden),
+        "o": (hidden, hidden // tp),
+        "gate_up": (2 * middle // tp, hidden),
+        "down": (hidden, middle // tp),
+    }
+    return {f"{model} tp{tp} {name}": shape for name, shape in shapes.items()}
+
+
+def all_layers(device: str, quick: bool) -> dict[str, tuple[int, int]]:
+    if device == "cpu":
+        found = layers("LLaMA3-8B", 1)
+        return {name: found[name] for name in found if not quick or name.endswith((" o", " down"))}
+    models = ["LLaMA3-70B"] if quick else MODELS
+    return {
+        name: shape
+        for model in models
+        for tp in (1, 2, 4)[:: 3 if quick else 1]
+        for name, shape in layers(model, tp).items()
+    }
+
+
+@dataclass
+class Weights:
+    """Copies of one linear's random weights, in the forms that the implementations take."""
+
+    n: int
+    k: int
+    device: str
+    copies: int = field(init=False)
+    codes: list[torch.Tensor] = field(init=False)
+
+    def __post_init__(self):
+        self.copies = timing.copies_against_caches(self.device, self.n * self.k)
+        self.codes = [
+            torch.randint(-127, 128, (self.n, self.k), dtype=torch.int8, device=self.device) for _ in range(self.copies)
+        ]
+        self.channel_scale = self._scale(1)
+        self.group_scale = self._scale(self.k // GROUP)
+
+        self._made = {}
+
+    def once(self, form: str, make: Callable[[torch.Tensor], object]) -> list:
+        """Every copy in another form, made at the first call."""
+        if form not in self._made:
+            self._made[form] = [make(codes) for codes in self.codes]
+        return self._made[form]
+
+    def _scale(self, groups: int) -> torch.Tensor:
+        """``[N, G]``, N fastest, as the plugin keeps it."""
+        return (torch.rand(groups, self.n, device=self.device) * 1e-3 + 1e-3).t()
+
+    @property
+    def bf16(self) -> list[torch.Tensor]:
+        return self.once("bf16", lambda codes: torch.randn(codes.shape, device=self.device, dtype=torch.bfloat16))
+
+
+@dataclass
+class Problem:
+    """One product: ``m`` tokens times the weights."""
+
+    m: int
+    weights: Weights
+    linear: bool
+
+    def __post_init__(self):
+        # The activations of as many calls: they come from the kernel before, so L2 may hold them, but no CPU core's L1.
+        w = self.weights
+        self.x = torch.randn(self.m, w.k, device=w.device, dtype=torch.bfloat16)
+        self.codes, self.token_scale = ops.quantize_activations(self.x, w.k)
+        _, self.group_scale = ops.quantize_activations(self.x, GROUP)
+
+    def bytes(self, weight_bytes: int) -> int:
+        n, k = self.weights.n, self.weights.k
+        return n * k * weight_bytes + self.m * k * weight_bytes + 2 * self.m * n + 4 * (self.m + n)
+
+
+# Implementations: from a problem to a call that takes the index of a copy of the weights and returns D.
+
+
+def ours(weight_groups: bool, activation_groups: bool) -> Callable[[Problem], timing.Call]:
+    def prepare(p: Problem) -> timing.Call:
+        w = p.weights
+        b_scale, b = w.group_scale if weight_groups else w.channel_scale, w.codes
+        if w.device == "cpu" and ops.has_kernel("cpu"):  # packed, as the plugin does it at load
+            groups = b_scale.shape[1]
+            b = w.once(f"packed for {groups} groups", lambda codes: ops.pack_weight(codes, groups))
+        a_scale, group = (p.group_scale, GROUP) if activation_groups else (p.token_scale, w.k)
+        multiply, quantize = torch.ops.w8a8_bismooth.scaled_mm, torch.ops.w8a8_bismooth.quantize_activations
+        if p.linear:
+            return lambda i: multiply(*_pair(quantize(p.x, group), b[i], b_scale), torch.bfloat16)
+        return lambda i: multiply(p.codes, b[i], a_scale, b_scale, torch.bfloat16)
+
+    return prepare
+
+
+def _pair(quantized, b, b_scale):
+    codes, scale = quantized
+    return codes, b, scale, b_scale
+
+
+def vllm_cpu(p: Problem) -> timing.Call:
+    """oneDNN through vLLM's ops, as its kernel for compressed-tensors INT8 on CPUs calls them."""
+    from vllm import _custom_ops as vllm_ops
+    from vllm.platforms import current_platform
+
+    current_platform.import_kernels()
+    w = p.weights
+    scale = w.channel_scale.contiguous()
+    handlers = w.once("onednn", lambda b: vllm_ops.create_onednn_scaled_mm(b.t(), scale, torch.bfloat16, True, False))
+    out = torch.empty(p.m, w.n, dtype=torch.bfloat16)
+
+    def call(i: int) -> torch.Tensor:
+        codes, a_scale = p.codes, p.token_scale
+        if p.linear:
+            codes, a_scale, _ = vllm_ops.onednn_scaled_int8_quant(p.x, None, None, True)
+        return vllm_ops.onednn_scaled_mm(handlers[i], codes, out, a_scale, None, None, None)
+
+    return call
+
+
+def load_vllm_cuda() -> None:
+    """vLLM's ops, from an installed vLLM or the library that VLLM_LIBRARY names; vLLM is not imported.
+
+    Raises:
+        RuntimeError: there is none.
+    """
+    if hasattr(torch.ops._C, "cutlass_scaled_mm"):
+        return
+    spec = importlib.util.find_spec("vllm")
+    installed = Path(spec.origin).parent / "_C_stable_libtorch.abi3.so" if spec else None
+    library = os.environ.get("VLLM_LIBRARY", installed)
+    if library is None:
+        raise RuntimeError("no vLLM is installed, and VLLM_LIBRARY does not name its _C_stable_libtorch.abi3.so")
+    torch.ops.load_library(str(library))
+
+
+def vllm_cuda(p: Problem) -> timing.Call:
+    """CUTLASS through vLLM's op."""
+    load_vllm_cuda()
+    w = p.weights
+    scale = w.channel_scale.contiguous()
+    out = torch.empty(p.m, w.n, dtype=torch.bfloat16, device="cuda")
+    codes, a_scale = torch.empty_like(p.codes), torch.empty_like(p.token_scale)
+
+    def call(i: int) -> torch.Tensor:
+        if p.linear:
+            torch.ops._C.dynamic_scaled_int8_quant(codes, p.x, a_scale, None)
+        a = (codes, a_scale) if p.linear else (p.codes, p.token_scale)
+        torch.ops._C.cutlass_scaled_mm(out, a[0], w.codes[i].t(), a[1], scale, None)
+        return out
+
+    return call
+
+
+def cutlass(p: Problem) -> timing.Call:
+    """CUTLASS's own collective builder, the best of a few tiles; per-channel, sm_90a only."""
+    if p.linear:
+        raise RuntimeError("has no quantization of its own")
+    w = p.weights
+    return cutlass_baseline.prepare(p.codes, w.codes, p.token_scale, w.channel_scale.contiguous())
+
+
+def torch_bf16(p: Problem) -> timing.Call:
+    weights = p.weights.bf16
+    return lambda i: torch.nn.functional.linear(p.x, weights[i])
+
+
+def torch_int_mm(p: Problem) -> timing.Call:
+    """int32, without scales."""
+    if p.linear:
+        raise RuntimeError("has no quantization of its own")
+    return lambda i: torch._int_mm(p.codes, p.weights.codes[i].t())
+
+
+IMPLEMENTATIONS: dict[str, dict[str, Callable[[Problem], timing.Call]]] = {
+    "cpu": {
+        "ours-channel": ours(False, False),
+        "ours-group128": ours(True, True),
+        "vllm": vllm_cpu,
+        "torch-bf16": torch_bf16,
+        "torch-int_mm": torch_int_mm,
+    },
+    "cuda": {
+        "ours-channel": ours(False, False),
+        "ours-group128": ours(True, True),
+        "ours-group128-token": ours(True, False),
+        "vllm": vllm_cuda,
+        "cutlass": cutlass,
+        "torch-bf16": torch_bf16,
+    },
+}
+
+
+def dequantized(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return codes.double() * scale.double().repeat_interleave(codes.shape[1] // scale.shape[1], dim=1)
+
+
+def check(name: str, p: Problem, out: torch.Tensor) -> None:
+    """Compare some columns of an INT8 implementation's result with float64.
+
+    Raises:
+        AssertionError: they differ by more than rounding.
+    """
+    if name.startswith("torch") or (p.linear and name == STOCK):  # other operands; other roundings
+        return
+    w, grouped = p.weights, "group" in name
+    columns = torch.linspace(0, w.n - 1, 16).long()
+    a, a_scale, b_scale = p.codes, p.token_scale, w.group_scale if grouped else w.channel_scale
+    if grouped and not name.endswith("token"):
+        a_scale = p.group_scale
+        a = ops.quantize_activations(p.x, GROUP)[0] if p.linear else a
+    a, b = dequantized(a, a_scale), dequantized(w.codes[0][columns], b_scale[columns])
+    exact, magnitude = a @ b.t(), a.abs() @ b.abs().t()
+    wrong = (out[:, columns].double() - exact).abs() > exact.abs() * 2.0**-7 + magnitude * 2.0**-20
+    assert not wrong.any(), (
+        f"{name} is wrong in {int(wrong.sum())} of {wrong.numel()} results at M={p.m} N={w.n} K={w.k}"
+    )
+
+
+def prepare_all(p: Problem, wanted: str, missing: dict[str, str]) -> dict[str, timing.Run]:
+    """Runs by implementation; those that cannot run are noted in ``missing``, and why."""
+    runs = {}
+    for name, prepare in IMPLEMENTATIONS[p.weights.device].items():
+        if name in missing or not re.search(wanted, name):
+            continue
+        try:
+            call = prepare(p)
+            check(name, p, call(0))
+            runs[name] = timing.prepare(call, p.weights.copies, p.weights.device)
+        except Exception as error:  # whatever a library that is not ours raises
+            missing[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            print(f"! {name} left out: {missing[name]}", file=sys.stderr)
+    return runs
+
+
+def rows_of(p: Problem, layer: str, times: dict[str, list[float]]) -> list[dict]:
+    w, rows, us = p.weights, [], {name: statistics.median(each) for name, each in times.items()}
+    for name, each in us.items():
+        row = {"impl": name, "layer": layer, "M": p.m, "N": w.n, "K": w.k, "us": round(each, 2)}
+        row["least us"] = round(min(times[name]), 2)
+        row["TOPS"] = round(2 * p.m * w.n * w.k / each / 1e6, 3)
+        row["GB/s"] = round(p.bytes(2 if "bf16" in name else 1) / each / 1e3, 1)
+        if STOCK in us:
+            row["x stock"] = round(us[STOCK] / each, 3)
+        rows.append(row)
+    return rows
+
+
+def table_line(rows: list[dict], names: list[str]) -> str:
+    cells = [f"{rows[0]['layer']:24}{rows[0]['M']:6}"]
+    found = {row["impl"]: row for row in rows}
+    for name in names:
+        row = found.get(name)
+        cells.append(f"{row['us']:10.1f}{row.get('x stock', float('nan')):6.2f}x" if row else " " * 17)
+    first = rows[0]
+    return "".join(cells) + f"{first['TOPS']:10.3f}{first['GB/s']:9.0f}"
+
+
+def summary(rows: list[dict], ceilings: dict[str, float]) -> list[str]:
+    """Geometric means over tokens, best rates."""
+    lines = []
+    for name in dict.fromkeys(row["impl"] for row in rows):
+        mine = [row for row in rows if row["impl"] == name]
+        rate, read = max(row["TOPS"] for row in mine), max(row["GB/s"] for row in mine)
+        line = f"{name:22} best {rate:9.3f} TOPS {read:6.0f} GB/s ({read / ceilings['GB/s']:4.0%})"
+        for label, low, high in (("M<=64", 0, 64), ("M>64", 65, 1 << 30), ("all", 0, 1 << 30)):
+            ratios = [r["x stock"] for r in mine if low <= r["M"] <= high and "x stock" in r]
+            if ratios and name != STOCK:
+                line += f"   {label} {statistics.geometric_mean(ratios):.2f}x (least {min(ratios):.2f}x)"
+        lines.append(line)
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--device", choices=IMPLEMENTATIONS, required=True)
+    parser.add_argument("--quick", action="store_true", help="fewer shapes, under a minute")
+    parser.add_argument("--linear", action="store_true", help="quantization and product")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--m", help="numbers of tokens, such as 1,64")
+    parser.add_argument("--shapes", default="", help="regular expression for layers, such as '70B tp1'")
+    parser.add_argument("--impl", default="", help="regular expression for implementations")
+    asked = parser.parse_args()
+    device, seconds = asked.device, (QUICK_SECONDS if asked.quick else SECONDS)[asked.device]
+    tokens = [int(m) for m in asked.m.split(",")] if asked.m else (QUICK_TOKENS if asked.quick else TOKENS)[device]
+    if device == "cuda" and not torch.cuda.is_available():
+        sys.exit("--device cuda: there is no CUDA device")
+    if not ops.has_kernel(device):
+        print("! no compiled kernel for this device: 'ours' is the torch reference", file=sys.stderr)
+    torch.manual_seed(0)
+    ceilings = {"GB/s": round(timing.bandwidth(device), 1), "bf16 TFLOP/s": round(timing.bf16_rate(device), 2)}
+    print(f"ceilings measured: {'copy' if device == 'cuda' else 'read'} {ceilings['GB/s']} GB/s, ", end="")
+    print(f"torch bf16 {ceilings['bf16 TFLOP/s']} TFLOP/s", flush=True)
+    names = [name for name in IMPLEMENTATIONS[device] if re.search(asked.impl, name)]
+    print(f"{'us, x stock':24}{'M':>6}" + "".join(f"{name:>17}" for name in names) + f"{'1st: TOPS':>10}{'GB/s':>9}")
+    rows, missing = [], {}
+    for layer, (n, k) in all_layers(device, asked.quick).items():
+        if not re.search(asked.shapes, layer):
+            continue
+        weights = Weights(n, k, device)
+        for m in tokens:
+            problem = Problem(m, weights, asked.linear)
+            runs = prepare_all(problem, asked.impl, missing)
+            if not runs:
+                sys.exit("no implementation can run")
+            found = rows_of(problem, layer, timing.times(runs, seconds))
+            print(table_line(found, names), flush=True)
+            rows += found
+        if asked.json:  # after every layer: a run that is cut short leaves what it has
+            measured = "quantization and product" if asked.linear else "product"
+            record.write(asked.json, rows, measured=measured, ceilings=ceilings, left_out=missing)
+    print(*summary(rows, ceilings), sep="\n")
+
+
+if __name__ == "__main__":
+    main()
