@@ -4,7 +4,7 @@ import sys
 from collections.abc import Mapping
 from importlib.metadata import entry_points
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 
 import pytest
 import torch
@@ -144,6 +144,33 @@ def on_rank(monkeypatch):
             monkeypatch.setattr(f"vllm.model_executor.parameter.get_tensor_model_parallel_{name}", lambda v=value: v)
 
     return be
+
+
+@pytest.mark.parametrize(
+    ("device", "capability", "has_kernel", "reason"),
+    [
+        ("cpu", None, True, None),
+        ("cpu", None, False, None),
+        ("cuda", 90, True, None),
+        ("cuda", 90, False, "installed without its kernels"),
+        ("cuda", 75, True, "capability 8.0"),
+        ("cuda", 100, False, None),  # vLLM's own fails there
+        ("xpu", None, False, "installed without its kernels"),
+    ],
+)
+def test_who_serves_per_channel_linears(monkeypatch, device, capability, has_kernel, reason):
+    from vllm_w8a8_bismooth.serving import config
+
+    platform = SimpleNamespace(
+        device_type=device,
+        is_cpu=lambda: device == "cpu",
+        is_cuda=lambda: device == "cuda",
+        has_device_capability=lambda least: capability >= least,
+    )
+    monkeypatch.setattr(config, "current_platform", platform)
+    monkeypatch.setattr(ops, "has_kernel", lambda _: has_kernel)
+    found = config._reason_for_stock()
+    assert found is None if reason is None else reason in found
 
 
 def made_by_vllm(group_size: int | None, rows: int, columns: int):

@@ -22,6 +22,7 @@ __all__ = [
     "scaled_mm",
     "silu_mul_quantize",
     "unpack_weight",
+    "unsupported",
 ]
 
 _LIBRARY = torch.library.Library("w8a8_bismooth", "FRAGMENT")  # kept alive: the ops go when it goes
@@ -81,6 +82,14 @@ _load_kernels()
 def has_kernel(device_type: str) -> bool:
     """Whether a compiled kernel, rather than the reference, multiplies on this device (``cpu``, ``cuda``)."""
     return torch._C._dispatch_has_kernel_for_dispatch_key("w8a8_bismooth::scaled_mm", device_type.upper())
+
+
+def unsupported(rows: int, columns: int, groups: int, device: torch.device) -> str:
+    """Why the device's compiled kernel does not take an ``[N, K]`` weight with ``groups`` scales a row, or ``""``."""
+    if device.type != "cuda":
+        return ""
+    major, minor = torch.cuda.get_device_capability(device)
+    return torch.ops.w8a8_bismooth.gemm_unsupported(rows, columns, groups, 10 * major + minor)
 
 
 def quantize_activations(x: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:

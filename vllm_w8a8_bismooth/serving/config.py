@@ -4,12 +4,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy, QuantizationType
+from vllm.logger import init_logger
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
 from vllm.model_executor.layers.quantization.compressed_tensors.schemes import CompressedTensorsScheme
 from vllm.platforms import current_platform
 
 from vllm_w8a8_bismooth import FORMAT, MARKER, ops
 from vllm_w8a8_bismooth.serving.scheme import W8A8Scheme
+
+logger = init_logger("vllm.w8a8_bismooth")
 
 NAME = "w8a8_bismooth"
 CHANNEL, GROUP, TOKEN = (QuantizationStrategy(s).value for s in ("channel", "group", "token"))
@@ -42,8 +45,11 @@ class BiSmoothConfig(CompressedTensorsConfig):
         plain = (kwargs.get("format") or self.quant_format) == FORMAT and kwargs.get("output_quant") is None
         if plain and _is_int8(weight_quant, dynamic=False) and _is_int8(input_quant, dynamic=True):
             strategies = (weight_quant.strategy, input_quant.strategy)
-            if strategies == (CHANNEL, TOKEN) and not _stock_is_faster():
-                return W8A8Scheme(weight_group_size=None, activation_group_size=None)
+            if strategies == (CHANNEL, TOKEN):
+                if reason := _reason_for_stock():
+                    logger.info_once("w8a8_bismooth: per-channel linears run on vLLM's own kernel, because %s", reason)
+                else:
+                    return W8A8Scheme(weight_group_size=None, activation_group_size=None)
             if strategies == (GROUP, TOKEN):
                 return W8A8Scheme(weight_group_size=weight_quant.group_size, activation_group_size=None)
             if strategies == (GROUP, GROUP) and weight_quant.group_size == input_quant.group_size:
@@ -53,14 +59,19 @@ class BiSmoothConfig(CompressedTensorsConfig):
         return super()._get_scheme_from_parts(weight_quant, input_quant, *args, **kwargs)
 
 
-def _stock_is_faster() -> bool:
-    """On an accelerator without our kernels, vLLM's own serve per-channel linears better than the reference does.
+def _reason_for_stock() -> str | None:
+    """Why vLLM's own kernel, which is faster than the torch reference, should serve per-channel linears, if it should.
 
     Not on CUDA of compute capability 10 and above, for which vLLM picks an INT8 kernel that fails (vLLM issue 54311).
     """
-    if current_platform.is_cpu() or ops.has_kernel(current_platform.device_type):
-        return False
-    return not (current_platform.is_cuda() and current_platform.has_device_capability(100))
+    if current_platform.is_cpu():
+        return None
+    if not ops.has_kernel(current_platform.device_type):
+        newest = current_platform.is_cuda() and current_platform.has_device_capability(100)
+        return None if newest else "this package was installed without its kernels for this device"
+    if not current_platform.has_device_capability(80):
+        return "this package's kernels need compute capability 8.0"
+    return None
 
 
 def _is_int8(quant: QuantizationArgs | None, dynamic: bool) -> bool:

@@ -73,7 +73,8 @@ class W8A8Scheme(CompressedTensorsScheme):
         per-group ones are stored group by group.
 
         Raises:
-            ValueError: a scale is missing from the checkpoint, or is not finite.
+            ValueError: a scale is missing from the checkpoint, or is not finite; the device's kernel does not take this
+                rank's shape.
         """
         weight, scale = layer.weight.data, layer.weight_scale.data
         device = weight.device.type
