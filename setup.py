@@ -155,15 +155,20 @@ class BuildKernels(build_ext):
         run([self.cxx, "-shared", "-o", str(target), *objects, *libraries])
 
     def compile(self, command: list[str], source: Path, target: Path) -> None:
-        headers = [p for p in CSRC.rglob("*") if p.is_file()] + [Path(__file__)]
-        if target.exists() and target.stat().st_mtime > max(p.stat().st_mtime for p in headers) and not self.force:
+        command = [*command, "-c", str(source), "-o", str(target)]
+        record = target.with_suffix(".command")
+        inputs = [p for p in CSRC.rglob("*") if p.is_file()]
+        newest = max(p.stat().st_mtime for p in inputs)
+        same = record.exists() and record.read_text() == shlex.join(command)
+        if same and target.exists() and target.stat().st_mtime > newest and not self.force:
             return
         target.parent.mkdir(parents=True, exist_ok=True)
-        log = run([*command, "-c", str(source), "-o", str(target)])
+        log = run(command)
         fatal = [line for line in log.splitlines() if any(word in line for word in CUDA_FATAL)]
         if fatal:
             target.unlink()
             sys.exit(f"{source.name}: ptxas gave up what the kernel relies on:\n" + "\n".join(fatal))
+        record.write_text(shlex.join(command))
 
 
 def run(command: list[str]) -> str:
