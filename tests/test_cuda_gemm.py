@@ -53,11 +53,13 @@ def reference_of(m, n, k, groups, a_groups, dtype, bias):
     a, b, a_scale, b_scale, offset = operands = problem(m, n, k, groups, a_groups, bias)
     if groups == 1:  # int32 sums are exact, and the epilogue rounds as the reference does
         return operands, reference.scaled_mm(a, b, a_scale, b_scale, dtype, offset), 0.0
+    eps = torch.finfo(dtype).eps
     # fp32 sums of fused multiply-adds: apart from the last bit of a step the same as the reference
     products = torch.einsum("mgk,ngk->gmn", *(x.double().reshape(len(x), groups, k // groups) for x in (a, b)))
     terms = products * a_scale.double().t()[:, :, None] * b_scale.double().t()[:, None, :]
-    exact = terms.sum(0) + (offset.double() if bias else 0)
-    return operands, exact, terms.abs().sum(0) * groups * 2.0**-24 + exact.abs() * torch.finfo(dtype).eps
+    offset = offset.double() if bias else torch.zeros(n, dtype=torch.float64)
+    exact = terms.sum(0) + offset
+    return operands, exact, (terms.abs().sum(0) + offset.abs()) * (groups + 2) * 2.0**-24 + exact.abs() * eps
 
 
 def check(kernels, tile, m, n, k, groups, a_groups, dtype, bias=None, **options):

@@ -114,6 +114,7 @@ struct Cluster {
 struct Cta {
   dim3 index;
   unsigned rank = 0, running = 0;
+  int free_registers = 0;  // beyond those that its threads have
   Cluster* cluster = nullptr;
   uint8_t* shared = nullptr;
   size_t shared_bytes = 0;
@@ -732,10 +733,22 @@ void wgmma_wait(int (&)[ROWS][SIZE]) {
   me.accumulators.erase(std::remove_if(me.accumulators.begin(), me.accumulators.end(), done), me.accumulators.end());
 }
 
+// Registers: a CTA has those of its launch and no others, so growth waits for what other threads give back.
+inline int registers_at_launch() { return int(65536 / emulate::self().cta->fibres.size() / 8 * 8); }
 template <int COUNT>
-void registers_grow() {}
+void registers_grow() {
+  emulate::step();
+  auto& free = emulate::self().cta->free_registers;
+  while (free < COUNT - registers_at_launch()) emulate::park(&free);
+  free -= COUNT - registers_at_launch();
+}
 template <int COUNT>
-void registers_shrink() {}
+void registers_shrink() {
+  emulate::step();
+  auto& cta = *emulate::self().cta;
+  cta.free_registers += registers_at_launch() - COUNT;
+  emulate::unpark(cta, 0, unsigned(cta.fibres.size()), &cta.free_registers);
+}
 inline void wait_for_previous_kernel() {}
 inline void let_next_kernel_start() {}
 
