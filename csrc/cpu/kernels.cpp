@@ -106,7 +106,14 @@ void quantize(const Quantize& q, const Parallel& parallel) {
 // ---- GEMM ------------------------------------------------------------------------------------------------------------
 
 constexpr int64_t kTokens = 128;  // tokens of a task: their sums stay in the L2 cache
-constexpr int64_t kBlock = 512;   // k of its inner blocks: kColumns * 512 bytes of weights stay in the L1 cache
+// A task's inner blocks of k. With few tokens the weights come from memory: short blocks stay in the L1 cache from the
+// first tile to the last, and the next block is prefetched meanwhile. With many tokens a block is long, for fewer rounds
+// of its sums, and its weights stay in the L2 cache.
+struct Blocking {
+    int64_t tokens, k;
+    bool prefetch;
+};
+constexpr Blocking kBlocking[] = {{kRows, 512, false}, {32, 512, true}, {96, 1024, true}, {INT64_MAX, 4096, false}};
 
 using TileFunction = void (*)(const TileArgs&);
 template <bool narrow, int... index>
@@ -135,12 +142,13 @@ struct Plan {
     const Gemm& g;
     int64_t depth;         // a group's share of K, padded to four
     const int8_t* a;       // in blocks: for every kTokens tokens, for every block of k, [tokens][block]
+    Blocking blocking;
     const int32_t* start;  // [groups][M]: minus 128 * sum of a over the group, plus kMagicBits if narrow
     int64_t k() const { return g.groups * depth; }
     bool narrow() const { return depth <= kNarrow; }
-    // Width of the block of k that starts at k0: as many narrow groups as fit in kBlock, or a part of one group.
+    // Width of the block of k that starts at k0: as many narrow groups as fit, or a part of one group.
     int64_t block(int64_t k0) const {
-        return narrow() ? std::min(kBlock / depth * depth, k() - k0) : std::min(kBlock, depth - k0 % depth);
+        return narrow() ? std::min(blocking.k / depth * depth, k() - k0) : std::min(blocking.k, depth - k0 % depth);
     }
     int64_t along_m() const { return ceil_div(g.m, kTokens); }
     int64_t tasks() const { return along_m() * ceil_div(g.n, kColumns); }
@@ -205,11 +213,9 @@ void run_task(const Plan& p, int64_t task, int64_t upcoming, Workspace& w) {
         t.a_scale_row = g.a_groups;
         t.b_scale = scales + group * scales_stride;
         t.b_scale_stride = scales_stride;
-        // Weights come from memory while the tiles before them are at work. (Where there is one tile only, that is
-        // always at the memory's pace, and the processor's own prefetcher does better.)
         const uint8_t* ahead = t.b + width * kLanes;
-        if (k0 + width == k) ahead = g.packed + p.n0(upcoming) * k;
-        if (!g.packed || rows <= kRows || upcoming >= p.tasks()) ahead = nullptr;
+        if (k0 + width == k) ahead = upcoming < p.tasks() ? g.packed + p.n0(upcoming) * k : nullptr;
+        if (!g.packed || !p.blocking.prefetch) ahead = nullptr;
         for (int64_t m = 0, count; m < rows; m += count) {
             count = tile_rows(rows - m, t.steps);
             t.a = p.a + m0 * k + k0 * rows + m * width;
@@ -217,9 +223,9 @@ void run_task(const Plan& p, int64_t task, int64_t upcoming, Workspace& w) {
             t.sums = w.sums + m * kColumns;
             t.out = ends ? w.out + m * kColumns : nullptr;
             t.a_scale = g.a_scale + (m0 + m) * g.a_groups + t.a_scale_group * group;
-            const int64_t from = m * blocks / rows, to = (m + count) * blocks / rows;
-            t.ahead[0] = ahead && from < to ? ahead + from * stride : t.b;
-            t.ahead[1] = ahead && from < to ? ahead + (to - 1) * stride : t.b;
+            const int64_t from = m * blocks / rows, to = (m + count) * blocks / rows;  // this tile's share
+            t.ahead[0] = t.ahead[1] = nullptr;
+            if (ahead && from < to) t.ahead[0] = ahead + from * stride, t.ahead[1] = ahead + (to - 1) * stride;
             run_tile(count, blocks, p.narrow(), t);
         }
     }
@@ -239,7 +245,9 @@ void gemm(const Gemm& g, const Parallel& parallel) {
     const int64_t depth = ceil_div(g.width, kDepth) * kDepth, k = g.groups * depth;
     std::unique_ptr<int8_t[]> a(new int8_t[g.m * k]);
     std::unique_ptr<int32_t[]> start(new int32_t[g.groups * g.m]);
-    const Plan plan{g, depth, a.get(), start.get()};
+    const Blocking* blocking = kBlocking;
+    while (g.m > blocking->tokens) ++blocking;
+    const Plan plan{g, depth, a.get(), *blocking, start.get()};
     const uint32_t base = plan.narrow() ? kMagicBits : 0;
     parallel(g.m, 1 + 65536 / std::max<int64_t>(k, 1), [&](int64_t begin, int64_t end) {
         for (int64_t m = begin; m < end; ++m) {

@@ -27,7 +27,7 @@ struct TileArgs {
     int64_t a_scale_group, a_scale_row;
     const float* b_scale;  // [groups][kColumns]
     int64_t b_scale_stride;
-    const uint8_t* ahead[2];  // two runs of weights, one line a step, to prefetch meanwhile
+    const uint8_t* ahead[2];  // two runs of weights, one line a step, to prefetch meanwhile, or null
 };
 
 inline int32_t four(const int8_t* p) {
@@ -161,31 +161,43 @@ inline __attribute__((always_inline)) void each(const F& f) {
         for (int v = 0; v < blocks; ++v) f(r, v, r * kColumns + v * kLanes);
 }
 
+// sums += A B^T over t.steps steps.
+template <int rows, int blocks, bool prefetch>
+inline __attribute__((always_inline)) void multiply(const TileArgs& t, const int8_t* a, const uint8_t* b,
+                                                    Dot::Sums (&sums)[rows][blocks]) {
+    const int64_t a_stride = t.groups * t.steps * kDepth, done = b - t.b;
+    for (int64_t k = 0; k < t.steps; ++k, a += kDepth, b += kLine) {
+        if (prefetch) {
+            __builtin_prefetch(t.ahead[0] + done + k * kLine);
+            __builtin_prefetch(t.ahead[1] + done + k * kLine);
+        }
+        Dot::Weights w[blocks];
+#pragma GCC unroll 4
+        for (int v = 0; v < blocks; ++v) w[v] = Dot::weights(b + v * t.b_stride);
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; ++r) {
+            const Dot::Tokens x = Dot::tokens(a + r * a_stride);
+#pragma GCC unroll 4
+            for (int v = 0; v < blocks; ++v) Dot::add(sums[r][v], w[v], x);
+        }
+    }
+}
+
 template <int rows, int blocks, bool narrow>
 void dot_tile(const TileArgs& t) {
     Dot::Sums sums[rows][blocks];
-    const int64_t a_stride = t.groups * t.steps * kDepth;
-    const int8_t* a = t.a;
-    const uint8_t* b = t.b;
     for (int64_t group = 0; group < t.groups; ++group) {
         const int32_t* start = t.start + group * t.start_stride;
         if (narrow || t.start)
             each<rows, blocks>([&](int r, int v, int) { sums[r][v] = Dot::set(start[r]); });
         else
             each<rows, blocks>([&](int r, int v, int at) { sums[r][v] = Dot::load(t.sums + at); });
-        for (int64_t k = 0; k < t.steps; ++k, a += kDepth, b += kLine) {
-            __builtin_prefetch(t.ahead[0] + (b - t.b));
-            __builtin_prefetch(t.ahead[1] + (b - t.b));
-            Dot::Weights w[blocks];
-#pragma GCC unroll 4
-            for (int v = 0; v < blocks; ++v) w[v] = Dot::weights(b + v * t.b_stride);
-#pragma GCC unroll 8
-            for (int r = 0; r < rows; ++r) {
-                const Dot::Tokens x = Dot::tokens(a + r * a_stride);
-#pragma GCC unroll 4
-                for (int v = 0; v < blocks; ++v) Dot::add(sums[r][v], w[v], x);
-            }
-        }
+        const int8_t* a = t.a + group * t.steps * kDepth;
+        const uint8_t* b = t.b + group * t.steps * kLine;
+        if (t.ahead[0])
+            multiply<rows, blocks, true>(t, a, b, sums);
+        else
+            multiply<rows, blocks, false>(t, a, b, sums);
         const float *a_scale = t.a_scale + group * t.a_scale_group, *b_scale = t.b_scale + group * t.b_scale_stride;
         if (narrow || t.out)
             each<rows, blocks>([&](int r, int v, int at) {
