@@ -375,7 +375,8 @@ inline void launch(dim3 grid, unsigned threads, size_t shared_bytes, uint64_t se
         continue;
       }
       for (auto& landing : machine.landings) {
-        if (landing.cta->cluster == machine.resident[i].get()) machine.error = "a copy was in flight when its CTA ended";
+        bool stray = landing.cta->cluster == machine.resident[i].get();
+        if (stray) machine.error = "a copy was in flight when its CTA ended";
       }
       for (auto& cta : machine.resident[i]->ctas) drop(*cta);
       machine.resident.erase(machine.resident.begin() + i);

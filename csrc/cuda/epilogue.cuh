@@ -39,7 +39,7 @@ __device__ __forceinline__ float epilogue_a_scale(const Gemm& gemm, int m) {
   return A_GROUPS || m >= gemm.m ? 1.f : gemm.a_scale[m * gemm.a_scale_row];
 }
 
-/// The reference's roundings: ((sum * a_scale) * b_scale) + bias, none of them contracted. x * 1 and x + 0 change nothing.
+/// The reference's roundings: ((sum * a_scale) * b_scale) + bias, none contracted. x * 1 and x + 0 change nothing.
 __device__ __forceinline__ float finish(float sum, float a_scale, float b_scale, float bias) {
   return __fadd_rn(__fmul_rn(__fmul_rn(sum, a_scale), b_scale), bias);
 }
@@ -49,7 +49,7 @@ __device__ __forceinline__ uint32_t pack(Float type, float low, float high) {
 }
 
 /// Adds up the parts of a split tile, which `threads` threads of each part hold in the same order. Returns true in the
-/// part that comes last, with the total in `sums`. `flag` is a word of shared memory; `sync` a barrier of these threads.
+/// part that comes last, with the total in `sums`. `flag` is a word of shared memory, `sync` a barrier of the threads.
 template <int COUNT, class Sync>
 __device__ __forceinline__ bool sum_parts(const Gemm& gemm, int (&sums)[COUNT], int team, int part, int thread,
                                           int threads, unsigned* flag, Sync sync) {

@@ -1,9 +1,9 @@
 // INT8 GEMM with mma.sync for sm_80 and up. Weights are the MMA's rows, tokens its columns.
 //
-// 16-byte cp.async copies fill a ring of stages with the 128-byte swizzle, ldmatrix reads fragments. Per group, the int32
-// partial of a group of 128 starts at the bits of 1.5 * 2^23: read as a float it is 12582912 + partial, exact because
-// |partial| <= 2^21, so that no integer conversion is needed (they are slow on sm_80). With warps_k > 1, for few tokens,
-// warps share one tile and divide k: more CTAs and more loads in flight, while groups are still added in ascending order.
+// 16-byte cp.async copies fill a ring of stages with the 128-byte swizzle, ldmatrix reads fragments. The int32 partial
+// of a group of 128 starts at the bits of 1.5 * 2^23: read as a float it is 12582912 + partial, exact because
+// |partial| <= 2^21, so that no integer conversion is needed (slow on sm_80). With warps_k > 1, for few tokens,
+// warps share one tile and divide k: more loads in flight, while groups are still added in ascending order.
 #pragma once
 
 #include "epilogue.cuh"
@@ -104,7 +104,8 @@ __global__ void __launch_bounds__(layout::TILES[TILE].threads(), 1) gemm_mma(con
   auto promote = [&](auto as_float, auto a_scale_of, auto b_scale_of) {
 #pragma unroll
     for (int j = 0; j < COLUMNS; ++j) {
-      float a_scale[2] = {a_scale_of(warp_token + j * 8 + lane % 4 * 2), a_scale_of(warp_token + j * 8 + lane % 4 * 2 + 1)};
+      const int token = warp_token + j * 8 + lane % 4 * 2;
+      float a_scale[2] = {a_scale_of(token), a_scale_of(token + 1)};
 #pragma unroll
       for (int i = 0; i < ROWS; ++i) {
 #pragma unroll
@@ -227,7 +228,8 @@ __global__ void __launch_bounds__(layout::TILES[TILE].threads(), 1) gemm_mma(con
     for (int i = 0; i < OWNED; ++i) {
       int n = n0 + (i * THREADS + thread) % WEIGHTS, m = m0 + (i * THREADS + thread) / WEIGHTS;
       if (n >= gemm.n || m >= gemm.m) continue;
-      float value = finish(owned[i], epilogue_a_scale<A_GROUPS>(gemm, m), epilogue_b_scale<GROUPS>(gemm, n), load_bias(gemm, n));
+      float a_scale = epilogue_a_scale<A_GROUPS>(gemm, m), b_scale = epilogue_b_scale<GROUPS>(gemm, n);
+      float value = finish(owned[i], a_scale, b_scale, load_bias(gemm, n));
       int64_t at = int64_t(m) * gemm.n + n;
       if (gemm.d_type == Float::fp32) {
         static_cast<float*>(gemm.d)[at] = value;

@@ -1,5 +1,5 @@
-// INT8 GEMM for Hopper: TMA, mbarriers and wgmma, persistent and warp-specialised. Weights are the MMA's rows, tokens its
-// columns, so that decode and prefill share one body.
+// INT8 GEMM for Hopper: TMA, mbarriers and wgmma, persistent and warp-specialised. Weights are the MMA's rows, tokens
+// its columns, so that decode and prefill share one body.
 //
 // Warpgroups 0 and 1 multiply, each its own 64 weight rows (or two slabs of 64) of the tile, and share nothing but the
 // stages: one promotes or stores while the other multiplies. In warpgroup 2, one thread loads tiles with TMA and, per
@@ -21,8 +21,8 @@ __global__ void __launch_bounds__(384, 1)
   constexpr int COLUMNS = TOKENS / 2;  // registers of a slab
   constexpr int STAGED = tile.staging_tokens(), PITCH = 64 + 8;
   constexpr bool GROUPS = GRANULARITY != CHANNEL;
-  // Registers of a thread at launch (65536 / 384, in eights), and what the warpgroups make of them. More than the launch
-  // had would wait for ever.
+  // Registers of a thread at launch (65536 / 384, in eights), and what the warpgroups make of them. More than the
+  // launch had would wait for ever.
   constexpr int LAUNCHED = 168, MULTIPLYING = 232, LOADING = 40;
   static_assert(2 * MULTIPLYING + LOADING <= 3 * LAUNCHED, "more registers than the CTA has");
 

@@ -40,9 +40,9 @@ layout::Device device_properties(int index) {
   return devices[index];
 }
 
-// Counters for split tiles. A kernel leaves those it used at zero, so none is ever reset; a launch takes the next ones of
-// a ring, so that launches which may overlap (streams, captured graphs) do not share any: the ring is long enough for
-// thousands of launches. No allocation and no memset, so launches can be captured.
+// Counters for split tiles. A kernel leaves those it used at zero, so none is ever reset; a launch takes the next ones
+// of a ring, so that launches which may overlap (streams, captured graphs) do not share any: the ring is long enough
+// for thousands of launches. No allocation and no memset, so launches can be captured.
 constexpr unsigned RING = 1 << 20, MAX_TEAMS = 4096;
 __device__ unsigned split_tickets[RING + MAX_TEAMS];
 
@@ -82,7 +82,7 @@ CUtensorMap tensor_map(const void* base, int rows, int k, int box_rows) {
   return map;
 }
 
-// Launches one kernel. Its shared memory and, with clusters, how many fit on the device are settled at its first launch.
+// Launches one kernel. Its shared memory, and how many clusters fit on the device, are settled at its first launch.
 template <class Kernel>
 void launch(const Gemm& gemm, const layout::Device& device, int device_index, cudaStream_t stream) {
   constexpr layout::Tile tile = Kernel::tile;
@@ -123,7 +123,7 @@ void launch(const Gemm& gemm, const layout::Device& device, int device_index, cu
   }
 }
 
-// Why there is no kernel for weights [n, k] with `groups` scales a row on a compute capability (90 for 9.0), or nothing.
+// Why there is no kernel for weights [n, k] with `groups` scales a row on a compute capability (90: 9.0), or nothing.
 std::string gemm_unsupported(int64_t n, int64_t k, int64_t groups, int64_t capability) {
   if (capability < 80) return "compute capability " + std::to_string(capability) + " is below 80 (Ampere)";
   if (n % 16 || k % 16 || k < 16) {
@@ -165,9 +165,9 @@ Tensor multiply(const Tensor& a_any, const Tensor& b_any, const Tensor& a_scale,
   int64_t m = a_any.size(0), k = a_any.size(1), n = b_any.size(0), groups = b_scale.size(1);
   STD_TORCH_CHECK(b_any.size(1) == k && b_scale.size(0) == n && a_scale.size(0) == m &&
                       (a_scale.size(1) == 1 || a_scale.size(1) == groups),
-                  "expected a [M, K], b [N, K], a_scale [M, 1] or [M, G], b_scale [N, G]; got a [", m, ", ", k, "], b [", n,
-                  ", ", b_any.size(1), "], a_scale [", a_scale.size(0), ", ", a_scale.size(1), "], b_scale [",
-                  b_scale.size(0), ", ", groups, "]");
+                  "expected a [M, K], b [N, K], a_scale [M, 1] or [M, G], b_scale [N, G]; got a [", m, ", ", k,
+                  "], b [", n, ", ", b_any.size(1), "], a_scale [", a_scale.size(0), ", ", a_scale.size(1),
+                  "], b_scale [", b_scale.size(0), ", ", groups, "]");
   STD_TORCH_CHECK(m < 1 << 30 && n < 1 << 30, "M = ", m, " or N = ", n, " is too large");
   int device_index = a_any.get_device_index();
   STD_TORCH_CHECK(b_any.get_device_index() == device_index && a_scale.get_device_index() == device_index &&
@@ -223,7 +223,7 @@ Tensor multiply(const Tensor& a_any, const Tensor& b_any, const Tensor& a_scale,
   bool weights_known = used_before(gemm.b), scales_known = used_before(gemm.b_scale);
   gemm.early_weights = weights_known && scales_known;
   gemm.schedule = schedule;
-  std::optional<Tensor> partials;  // from torch's allocator, so that it is right on every stream and in a captured graph
+  std::optional<Tensor> partials;  // from torch's allocator: right on every stream and in a captured graph
   if (schedule.split_tiles() > 0 && schedule.split > 1) {
     int64_t ctas = int64_t(schedule.split_tiles()) * tile.cluster;
     partials = torch::stable::new_empty(a, {ctas * schedule.split * tile.tokens * tile.weights}, ScalarType::Int);
@@ -257,17 +257,17 @@ std::string gemm_choice(int64_t m, int64_t n, int64_t k, int64_t groups, int64_t
   auto choice = layout::choose({int(m), int(n), int(k), granularity_of(k, groups)}, device_properties(int(device)));
   if (choice.tile < 0) return "none";
   const layout::Tile& tile = layout::TILES[choice.tile];
-  return std::to_string(choice.tile) + ": " + (tile.wgmma ? "wgmma " : "mma ") + std::to_string(tile.tokens) + " tokens x " +
-         std::to_string(tile.weights) + " weights, cluster " + std::to_string(tile.cluster) + ", split " +
-         std::to_string(choice.split);
+  return std::to_string(choice.tile) + ": " + (tile.wgmma ? "wgmma " : "mma ") + std::to_string(tile.tokens) +
+         " tokens x " + std::to_string(tile.weights) + " weights, cluster " + std::to_string(tile.cluster) +
+         ", split " + std::to_string(choice.split);
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(w8a8_bismooth, m) {
   m.def(
-      "scaled_mm_tile(Tensor a, Tensor b, Tensor a_scale, Tensor b_scale, ScalarType out_dtype, Tensor? bias, int tile, "
-      "int split) -> Tensor");
+      "scaled_mm_tile(Tensor a, Tensor b, Tensor a_scale, Tensor b_scale, ScalarType out_dtype, Tensor? bias, "
+      "int tile, int split) -> Tensor");
   m.def("gemm_unsupported(int n, int k, int groups, int capability) -> str");
   m.def("gemm_choice(int m, int n, int k, int groups, int device) -> str");
 }

@@ -144,8 +144,9 @@ LAYOUT_FUNCTION Schedule schedule(const Problem& p, const Tile& tile, int whole,
   return s;
 }
 
-/// Clocks that one multiprocessor needs for 128 columns of k of a tile: its busiest resource. A model, not a measurement;
-/// its rates are nominal, and 32 bytes a clock from L2 reproduces the published 68 % of peak of 128x128 tiles on H100.
+/// Clocks that one multiprocessor needs for 128 columns of k of a tile: its busiest resource. A model, not a
+/// measurement: its rates are nominal, and 32 bytes a clock from L2 reproduces the published 68 % of peak of
+/// 128x128 tiles on H100.
 LAYOUT_FUNCTION double block_clocks(const Tile& tile, int granularity, int capability) {
   double area = double(tile.tokens) * tile.weights;
   double macs = tile.wgmma ? 4096 : capability == 80 || capability == 90 || capability == 100 ? 1536 : 1024;

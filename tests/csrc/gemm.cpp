@@ -25,14 +25,17 @@ static const char* run(const Arguments& x) {
   const layout::Tile& tile = layout::TILES[x.tile];
   auto schedule = layout::schedule({x.m, x.n, x.k, x.granularity}, tile, x.whole, x.split);
   int teams = schedule.split_tiles() * (tile.wgmma ? 2 * tile.cluster : 1);
-  std::vector<int> partials(size_t(schedule.split_tiles()) * tile.cluster * x.split * tile.tokens * tile.weights, 0x5a5a5a5a);
+  size_t parts = size_t(schedule.split_tiles()) * tile.cluster * x.split;
+  std::vector<int> partials(parts * tile.tokens * tile.weights, 0x5a5a5a5a);
   std::vector<unsigned> tickets(teams, 0);
-  Gemm gemm{x.a,           x.b,           x.m,           x.n,
-            x.k,           x.groups,      x.k / x.groups / 32, x.a_scale,
-            x.b_scale,     x.a_scale_row, x.a_scale_group,     x.b_scale_row,
-            x.b_scale_group, x.bias,      Float(x.bias_type),  Float(x.d_type),
-            x.d,           partials.data(), tickets.data(),    x.seed % 2 == 1,
-            schedule};
+  Gemm gemm{};
+  gemm.a = x.a, gemm.b = x.b, gemm.m = x.m, gemm.n = x.n, gemm.k = x.k;
+  gemm.groups = x.groups, gemm.group_steps = x.k / x.groups / 32;
+  gemm.a_scale = x.a_scale, gemm.a_scale_row = x.a_scale_row, gemm.a_scale_group = x.a_scale_group;
+  gemm.b_scale = x.b_scale, gemm.b_scale_row = x.b_scale_row, gemm.b_scale_group = x.b_scale_group;
+  gemm.bias = x.bias, gemm.bias_type = Float(x.bias_type), gemm.d = x.d, gemm.d_type = Float(x.d_type);
+  gemm.partials = partials.data(), gemm.tickets = tickets.data();
+  gemm.early_weights = x.seed % 2 == 1, gemm.schedule = schedule;
   ptx::TensorMap a_map{reinterpret_cast<const uint8_t*>(x.a), uint64_t(x.m), uint64_t(x.k), uint64_t(x.k),
                        unsigned(tile.tokens / tile.cluster)};
   ptx::TensorMap b_map{reinterpret_cast<const uint8_t*>(x.b), uint64_t(x.n), uint64_t(x.k), uint64_t(x.k),
