@@ -74,7 +74,7 @@ class Weights:
             torch.randint(-127, 128, (self.n, self.k), dtype=torch.int8, device=self.device) for _ in range(self.copies)
         ]
         self.channel_scale = self._scale(1)
-        self.group_scale = self._scale(self.k // GROUP)
+        self.group_scales = [self._scale(self.k // GROUP) for _ in range(self.copies)]
 
         self._made = {}
 
@@ -119,15 +119,15 @@ class Problem:
 def ours(weight_groups: bool, activation_groups: bool) -> Callable[[Problem], timing.Call]:
     def prepare(p: Problem) -> timing.Call:
         w = p.weights
-        b_scale, b = w.group_scale if weight_groups else w.channel_scale, w.codes
+        b_scale, b = w.group_scales if weight_groups else [w.channel_scale] * w.copies, w.codes
         if w.device == "cpu" and ops.has_kernel("cpu"):  # packed, as the plugin does it at load
-            groups = b_scale.shape[1]
+            groups = b_scale[0].shape[1]
             b = w.once(f"packed for {groups} groups", lambda codes: ops.pack_weight(codes, groups))
         a_scale, group = (p.group_scale, GROUP) if activation_groups else (p.token_scale, w.k)
         multiply, quantize = torch.ops.w8a8_bismooth.scaled_mm, torch.ops.w8a8_bismooth.quantize_activations
         if p.linear:
-            return lambda i: multiply(*_pair(quantize(p.x, group), b[i], b_scale), torch.bfloat16)
-        return lambda i: multiply(p.codes, b[i], a_scale, b_scale, torch.bfloat16)
+            return lambda i: multiply(*_pair(quantize(p.x, group), b[i], b_scale[i]), torch.bfloat16)
+        return lambda i: multiply(p.codes, b[i], a_scale, b_scale[i], torch.bfloat16)
 
     return prepare
 
@@ -211,6 +211,12 @@ def torch_int_mm(p: Problem) -> timing.Call:
     return lambda i: torch._int_mm(p.codes, p.weights.codes[i].t())
 
 
+def read_weights(p: Problem) -> timing.Call:
+    """Only reads the weights: the memory's ceiling, in turns with the rest, for it varies on shared machines."""
+    words = [codes.view(torch.int64) for codes in p.weights.codes]
+    return lambda i: words[i].amax()
+
+
 IMPLEMENTATIONS: dict[str, dict[str, Callable[[Problem], timing.Call]]] = {
     "cpu": {
         "ours-channel": ours(False, False),
@@ -218,6 +224,7 @@ IMPLEMENTATIONS: dict[str, dict[str, Callable[[Problem], timing.Call]]] = {
         "vllm": vllm_cpu,
         "torch-bf16": torch_bf16,
         "torch-int_mm": torch_int_mm,
+        "read-weights": read_weights,
     },
     "cuda": {
         "ours-channel": ours(False, False),
@@ -240,11 +247,11 @@ def check(name: str, p: Problem, out: torch.Tensor) -> None:
     Raises:
         AssertionError: they differ by more than rounding.
     """
-    if name.startswith("torch") or (p.linear and name == STOCK):  # other operands; other roundings
+    if name.startswith(("torch", "read")) or (p.linear and name == STOCK):  # other operands; other roundings
         return
     w, grouped = p.weights, "group" in name
     columns = torch.linspace(0, w.n - 1, 16).long()
-    a, a_scale, b_scale = p.codes, p.token_scale, w.group_scale if grouped else w.channel_scale
+    a, a_scale, b_scale = p.codes, p.token_scale, w.group_scales[0] if grouped else w.channel_scale
     if grouped and not name.endswith("token"):
         a_scale = p.group_scale
         a = ops.quantize_activations(p.x, GROUP)[0] if p.linear else a
@@ -327,9 +334,13 @@ def main() -> None:
     if not ops.has_kernel(device):
         print("! no compiled kernel for this device: 'ours' is the torch reference", file=sys.stderr)
     torch.manual_seed(0)
-    ceilings = {"GB/s": round(timing.bandwidth(device), 1), "bf16 TFLOP/s": round(timing.bf16_rate(device), 2)}
+    ceilings = {
+        "GB/s": round(timing.bandwidth(device), 1),
+        "bf16 TFLOP/s": round(timing.bf16_rate(device), 2),
+        "int8 TOPS": timing.int8_rate() if device == "cpu" else None,
+    }
     print(f"ceilings measured: {'copy' if device == 'cuda' else 'read'} {ceilings['GB/s']} GB/s, ", end="")
-    print(f"torch bf16 {ceilings['bf16 TFLOP/s']} TFLOP/s", flush=True)
+    print(f"torch bf16 {ceilings['bf16 TFLOP/s']} TFLOP/s, int8 dot products {ceilings['int8 TOPS']} TOPS", flush=True)
     names = [name for name in IMPLEMENTATIONS[device] if re.search(asked.impl, name)]
     print(f"{'us, x stock':24}{'M':>6}" + "".join(f"{name:>17}" for name in names) + f"{'1st: TOPS':>10}{'GB/s':>9}")
     rows, missing = [], {}

@@ -1,9 +1,12 @@
 """Times of interleaved calls, and what the machine can do at best."""
 
+import ctypes
 import os
 import statistics
+import subprocess
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -122,3 +125,17 @@ def bf16_rate(device: str) -> float:
     size = 8192 if device == "cuda" else 1024
     a, b = torch.randn(2, size, size, device=device).bfloat16()
     return 2 * size**3 / median(lambda i: a @ b, device, 0.5) / 1e6
+
+
+def int8_rate() -> float | None:
+    """TOPS of the CPU's byte dot products from registers, on torch's number of threads; none without AVX-512 VNNI."""
+    library = Path("build/peak.so")
+    library.parent.mkdir(exist_ok=True)
+    command = ["g++", "-O2", "-shared", "-fPIC", "-o", library, Path(__file__).with_name("peak.cpp"), "-lpthread"]
+    try:
+        subprocess.run(command, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    measure = ctypes.CDLL(str(library.resolve())).int8_tops
+    measure.restype = ctypes.c_double
+    return round(max(measure(torch.get_num_threads()) for _ in range(5)), 2) or None

@@ -22,6 +22,7 @@ def small(monkeypatch):
     monkeypatch.setattr(timing, "cache_bytes", lambda device: 1 << 17)
     monkeypatch.setattr(timing, "bandwidth", lambda device: 1.0)
     monkeypatch.setattr(timing, "bf16_rate", lambda device: 1.0)
+    monkeypatch.setattr(timing, "int8_rate", lambda: 1.0)
 
 
 @pytest.mark.parametrize("linear", [False, True])
