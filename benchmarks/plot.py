@@ -5,6 +5,7 @@ python -m benchmarks.plot     # writes docs/figures/, prints the tables that the
 
 import json
 from pathlib import Path
+from statistics import geometric_mean
 
 RESULTS = Path(__file__).parent / "results"
 FIGURES = Path(__file__).parents[1] / "docs" / "figures"
@@ -50,6 +51,35 @@ def accuracy_table() -> str:
     return "\n".join(lines)
 
 
+def gemm_table() -> str:
+    """Speed relative to vLLM's INT8 kernel by number of tokens: geometric mean over the linears, with the range."""
+    rows = load("gemm-cpu.json")
+    names = {"ours-channel": "per-channel", "ours-group128": "per-group, g = 128", "torch-bf16": "torch bf16"}
+    lines = ["| tokens | " + " | ".join(names.values()) + " | per-channel, TOPS | GB/s |"]
+    lines.append("|--:|" + "--:|" * (len(names) + 2))
+    for m in dict.fromkeys(row["M"] for row in rows):
+        cells = []
+        for name in names:
+            ratios = [row["x stock"] for row in rows if row["M"] == m and row["impl"] == name]
+            cells.append(f"{geometric_mean(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+        best = max((row for row in rows if row["M"] == m and row["impl"] == "ours-channel"), key=lambda r: r["TOPS"])
+        lines.append(f"| {m} | {' | '.join(cells)} | {best['TOPS']:.2f} | {best['GB/s']:.0f} |")
+    return "\n".join(lines)
+
+
+def throughput_table() -> str:
+    """Whole engines: total tokens per second and seconds per request."""
+    rows = load("throughput-cpu.json")
+    lines = ["| model | arm | tokens/s | x bf16 | latency, s | x bf16 |", "|---|---|--:|--:|--:|--:|"]
+    for row in rows:
+        bf16 = next(r for r in rows if r["model"] == row["model"] and r["arm"] == "bf16")
+        rate, latency = row["tokens_per_second"], row["latency_seconds"]
+        faster = rate / bf16["tokens_per_second"], bf16["latency_seconds"] / latency
+        cells = (row["model"], row["arm"], f"{rate:.0f}", f"{faster[0]:.2f}", f"{latency:.3f}", f"{faster[1]:.2f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def collapse() -> None:
     """KL to bf16 of each INT8 arm of the demo."""
     from matplotlib import pyplot
@@ -80,4 +110,4 @@ def collapse() -> None:
 
 if __name__ == "__main__":
     collapse()
-    print(demo_table(), accuracy_table(), sep="\n\n")
+    print(demo_table(), accuracy_table(), gemm_table(), throughput_table(), sep="\n\n")

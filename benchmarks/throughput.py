@@ -97,7 +97,7 @@ def bench(kind: str, model: Path, environment: dict[str, str], options: dict, lo
     with tempfile.TemporaryDirectory() as scratch:
         output = Path(scratch, "out.json")
         command = [tool("vllm"), "bench", kind, "--model", str(model), "--dtype", "bfloat16", "--seed", "0"]
-        command += ["--max-model-len", "1024", "--output-json", str(output)]
+        command += ["--max-model-len", "512", "--output-json", str(output)]
         for name, value in options.items():
             command += ["--" + name.replace("_", "-"), str(value)]
         environment = engine_environment() | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} | environment
