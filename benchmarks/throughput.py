@@ -41,6 +41,9 @@ SIZES = {
     "testbed": {"num_prompts": 64, "input_len": 256, "output_len": 64},
     "llama-1b": {"num_prompts": 16, "input_len": 256, "output_len": 32},
 }
+# A latency run: one request after the other. `vllm bench latency` makes up token ids to 10000, which the test bed's
+# vocabulary lacks; there it is a throughput run that takes one request at a time.
+SINGLE = {"input_len": 32, "output_len": 32}
 ARMS = {"bf16": {}, "stock INT8": {"VLLM_PLUGINS": ""}, "ours": {}}
 
 console = Console()
@@ -83,9 +86,15 @@ def requests(sizes: dict[str, int]) -> Path:
     step = len(ids) // sizes["num_prompts"]
     prompts = [tokenizer.decode(ids[i * step : i * step + sizes["input_len"]]) for i in range(sizes["num_prompts"])]
     turns = [[{"from": "human", "value": prompt}, {"from": "gpt", "value": prompt}] for prompt in prompts]
-    path = WORK / "requests.json"
+    path = WORK / f"{sizes['num_prompts']}-requests-of-{sizes['input_len']}.json"
     path.write_text(json.dumps([{"conversations": turn} for turn in turns]))
     return path
+
+
+def dataset(sizes: dict[str, int]) -> dict:
+    """Options that make `vllm bench throughput` send these requests."""
+    asked = {"num_prompts": sizes["num_prompts"], "output_len": sizes["output_len"]}
+    return {"dataset_name": "sharegpt", "dataset_path": requests(sizes), **asked}
 
 
 def bench(kind: str, model: Path, environment: dict[str, str], options: dict, log: Path) -> dict:
@@ -111,21 +120,20 @@ def bench(kind: str, model: Path, environment: dict[str, str], options: dict, lo
 def measure(model: str, repeats: int) -> list[dict]:
     """A row for each arm: medians of total tokens per second, and of seconds per request at batch 1."""
     folders, sizes = checkpoints(model), SIZES[model]
-    single = {"batch_size": 1, "input_len": 32, "output_len": 32, "num_iters_warmup": 1, "num_iters": 5}
-    many = {
-        "dataset_name": "sharegpt",
-        "dataset_path": requests(sizes),
-        "num_prompts": sizes["num_prompts"],
-        "output_len": sizes["output_len"],
-    }
     rates, latencies = {arm: [] for arm in ARMS}, {arm: [] for arm in ARMS}
     for repeat in range(repeats):
         for arm, environment in ARMS.items():
             log = WORK / f"{model}-{arm.replace(' ', '-')}.log"
             console.print(f"{model}, {arm}, {repeat + 1} of {repeats}")
-            result = bench("throughput", folders[arm], environment, many, log)
+            result = bench("throughput", folders[arm], environment, dataset(sizes), log)
             rates[arm].append(result["tokens_per_second"])
-            latencies[arm] += bench("latency", folders[arm], environment, single, log)["latencies"]
+            if model == "testbed":
+                one_by_one = dataset(SINGLE | {"num_prompts": 16}) | {"max_num_seqs": 1}
+                result = bench("throughput", folders[arm], environment, one_by_one, log)
+                latencies[arm].append(result["elapsed_time"] / result["num_requests"])
+            else:
+                options = SINGLE | {"batch_size": 1, "num_iters_warmup": 2, "num_iters": 8}
+                latencies[arm] += bench("latency", folders[arm], environment, options, log)["latencies"]
     return [
         {
             "model": model,
