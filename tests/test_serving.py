@@ -384,12 +384,15 @@ def test_other_models_are_not_touched(checkpoints, stock, tmp_path):
 
 @pytest.mark.engine
 def test_server_with_the_explicit_flag(checkpoints, tmp_path, monkeypatch):
-    """`vllm serve --quantization w8a8_bismooth` on the mixed checkpoint, compiled, in several processes, over HTTP."""
+    """`vllm serve --quantization w8a8_bismooth` on the mixed checkpoint, compiled, on two ranks, over HTTP."""
     from openai import OpenAI
 
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "cache"))
-    flags = ("--quantization", "w8a8_bismooth", "--served-model-name", "mixed", "--max-model-len", "256")
-    with serve(checkpoints["mixed"], tmp_path / "log", *flags, "--return-tokens-as-token-ids") as url:
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # both ranks on the cores that there are
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    flags = ["--quantization", "w8a8_bismooth", "--served-model-name", "mixed", "--max-model-len", "256"]
+    flags += ["--tensor-parallel-size", "2", "--return-tokens-as-token-ids"]
+    with serve(checkpoints["mixed"], tmp_path / "log", *flags) as url:
         client = OpenAI(base_url=f"{url}/v1", api_key="unused")
         assert [m.id for m in client.models.list().data] == ["mixed"]
         asked = {"model": "mixed", "max_tokens": 8, "temperature": 0, "logprobs": 5}

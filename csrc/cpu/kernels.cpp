@@ -5,6 +5,7 @@
 #include <atomic>
 #include <memory>
 #include <utility>
+#include <vector>
 
 #include "tile.h"
 
@@ -243,11 +244,16 @@ void run_task(const Plan& p, int64_t task, int64_t upcoming, Workspace& w) {
 
 void gemm(const Gemm& g, const Parallel& parallel) {
     const int64_t depth = ceil_div(g.width, kDepth) * kDepth, k = g.groups * depth;
-    std::unique_ptr<int8_t[]> a(new int8_t[g.m * k]);
-    std::unique_ptr<int32_t[]> start(new int32_t[g.groups * g.m]);
+    // Kept from call to call: the first touch of new pages would take a few percent of the time of a large product.
+    thread_local std::vector<int8_t> codes;
+    thread_local std::vector<int32_t> starts;
+    codes.resize(std::max<size_t>(codes.size(), g.m * k));
+    starts.resize(std::max<size_t>(starts.size(), g.m * g.groups));
+    int8_t* const a = codes.data();  // not by name: other threads have vectors of their own
+    int32_t* const start = starts.data();
     const Blocking* blocking = kBlocking;
     while (g.m > blocking->tokens) ++blocking;
-    const Plan plan{g, depth, a.get(), *blocking, start.get()};
+    const Plan plan{g, depth, a, *blocking, start};
     const uint32_t base = plan.narrow() ? kMagicBits : 0;
     parallel(g.m, 1 + 65536 / std::max<int64_t>(k, 1), [&](int64_t begin, int64_t end) {
         for (int64_t m = begin; m < end; ++m) {
@@ -260,7 +266,7 @@ void gemm(const Gemm& g, const Parallel& parallel) {
             }
             for (int64_t k0 = 0, width; k0 < k; k0 += width) {
                 width = plan.block(k0);
-                int8_t* to = a.get() + m0 * k + k0 * rows + (m - m0) * width;
+                int8_t* to = a + m0 * k + k0 * rows + (m - m0) * width;
                 if (depth == g.width)
                     std::memcpy(to, g.a + m * k + k0, width);
                 else
