@@ -167,10 +167,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the rows here")
     arguments = parser.parse_args()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    rows = [row for model in arguments.model for row in measure(model, arguments.repeats)]
-    show(rows)
-    if arguments.json:
-        record.write(arguments.json, rows)
+    rows = []
+    for model in arguments.model:
+        rows += measure(model, arguments.repeats)
+        show(rows)
+        if arguments.json:  # after every model: a run that is cut short leaves what it has
+            record.write(arguments.json, rows)
 
 
 if __name__ == "__main__":
