@@ -124,10 +124,11 @@ def ours(weight_groups: bool, activation_groups: bool) -> Callable[[Problem], ti
             groups = b_scale[0].shape[1]
             b = w.once(f"packed for {groups} groups", lambda codes: ops.pack_weight(codes, groups))
         a_scale, group = (p.group_scale, GROUP) if activation_groups else (p.token_scale, w.k)
+        # None, True: no bias, and weights at rest, as in the plugin's linear
         multiply, quantize = torch.ops.w8a8_bismooth.scaled_mm, torch.ops.w8a8_bismooth.quantize_activations
         if p.linear:
-            return lambda i: multiply(*_pair(quantize(p.x, group), b[i], b_scale[i]), torch.bfloat16)
-        return lambda i: multiply(p.codes, b[i], a_scale, b_scale[i], torch.bfloat16)
+            return lambda i: multiply(*_pair(quantize(p.x, group), b[i], b_scale[i]), torch.bfloat16, None, True)
+        return lambda i: multiply(p.codes, b[i], a_scale, b_scale[i], torch.bfloat16, None, True)
 
     return prepare
 

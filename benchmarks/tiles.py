@@ -23,7 +23,7 @@ def candidates(p: Problem, grouped: bool) -> dict[str, timing.Run]:
     a_scale, b_scale = (p.group_scale, w.group_scale) if grouped else (p.token_scale, w.channel_scale)
 
     def chosen(i: int):
-        return namespace.scaled_mm(p.codes, w.codes[i], a_scale, b_scale, torch.bfloat16)
+        return namespace.scaled_mm(p.codes, w.codes[i], a_scale, b_scale, torch.bfloat16, None, True)  # weights at rest
 
     runs = {"chosen": timing.prepare(chosen, w.copies, "cuda")}
     for tile in range(64):
@@ -31,7 +31,7 @@ def candidates(p: Problem, grouped: bool) -> dict[str, timing.Run]:
 
             def call(i: int, tile=tile, split=split):
                 arguments = (p.codes, w.codes[i], a_scale, b_scale, torch.bfloat16, None)
-                return namespace.scaled_mm_tile(*arguments, tile, split)
+                return namespace.scaled_mm_tile(*arguments, tile, split, True)
 
             try:
                 call(0)

@@ -205,7 +205,7 @@ def test_opcheck():
     namespace = torch.ops.w8a8_bismooth
     for op, arguments in (
         (namespace.scaled_mm, (a, b, a_scale, b_scale, torch.bfloat16)),
-        (namespace.scaled_mm, (a, b, a_scale[:, :1], b_scale, torch.float16, gain[:32])),
+        (namespace.scaled_mm, (a, b, a_scale[:, :1], b_scale, torch.float16, gain[:32], True)),
         (namespace.quantize_activations, (x, 128)),
         (namespace.silu_mul_quantize, (x, 64)),
         (namespace.rms_norm_quantize, (x, x.clone(), gain, 1e-5, 256)),
@@ -243,13 +243,46 @@ def test_graph_capture_and_replay():
 
 
 def test_weights_written_just_before():
-    """At an address that held other weights: what may be loaded ahead of the previous kernel must not be those."""
+    """At an address that held other weights: without the promise of constant_b, none are loaded too early."""
     a, b, a_scale, b_scale = operands(16, 4096, 4096)
     fresh = [torch.randint_like(b, -127, 128) for _ in range(4)]
     want = [ops.scaled_mm(a, each, a_scale, b_scale, torch.bfloat16) for each in fresh]
     for turn in range(100):
         b.copy_(fresh[turn % 4])
         assert torch.equal(ops.scaled_mm(a, b, a_scale, b_scale, torch.bfloat16), want[turn % 4]), turn
+
+
+def test_weights_computed_just_before():
+    """By our own kernel, which lets its successor start before it writes, and by one of torch's."""
+    a, _, a_scale, _ = operands(16, 4096, 4096)
+    sources = torch.randn(4, 4096, 4096, device="cuda").bfloat16()
+    quantized = [ops.quantize_activations(source, 4096) for source in sources]
+    torch.cuda.synchronize()
+    want = [ops.scaled_mm(a, codes, a_scale, scale, torch.bfloat16) for codes, scale in quantized]
+    for turn in range(100):
+        codes, scale = ops.quantize_activations(sources[turn % 4], 4096)  # torch's allocator repeats its addresses
+        assert torch.equal(ops.scaled_mm(a, codes, a_scale, scale, torch.bfloat16), want[turn % 4]), turn
+
+    x = torch.randint(-63, 64, (5, 4096, 4096), dtype=torch.int8, device="cuda")
+    scale, b = quantized[0][1], torch.empty_like(x[0])
+    want = [ops.scaled_mm(a, x[4] + each, a_scale, scale, torch.bfloat16) for each in x[:4]]
+    for turn in range(100):
+        torch.add(x[4], x[turn % 4], out=b)
+        assert torch.equal(ops.scaled_mm(a, b, a_scale, scale, torch.bfloat16), want[turn % 4]), turn
+
+
+def test_constant_weights():
+    """With the promise, the same numbers; also where b must be copied first, which breaks the promise for the copy."""
+    for granularity in GRANULARITIES:
+        for m in (1, 16, 300):
+            a, b, a_scale, b_scale = operands(m, 2560, 4096, granularity)
+            want = ops.scaled_mm(a, b, a_scale, b_scale, torch.bfloat16)
+            unaligned = torch.empty(b.numel() + 1, dtype=torch.int8, device="cuda")[1:].view_as(b).copy_(b)
+            torch.cuda.synchronize()
+            for weight in (b, unaligned, b.t().contiguous().t()):
+                for _ in range(20):
+                    got = ops.scaled_mm(a, weight, a_scale, b_scale, torch.bfloat16, constant_b=True)
+                    assert torch.equal(got, want)
 
 
 def test_many_streams():

@@ -192,8 +192,31 @@ def test_opcheck():
         for residual in (None, torch.randn(4, 64)):
             arguments = (torch.randn(4, 64), residual, torch.randn(64), 1e-6, group_size)
             torch.library.opcheck(torch.ops.w8a8_bismooth.rms_norm_quantize.default, arguments)
-    for arguments in ((a, b, a_scale, b_scale, torch.bfloat16, bias), (a, b, a_scale[:, :1], b_scale, torch.float32)):
+    for arguments in (
+        (a, b, a_scale, b_scale, torch.bfloat16, bias),
+        (a, b, a_scale[:, :1], b_scale, torch.float32),
+        (a, b, a_scale, b_scale, torch.float32, None, True),
+    ):
         torch.library.opcheck(torch.ops.w8a8_bismooth.scaled_mm.default, arguments)
+
+
+def test_only_linear_promises_constant_weights(monkeypatch):
+    """The op itself waits for what writes its weights, unless it is told otherwise."""
+    promises = []
+
+    def spy(a, b, a_scale, b_scale, out_dtype, bias, constant_b):
+        promises.append(constant_b)
+        return reference.scaled_mm(a, b, a_scale, b_scale, out_dtype, bias, constant_b)
+
+    monkeypatch.setattr(torch.ops.w8a8_bismooth, "scaled_mm", spy)
+    a, b, a_scale, b_scale, _ = operands(2, 4, 64, 1, 1)
+    for promise in (False, True):
+        assert ops.scaled_mm(a, b, a_scale, b_scale, torch.float32, constant_b=promise).shape == (2, 4)
+    ops.scaled_mm(a, b, a_scale, b_scale, torch.float32)
+    ops.linear(torch.randn(2, 64), b, b_scale, 64)
+    assert promises == [False, True, False, True]
+    schema = torch._C._get_schema("w8a8_bismooth::scaled_mm", "")
+    assert schema.arguments[-1].name == "constant_b" and schema.arguments[-1].default_value is False
 
 
 def test_compiles_without_breaks_or_recompiles():

@@ -68,7 +68,9 @@ std::tuple<Tensor, Tensor> quantize_activations(Tensor x, int64_t group_size) {
     return {codes, scale};
 }
 
-Tensor scaled_mm(Tensor a, Tensor b, Tensor a_scale, Tensor b_scale, ScalarType out_dtype, std::optional<Tensor> bias) {
+// constant_b speaks of work still under way on a device: here there is none.
+Tensor scaled_mm(Tensor a, Tensor b, Tensor a_scale, Tensor b_scale, ScalarType out_dtype, std::optional<Tensor> bias,
+                 bool /* constant_b */) {
     STD_TORCH_CHECK(a.dim() == 2 && a_scale.dim() == 2 && b_scale.dim() == 2, "scaled_mm: a and the scales must be 2-D");
     const int64_t m = a.size(0), k = a.size(1), n = b_scale.size(0), groups = b_scale.size(1);
     STD_TORCH_CHECK(groups > 0 && k % groups == 0 && k < (1 << 17) && a_scale.size(0) == m &&

@@ -18,7 +18,7 @@ struct Gemm {
   void* d;
   int* partials;       // of split tiles: [team][part][thread's sums]
   unsigned* tickets;   // of split tiles: parts of a team that are done; zero before and after
-  bool early_weights;  // weights may be loaded before the previous kernel ends
+  bool early_weights;  // b and b_scale may be loaded before the previous kernel ends
   layout::Schedule schedule;
 };
 

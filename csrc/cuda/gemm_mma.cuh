@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(layout::TILES[TILE].threads(), 1) gemm_mma(con
     }
   };
 
-  // Weights do not depend on the kernel before this one, so their first loads need not wait for it.
+  // Weights that the kernel before this one does not write: their first loads need not wait for it.
   if (!gemm.early_weights) ptx::wait_for_previous_kernel();
 #pragma unroll
   for (int s = 0; s < STAGES - 1; ++s) load_weights(unit.begin + s);

@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(384, 1)
         ptx::mbarrier_expect(full + stage, tile.stage_bytes());
         ptx::tma_load(&b_map, weights_at(stage), full + stage, block * BLOCK, n0, weights_hint);
       };
-      // Weights do not depend on the kernel before this one, so their first loads need not wait for it.
+      // Weights that the kernel before this one does not write: their first loads need not wait for it.
       int early = 0;
       if (gemm.early_weights) {
         Unit unit = gemm.schedule.unit(blockIdx.x / CLUSTER);

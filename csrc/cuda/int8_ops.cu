@@ -54,13 +54,6 @@ unsigned* take_tickets(int device, int teams) {
   return static_cast<unsigned*>(first) + next[device].fetch_add(unsigned(teams)) % RING;
 }
 
-// Whether the last call with this address, of those that share its place, was with this address too. Weights that were
-// used before are not being written now, so their loads need not wait for the kernel ahead.
-bool used_before(const void* address) {
-  static std::atomic<const void*> recent[1 << 14];
-  return recent[reinterpret_cast<uintptr_t>(address) * 0x9e3779b97f4a7c15u >> 50].exchange(address) == address;
-}
-
 // Rows of k bytes in boxes of box_rows x 128 bytes, with the 128-byte swizzle; zero outside.
 CUtensorMap tensor_map(const void* base, int rows, int k, int box_rows) {
   using Encode = decltype(&cuTensorMapEncodeTiled);
@@ -155,7 +148,8 @@ Float float_type(ScalarType type, const char* what) {
 
 // tile < 0: chosen.
 Tensor multiply(const Tensor& a_any, const Tensor& b_any, const Tensor& a_scale, const Tensor& b_scale,
-                ScalarType out_dtype, const std::optional<Tensor>& bias_any, int64_t tile_index, int64_t split) {
+                ScalarType out_dtype, const std::optional<Tensor>& bias_any, bool constant_b, int64_t tile_index,
+                int64_t split) {
   STD_TORCH_CHECK(a_any.dim() == 2 && b_any.dim() == 2 && a_scale.dim() == 2 && b_scale.dim() == 2,
                   "a, b, a_scale and b_scale must be matrices");
   STD_TORCH_CHECK(a_any.scalar_type() == ScalarType::Char && b_any.scalar_type() == ScalarType::Char,
@@ -220,8 +214,7 @@ Tensor multiply(const Tensor& a_any, const Tensor& b_any, const Tensor& a_scale,
   gemm.bias_type = bias ? float_type(bias->scalar_type(), "bias") : Float::fp32;
   gemm.d = d.mutable_data_ptr();
   gemm.d_type = d_type;
-  bool weights_known = used_before(gemm.b), scales_known = used_before(gemm.b_scale);
-  gemm.early_weights = weights_known && scales_known;
+  gemm.early_weights = constant_b && gemm.b == b_any.const_data_ptr();  // a copy of b is still being written
   gemm.schedule = schedule;
   std::optional<Tensor> partials;  // from torch's allocator: right on every stream and in a captured graph
   if (schedule.split_tiles() > 0 && schedule.split > 1) {
@@ -241,15 +234,16 @@ Tensor multiply(const Tensor& a_any, const Tensor& b_any, const Tensor& a_scale,
   return d;
 }
 
-Tensor scaled_mm(Tensor a, Tensor b, Tensor a_scale, Tensor b_scale, ScalarType out_dtype, std::optional<Tensor> bias) {
-  return multiply(a, b, a_scale, b_scale, out_dtype, bias, -1, 1);
+Tensor scaled_mm(Tensor a, Tensor b, Tensor a_scale, Tensor b_scale, ScalarType out_dtype, std::optional<Tensor> bias,
+                 bool constant_b) {
+  return multiply(a, b, a_scale, b_scale, out_dtype, bias, constant_b, -1, 1);
 }
 
 // By one tile of layout::TILES, with every tile split along k: for tests and measurements.
 Tensor scaled_mm_tile(Tensor a, Tensor b, Tensor a_scale, Tensor b_scale, ScalarType out_dtype,
-                      std::optional<Tensor> bias, int64_t tile, int64_t split) {
+                      std::optional<Tensor> bias, int64_t tile, int64_t split, bool constant_b) {
   STD_TORCH_CHECK(tile >= 0, "no tile ", tile);
-  return multiply(a, b, a_scale, b_scale, out_dtype, bias, tile, split);
+  return multiply(a, b, a_scale, b_scale, out_dtype, bias, constant_b, tile, split);
 }
 
 // What scaled_mm would run, in words.
@@ -267,7 +261,7 @@ std::string gemm_choice(int64_t m, int64_t n, int64_t k, int64_t groups, int64_t
 STABLE_TORCH_LIBRARY_FRAGMENT(w8a8_bismooth, m) {
   m.def(
       "scaled_mm_tile(Tensor a, Tensor b, Tensor a_scale, Tensor b_scale, ScalarType out_dtype, Tensor? bias, "
-      "int tile, int split) -> Tensor");
+      "int tile, int split, bool constant_b=False) -> Tensor");
   m.def("gemm_unsupported(int n, int k, int groups, int capability) -> str");
   m.def("gemm_choice(int m, int n, int k, int groups, int device) -> str");
 }

@@ -33,7 +33,8 @@ _LIBRARY.define(
 )
 _LIBRARY.define("silu_mul_quantize(Tensor x, int group_size) -> (Tensor, Tensor)")
 _LIBRARY.define(
-    "scaled_mm(Tensor a, Tensor b, Tensor a_scale, Tensor b_scale, ScalarType out_dtype, Tensor? bias=None) -> Tensor"
+    "scaled_mm(Tensor a, Tensor b, Tensor a_scale, Tensor b_scale, ScalarType out_dtype, Tensor? bias=None, "
+    "bool constant_b=False) -> Tensor"
 )
 for _op in ("quantize_activations", "rms_norm_quantize", "silu_mul_quantize", "scaled_mm"):
     _LIBRARY.impl(_op, getattr(reference, _op), "CompositeExplicitAutograd")
@@ -60,7 +61,7 @@ def _(x, group_size) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @torch.library.register_fake("w8a8_bismooth::scaled_mm", lib=_LIBRARY)
-def _(a, b, a_scale, b_scale, out_dtype, bias=None) -> torch.Tensor:
+def _(a, b, a_scale, b_scale, out_dtype, bias=None, constant_b=False) -> torch.Tensor:
     return a.new_empty((a.shape[0], b_scale.shape[0]), dtype=out_dtype)
 
 
@@ -138,8 +139,12 @@ def scaled_mm(
     b_scale: torch.Tensor,
     out_dtype: torch.dtype,
     bias: torch.Tensor | None = None,
+    constant_b: bool = False,
 ) -> torch.Tensor:
     """See :func:`reference.scaled_mm`. On a CPU with a kernel, ``b`` may be what :func:`pack_weight` made of it.
+
+    ``constant_b`` promises that no work still under way on the device writes ``b``, ``b_scale`` or ``bias``, so that a
+    kernel may load them before the one ahead of it has ended. Without it, it waits first.
 
     Raises:
         ValueError: the shapes do not fit together.
@@ -151,13 +156,16 @@ def scaled_mm(
             f"a {list(a.shape)}, b {list(b.shape)}, a_scale {list(a_scale.shape)}, b_scale {list(b_scale.shape)}: "
             "expected [M, K], [N, K], [M, 1] or [M, G], [N, G] with K a multiple of G"
         )
-    return torch.ops.w8a8_bismooth.scaled_mm(a, b, a_scale, b_scale, out_dtype, bias)
+    return torch.ops.w8a8_bismooth.scaled_mm(a, b, a_scale, b_scale, out_dtype, bias, constant_b)
 
 
 def linear(
     x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, group_size: int, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
     """W8A8 linear layer: quantize the input, multiply, rescale.
+
+    ``weight``, ``weight_scale`` and ``bias`` are parameters at rest: no work still under way on the device writes them
+    (``constant_b`` of :func:`scaled_mm`). Call :func:`scaled_mm` itself with weights that were just computed.
 
     Args:
         x: ``[..., K]`` float.
@@ -173,5 +181,5 @@ def linear(
         ValueError: the shapes do not fit together.
     """
     codes, scale = quantize_activations(x.reshape(-1, x.shape[-1]), group_size)
-    out = scaled_mm(codes, weight, scale, weight_scale, x.dtype, bias)
+    out = scaled_mm(codes, weight, scale, weight_scale, x.dtype, bias, constant_b=True)
     return out.view(*x.shape[:-1], weight_scale.shape[0])

@@ -134,6 +134,7 @@ def scaled_mm(
     b_scale: torch.Tensor,
     out_dtype: torch.dtype,
     bias: torch.Tensor | None = None,
+    constant_b: bool = False,
 ) -> torch.Tensor:
     """``cast(sum_g(a_scale_g * b_scale_g * float((A B^T)_g)) + bias)``: int32 inside a group, fp32 across, g ascending.
 
@@ -145,6 +146,7 @@ def scaled_mm(
             has.
         out_dtype: of the result.
         bias: ``[N]`` in any float dtype.
+        constant_b: accepted and ignored: a promise about when b is written, which only kernels use.
 
     Returns:
         ``[M, N]`` in ``out_dtype``.
