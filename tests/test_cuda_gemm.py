@@ -231,8 +231,14 @@ MUTANTS = {
     ),
     "split: ticket taken before all have written": (
         "epilogue.cuh",
-        "  __threadfence();\n  sync();\n",
-        "  __threadfence();\n  if (mutant != {}) sync();\n",
+        "  sync();\n  if (thread == 0) {",
+        "  if (mutant != {}) sync();\n  if (thread == 0) {",
+        [(MMA, LONG | {"split": 2}), (HOPPER, LONG | {"split": 2, "grid": 3})],
+    ),
+    "split: ticket read before it is taken": (
+        "epilogue.cuh",
+        "  sync();\n  if (*flag",
+        "  if (mutant != {}) sync();\n  if (*flag",
         [(MMA, LONG | {"split": 2}), (HOPPER, LONG | {"split": 2, "grid": 3})],
     ),
     "split: ticket not reset": (

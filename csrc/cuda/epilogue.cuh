@@ -56,18 +56,20 @@ __device__ __forceinline__ bool sum_parts(const Gemm& gemm, int (&sums)[COUNT], 
   static_assert(COUNT % 4 == 0, "partial sums move as int4");
   int split = gemm.schedule.split;
   auto slot = [&](int of, int i) {
-    return reinterpret_cast<int4*>(gemm.partials) + ((team * split + of) * (COUNT / 4) + i) * threads + thread;
+    return reinterpret_cast<int4*>(gemm.partials) + (int64_t(team * split + of) * (COUNT / 4) + i) * threads + thread;
   };
 #pragma unroll
   for (int i = 0; i < COUNT / 4; ++i) {
     *slot(part, i) = int4{sums[i * 4], sums[i * 4 + 1], sums[i * 4 + 2], sums[i * 4 + 3]};
   }
-  __threadfence();
   sync();
-  if (thread == 0) *flag = atomicAdd(gemm.tickets + team, 1u);
+  if (thread == 0) {
+    __threadfence();  // of one thread: between barriers it orders what all of them wrote before, and read after
+    *flag = atomicAdd(gemm.tickets + team, 1u);
+    __threadfence();
+  }
   sync();
   if (*flag + 1 != unsigned(split)) return false;
-  __threadfence();
   if (thread == 0) gemm.tickets[team] = 0;  // for the next launch
   for (int of = 0; of < split; ++of) {
     if (of == part) continue;
