@@ -161,6 +161,13 @@ def test_quantization_equals_the_reference(channels, dtype):
                 assert torch.equal(scale.cpu(), want_scale) and torch.equal(codes.cpu(), want_codes), (rows, group)
 
 
+def test_operands_on_other_devices_are_refused():
+    x, gain = torch.randn(2, 64, device="cuda"), torch.randn(64, device="cuda")
+    for residual, weight in ((x.cpu(), gain), (None, gain.cpu())):
+        with pytest.raises(RuntimeError, match="on one device"):
+            ops.rms_norm_quantize(x, residual, weight, 1e-5, 64)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_silu_of_every_number(dtype):
     gate = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)

@@ -92,6 +92,9 @@ Quantized silu_mul_quantize(const Tensor& x, int64_t group_size) {
 
 Quantized rms_norm_quantize(const Tensor& x, std::optional<Tensor> residual, const Tensor& weight, double epsilon,
                             int64_t group_size) {
+  const int32_t device = x.get_device_index();
+  STD_TORCH_CHECK(weight.get_device_index() == device && (!residual || residual->get_device_index() == device),
+                  "x, residual and weight must be on one device");
   const Tensor from = loadable(x), gain = loadable(weight);
   STD_TORCH_CHECK(gain.scalar_type() == from.scalar_type() && gain.numel() == from.size(1),
                   "weight must be [K] in x's dtype");
