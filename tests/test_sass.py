@@ -106,6 +106,14 @@ def test_no_spills_and_registers_within_limits():
     assert seen
 
 
+def test_wgmma_kernels_have_the_registers_that_they_hand_over(hopper):
+    """setmaxnreg counts on 168 a thread: with fewer at launch, the multiplying warpgroups would wait for ever."""
+    usage = re.findall(r"Function (\S+):\s+REG:(\d+)", dump("-res-usage", "-arch", "sm_90a"))
+    registers = {function: int(number) for function, number in usage if "gemm_wgmma" in function}
+    assert len(registers) == sum(kind == "wgmma" for kind, *_ in hopper)
+    assert set(registers.values()) == {168}, registers
+
+
 def test_hopper_multiplies_with_wgmma_fed_by_tma(hopper):
     for (kind, index, granularity, a_groups), found in hopper.items():
         if kind == "wgmma":
