@@ -60,6 +60,7 @@ class Kernels:
         self.library = library
         library.run_gemm.restype = ctypes.c_char_p
         library.choose.restype = ctypes.c_double
+        library.take_tickets.restype = ctypes.c_int64
         self.tiles = [self._tile(i) for i in range(library.tile_count())]
 
     def _tile(self, index: int) -> Tile:

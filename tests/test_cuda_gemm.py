@@ -190,6 +190,22 @@ def test_too_little_shared_memory_is_no_choice(kernels):
     assert kernels.choose(1, 4096, 4096, CHANNEL, 80, 108, 16384)[0] == -1
 
 
+def test_captured_launches_share_no_tickets(kernels):
+    """A graph may run beside any launch: eager ones go round in their own ring, and graphs find none in the end."""
+    take, most, ring, captured = kernels.library.take_tickets, 4096, 1 << 20, 1 << 22
+    before, eager, graphs = -1, set(), []
+    while (first := take(0, 4000, True)) >= 0:
+        graphs.append(range(first, first + 4000))
+        at = take(0, most - 1, False)
+        assert at != before and 0 <= at < ring
+        before = at
+        eager.add(at + most - 2)  # the last of its places
+    assert len(graphs) == captured // 4000 and len(eager) * most > ring  # the ring went round
+    assert max(eager) < graphs[0].start and graphs[-1].stop <= ring + most + captured
+    assert all(left.stop == right.start for left, right in itertools.pairwise(graphs))
+    assert take(0, 4000, True) < 0 and take(1, 4000, True) == ring + most  # another device has its own
+
+
 def test_plugin_can_ask_what_is_supported():
     """At load, before there are activations; needs no GPU."""
     unsupported = getattr(torch.ops.w8a8_bismooth, "gemm_unsupported", None)

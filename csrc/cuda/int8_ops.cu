@@ -10,6 +10,7 @@
 
 #include "gemm.cuh"
 #include "stream.h"
+#include "tickets.h"
 
 namespace {
 
@@ -40,18 +41,19 @@ layout::Device device_properties(int index) {
   return devices[index];
 }
 
-// Counters for split tiles. A kernel leaves those it used at zero, so none is ever reset; a launch takes the next ones
-// of a ring, so that launches which may overlap (streams, captured graphs) do not share any: the ring is long enough
-// for thousands of launches. No allocation and no memset, so launches can be captured.
-constexpr unsigned RING = 1 << 20, MAX_TEAMS = 4096;
-__device__ unsigned split_tickets[RING + MAX_TEAMS];
+// Counters for split tiles, or null where a captured launch finds no more.
+__device__ unsigned split_tickets[Tickets::COUNT];
 
-unsigned* take_tickets(int device, int teams) {
-  static std::atomic<unsigned> next[MAX_DEVICES];
-  STD_TORCH_CHECK(unsigned(teams) <= MAX_TEAMS, "too many split tiles: ", teams);
-  void* first = nullptr;
-  CHECK_CUDA(cudaGetSymbolAddress(&first, split_tickets));
-  return static_cast<unsigned*>(first) + next[device].fetch_add(unsigned(teams)) % RING;
+unsigned* take_tickets(int device, int teams, cudaStream_t stream) {
+  static Tickets tickets[MAX_DEVICES];
+  STD_TORCH_CHECK(unsigned(teams) <= Tickets::MOST, "too many split tiles: ", teams);
+  cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+  CHECK_CUDA(cudaStreamIsCapturing(stream, &capture));
+  int64_t first = tickets[device].take(unsigned(teams), capture != cudaStreamCaptureStatusNone);
+  if (first < 0) return nullptr;
+  void* all = nullptr;
+  CHECK_CUDA(cudaGetSymbolAddress(&all, split_tickets));
+  return static_cast<unsigned*>(all) + first;
 }
 
 // Rows of k bytes in boxes of box_rows x 128 bytes, with the 128-byte swizzle; zero outside.
@@ -59,7 +61,7 @@ CUtensorMap tensor_map(const void* base, int rows, int k, int box_rows) {
   using Encode = decltype(&cuTensorMapEncodeTiled);
   static const Encode encode = [] {
     void* function = nullptr;
-    cudaDriverEntryPointQueryResult found;
+    cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
     cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
     return reinterpret_cast<Encode>(found == cudaDriverEntryPointSuccess ? function : nullptr);
   }();
@@ -216,17 +218,17 @@ Tensor multiply(const Tensor& a_any, const Tensor& b_any, const Tensor& a_scale,
   gemm.d_type = d_type;
   gemm.early_weights = constant_b && gemm.b == b_any.const_data_ptr();  // a copy of b is still being written
   gemm.schedule = schedule;
+  cudaStream_t stream = current_stream(device_index);
+  int64_t ctas = schedule.split > 1 ? int64_t(schedule.split_tiles()) * tile.cluster : 0;
+  if (ctas > 0) gemm.tickets = take_tickets(device_index, int(ctas) * (tile.wgmma ? 2 : 1), stream);
   std::optional<Tensor> partials;  // from torch's allocator: right on every stream and in a captured graph
-  if (schedule.split_tiles() > 0 && schedule.split > 1) {
-    int64_t ctas = int64_t(schedule.split_tiles()) * tile.cluster;
+  if (gemm.tickets) {
     partials = torch::stable::new_empty(a, {ctas * schedule.split * tile.tokens * tile.weights}, ScalarType::Int);
     gemm.partials = static_cast<int*>(partials->mutable_data_ptr());
-    gemm.tickets = take_tickets(device_index, int(ctas) * (tile.wgmma ? 2 : 1));
-  } else {
-    gemm.schedule.whole = schedule.tiles();
+  } else {  // nothing to split, or no tickets left for it: the same sums, in whole tiles
+    gemm.schedule.whole = schedule.tiles(), gemm.schedule.split = 1;
   }
 
-  cudaStream_t stream = current_stream(device_index);
   bool found = with_kernel(choice.tile, granularity, a_scale.size(1) > 1, [&](auto kernel) {
     launch<decltype(kernel)>(gemm, device, device_index, stream);
   });

@@ -1,5 +1,6 @@
 // The GEMM kernels under emulation, and the tile chooser, behind a C interface for the Python tests.
 #include "gemm.cuh"
+#include "tickets.h"
 
 #ifdef MUTANTS  // the sources are patched to misbehave in the way of this number
 extern "C" void set_mutant(int number) { mutant = number; }
@@ -81,6 +82,12 @@ extern "C" double choose(int m, int n, int k, int granularity, int capability, i
   layout::Choice choice = layout::choose({m, n, k, granularity}, {capability, sms, shared});
   out[0] = choice.tile, out[1] = choice.whole, out[2] = choice.split;
   return choice.clocks;
+}
+
+/// Tickets of a launch, from counters of their own for each `device`: the first place, or negative.
+extern "C" int64_t take_tickets(int device, unsigned count, bool captured) {
+  static Tickets tickets[4];
+  return tickets[device].take(count, captured);
 }
 
 /// All units of a schedule as rows of 6; returns their number.
