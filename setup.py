@@ -3,7 +3,7 @@ every Python and every torch from 2.11 on, built against whichever torch (also a
 
 Environment:
     BISMOOTH_CPU, BISMOOTH_CUDA: 1 requires these kernels, 0 leaves them out; unset builds what the machine can.
-    TORCH_CUDA_ARCH_LIST: CUDA architectures, such as "8.0 9.0a" (default: every supported one).
+    TORCH_CUDA_ARCH_LIST: CUDA architectures, such as "8.0 9.0a 12.0+PTX" (default: every supported one).
     CUDA_HOME, CXX, MAX_JOBS: as usual.
 """
 
@@ -42,7 +42,7 @@ if platform.machine() != "x86_64":
 # -ffp-contract=off: the numerics contract rounds products and sums separately.
 CPU_FLAGS = ["-O3", "-ffp-contract=off", "-fno-math-errno"]
 
-CUDA_ARCHES = ["8.0", "8.9", "9.0a", "10.0", "12.0", "12.0+PTX"]
+CUDA_ARCHES = ["8.0", "8.9", "9.0a", "10.0", "12.0+PTX"]
 CUDA_FLAGS = ["-O3", "-DNDEBUG", "--expt-relaxed-constexpr", "-Xptxas=-v", "-Xcompiler=-fPIC", "-diag-suppress=177"]
 # What ptxas must not say: it would mean wgmma instructions in a row, or registers not handed over.
 CUDA_FATAL = ("C7508", "C7510", "setmaxnreg ignored")
@@ -88,11 +88,13 @@ def wanted(name: str, missing: str | None) -> bool:
 
 
 def gencode(arches: list[str]) -> list[str]:
+    """Machine code for each architecture, and for "X+PTX" also the PTX that later ones compile."""
     flags = []
     for arch in arches:
         number, _, ptx = arch.partition("+")
         number = number.replace(".", "").replace("90", "90a").replace("aa", "a")  # wgmma is of sm_90a alone
-        flags.append(f"-gencode=arch=compute_{number},code={'compute' if ptx else 'sm'}_{number}")
+        for code in ["sm", "compute"] if ptx else ["sm"]:
+            flags.append(f"-gencode=arch=compute_{number},code={code}_{number}")
     return flags
 
 

@@ -102,6 +102,12 @@ class Kernels:
         self.library.units(m, n, k, tile, whole, split, out)
         return tiles, [tuple(out[i * 6 : i * 6 + 6]) for i in range(count)]
 
+    def device(self, capability, code, sms, shared):
+        """What :meth:`choose` takes of a device whose kernels were compiled for the architecture ``code``."""
+        out = (ctypes.c_int * 3)()
+        self.library.device(capability, code, sms, shared, out)
+        return tuple(out)
+
     def choose(self, m, n, k, granularity, capability=90, sms=132, shared=232448):
         """(tile, number of whole tiles, split, predicted clocks)."""
         out = (ctypes.c_int * 3)()

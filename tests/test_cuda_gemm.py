@@ -9,6 +9,7 @@ import shutil
 import pytest
 import torch
 
+from setup import gencode
 from tests.emulation import CHANNEL, GROUP_128, GROUP_ANY, ROOT, Kernels, compile_library, problem
 from vllm_w8a8_bismooth import ops  # noqa: F401 -- loads the compiled library
 from vllm_w8a8_bismooth.ops import reference
@@ -184,6 +185,33 @@ def test_choice_is_sane(kernels, device):
             index, whole, split, _ = kernels.choose(1, n, k, granularity, capability, sms, shared)
             tiles, units = kernels.units(1, n, k, index, whole, split)
             assert len(units) * kernels.tiles[index].cluster >= 0.7 * sms, f"{device} {n} {k}"
+
+
+def test_choice_follows_the_loaded_code(kernels):
+    """Not the device: PTX for 8.0 on Hopper has no wgmma, and code for 8.9 no tile of more than 99 KiB."""
+    assert kernels.device(90, 90, 132, 232448) == (90, 132, 232448)
+    assert kernels.device(80, 80, 108, 166912) == (80, 108, 166912)
+    assert kernels.device(89, 80, 142, 101376) == (89, 142, 101376)  # its rates, with the code of 8.0
+    assert kernels.device(103, 100, 148, 232448) == (100, 148, 232448)
+    assert kernels.device(121, 120, 48, 101376) == (120, 48, 101376)
+    for code, shared in ((80, 232448), (86, 101376), (89, 101376)):
+        device = kernels.device(90, code, 132, 232448)
+        assert device == (code, 132, shared)
+        for (n, k), m, granularity in itertools.product(LLAMA, (1, 64, 4096), (CHANNEL, GROUP_128, GROUP_ANY)):
+            tile = kernels.tiles[kernels.choose(m, n, k, granularity, *device)[0]]
+            assert not tile.wgmma and tile.shared[granularity] <= shared
+    assert kernels.device(87, 86, 16, 166912) == (87, 16, 101376)  # 8.7 runs the binaries of 8.6
+
+
+def test_architectures_of_a_build():
+    """As torch reads TORCH_CUDA_ARCH_LIST: "+PTX" adds PTX to the machine code."""
+    assert gencode(["8.0", "9.0", "9.0a", "12.0+PTX"]) == [
+        "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_90a,code=sm_90a",
+        "-gencode=arch=compute_90a,code=sm_90a",
+        "-gencode=arch=compute_120,code=sm_120",
+        "-gencode=arch=compute_120,code=compute_120",
+    ]
 
 
 def test_too_little_shared_memory_is_no_choice(kernels):

@@ -22,8 +22,8 @@ template <int TILE, int GRANULARITY, bool A_GROUPS>
 __global__ void __launch_bounds__(layout::TILES[TILE].threads(), 1) gemm_mma(const __grid_constant__ Gemm gemm) {
   using namespace layout;
   constexpr Tile tile = TILES[TILE];
-#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200)
-  if constexpr (tile.shared_bytes(GRANULARITY) > 101376) return;  // never chosen here: no such shared memory
+#ifdef __CUDA_ARCH__
+  if constexpr (tile.shared_bytes(GRANULARITY) > shared_limit(__CUDA_ARCH__ / 10)) return;  // never chosen here
 #endif
   constexpr int TOKENS = tile.tokens, WEIGHTS = tile.weights, STAGES = tile.stages, WARPS_K = tile.warps_k;
   constexpr int ROWS = tile.warp_weights / 16, COLUMNS = tile.warp_tokens / 8;  // MMAs of a warp

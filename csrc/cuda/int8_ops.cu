@@ -8,16 +8,14 @@
 #include <optional>
 #include <string>
 
+#include "device.h"
 #include "gemm.cuh"
-#include "stream.h"
 #include "tickets.h"
 
 namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-constexpr int MAX_DEVICES = 64;
 
 #define CHECK_CUDA(call)                                                            \
   do {                                                                              \
@@ -35,15 +33,20 @@ layout::Device device_properties(int index) {
     CHECK_CUDA(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index));
     CHECK_CUDA(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, index));
     CHECK_CUDA(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, index));
-    devices[index] = {major * 10 + minor, sms, shared};  // racing threads write the same
+    int capability = major * 10 + minor, code = capability;
+    if (capability >= 80) {  // others have no kernels
+      torch::stable::accelerator::DeviceGuard guard(index);
+      code = compiled_for(reinterpret_cast<const void*>(GemmKernel<0, layout::CHANNEL, false>::function()));
+    }
+    devices[index] = layout::device(capability, code, sms, shared);  // racing threads write the same
     known[index].store(true, std::memory_order_release);
   }
   return devices[index];
 }
 
-// Counters for split tiles, or null where a captured launch finds no more.
 __device__ unsigned split_tickets[Tickets::COUNT];
 
+// Counters for split tiles, or null where a captured launch finds no more.
 unsigned* take_tickets(int device, int teams, cudaStream_t stream) {
   static Tickets tickets[MAX_DEVICES];
   STD_TORCH_CHECK(unsigned(teams) <= Tickets::MOST, "too many split tiles: ", teams);

@@ -22,6 +22,11 @@ LAYOUT_FUNCTION int least(int a, int b) { return a < b ? a : b; }
 /// Byte offset of 16-byte chunk `chunk` of row `row` in a tile of 128-byte rows with the 128-byte swizzle.
 LAYOUT_FUNCTION int swizzled(int row, int chunk) { return row * BLOCK + ((chunk ^ (row & 7)) << 4); }
 
+/// Shared memory that a CTA can have on an architecture, in bytes.
+LAYOUT_FUNCTION int shared_limit(int architecture) {
+  return architecture == 86 || architecture == 89 || architecture >= 120 ? 101376 : 232448;
+}
+
 /// Work of one CTA (or cluster): a tile, and the k-blocks [begin, end) of it.
 struct Unit {
   int token_tile, weight_tile, begin, end;
@@ -87,7 +92,7 @@ struct Tile {
   LAYOUT_FUNCTION int staging_bytes() const { return 2 * (staging_tokens() * (64 + 8) * 2 + tokens * 4); }
   LAYOUT_FUNCTION int wgmma_stages(int granularity) const {
     int stage = stage_bytes() + scales(granularity) * 4 + 16;
-    return least(12, (SHARED_LIMIT - staging_bytes() - 16) / stage);
+    return least(12, (shared_limit(90) - staging_bytes() - 16) / stage);
   }
 
   LAYOUT_FUNCTION int shared_bytes(int granularity) const {
@@ -99,8 +104,6 @@ struct Tile {
     int output = tokens * (weights + 8) * 2;
     return pipeline > output ? pipeline : output;
   }
-
-  static constexpr int SHARED_LIMIT = 232448;  // of a CTA on Hopper
 };
 
 constexpr unsigned C = 1u << CHANNEL, G = 1u << GROUP_128, ANY = 1u << GROUP_ANY;
@@ -128,10 +131,16 @@ struct Problem {
   int m, n, k, granularity;
 };
 struct Device {
-  int capability;    // 80, 86, 89, 90, ...
+  int capability;    // 80, 86, 89, 90, ...; as far as the kernels' code uses it
   int sms;           // multiprocessors
-  int shared_bytes;  // of a CTA, opted in
+  int shared_bytes;  // of a CTA, opted in, and at most what the kernels' code is compiled for
 };
+/// A device as kernels see it whose code was compiled for the architecture `code`: older code has no wgmma, and code
+/// for less shared memory lacks tiles.
+LAYOUT_FUNCTION Device device(int capability, int code, int sms, int shared_bytes) {
+  return {capability < 90 ? capability : least(capability, code), sms, least(shared_bytes, shared_limit(code))};
+}
+
 struct Choice {
   int tile = -1;  // in TILES; -1: none fits
   int whole = 0, split = 1;

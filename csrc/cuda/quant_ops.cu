@@ -3,11 +3,12 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <atomic>
 #include <optional>
 #include <tuple>
 
+#include "device.h"
 #include "quant.cuh"
-#include "stream.h"
 
 namespace {
 
@@ -26,18 +27,21 @@ void launch(const Source& source, const quant::Groups& groups, int threads, cons
   cudaLaunchAttribute overlap{};  // may start before the kernel ahead of it has ended: it waits for it itself
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   overlap.val.programmaticStreamSerializationAllowed = 1;
-  int major = 0;
-  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, x.get_device_index());
+  const auto kernel = &quant::quantize<Source, ITEMS>;
+  const int device = x.get_device_index();
+  STD_TORCH_CHECK(device >= 0 && device < MAX_DEVICES, "no CUDA device ", device);
+  static std::atomic<int> architecture[MAX_DEVICES];  // of the kernel's code: before 9.0, it does not wait
+  if (!architecture[device].load()) architecture[device].store(compiled_for(reinterpret_cast<const void*>(kernel)));
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(x.size(0)));
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = groups.shared_bytes(Source::kNorm);
-  config.stream = current_stream(x.get_device_index());
+  config.stream = current_stream(device);
   config.attrs = &overlap;
-  config.numAttrs = major >= 9;
+  config.numAttrs = architecture[device].load() >= 90;
   auto* codes = static_cast<int8_t*>(std::get<0>(out).mutable_data_ptr());
   auto* scales = static_cast<float*>(std::get<1>(out).mutable_data_ptr());
-  const cudaError_t status = cudaLaunchKernelEx(&config, quant::quantize<Source, ITEMS>, source, groups, codes, scales);
+  const cudaError_t status = cudaLaunchKernelEx(&config, kernel, source, groups, codes, scales);
   STD_TORCH_CHECK(status == cudaSuccess, "quantization kernel: ", cudaGetErrorString(status));
 }
 

@@ -84,6 +84,12 @@ extern "C" double choose(int m, int n, int k, int granularity, int capability, i
   return choice.clocks;
 }
 
+/// capability, multiprocessors and shared bytes of a device that runs code for the architecture `code`.
+extern "C" void device(int capability, int code, int sms, int shared, int* out) {
+  layout::Device device = layout::device(capability, code, sms, shared);
+  out[0] = device.capability, out[1] = device.sms, out[2] = device.shared_bytes;
+}
+
 /// Tickets of a launch, from counters of their own for each `device`: the first place, or negative.
 extern "C" int64_t take_tickets(int device, unsigned count, bool captured) {
   static Tickets tickets[4];
