@@ -20,17 +20,17 @@ SPLITS = (1, 2, 3, 4, 6, 8)
 
 def candidates(p: Problem, grouped: bool) -> dict[str, timing.Run]:
     w, namespace = p.weights, torch.ops.w8a8_bismooth
-    a_scale, b_scale = (p.group_scale, w.group_scale) if grouped else (p.token_scale, w.channel_scale)
+    a_scale, b_scales = (p.group_scale, w.group_scales) if grouped else (p.token_scale, [w.channel_scale] * w.copies)
 
-    def chosen(i: int):
-        return namespace.scaled_mm(p.codes, w.codes[i], a_scale, b_scale, torch.bfloat16, None, True)  # weights at rest
+    def chosen(i: int):  # True: weights at rest, as in the plugin's linear
+        return namespace.scaled_mm(p.codes, w.codes[i], a_scale, b_scales[i], torch.bfloat16, None, True)
 
     runs = {"chosen": timing.prepare(chosen, w.copies, "cuda")}
     for tile in range(64):
         for split in SPLITS:
 
             def call(i: int, tile=tile, split=split):
-                arguments = (p.codes, w.codes[i], a_scale, b_scale, torch.bfloat16, None)
+                arguments = (p.codes, w.codes[i], a_scale, b_scales[i], torch.bfloat16, None)
                 return namespace.scaled_mm_tile(*arguments, tile, split, True)
 
             try:

@@ -54,6 +54,15 @@ def test_gemm_checks_results(small):
         assert grouped == ("group" in name)
 
 
+def test_tiles_take_the_weights(small, monkeypatch):
+    monkeypatch.setattr(timing, "prepare", lambda call, copies, device: call)
+    problem = gemm.Problem(3, gemm.Weights(64, 256, "cpu"), False)
+    for name, grouped in (("channel", False), ("group", True)):
+        runs = tiles.candidates(problem, grouped)
+        assert list(runs) == ["chosen"]  # tiles are those of a GPU
+        gemm.check(name, problem, runs["chosen"](0))
+
+
 def test_a_failing_implementation_is_left_out(small, monkeypatch, capsys):
     def broken(problem):
         raise OSError("libfoo.so: no such file\nmore")

@@ -47,16 +47,20 @@ layout::Device device_properties(int index) {
 __device__ unsigned split_tickets[Tickets::COUNT];
 
 // Counters for split tiles, or null where a captured launch finds no more.
-unsigned* take_tickets(int device, int teams, cudaStream_t stream) {
+unsigned* take_tickets(int device, int teams, bool captured) {
   static Tickets tickets[MAX_DEVICES];
   STD_TORCH_CHECK(unsigned(teams) <= Tickets::MOST, "too many split tiles: ", teams);
-  cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
-  CHECK_CUDA(cudaStreamIsCapturing(stream, &capture));
-  int64_t first = tickets[device].take(unsigned(teams), capture != cudaStreamCaptureStatusNone);
+  int64_t first = tickets[device].take(unsigned(teams), captured);
   if (first < 0) return nullptr;
   void* all = nullptr;
   CHECK_CUDA(cudaGetSymbolAddress(&all, split_tickets));
   return static_cast<unsigned*>(all) + first;
+}
+
+bool is_capturing(cudaStream_t stream) {
+  cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+  CHECK_CUDA(cudaStreamIsCapturing(stream, &capture));
+  return capture != cudaStreamCaptureStatusNone;
 }
 
 // Rows of k bytes in boxes of box_rows x 128 bytes, with the 128-byte swizzle; zero outside.
@@ -223,7 +227,10 @@ Tensor multiply(const Tensor& a_any, const Tensor& b_any, const Tensor& a_scale,
   gemm.schedule = schedule;
   cudaStream_t stream = current_stream(device_index);
   int64_t ctas = schedule.split > 1 ? int64_t(schedule.split_tiles()) * tile.cluster : 0;
-  if (ctas > 0) gemm.tickets = take_tickets(device_index, int(ctas) * (tile.wgmma ? 2 : 1), stream);
+  if (ctas > 0) {  // measurements capture too much for tickets of their own
+    bool captured = tile_index < 0 && is_capturing(stream);
+    gemm.tickets = take_tickets(device_index, int(ctas) * (tile.wgmma ? 2 : 1), captured);
+  }
   std::optional<Tensor> partials;  // from torch's allocator: right on every stream and in a captured graph
   if (gemm.tickets) {
     partials = torch::stable::new_empty(a, {ctas * schedule.split * tile.tokens * tile.weights}, ScalarType::Int);
@@ -244,7 +251,8 @@ Tensor scaled_mm(Tensor a, Tensor b, Tensor a_scale, Tensor b_scale, ScalarType 
   return multiply(a, b, a_scale, b_scale, out_dtype, bias, constant_b, -1, 1);
 }
 
-// By one tile of layout::TILES, with every tile split along k: for tests and measurements.
+// By one tile of layout::TILES, with every tile split along k: for tests and measurements. Graphs of it must not run
+// beside other launches.
 Tensor scaled_mm_tile(Tensor a, Tensor b, Tensor a_scale, Tensor b_scale, ScalarType out_dtype,
                       std::optional<Tensor> bias, int64_t tile, int64_t split, bool constant_b) {
   STD_TORCH_CHECK(tile >= 0, "no tile ", tile);
