@@ -8,7 +8,7 @@ from benchmarks import plot
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
 
-@pytest.mark.parametrize("table", [plot.demo_table, plot.accuracy_table, plot.gemm_table])
+@pytest.mark.parametrize("table", [plot.demo_table, plot.accuracy_table, plot.gemm_table, plot.throughput_table])
 def test_tables_are_the_committed_results(table):
     assert table() in README
 
