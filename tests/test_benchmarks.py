@@ -54,6 +54,7 @@ def test_gemm_checks_results(small):
         assert grouped == ("group" in name)
 
 
+@pytest.mark.skipif(not hasattr(torch.ops.w8a8_bismooth, "scaled_mm_tile"), reason="the CUDA kernels are not built")
 def test_tiles_take_the_weights(small, monkeypatch):
     monkeypatch.setattr(timing, "prepare", lambda call, copies, device: call)
     problem = gemm.Problem(3, gemm.Weights(64, 256, "cpu"), False)
