@@ -1,5 +1,7 @@
 // AMX: tiles of 16 x 16 int32 sums. With W8A8_EMULATE_AMX the instructions are emulated, for tests on CPUs without them.
 #pragma once
+#include <cstring>
+
 #include "kernels.h"
 
 #if defined(W8A8_EMULATE_AMX)

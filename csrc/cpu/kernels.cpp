@@ -88,9 +88,9 @@ void quantize_row(const typename T::Storage* x, int64_t width, int8_t* codes, fl
     const float amax = T::widen(top), ratio = 127.0f / amax;
     const float inverse = ratio <= 3.4028235e38f ? ratio : 0.0f;  // not if infinite or NaN
     *scale = amax / 127.0f;
-    // Adding 1.5 * 2^23 rounds half to even and leaves the integer in the low bits. (-ffp-contract=off: the contract
-    // rounds the product first.)
-    for (int64_t i = 0; i < width; ++i) codes[i] = (int8_t)as_bits(T::widen(x[i]) * inverse + 12582912.0f);
+    // Adding kMagic rounds half to even and leaves the integer in the low bits. (-ffp-contract=off: the contract rounds
+    // the product first.)
+    for (int64_t i = 0; i < width; ++i) codes[i] = (int8_t)as_bits(T::widen(x[i]) * inverse + kMagic);
 }
 
 void quantize(const Quantize& q, const Parallel& parallel) {

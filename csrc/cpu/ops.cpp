@@ -73,9 +73,11 @@ Tensor scaled_mm(Tensor a, Tensor b, Tensor a_scale, Tensor b_scale, ScalarType 
                  bool /* constant_b */) {
     STD_TORCH_CHECK(a.dim() == 2 && a_scale.dim() == 2 && b_scale.dim() == 2, "scaled_mm: a and the scales must be 2-D");
     const int64_t m = a.size(0), k = a.size(1), n = b_scale.size(0), groups = b_scale.size(1);
-    STD_TORCH_CHECK(groups > 0 && k % groups == 0 && k < (1 << 17) && a_scale.size(0) == m &&
+    STD_TORCH_CHECK(groups > 0 && k % groups == 0 && a_scale.size(0) == m &&
                         (a_scale.size(1) == 1 || a_scale.size(1) == groups),
-                    "scaled_mm: the scales do not fit a");
+                    "scaled_mm: a [", m, ", ", k, "], a_scale [", a_scale.size(0), ", ", a_scale.size(1), "], b_scale [", n,
+                    ", ", groups, "]: expected [M, K], [M, 1] or [M, G], [N, G] with K a multiple of G");
+    STD_TORCH_CHECK(k < 1 << 17, "scaled_mm: K = ", k, " is not below 131072, where int32 sums may overflow");
     STD_TORCH_CHECK(a.scalar_type() == ScalarType::Char && a_scale.scalar_type() == ScalarType::Float &&
                         b_scale.scalar_type() == ScalarType::Float,
                     "scaled_mm: a must be int8 and the scales fp32");
