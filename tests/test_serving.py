@@ -237,6 +237,20 @@ def test_scales_must_have_arrived(on_rank, value):
         scheme.process_weights_after_loading(layer)
 
 
+def test_shapes_without_a_kernel_are_refused_at_load(on_rank, monkeypatch):
+    """As on a GPU, whose answer needs no device; on CPU the kernel takes every shape."""
+    if not hasattr(torch.ops.w8a8_bismooth, "gemm_unsupported"):
+        pytest.skip("the CUDA kernels are not built")
+    on_rank(0, 1)
+    layer, scheme = made_by_vllm(None, 72, 256)
+    layer.weight_scale.data.fill_(1e-3)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    on_gpu = ops.unsupported(*layer.weight.shape, groups=1, device=torch.device("cuda"))
+    monkeypatch.setattr(ops, "unsupported", lambda *shape, **more: on_gpu)
+    with pytest.raises(ValueError, match="down_proj: N = 72 and K = 256 must be multiples of 16; use"):
+        scheme.process_weights_after_loading(layer)
+
+
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory) -> dict[str, Path]:
     """The planted test bed, bi-smoothed and mixed, and the former without our marker."""

@@ -90,6 +90,11 @@ class W8A8Scheme(CompressedTensorsScheme):
                 "the checkpoint is incomplete or corrupt, convert it again"
             )
         if compiled:
+            if reason := ops.unsupported(*weight.shape, groups=scale.shape[1], device=weight.device):
+                raise ValueError(
+                    f"{getattr(layer, 'prefix', 'linear')}: {reason}; use a smaller tensor parallel size, or install "
+                    "without the CUDA kernels (BISMOOTH_CUDA=0)"
+                )
             replace_parameter(
                 layer, "weight_scale", torch.nn.Parameter(scale.t().contiguous().t(), requires_grad=False)
             )
