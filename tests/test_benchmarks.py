@@ -1,4 +1,4 @@
-"""The GEMM benchmark and the GPU visit, on small data and without a GPU: they must not fail where nobody watches."""
+"""Benchmarks and the GPU visit, on small data and without a GPU: they must not fail where nobody watches."""
 
 import json
 import os
@@ -108,3 +108,28 @@ def test_without_a_gpu(monkeypatch, module, asked):
     monkeypatch.setattr(sys, "argv", ["benchmark", *asked])
     with pytest.raises(SystemExit, match="no CUDA device"):
         module.main()
+
+
+def test_conversions(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.convert", "--quick", "--json", "out.json"]
+    subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
+    record = json.loads((tmp_path / "out.json").read_text())
+    rows = record["rows"]
+    assert [(row["arm"], row["blocks"]) for row in rows] == [
+        ("RTN", 2),
+        ("data-free", 2),
+        ("calibrated", 2),
+        ("data-free", 4),
+    ]
+    for row in rows:
+        assert row["seconds"] == [row["median"]["seconds"]] and row["seconds"][0] > 0.1
+        assert 0.1 < row["cpu_seconds"][0] < 600
+        assert 100e6 < row["peak_rss_bytes"][0] < 4e9
+        # A byte and a share of the scales for each weight of a block; embeddings and head stay as they are.
+        assert 1 < row["output_bytes"][0] / (row["blocks"] * 3538944 + 2 * 2 * 2048 * 512) < 1.1
+    targets = {target["name"]: target for target in record["targets"]}
+    assert len(targets) == 3 and all(t["measured"] > 0 for t in targets.values() if t["measured"] is not None)
+    assert all(t["met"] is (None if t["measured"] is None else t["measured"] <= t["target"]) for t in targets.values())
+    assert targets["seconds of --help"]["measured"] is not None
+    assert record["ratios"] == [] and record["peer_versions"] == {}
+    assert not list((tmp_path / "build/convert").glob("*-headers"))

@@ -1,0 +1,119 @@
+"""Random LLaMA checkpoints of any size, written tensor by tensor: in little memory, and without torch."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from math import prod
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from benchmarks.testbed import MODEL
+
+SHARD_BYTES = 5e9
+
+Fill = Callable[[BinaryIO, tuple[int, ...]], object]
+"""Called with an open file and a shape: writes that many bf16 numbers, or passes over their place."""
+
+
+def tensors(config: dict) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of a LLaMA."""
+    hidden, middle, vocabulary = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
+    q, kv = (config[heads] * config["head_dim"] for heads in ("num_attention_heads", "num_key_value_heads"))
+    block = {
+        "input_layernorm": (hidden,),
+        "self_attn.q_proj": (q, hidden),
+        "self_attn.k_proj": (kv, hidden),
+        "self_attn.v_proj": (kv, hidden),
+        "self_attn.o_proj": (hidden, q),
+        "post_attention_layernorm": (hidden,),
+        "mlp.gate_proj": (middle, hidden),
+        "mlp.up_proj": (middle, hidden),
+        "mlp.down_proj": (hidden, middle),
+    }
+    yield "model.embed_tokens.weight", (vocabulary, hidden)
+    for index in range(config["num_hidden_layers"]):
+        yield from ((f"model.layers.{index}.{name}.weight", shape) for name, shape in block.items())
+    yield "model.norm.weight", (hidden,)
+    yield "lm_head.weight", (vocabulary, hidden)
+
+
+def shards(named: Iterable[tuple[str, tuple[int, ...]]]) -> list[dict[str, tuple[int, ...]]]:
+    """Tensors in order, a new shard whenever the next one would not fit."""
+    result, room = [], 0
+    for name, shape in named:
+        room -= 2 * prod(shape)
+        if room < 0 or not result:
+            result.append({})
+            room = SHARD_BYTES - 2 * prod(shape)
+        result[-1][name] = shape
+    return result
+
+
+def noise() -> Fill:
+    """Fills linears from a normal distribution (deviation 0.02) around 0, norms from one around 1.
+
+    Numbers are drawn once and then taken from random places of that pool, as fast as a disk can write.
+    """
+    generator = np.random.default_rng(0)
+
+    def normal(mean: float, count: int) -> np.ndarray:
+        numbers = generator.normal(mean, 0.02, count).astype(np.float32)
+        return (numbers.view(np.uint32) >> 16).astype(np.uint16)  # cut to bf16
+
+    pool = normal(0.0, 1 << 23)
+    piece = len(pool) // 2
+
+    def fill(file: BinaryIO, shape: tuple[int, ...]) -> None:
+        if len(shape) == 1:
+            file.write(normal(1.0, *shape))
+            return
+        for done in range(0, prod(shape), piece):
+            start = generator.integers(piece)
+            file.write(pool[start : start + min(piece, prod(shape) - done)])
+
+    return fill
+
+
+def hole(file: BinaryIO, shape: tuple[int, ...]) -> None:
+    """Leaves a sparse file's hole where the numbers would be."""
+    file.seek(2 * prod(shape), os.SEEK_CUR)
+
+
+def checkpoint(folder: Path, sizes: dict, fill: Fill) -> Path:
+    """Make a bf16 LLaMA with the test bed's tokenizer, tensor by tensor, unless it is there."""
+    if folder.exists():
+        return folder
+    partial = folder.with_suffix(".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(MODEL, partial, ignore=shutil.ignore_patterns("*.safetensors"))
+    config = json.loads((MODEL / "config.json").read_text()) | sizes
+    (partial / "config.json").write_text(json.dumps(config, indent=2))
+    weight_map = {}
+    parts = shards(tensors(config))
+    for number, part in enumerate(parts, 1):
+        name = f"model-{number:05}-of-{len(parts):05}.safetensors"
+        write_shard(partial / name, part, fill)
+        weight_map |= dict.fromkeys(part, name)
+    total = sum(2 * prod(shape) for part in parts for shape in part.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+    partial.rename(folder)
+    return folder
+
+
+def write_shard(path: Path, shapes: dict[str, tuple[int, ...]], fill: Fill) -> None:
+    """One safetensors file: length of the header, header, numbers."""
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, shape in shapes.items():
+        start, end = end, end + 2 * prod(shape)
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with open(path, "wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        for shape in shapes.values():
+            fill(file, shape)
+        file.truncate()  # a hole at the end belongs to the file
