@@ -21,11 +21,35 @@ settings.load_profile("project")
 SHARD = "60KB"
 
 
+_EXPERTS = dict(
+    num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, mlp_only_layers=[0], norm_topk_prob=True
+)
+# What a type needs beyond the common sizes, so that each of its peculiarities takes part.
+EXTRA = {
+    "gemma2": dict(sliding_window=16, query_pre_attn_scalar=24),
+    "gemma3_text": dict(
+        sliding_window=16,
+        query_pre_attn_scalar=24,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    ),
+    "granite": dict(embedding_multiplier=12.0, residual_multiplier=0.22, attention_multiplier=0.2, logits_scaling=8.0),
+    "mixtral": dict(num_local_experts=4, num_experts_per_tok=2),
+    "phi3": dict(pad_token_id=1, head_dim=16),
+    "qwen2_moe": dict(**_EXPERTS, shared_expert_intermediate_size=64),
+    "qwen3_moe": _EXPERTS,
+}
+MODEL_TYPES = [
+    "gemma2", "gemma3_text", "granite", "llama", "mistral", "mixtral",
+    "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe",
+]  # fmt: skip
+
+
 def tiny_config(model_type: str, **changes):
     """Three blocks with grouped-query attention; widths are multiples of 32 and differ from each other."""
     from transformers import AutoConfig
 
-    settings = dict(
+    settings = {**EXTRA.get(model_type, {}), **changes}
+    base = dict(
         hidden_size=64,
         intermediate_size=96,
         num_hidden_layers=3,
@@ -38,7 +62,7 @@ def tiny_config(model_type: str, **changes):
         bos_token_id=0,
         eos_token_id=1,
     )
-    return AutoConfig.for_model(model_type, **{**settings, **changes})
+    return AutoConfig.for_model(model_type, **{**base, **settings})
 
 
 def tiny_model(model_type: str, seed: int = 0, **changes) -> torch.nn.Module:
@@ -50,7 +74,8 @@ def tiny_model(model_type: str, seed: int = 0, **changes) -> torch.nn.Module:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1:
-                parameter.normal_(1.0 if "norm" in name else 0.0, 0.3)
+                gain = "norm" in name and not model_type.startswith("gemma")  # whose norms store gain - 1
+                parameter.normal_(1.0 if gain else 0.0, 0.3)
             else:
                 parameter.normal_(0, 0.08)
     return model.eval()

@@ -6,13 +6,16 @@ from hypothesis import strategies as st
 
 from vllm_w8a8_bismooth import analyze
 from vllm_w8a8_bismooth.architectures import ARCHITECTURES
-from vllm_w8a8_bismooth.quantize import quantize_weight
+from vllm_w8a8_bismooth.quantize import Fold, Loss, quantize_folded
 
-LLAMA = ARCHITECTURES["llama"]
+LLAMA = ARCHITECTURES["llama"].dense
 
 
 def error_of(weight: torch.Tensor, group_size: int | None = None) -> float:
-    return analyze.column_error(weight, *quantize_weight(weight, group_size))
+    loss = Loss(weight.shape[1])
+    for _ in quantize_folded(weight, Fold(), group_size, loss):
+        pass
+    return loss.column_error()
 
 
 @given(st.integers(0, 2**31), st.sampled_from([100.0, 1000.0]), st.integers(1, 3))

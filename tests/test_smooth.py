@@ -1,13 +1,17 @@
-import copy
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import save_torch_state_dict
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
 
-from tests.conftest import tiny_model
-from vllm_w8a8_bismooth.architectures import ARCHITECTURES, sizes_of
-from vllm_w8a8_bismooth.smooth import balance, fold_vector, gather, smooth_block, spread
+from tests.conftest import MODEL_TYPES
+from vllm_w8a8_bismooth.architectures import ARCHITECTURES, BLOCK
+from vllm_w8a8_bismooth.smooth import Factors, balance, fold_vector, gather, smooth_block, spread
+from vllm_w8a8_bismooth.source import Source
 
 STORED = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -60,42 +64,70 @@ def test_value_heads_are_shared_by_query_heads(kv_heads, repeat, head_dim):
     assert torch.equal(gather(heads.reshape(-1), repeat, head_dim), s)
 
 
-@pytest.mark.parametrize("dtype", STORED, ids=str)
-@pytest.mark.parametrize(
-    ("model_type", "changes"),
-    [
-        ("llama", {}),
-        ("llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
-        ("mistral", {"num_key_value_heads": 4}),
-        ("qwen2", {}),
-        ("qwen3", {"num_key_value_heads": 1}),
-    ],
-)
-def test_smoothing_preserves_the_function(model_type, changes, dtype):
-    model = tiny_model(model_type, **changes).to(dtype).float()  # as stored, computed in fp32
-    smoothed = copy.deepcopy(model)
-    architecture, sizes = ARCHITECTURES[model_type], sizes_of(model.config.to_dict())
-    generator = torch.Generator().manual_seed(1)
-    for layer in smoothed.model.layers:
-        block = dict(layer.state_dict())
+@given(extents(), st.integers(0, 2**31))
+def test_fold_is_exact_for_norms_that_store_their_gain_less_one(magnitude, seed):
+    generator = torch.Generator().manual_seed(seed)
+    vector = (torch.randn(48, generator=generator) * 0.3).bfloat16().float()
+    folded, effective = fold_vector(vector, magnitude.clamp(min=1e-6), torch.bfloat16, offset=1.0)
+    assert effective.isfinite().all() and (effective > 0).sum() >= 47
+    gain = (folded.double() + 1) * effective.double()
+    torch.testing.assert_close(gain, vector.double() + 1, rtol=2.0**-22, atol=0)
+
+
+def smoothed_copy(folder: Path, destination: Path) -> list[Factors]:
+    """The checkpoint with every site smoothed by random ranges over four decades, and nothing quantized."""
+    source = Source(folder)
+    generator, records = torch.Generator().manual_seed(1), []
+    tensors = {name: source.checkpoint.read(name) for name in source.outside}
+    for index, layer in enumerate(source.layers):
+        prefix = BLOCK.format(index)
+        block = {name: source.checkpoint.read(prefix + name) for name in source.blocks[index]}
         ranges = {
             site.name: 10.0 ** (torch.rand(block[f"{site.consumers[0]}.weight"].shape[1], generator=generator) * 4 - 2)
-            for site in architecture.sites
+            for site in layer.sites
         }
-        new, records = smooth_block(block, ranges, architecture.sites, 0.5, sizes["head"], dict.fromkeys(block, dtype))
-        assert [r.site for r in records] == [s.name for s in architecture.sites]
-        assert not any(
-            torch.equal(new[f"{c}.weight"], block[f"{c}.weight"]) for s in architecture.sites for c in s.consumers
-        )
-        layer.load_state_dict(new)
-    tokens = torch.randint(0, 160, (2, 40), generator=generator)
-    with torch.no_grad():
-        before, after = model.double()(tokens).logits, smoothed.double()(tokens).logits
-    assert (after - before).norm() / before.norm() <= 1e-5 / 10
+        smoothing = smooth_block(block, ranges, layer, source.sizes, 0.5, source.architecture.offset)
+        assert [record.site for record in smoothing.sites] == [site.name for site in layer.sites]
+        for name, tensor in block.items():
+            fold = smoothing.fold(name.removesuffix(".weight"))
+            # fp32, because rounding to the storage dtype is not part of what is tested
+            new = fold.apply(tensor.float()) if fold else smoothing.vectors.get(name, tensor)
+            tensors[prefix + name] = new
+            touched = name.endswith(".weight") and (
+                layer.linear_of(name) or name.removesuffix(".weight") in layer.routers
+            )
+            assert not touched or not torch.equal(new.float(), tensor.float()), name
+        records += smoothing.sites
+    shutil.copytree(folder, destination, ignore=shutil.ignore_patterns("*.safetensors*"))
+    save_torch_state_dict(tensors, destination)
+    return records
+
+
+CHANGES = {
+    "biased": ("llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
+    "all heads": ("mistral", {"num_key_value_heads": 4}),
+    "one head": ("qwen3", {"num_key_value_heads": 1}),
+    "steps": ("qwen2_moe", {"decoder_sparse_step": 2, "qkv_bias": False}),
+    "biased gemma": ("gemma2", {"attention_bias": True}),
+}
+
+
+@pytest.mark.parametrize("case", [*MODEL_TYPES, *CHANGES])
+@pytest.mark.parametrize("dtype", STORED, ids=str)
+def test_smoothing_preserves_the_function(make_checkpoint, tmp_path, case, dtype):
+    model_type, changes = CHANGES.get(case, (case, {}))
+    folder = make_checkpoint(model_type, dtype, **changes)
+    assert smoothed_copy(folder, tmp_path / "smoothed")
+    tokens = torch.randint(0, 160, (2, 40), generator=torch.Generator().manual_seed(2))
+    logits = []
+    for path in (folder, tmp_path / "smoothed"):
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64, experts_implementation="eager")
+        with torch.no_grad():
+            logits.append(model(tokens).logits)
+    error = (logits[1] - logits[0]).norm() / logits[0].norm()
+    assert error <= 1e-5, float(error)
 
 
 def test_sites_without_ranges_stay():
-    model = tiny_model("llama")
-    block = dict(model.model.layers[0].state_dict())
-    new, records = smooth_block(block, {}, ARCHITECTURES["llama"].sites, 0.5, 24, {})
-    assert not records and all(torch.equal(new[n], block[n]) for n in block)
+    smoothing = smooth_block({}, {}, ARCHITECTURES["llama"].dense, {}, 0.5)
+    assert not smoothing.folds and not smoothing.vectors and not smoothing.sites

@@ -2,19 +2,20 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from vllm_w8a8_bismooth.architectures import BLOCK, EMBEDDING, Architecture
+from vllm_w8a8_bismooth.architectures import BLOCK, EMBEDDING
 from vllm_w8a8_bismooth.checkpoint import Checkpoint
 from vllm_w8a8_bismooth.errors import BismoothError
+from vllm_w8a8_bismooth.source import Source
 
 WINDOW = 512
 _PIECE = 2**16  # characters tokenized at once
-_CHUNK = 4096  # tokens that pass through a block at once; bounds the MLP's intermediate
+_CHUNK = 2048  # tokens that pass through a block at once; bounds the MLP's intermediate
 
 
 @dataclass(frozen=True)
@@ -108,107 +109,171 @@ def tokenize(text: CalibrationText, checkpoint: Checkpoint, budget: int) -> torc
     return torch.cat([torch.tensor(lead, dtype=torch.int64).expand(count, -1), windows], dim=1)
 
 
-@torch.no_grad()
-def activation_extents(
-    checkpoint: Checkpoint,
-    architecture: Architecture,
-    tokens: torch.Tensor,
-    on_block: Callable[[int], None] = lambda index: None,
-) -> list[dict[str, torch.Tensor]]:
-    """Largest magnitude of each input channel at each site, over all tokens, from an fp32 forward pass.
+class Calibration:
+    """The calibration tokens on their way through the model, one decoder block after the other.
 
-    The model is built without storage; each decoder block's weights exist only while the tokens pass through it, so
-    memory holds one block and the hidden states of the calibration tokens, whatever the depth.
+    Blocks run in the checkpoint's own dtype, as they are served unquantized. The model is built without storage: a
+    block's weights are lent to it for the time of its forward pass.
 
     Args:
-        checkpoint: source of config and weights.
-        architecture: its sites say where to measure.
+        source: of config, weights and names.
         tokens: int64 ``[windows, length]``.
-        on_block: called with the index of each block that is done.
+        device: where the blocks run.
 
-    Returns:
-        One dict a block: site name -> fp32 ``[K]``.
+    Attributes:
+        hidden: ``[windows, length, hidden]``, what the next block will read. May be replaced by what an earlier run
+            had at the same place.
 
     Raises:
-        BismoothError: a weight is not finite, or a forward pass overflows (named by block and site).
+        BismoothError: transformers refuses the config.
     """
-    from transformers import AutoConfig, AutoModel
 
-    try:
-        config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
-        with torch.device("meta"):
-            model = AutoModel.from_config(config, dtype=torch.float32, attn_implementation="sdpa").eval()
-        model.rotary_emb = type(model.rotary_emb)(config=config)  # its tables are not in the checkpoint
-    except Exception as error:  # as for tokenizers, transformers' own validation raises many types
-        raise BismoothError(
-            f"{checkpoint.folder}: transformers refuses config.json ({type(error).__name__}: {error}); mend it, "
-            "or use --calibration none"
-        ) from None
-    model.norm = torch.nn.Identity()
-    extents: list[dict[str, torch.Tensor]] = []
-    for index, block in enumerate(model.layers):
-        block.forward = _streamed(block, index, checkpoint, architecture, extents, on_block)
-    embedded = checkpoint.read(EMBEDDING)[tokens].float()
-    try:
-        model(inputs_embeds=embedded, use_cache=False)
-    except BismoothError:
-        raise
-    except Exception as error:
-        raise BismoothError(
-            f"{checkpoint.folder}: the forward pass failed in block {len(extents)} ({type(error).__name__}: {error}); "
-            "check config.json, or use --calibration none"
-        ) from error
-    return extents
+    @torch.no_grad()
+    def __init__(self, source: Source, tokens: torch.Tensor, device: torch.device):
+        from transformers import AutoConfig, AutoModel
 
+        checkpoint = source.checkpoint
+        self._source, self._device, self._names = source, device, source.architecture.renamed
+        # The embedding's rows are read one by one: only those that occur exist.
+        used, compact = tokens.unique(return_inverse=True)
+        rows = torch.cat([checkpoint.rows(EMBEDDING, int(i), 1) for i in used])
+        try:
+            config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
+            # sdpa would drop the soft cap on attention logits without a word
+            attention = "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
+            with torch.device("meta"):
+                model = AutoModel.from_config(config, dtype=rows.dtype, attn_implementation=attention).eval()
+                for block in model.layers:
+                    if hasattr(block.mlp, "experts"):
+                        block.mlp.experts = _Experts(block.mlp.experts, source.architecture.expert_linears)
+            _materialize_buffers(model)
+            model.embed_tokens.weight = torch.nn.Parameter(rows, requires_grad=False)
+            model.norm = torch.nn.Identity()
+            self._blocks, self._forwards, captured = list(model.layers), [b.forward for b in model.layers], []
+            for block in self._blocks:
+                block.forward = lambda hidden, **given: captured.append(given) or hidden
+            self.hidden = torch.cat(
+                [model(input_ids=window, use_cache=False).last_hidden_state for window in compact.split(1)]
+            ).to(device)
+        except Exception as error:  # as for tokenizers, transformers' own validation raises many types
+            raise BismoothError(
+                f"{checkpoint.folder}: transformers refuses config.json ({type(error).__name__}: {error}); mend it, "
+                "or use --calibration none"
+            ) from None
+        # Masks and positions of one window fit them all: they have one length and no padding.
+        self._arguments = [_to(device, given) for given in captured[: len(self._blocks)]]
 
-def _streamed(
-    block: torch.nn.Module,
-    index: int,
-    checkpoint: Checkpoint,
-    architecture: Architecture,
-    extents: list[dict[str, torch.Tensor]],
-    on_block: Callable[[int], None],
-) -> Callable:
-    """The block's forward, with weights that are read on entry and dropped on exit, and sites that record extents."""
-    forward = block.forward
+    @torch.no_grad()
+    def advance(self, index: int, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Run block ``index`` on the hidden states, and measure what its sites read.
 
-    def run(hidden: torch.Tensor, **kwargs) -> torch.Tensor:
-        prefix = BLOCK.format(index)
-        block.load_state_dict({n: checkpoint.read(prefix + n).float() for n in block.state_dict()}, assign=True)
-        seen: dict[str, torch.Tensor] = {}
+        Args:
+            index: of the block that comes next.
+            tensors: what is stored of it, by name inside the block, on the device.
+
+        Returns:
+            Site name -> fp32 ``[K]``, the largest magnitude of each input channel over all tokens. Experts that no
+            token was sent to have no entry.
+
+        Raises:
+            BismoothError: the forward pass fails or overflows (named by block and site).
+        """
+        block, prefix, seen = self._blocks[index], BLOCK.format(index), {}
 
         def recorder(site: str) -> Callable:
             def record(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-                extent = inputs[0].abs().flatten(0, -2).amax(dim=0)
+                low, high = inputs[0].flatten(0, -2).aminmax(dim=0)
+                extent = torch.maximum(-low, high).float()
                 seen[site] = torch.maximum(seen[site], extent) if site in seen else extent
 
             return record
 
-        hooks = [
-            block.get_submodule(site.consumers[0]).register_forward_pre_hook(recorder(site.name))
-            for site in architecture.sites
-        ]
-        rows = max(1, _CHUNK // hidden.shape[1])
-        outputs = torch.cat(
-            [
-                forward(hidden[i : i + rows], **{k: _rows(v, i, rows, len(hidden)) for k, v in kwargs.items()})
-                for i in range(0, len(hidden), rows)
+        try:
+            lent = {name: tensors[self._stored(name)].to(self.hidden.dtype) for name in block.state_dict()}
+            block.load_state_dict(lent, assign=True)
+            hooks = [
+                # The last consumer, because of a mixture's experts only the router sees all tokens.
+                block.get_submodule(self._built(site.consumers[-1])).register_forward_pre_hook(recorder(site.name))
+                for site in self._source.layers[index].sites
             ]
-        )
-        for hook in hooks:
-            hook.remove()
-        block.to("meta")
+            step = max(1, _CHUNK // self.hidden.shape[1])
+            for windows in self.hidden.split(step):  # views: the states are replaced in place
+                windows.copy_(self._forwards[index](windows, **self._arguments[index]))
+            for hook in hooks:
+                hook.remove()
+            block.to("meta")
+        except Exception as error:
+            raise BismoothError(
+                f"{self._source.checkpoint.folder}: the forward pass failed in block {index} "
+                f"({type(error).__name__}: {error}); check config.json, or use --calibration none"
+            ) from error
         for site, extent in seen.items():
             if not extent.isfinite().all():
                 raise BismoothError(f"{prefix}* overflows at site {site} in calibration; the model itself is broken")
-        extents.append(seen)
-        on_block(index)
-        return outputs
+        return seen
 
-    return run
+    def _stored(self, name: str) -> str:
+        """What the checkpoint calls a tensor or module that transformers builds under ``name``."""
+        for built, stored in self._names.items():
+            name = name.replace(built, stored, 1) if name.startswith(built) else name
+        return name
+
+    def _built(self, name: str) -> str:
+        """The inverse of :meth:`_stored`."""
+        for built, stored in self._names.items():
+            name = name.replace(stored, built, 1) if name.startswith(stored) else name
+        return name
 
 
-def _rows(value, start: int, count: int, batch: int):
-    """The part of a batched argument (a mask ``[batch, 1, L, L]``) that goes with some windows; others pass whole."""
-    batched = isinstance(value, torch.Tensor) and value.dim() == 4 and value.shape[0] == batch
-    return value[start : start + count] if batched else value
+class _Experts(torch.nn.Module):
+    """Experts as modules of their own, named as in the checkpoint, so that what each one reads can be measured.
+
+    Takes the place of transformers' experts, whose weights are stacked: a forward of (hidden states ``[T, H]``, chosen
+    experts ``[T, k]``, their weights ``[T, k]``).
+    """
+
+    def __init__(self, stacked: torch.nn.Module, names: tuple[str, str, str]):
+        super().__init__()
+        for e in range(stacked.num_experts):
+            self.add_module(str(e), _Expert(stacked, names))
+
+    def forward(self, hidden: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        out = torch.zeros_like(hidden)
+        for e, expert in enumerate(self.children()):
+            token, rank = torch.where(chosen == e)
+            if len(token):
+                out.index_add_(0, token, (expert(hidden[token]) * weights[token, rank, None]).to(out.dtype))
+        return out
+
+
+class _Expert(torch.nn.Module):
+    def __init__(self, stacked: torch.nn.Module, names: tuple[str, str, str]):
+        super().__init__()
+        hidden, inner, dtype = stacked.hidden_dim, stacked.intermediate_dim, stacked.down_proj.dtype
+        for name, shape in zip(names, ((hidden, inner), (hidden, inner), (inner, hidden)), strict=True):
+            self.add_module(name, torch.nn.Linear(*shape, bias=False, dtype=dtype))
+        self._activation = stacked.act_fn.forward
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        gate, up, down = self.children()
+        return down(self._activation(gate(hidden)) * up(hidden))
+
+
+def _materialize_buffers(model: torch.nn.Module) -> None:
+    """Values for the buffers that no checkpoint holds (rotary tables, Gemma's embedding scale), as from_pretrained
+    gives them: by the model's own initialization, which on parameters without storage does nothing."""
+    for module in model.modules():
+        names = [name for name, _ in module.named_buffers(recurse=False)]
+        for name in names:
+            module._buffers[name] = torch.empty_like(module._buffers[name], device="cpu")
+        if names:
+            model._init_weights(module)
+
+
+def _to(device: torch.device, value):
+    """Tensors in nested arguments, moved to a device."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: _to(device, item) for key, item in value.items()}
+    return type(value)(_to(device, item) for item in value) if isinstance(value, tuple | list) else value

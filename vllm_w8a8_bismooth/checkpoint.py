@@ -1,29 +1,41 @@
-"""Open a Hugging Face checkpoint on disk: headers, lazy tensors, side files. Nothing in it is trusted or executed."""
+"""Open a Hugging Face checkpoint on disk: headers, tensors, side files. Nothing in it is trusted or executed."""
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+import math
+import os
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vllm_w8a8_bismooth.errors import BismoothError
+from vllm_w8a8_bismooth.errors import BismoothError, Interrupted
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 FLOAT_DTYPES = ("BF16", "F16", "F32")
+# safetensors' name -> torch's, and bytes an element; I8 is what we write.
+_DTYPES = {"BF16": ("bfloat16", 2), "F16": ("float16", 2), "F32": ("float32", 4), "I8": ("int8", 1)}
 _JSON_LIMIT = 100 * 2**20  # the same bound that safetensors puts on a header
 _WEIGHT_SUFFIXES = {
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".pkl", ".pickle", ".npz",
 }  # fmt: skip
-_PIECE = 2**20
+_PIECE = 2**25
+AHEAD = 2**28
+"""Bytes that are read ahead of what is worked on."""
 
 
 @dataclass(frozen=True)
 class Header:
-    """Where a tensor lies, its shape, and its dtype as safetensors spells it (``BF16``)."""
+    """Where a tensor lies (file, byte offset in it), its shape, and its dtype as safetensors spells it (``BF16``)."""
 
     file: str
     shape: tuple[int, ...]
     dtype: str
+    offset: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * _DTYPES[self.dtype][1]
 
 
 def read_json(path: Path) -> dict:
@@ -47,6 +59,22 @@ def read_json(path: Path) -> dict:
     return value
 
 
+def torch_dtype(name: str):
+    """torch's dtype for safetensors' name of it."""
+    import torch
+
+    return getattr(torch, _DTYPES[name][0])
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(_PIECE):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
 class Checkpoint:
     """A checkpoint folder, opened by its headers alone.
 
@@ -55,12 +83,17 @@ class Checkpoint:
         config: the parsed ``config.json``.
         headers: tensor name -> :class:`Header`, in the order of the files.
 
+    Args:
+        folder: holds ``config.json`` and safetensors, sharded or not.
+        dtypes: safetensors names of the dtypes to accept; others are refused as already quantized.
+
     Raises:
         BismoothError: on construction, if config, index or a shard is missing, unreadable, inconsistent or truncated.
     """
 
-    def __init__(self, folder: str | Path):
+    def __init__(self, folder: str | Path, dtypes: Sequence[str] = FLOAT_DTYPES):
         self.folder = Path(folder)
+        self._dtypes = dtypes
         if not self.folder.is_dir():
             raise BismoothError(f"{self.folder}: no such folder; give the path of a local Hugging Face checkpoint")
         self.config = read_json(self.folder / CONFIG)
@@ -94,54 +127,88 @@ class Checkpoint:
         try:
             if not path.is_file():
                 raise BismoothError(f"{path}: named by {INDEX} but absent; download the shard again")
-            with safe_open(path, framework="pt") as shard:
-                found = {}
-                for name in shard.keys():  # noqa: SIM118 (safe_open is not iterable)
-                    view = shard.get_slice(name)
-                    found[name] = Header(file, tuple(view.get_shape()), view.get_dtype())
-        except (SafetensorError, OSError) as error:
+            # safe_open checks sizes and offsets
+            with safe_open(path, framework="pt"), open(path, "rb") as raw:
+                length = int.from_bytes(raw.read(8), "little")
+                entries = json.loads(raw.read(length))
+        except (SafetensorError, OSError, ValueError) as error:
             raise BismoothError(f"{path}: truncated or corrupt ({error}); download the shard again") from None
-        missing = sorted(name for name, place in weight_map.items() if place == file and name not in found)
+        entries.pop("__metadata__", None)
+        missing = sorted(name for name, place in weight_map.items() if place == file and name not in entries)
         if missing:
             raise BismoothError(
                 f"{path}: tensor {missing[0]} is missing, {INDEX} says that it is here; download both again"
             )
-        for name, header in found.items():
+        for name, entry in entries.items():
             place = weight_map.get(name) if weight_map else file
             if place != file:
                 raise BismoothError(
                     f"{path}: holds tensor {name}, which {INDEX} places in {place}; one of them is a duplicate "
                     "or stale, download both again"
                 )
-            if header.dtype not in FLOAT_DTYPES:
+            if entry["dtype"] not in self._dtypes:
                 raise BismoothError(
-                    f"tensor {name} in {file} has dtype {header.dtype}: already quantized or not a weight; "
-                    f"only {', '.join(FLOAT_DTYPES)} checkpoints can be converted"
+                    f"tensor {name} in {file} has dtype {entry['dtype']}: already quantized or not a weight; "
+                    f"only {', '.join(self._dtypes)} checkpoints can be converted"
                 )
-            self.headers[name] = header
+            offset = 8 + length + entry["data_offsets"][0]
+            self.headers[name] = Header(file, tuple(entry["shape"]), entry["dtype"], offset)
 
-    def read(self, name: str):
+    def read(self, name: str, digest=None, into=None):
         """One tensor, in its stored dtype.
+
+        Args:
+            name: of the tensor.
+            digest: a hashlib object to feed with its bytes.
+            into: a uint8 tensor of the same number of bytes, to read into instead of new memory.
 
         Raises:
             BismoothError: it holds a NaN or an infinity, or its shard can no longer be read.
         """
-        from safetensors import SafetensorError, safe_open
+        return self._read(name, 0, self.headers[name].shape, digest, into)
 
-        file = self.headers[name].file
+    def rows(self, name: str, start: int, count: int):
+        """Rows ``start`` to ``start + count`` of a matrix, as :meth:`read` gives the whole."""
+        inner = self.headers[name].shape[1:]
+        return self._read(name, start * math.prod(inner), (count, *inner))
+
+    def pieces(self, name: str, digest=None) -> Iterator:
+        """The same values as :meth:`read`, one-dimensional and 32 MiB at a time, for tensors that only pass through."""
+        size, step = math.prod(self.headers[name].shape), _PIECE // 4
+        for first in range(0, size, step):
+            yield self._read(name, first, (min(step, size - first),), digest)
+
+    def _read(self, name: str, first: int, shape: Sequence[int], digest=None, into=None):
+        """Elements from ``first`` on, of a given shape.
+
+        Not by mapping: a file that shrinks would kill the process, and mapped pages count as its memory.
+        """
+        import torch
+
+        header, path = self.headers[name], self.folder / self.headers[name].file
+        dtype = torch_dtype(header.dtype)
+        tensor = torch.empty(shape, dtype=dtype) if into is None else into.view(dtype).view(shape)
+        view = memoryview(tensor.view(-1).view(torch.uint8).numpy())
         try:
-            with safe_open(self.folder / file, framework="pt") as shard:
-                tensor = shard.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise BismoothError(
-                f"{self.folder / file}: tensor {name} can no longer be read ({error}); did the source change meanwhile?"
+            with open(path, "rb", buffering=0) as file:
+                done = 0
+                while done < len(view):
+                    got = os.preadv(file.fileno(), [view[done:]], header.offset + first * tensor.itemsize + done)
+                    if not got:
+                        raise OSError("the file has become shorter")
+                    done += got
+        except OSError as error:
+            raise Interrupted(
+                f"{path}: tensor {name} can no longer be read ({error}); did the source change meanwhile?"
             ) from None
-        finite = tensor.isfinite()
-        if not finite.all():
-            bad = (~finite).nonzero()[0].tolist()
+        if digest is not None:
+            digest.update(view)
+        if tensor.numel() and not all(bound.isfinite() for bound in tensor.aminmax()):
+            bad = (~tensor.view(-1).isfinite()).nonzero().view(-1)
+            place = [int(i) for i in torch.unravel_index(first + bad[0], header.shape)]
             raise BismoothError(
-                f"tensor {name} in {file} holds {tensor[tuple(bad)].item()} at {bad} "
-                f"({int((~finite).sum())} such values); download the shard again or repair the model"
+                f"tensor {name} in {header.file} holds {tensor.view(-1)[bad[0]].item()} at {place} "
+                f"({len(bad)} such values); download the shard again or repair the model"
             )
         return tensor
 
@@ -155,14 +222,130 @@ class Checkpoint:
                 continue
             yield relative
 
-    def fingerprint(self) -> str:
-        """SHA-256 over everything that the conversion reads: config, every byte of every shard and side file."""
-        digest = hashlib.sha256()
+    def signature(self) -> dict[str, list[int]]:
+        """Size in bytes and modification time in ns of every file that a conversion reads."""
         files = {Path(CONFIG), *(Path(header.file) for header in self.headers.values()), *self.side_files()}
-        for relative in sorted(files):
-            with open(self.folder / relative, "rb") as file:
-                digest.update(f"{relative.as_posix()} {file.seek(0, 2)} ".encode(errors="surrogateescape"))
-                file.seek(0)
-                while piece := file.read(_PIECE):
-                    digest.update(piece)
+        if (self.folder / INDEX).exists():
+            files.add(Path(INDEX))
+        try:
+            stats = {relative.as_posix(): (self.folder / relative).stat() for relative in sorted(files)}
+        except OSError as error:
+            raise BismoothError(f"{error.filename}: gone ({error.strerror}); the source changed meanwhile") from None
+        return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
+
+    def digest(self, name: str) -> str:
+        """SHA-256 of a tensor's bytes, read for this purpose."""
+        digest = hashlib.sha256()
+        for _ in self.pieces(name, digest):
+            pass
         return digest.hexdigest()
+
+    def fingerprint(self, digests: Mapping[str, str]) -> str:
+        """SHA-256 over everything that the conversion reads: config, tensors and side files, however sharded.
+
+        Args:
+            digests: tensor name -> SHA-256 of its bytes, for all tensors.
+        """
+        whole = hashlib.sha256()
+        for name in sorted(self.headers):
+            header = self.headers[name]
+            whole.update(f"{name} {header.dtype} {list(header.shape)} {digests[name]}\n".encode())
+        for relative in (Path(CONFIG), *self.side_files()):
+            whole.update(f"{relative.as_posix()} {sha256(self.folder / relative)}\n".encode(errors="surrogateescape"))
+        return whole.hexdigest()
+
+
+class ReadAhead:
+    """Reads tensors in a thread while their predecessors are worked on.
+
+    Memory is used again once it is released: fresh pages cost more than the reading.
+
+    Args:
+        checkpoint: to read from.
+        names: the tensors, in the order in which they will be taken.
+        budget: bytes that may be held, counting what was taken and not yet released. A tensor that is being waited for
+            is read whatever the budget.
+
+    Attributes:
+        digests: SHA-256 of each tensor read so far.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, names: Sequence[str], budget: int):
+        self._checkpoint, self._names, self._budget = checkpoint, names, budget
+        self._ready: dict = {}
+        self._buffers: dict = {}
+        self._free: list = []
+        self._held = 0
+        self._wanted: str | None = None
+        self._error: BaseException | None = None
+        self._closed = False
+        self._changed = threading.Condition()
+        self.digests: dict[str, str] = {}
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> "ReadAhead":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self._thread.join()
+        for memory in (self._ready, self._buffers, self._free):
+            memory.clear()
+
+    def _run(self) -> None:
+        for name in self._names:
+            nbytes = self._checkpoint.headers[name].nbytes
+            with self._changed:
+                self._changed.wait_for(lambda n=nbytes: self._closed or self._wanted or self._held + n <= self._budget)
+                if self._closed:
+                    return
+                self._held += nbytes
+                self._buffers[name] = self._buffer(nbytes)
+            try:
+                digest = hashlib.sha256()
+                tensor = self._checkpoint.read(name, digest, self._buffers[name])
+            except BaseException as error:
+                with self._changed:
+                    self._error = error
+                    self._changed.notify_all()
+                return
+            with self._changed:
+                self._ready[name], self.digests[name] = tensor, digest.hexdigest()
+                self._wanted = None if self._wanted == name else self._wanted
+                self._changed.notify_all()
+
+    def _buffer(self, nbytes: int):
+        """Released memory of just this size, else new memory, for which idle memory is given back first."""
+        import torch
+
+        for place, buffer in enumerate(self._free):
+            if buffer.numel() == nbytes:
+                return self._free.pop(place)
+        while self._free and self._held + sum(buffer.numel() for buffer in self._free) > self._budget:
+            self._free.pop(0)
+        return torch.empty(nbytes, dtype=torch.uint8)
+
+    def take(self, name: str):
+        """The tensor; waits for it. Its memory is used again after :meth:`release`.
+
+        Raises:
+            BismoothError: see :meth:`Checkpoint.read`.
+        """
+        with self._changed:
+            if name not in self._ready:
+                self._wanted = name
+                self._changed.notify_all()
+                self._changed.wait_for(lambda: name in self._ready or self._error is not None)
+            if name not in self._ready:
+                raise self._error
+            return self._ready.pop(name)
+
+    def release(self, name: str) -> None:
+        """Give a taken tensor back. Whoever still needs its values must have copied them."""
+        with self._changed:
+            self._held -= self._checkpoint.headers[name].nbytes
+            self._free.append(self._buffers.pop(name))
+            self._changed.notify_all()

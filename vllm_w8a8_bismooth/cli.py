@@ -1,6 +1,7 @@
 """The ``bismooth`` command. The only module that prints; torch and transformers are imported inside commands."""
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -56,6 +57,7 @@ def convert(
         str | None,
         typer.Option(metavar="REGEX", help="Linears to make per-group, instead of finding them from the weights."),
     ] = None,
+    device: Annotated[str, typer.Option(help="Where blocks are worked on: cpu, cuda, cuda:1.")] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON on stdout.")] = False,
 ) -> None:
     """Convert a LLaMA, Mistral, Qwen2 or Qwen3 checkpoint to INT8 (compressed-tensors).
@@ -80,7 +82,7 @@ def convert(
         method, alpha=alpha, calibration_tokens=calibration_tokens, group_size=group_size, group_layers=group_layers
     )
     with _Progress(console) as progress:
-        report = run(source, destination, recipe, text, progress)
+        report = run(source, destination, recipe, text, device, progress)
     if as_json:
         print(json.dumps(_as_json(report), indent=2))
     else:
@@ -160,6 +162,8 @@ def _summary(console, report, recipe) -> None:
 
 def main() -> None:
     """Console entry point: bad input ends with one message on stderr and exit code 2."""
+    # torch reads it when it is imported: huge pages, because faulting in small ones takes longer than the work on them
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     try:
         app()
     except (BismoothError, OSError) as error:  # OSError says which file and why: a name too long, no permission

@@ -1,28 +1,27 @@
-"""The conversion: open and audit -> choose granularity -> calibrate -> per block: smooth, quantize, write."""
+"""The conversion: open and audit -> choose granularity -> per block: calibrate, smooth, quantize, write."""
 
-import math
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from itertools import islice
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from vllm_w8a8_bismooth import __version__, analyze, calibrate
-from vllm_w8a8_bismooth.architectures import BLOCK, Architecture, architecture_of, audit, sizes_of
-from vllm_w8a8_bismooth.checkpoint import CONFIG, Checkpoint, read_json
+from vllm_w8a8_bismooth import __version__, analyze, calibrate, journal, report
+from vllm_w8a8_bismooth.architectures import BLOCK
+from vllm_w8a8_bismooth.checkpoint import AHEAD, CONFIG, ReadAhead, read_json
 from vllm_w8a8_bismooth.errors import BismoothError
-from vllm_w8a8_bismooth.quantize import quantize_weight
-from vllm_w8a8_bismooth.recipe import Recipe, group_targets, quantization_config
-from vllm_w8a8_bismooth.smooth import smooth_block
-from vllm_w8a8_bismooth.writer import CheckpointWriter, partial_folder
+from vllm_w8a8_bismooth.journal import Journal, disk_errors, partial_folder
+from vllm_w8a8_bismooth.plan import Plan, check_group_size, check_space, chosen_by_name
+from vllm_w8a8_bismooth.quantize import Loss, quantize_folded
+from vllm_w8a8_bismooth.recipe import Recipe
+from vllm_w8a8_bismooth.smooth import Smoothing, smooth_block
+from vllm_w8a8_bismooth.source import Source
+from vllm_w8a8_bismooth.writer import ShardWriter, copy, write_json
 
 RECIPE = "recipe.json"
-DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-_PROBLEMS_SHOWN = 8
-_BLOCK_TENSOR = re.compile(r"model\.layers\.(\d+)\.(.+)")
+_OUTSIDE, _GRANULARITY = "outside", "granularity"
 
 Progress = Callable[[str, int, int], None]
 """Called as ``progress(stage, blocks_done, blocks)``."""
@@ -35,8 +34,11 @@ class Report:
     Attributes:
         destination: the written folder.
         source_bytes, written_bytes: sizes of all tensors.
-        linears: full linear name -> ``group_size`` (``None`` = per-channel) and ``column_error`` of what was written.
+        linears: full linear name -> ``group_size`` (``None`` = per-channel), ``column_error`` and ``sqnr`` in dB of
+            what was written.
         sites: block index -> what was folded at each site.
+        files: shard -> SHA-256.
+        resumed: blocks that an earlier, interrupted run had done.
         reused: the destination already held this very conversion, and nothing was done.
     """
 
@@ -45,6 +47,8 @@ class Report:
     written_bytes: int = 0
     linears: dict[str, dict[str, Any]] = field(default_factory=dict)
     sites: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+    resumed: int = 0
     reused: bool = False
 
     def vulnerable(self) -> list[str]:
@@ -53,54 +57,25 @@ class Report:
         return [name for error, name in sorted(bad) if -error > analyze.VULNERABLE]
 
 
-class Source:
-    """A checkpoint that passed the audit, with its tensors sorted into blocks.
-
-    Attributes:
-        checkpoint, architecture, sizes: see their modules.
-        blocks: per block, the names inside it.
-        outside: full names of everything else.
-
-    Raises:
-        BismoothError: on construction, naming the first problems that the audit found.
-    """
-
-    def __init__(self, folder: Path):
-        self.checkpoint = Checkpoint(folder)
-        self.architecture: Architecture = architecture_of(self.checkpoint.config)
-        self.sizes = sizes_of(self.checkpoint.config)
-        shapes = {name: header.shape for name, header in self.checkpoint.headers.items()}
-        problems = list(islice(audit(self.checkpoint.config, self.architecture, self.sizes, shapes), _PROBLEMS_SHOWN))
-        if problems:
-            raise BismoothError("\n".join([f"{folder}: {problems[0]}", *(f"  also: {p}" for p in problems[1:])]))
-        self.blocks: list[list[str]] = [[] for _ in range(self.sizes["blocks"])]
-        self.outside: list[str] = []
-        for name in self.checkpoint.headers:
-            match = _BLOCK_TENSOR.fullmatch(name)
-            if match:
-                self.blocks[int(match[1])].append(match[2])
-            else:
-                self.outside.append(name)
-
-    def read_block(self, index: int) -> dict[str, torch.Tensor]:
-        """The tensors of one block, by the names inside it, as stored."""
-        return {name: self.checkpoint.read(BLOCK.format(index) + name) for name in self.blocks[index]}
-
-
 def convert(
     folder: Path,
     destination: Path,
     recipe: Recipe,
     text: calibrate.CalibrationText | None = None,
+    device: str = "cpu",
     progress: Progress = lambda stage, done, total: None,
 ) -> Report:
     """Convert a checkpoint to INT8. The destination ends up whole or absent; the source is only read.
 
+    A run that is killed leaves ``<destination>.partial``; the same call goes on from there, and the result is the same
+    byte for byte.
+
     Args:
-        folder: local LLaMA, Mistral, Qwen2 or Qwen3 checkpoint in safetensors.
+        folder: local checkpoint in safetensors, of a model type in :data:`architectures.ARCHITECTURES`.
         destination: must be absent, an empty folder, or hold the result of the same conversion.
         recipe: what to do.
         text: calibration text for ``bismooth``; without it the norm gains stand in for the activation ranges.
+        device: torch's name of where blocks are worked on.
         progress: see :data:`Progress`.
 
     Raises:
@@ -111,73 +86,197 @@ def convert(
     source = Source(folder)
     recipe = replace(
         recipe,
-        source=source.checkpoint.fingerprint(),
         calibration=text.sha256 if text is not None else None,
         calibration_tokens=recipe.calibration_tokens if text is not None else None,
     )
-    if already_converted(target, recipe):
+    if already_converted(target, recipe, source):
+        journal.clear(target)  # of a run that was killed right after its last step
         return Report(destination, reused=True)
-    grouped = choose_grouped(source, recipe, progress)
-    report = Report(destination, source_bytes=sum(map(_nbytes, source.checkpoint.headers.values())))
-    with CheckpointWriter(target, output_tensors(source, recipe, grouped)) as writer:
-        extents = measure_extents(source, recipe, text, progress) if text is not None else None
-        for name in source.outside:
-            writer.add(name, source.checkpoint.read(name))
-        for index in range(len(source.blocks)):
-            tensors, linears, sites = convert_block(
-                source, index, recipe, grouped[index], extents[index] if extents is not None else None
-            )
-            for name, tensor in tensors.items():
-                writer.add(name, tensor)
-            report.linears |= linears
-            report.sites[index] = sites
-            progress("convert", index + 1, len(source.blocks))
-        for relative in source.checkpoint.side_files():
-            writer.copy(folder / relative, relative)
-        writer.add_json(CONFIG, {**source.checkpoint.config, "quantization_config": _config(source, recipe, grouped)})
-        writer.add_json(RECIPE, _record(recipe, folder, text, report))
-        report.written_bytes = writer.commit()
-    return report
+    named = chosen_by_name(source, recipe)
+    tokens = calibrate.tokenize(text, source.checkpoint, recipe.calibration_tokens) if text is not None else None
+    signature = source.checkpoint.signature()
+    identity = {
+        "recipe": asdict(recipe),
+        "source": signature,
+        "device": torch.device(device).type,
+        "versions": {"vllm_w8a8_bismooth": __version__, "torch": torch.__version__},
+    }
+    run = _Run(source, recipe, torch.device(device), progress)
+    done = Report(destination, source_bytes=source.nbytes())
+    with Journal(target, identity) as diary:
+        plan = Plan(source, recipe, named if named is not None else run.granularity(diary))
+        tensors = plan.tensors()
+        with ShardWriter(diary.partial, destination, tensors) as writer:
+            check_space(diary.partial, writer.nbytes - _size_on_disk(diary.partial))
+            digests = run.outside(diary, writer)
+            calibration = calibrate.Calibration(source, tokens, run.device) if tokens is not None else None
+            for index, record in run.blocks(diary, writer, plan, calibration):
+                done.linears |= record["linears"]
+                done.sites[index] = record["sites"]
+                digests |= record["digests"]
+                done.resumed += record.get("resumed", False)
+            done.files, done.written_bytes = writer.finish(), writer.nbytes
+        recipe = replace(recipe, source=source.checkpoint.fingerprint(digests))
+        with disk_errors(destination):
+            for relative in source.checkpoint.side_files():
+                copy(folder / relative, diary.partial / report.place_of(relative))
+            write_json(diary.partial / CONFIG, {**source.checkpoint.config, "quantization_config": plan.config()})
+            write_json(diary.partial / RECIPE, _record(recipe, folder, text, device))
+            report.write(diary.partial, source, recipe, done)
+        now = source.checkpoint.signature()
+        if changed := [name for name in sorted(now.keys() | signature.keys()) if now.get(name) != signature.get(name)]:
+            raise BismoothError(f"{folder / changed[0]}: changed during the conversion; convert again, with it at rest")
+        diary.commit()
+    return done
 
 
-def convert_block(
-    source: Source, index: int, recipe: Recipe, grouped: set[str], extents: Mapping[str, torch.Tensor] | None
-) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, Any]], list[dict[str, Any]]]:
-    """Smooth and quantize one decoder block.
+class _Run:
+    """The stages of one conversion, each of which goes on from what the journal says is done."""
 
-    Args:
-        source, recipe: see :func:`convert`.
-        index: of the block.
-        grouped: its per-group linears, by name inside the block.
-        extents: activation range of each site, fp32 ``[K]``; ``None`` is data-free.
+    def __init__(self, source: Source, recipe: Recipe, device: torch.device, progress: Progress):
+        self.source, self.recipe, self.device, self.progress = source, recipe, device, progress
 
-    Returns:
-        The block's tensors by full name, and its entries for ``linears`` and ``sites`` of the :class:`Report`.
-    """
-    prefix, architecture = BLOCK.format(index), source.architecture
-    stored = source.read_block(index)
-    block, factors = {name: tensor.float() for name, tensor in stored.items()}, []
-    if recipe.method == "bismooth":
-        block, factors = smooth_block(
-            block,
-            extents if extents is not None else norm_gains(block, architecture),
-            architecture.sites,
-            recipe.alpha,
-            source.sizes["head"],
-            {name: tensor.dtype for name, tensor in stored.items()},
-        )
-    tensors, linears = {}, {}
-    for name, tensor in block.items():
-        linear = architecture.linear_of(name)
-        if linear is None:
-            tensors[prefix + name] = tensor.to(stored[name].dtype)
-            continue
-        group_size = recipe.group_size if linear in grouped else None
-        codes, scale = quantize_weight(tensor, group_size)
-        tensors[prefix + name], tensors[f"{prefix}{name}_scale"] = codes, scale
-        error = analyze.column_error(tensor, codes, scale)
-        linears[prefix + linear] = {"group_size": group_size, "column_error": error}
-    return tensors, linears, [asdict(f) for f in factors]
+    def granularity(self, diary: Journal) -> list[set[str]]:
+        """Per block, the linears that get per-group scales because their weights call for them."""
+        known = diary.record(_GRANULARITY)
+        if known is None:
+            known = []
+            for index, measured in analyze.blocks(self.source, self.device):
+                errors = {linear: measure.column_error for linear, (measure, _) in measured.items()}
+                known.append(sorted(analyze.vulnerable(errors, self.source.layers[index])))
+                self.progress("analyze", index + 1, len(self.source.layers))
+            diary.finish(_GRANULARITY, known)
+        chosen = [set(names) for names in known]
+        check_group_size(self.source, self.recipe, chosen)
+        return chosen
+
+    def outside(self, diary: Journal, writer: ShardWriter) -> dict[str, str]:
+        """Pass everything outside the blocks through, in pieces; returns the tensors' SHA-256."""
+        digests = diary.record(_OUTSIDE)
+        if digests is None:
+            digests = {}
+            for name in self.source.outside:
+                digests[name] = writer.copy_tensor(name, self.source.checkpoint)
+            writer.then(partial(diary.finish, _OUTSIDE, digests))
+        return digests
+
+    def blocks(
+        self, diary: Journal, writer: ShardWriter, plan: Plan, calibration: calibrate.Calibration | None
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Convert block after block; yields each one's index and record: linears, sites, digests of its tensors."""
+        source = self.source
+        records = []
+        while len(records) < len(source.layers) and (record := diary.record(_unit(len(records)))) is not None:
+            records.append(record)
+            yield len(records) - 1, {**record, "resumed": True}
+        first = len(records)
+        self.progress("convert", first, len(source.layers))
+        if calibration is not None and first:
+            calibration.hidden = diary.state(_unit(first - 1))["hidden"].to(self.device)
+        names = [BLOCK.format(i) + name for i in range(first, len(source.layers)) for name in source.blocks[i]]
+        with ReadAhead(source.checkpoint, names, source.block_nbytes() + AHEAD) as reader:
+            for index in range(first, len(source.layers)):
+                block = _Lent(reader, BLOCK.format(index), source.blocks[index], self.device)
+                extents = self.extents(diary, calibration, index, block)
+                record = self.convert_block(index, block, extents, plan.grouped[index], writer)
+                record["digests"] = {name: reader.digests.pop(name) for name in block.full_names()}
+                writer.then(partial(diary.finish, _unit(index), record))
+                writer.then(partial(diary.forget, _unit(index - 1)))  # this block's state is where a run would go on
+                self.progress("convert", index + 1, len(source.layers))
+                yield index, record
+
+    def extents(
+        self, diary: Journal, calibration: calibrate.Calibration | None, index: int, block: Mapping[str, torch.Tensor]
+    ) -> Mapping[str, torch.Tensor]:
+        """Activation range of each site of a block: calibrated, else told by the norm's gain. None for RTN."""
+        if self.recipe.method != "bismooth":
+            return {}
+        if calibration is None:
+            layer, offset = self.source.layers[index], self.source.architecture.offset
+            return {
+                site.name: (block[f"{site.producer}.weight"].float() + offset).abs()
+                for site in layer.sites
+                if site.producer in layer.vectors
+            }
+        state = diary.state(_unit(index))
+        if state is None:
+            extents = calibration.advance(index, block)
+            diary.keep(_unit(index), {**extents, "hidden": calibration.hidden.cpu()})
+            return extents
+        calibration.hidden = state.pop("hidden").to(self.device)
+        return {name: extent.to(self.device) for name, extent in state.items()}
+
+    def convert_block(
+        self,
+        index: int,
+        block: "_Lent",
+        extents: Mapping[str, torch.Tensor],
+        grouped: set[str],
+        writer: ShardWriter,
+    ) -> dict[str, Any]:
+        """Smooth, quantize and hand one block to the writer; returns what is to be reported of it."""
+        source, layer, prefix = self.source, self.source.layers[index], BLOCK.format(index)
+        smoothing = Smoothing()
+        if self.recipe.method == "bismooth":
+            smoothing = smooth_block(block, extents, layer, source.sizes, self.recipe.alpha, source.architecture.offset)
+        linears = {}
+        for name in source.blocks[index]:
+            linear, fold = layer.linear_of(name), smoothing.fold(name.removesuffix(".weight"))
+            if linear is not None:
+                group_size = self.recipe.group_size if linear in grouped else None
+                loss = Loss(block[name].shape[1], self.device)
+                for start, codes, scale in quantize_folded(block[name], fold, group_size, loss):
+                    writer.add_rows(prefix + name, start, codes.cpu())
+                    writer.add_rows(f"{prefix}{name}_scale", start, scale.cpu())
+                linears[prefix + linear] = {
+                    "group_size": group_size,
+                    "column_error": loss.column_error(),
+                    "sqnr": loss.sqnr(),
+                }
+            elif name in smoothing.vectors:
+                writer.add(prefix + name, smoothing.vectors[name].cpu())
+            else:
+                # A copy in any case: the block's memory is used again before the writer gets to it.
+                writer.add(prefix + name, (fold.apply(block[name]) if fold else block[name].clone()).cpu())
+            block.drop(name)
+        return {"linears": linears, "sites": [asdict(site) for site in smoothing.sites]}
+
+
+class _Lent(Mapping[str, torch.Tensor]):
+    """The stored tensors of a block by name inside it, read when first asked for, on the device, until dropped."""
+
+    def __init__(self, reader: ReadAhead, prefix: str, names: list[str], device: torch.device):
+        self._reader, self._prefix, self._names, self._device = reader, prefix, names, device
+        self._tensors: dict[str, torch.Tensor] = {}
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        if name not in self._tensors:
+            self._tensors[name] = self._reader.take(self._prefix + name).to(self._device)
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def full_names(self) -> list[str]:
+        return [self._prefix + name for name in self._names]
+
+    def drop(self, name: str) -> None:
+        self[name]  # whoever drops without a look has still been given it
+        del self._tensors[name]
+        self._reader.release(self._prefix + name)
+
+
+def _unit(index: int) -> str:
+    return f"block-{index:05d}"
+
+
+def _size_on_disk(folder: Path) -> int:
+    return sum(path.stat().st_blocks * 512 for path in folder.rglob("*") if path.is_file())
 
 
 def _refuse_overlap(folder: Path, destination: Path) -> None:
@@ -185,12 +284,13 @@ def _refuse_overlap(folder: Path, destination: Path) -> None:
     for written in (destination, partial_folder(destination)):
         if written == source or written in source.parents or source in written.parents:
             raise BismoothError(f"{written}: overlaps the source {folder}; choose a destination beside it")
-    if (source / RECIPE).exists():
-        raise BismoothError(f"{source / RECIPE}: our own {RECIPE} would take its place in the copy; rename it")
+    for name in (RECIPE, report.REPORT):
+        if (source / name).exists():
+            raise BismoothError(f"{source / name}: our own {name} would take its place in the copy; rename it")
 
 
-def already_converted(destination: Path, recipe: Recipe) -> bool:
-    """Whether the destination holds the result of this recipe already.
+def already_converted(destination: Path, recipe: Recipe, source: Source) -> bool:
+    """Whether the destination holds the result of this recipe on this source already.
 
     Raises:
         BismoothError: it holds anything else.
@@ -200,7 +300,12 @@ def already_converted(destination: Path, recipe: Recipe) -> bool:
     if not (destination / RECIPE).is_file():
         raise BismoothError(f"{destination}: exists and is no result of bismooth; remove it or choose another folder")
     stored = read_json(destination / RECIPE).get("recipe")
-    differences = recipe.differences(stored if isinstance(stored, dict) else {})
+    stored = stored if isinstance(stored, dict) else {}
+    differences = replace(recipe, source=stored.get("source")).differences(stored)
+    if not differences:  # only then is it worth reading every byte of the source
+        checkpoint = source.checkpoint
+        fingerprint = checkpoint.fingerprint({name: checkpoint.digest(name) for name in checkpoint.headers})
+        differences = replace(recipe, source=fingerprint).differences(stored)
     if differences:
         raise BismoothError(
             f"{destination}: holds another conversion ({'; '.join(differences)}); remove it or choose another folder"
@@ -208,104 +313,8 @@ def already_converted(destination: Path, recipe: Recipe) -> bool:
     return True
 
 
-def choose_grouped(source: Source, recipe: Recipe, progress: Progress) -> list[set[str]]:
-    """Per block, the linears that get per-group scales: named by the recipe, or found from the weights.
-
-    Raises:
-        BismoothError: ``group_layers`` names no linear, or a chosen one's K is not a multiple of ``group_size``.
-    """
-    architecture, blocks = source.architecture, range(len(source.blocks))
-    if recipe.group_size is None:
-        return [set() for _ in blocks]
-    if recipe.group_layers is not None:
-        pattern = re.compile(recipe.group_layers)
-        chosen = [analyze.named(pattern, BLOCK.format(i), architecture) for i in blocks]
-        if not any(chosen):
-            raise BismoothError(
-                f"--group-layers {recipe.group_layers!r} names no linear; "
-                f"they are called like {BLOCK.format(0)}{next(iter(architecture.linears))}"
-            )
-    else:
-        chosen = []
-        for i in blocks:
-            errors = {}
-            for linear in architecture.linears:
-                weight = source.checkpoint.read(f"{BLOCK.format(i)}{linear}.weight").float()
-                errors[linear] = analyze.column_error(weight, *quantize_weight(weight))
-            chosen.append(analyze.vulnerable(errors, architecture))
-            progress("analyze", i + 1, len(blocks))
-    for i in blocks:
-        for linear in sorted(chosen[i]):
-            columns = source.sizes[architecture.linears[linear][1]]
-            if columns % recipe.group_size:
-                fitting = [g for g in (32, 64, 128, 256, 512, 1024) if columns % g == 0]
-                raise BismoothError(
-                    f"{BLOCK.format(i)}{linear}: K = {columns} is not a multiple of --group-size {recipe.group_size}; "
-                    + (f"{', '.join(map(str, fitting))} would fit" if fitting else "use --method bismooth")
-                )
-    return chosen
-
-
-def measure_extents(
-    source: Source, recipe: Recipe, text: calibrate.CalibrationText, progress: Progress
-) -> list[dict[str, torch.Tensor]]:
-    """Calibrated activation ranges: per block, site name -> fp32 ``[K]``."""
-    tokens = calibrate.tokenize(text, source.checkpoint, recipe.calibration_tokens)
-    return calibrate.activation_extents(
-        source.checkpoint,
-        source.architecture,
-        tokens,
-        lambda index: progress("calibrate", index + 1, len(source.blocks)),
-    )
-
-
-def norm_gains(block: Mapping[str, torch.Tensor], architecture: Architecture) -> dict[str, torch.Tensor]:
-    """Data-free stand-ins for activation ranges: a norm's output has unit RMS before its gain, which thus is the range.
-
-    Sites that no norm feeds (v -> o, up -> down) have no such proxy and are left out.
-    """
-    return {
-        site.name: block[f"{site.producer}.weight"].abs()
-        for site in architecture.sites
-        if site.producer in architecture.vectors
-    }
-
-
-def output_tensors(source: Source, recipe: Recipe, grouped: list[set[str]]) -> dict[str, torch.Tensor]:
-    """Every tensor of the converted checkpoint as a meta tensor, in writing order."""
-    headers = source.checkpoint.headers
-    tensors = {n: _meta(headers[n].shape, DTYPES[headers[n].dtype]) for n in source.outside}
-    for index, names in enumerate(source.blocks):
-        for name in names:
-            full = BLOCK.format(index) + name
-            header = headers[full]
-            linear = source.architecture.linear_of(name)
-            if linear is None:
-                tensors[full] = _meta(header.shape, DTYPES[header.dtype])
-                continue
-            rows, columns = header.shape
-            groups = columns // recipe.group_size if linear in grouped[index] else 1
-            tensors[full] = _meta((rows, columns), torch.int8)
-            tensors[f"{full}_scale"] = _meta((rows, groups), torch.float32)
-    return tensors
-
-
-def _meta(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
-
-
-def _nbytes(header) -> int:
-    return math.prod(header.shape) * DTYPES[header.dtype].itemsize
-
-
-def _config(source: Source, recipe: Recipe, grouped: list[set[str]]) -> dict[str, Any]:
-    architecture = source.architecture
-    targets = group_targets(dict(enumerate(grouped)), architecture)
-    return quantization_config(recipe, targets, all(g == set(architecture.linears) for g in grouped), __version__)
-
-
-def _record(recipe: Recipe, folder: Path, text: calibrate.CalibrationText | None, report: Report) -> dict[str, Any]:
-    """recipe.json: the choices first (compared on a second run), then where they came from and what came of them."""
+def _record(recipe: Recipe, folder: Path, text: calibrate.CalibrationText | None, device: str) -> dict[str, Any]:
+    """recipe.json: the choices first (compared on a second run), then where they came from."""
     return {
         "recipe": asdict(recipe),
         "provenance": {
@@ -313,7 +322,6 @@ def _record(recipe: Recipe, folder: Path, text: calibrate.CalibrationText | None
             "torch": torch.__version__,
             "source": folder.resolve().name,
             "calibration": text.path.name if text is not None else None,
+            "device": device,
         },
-        "linears": report.linears,
-        "sites": {str(index): sites for index, sites in report.sites.items()},
     }

@@ -1,12 +1,12 @@
 """Every choice of a conversion as frozen data, and what of it the readers of the checkpoint must know."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from vllm_w8a8_bismooth import FORMAT, MARKER
-from vllm_w8a8_bismooth.architectures import Architecture
+from vllm_w8a8_bismooth.architectures import Layer
 from vllm_w8a8_bismooth.errors import BismoothError
 
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
@@ -100,40 +100,48 @@ def _group(targets: list[str], group_size: int | None) -> dict[str, Any]:
     }
 
 
-def group_targets(blocks: Mapping[int, set[str]], architecture: Architecture) -> list[str]:
+def group_targets(grouped: Sequence[set[str]], layers: Sequence[Layer]) -> list[str]:
     """Regular expressions for compressed-tensors that name per-group linears, fused names included.
 
     Readers match either the parts (transformers) or the fused linear (vLLM before 0.32 only the latter), so the
     expression of a fused linear names both. Unanchored names would be wrong: ``v_proj`` is the end of ``qkv_proj``.
 
     Args:
-        blocks: block index -> names of its per-group linears, closed under fusion.
-        architecture: for the fused names.
+        grouped: names of each block's per-group linears, closed under fusion.
+        layers: of the same blocks, for the fused names.
     """
-    part_of = {part: fused for fused, parts in architecture.fused.items() for part in parts}
-    where: dict[str, list[int]] = {}
-    for index, names in sorted(blocks.items()):
-        for unit in sorted({part_of.get(name, name) for name in names}):
+    where: dict[tuple[str, ...], list[int]] = {}
+    for index, (names, layer) in enumerate(zip(grouped, layers, strict=True)):
+        unit_of = {part: (fused, *parts) for fused, parts in layer.fused.items() for part in parts}
+        for unit in {unit_of.get(name, (name,)) for name in names}:
             where.setdefault(unit, []).append(index)
     targets = []
     for unit, indices in sorted(where.items()):
-        names = sorted({unit, *architecture.fused.get(unit, ())})
-        alternatives = "|".join(re.escape(name) for name in names)
+        alternatives = "|".join(re.escape(name) for name in sorted(unit))
         targets.append(rf"re:.*\.layers\.({'|'.join(map(str, indices))})\.({alternatives})$")
     return targets
 
 
-def quantization_config(recipe: Recipe, group_targets: list[str], all_grouped: bool, version: str) -> dict[str, Any]:
+def ignored(layers: Sequence[Layer]) -> list[str]:
+    """What stays in float: the head, and the routers of mixtures by regular expression."""
+    routers = sorted({router for layer in layers for router in layer.routers})
+    return ["lm_head", *(rf"re:.*\.layers\.\d+\.{re.escape(router)}$" for router in routers)]
+
+
+def quantization_config(
+    recipe: Recipe, grouped: Sequence[set[str]], layers: Sequence[Layer], version: str
+) -> dict[str, Any]:
     """The ``quantization_config`` of the written ``config.json``: compressed-tensors ``int-quantized`` plus our marker.
 
     Args:
         recipe: the run.
-        group_targets: from :func:`group_targets`; empty for a per-channel checkpoint.
-        all_grouped: no per-channel linear is left.
+        grouped: each block's per-group linears.
+        layers: of the same blocks.
         version: of this package.
     """
-    groups = [_group(group_targets, recipe.group_size)] if group_targets else []
-    if not all_grouped:
+    targets = group_targets(grouped, layers)
+    groups = [_group(targets, recipe.group_size)] if targets else []
+    if any(names != set(layer.linears) for names, layer in zip(grouped, layers, strict=True)):
         groups.append(_group(["Linear"], None))
     return {
         "quant_method": "compressed-tensors",
@@ -141,7 +149,7 @@ def quantization_config(recipe: Recipe, group_targets: list[str], all_grouped: b
         "quantization_status": "compressed",
         # Specific targets come first: readers stop at the first group that matches.
         "config_groups": {f"group_{i}": group for i, group in enumerate(groups)},
-        "ignore": ["lm_head"],
+        "ignore": ignored(layers),
         "kv_cache_scheme": None,
         MARKER: {"version": version, "method": recipe.method},
     }

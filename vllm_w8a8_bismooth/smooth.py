@@ -6,14 +6,13 @@ With ``s_j = max|X_j|^alpha / max|W_j|^(1 - alpha)`` (SmoothQuant, arXiv 2211.10
 way: channels with huge weights get ``s_j < 1``, the direction that repairs LLaMA3-70B (arXiv 2408.15301).
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 
-from vllm_w8a8_bismooth.architectures import Site
-
-Block = dict[str, torch.Tensor]
+from vllm_w8a8_bismooth.architectures import Layer, Site
+from vllm_w8a8_bismooth.quantize import Fold
 
 
 @dataclass(frozen=True)
@@ -27,6 +26,24 @@ class Factors:
     weight_max: float
     factor_min: float
     factor_max: float
+
+
+@dataclass
+class Smoothing:
+    """What smoothing does to one decoder block.
+
+    Attributes:
+        folds: linear or router -> what happens to its weight. Those without an entry stay.
+        vectors: tensor name (a norm's gain, a bias) -> the vector to store instead, in its storage dtype.
+        sites: one record per site.
+    """
+
+    folds: dict[str, Fold] = field(default_factory=dict)
+    vectors: dict[str, torch.Tensor] = field(default_factory=dict)
+    sites: list[Factors] = field(default_factory=list)
+
+    def fold(self, linear: str) -> Fold:
+        return self.folds.get(linear, Fold())
 
 
 def balance(activation: torch.Tensor, weight: torch.Tensor, alpha: float) -> torch.Tensor:
@@ -51,23 +68,28 @@ def balance(activation: torch.Tensor, weight: torch.Tensor, alpha: float) -> tor
     return (log_s - log_s.mean()).exp().float()
 
 
-def fold_vector(vector: torch.Tensor, s: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Divide a stored vector (a norm's gain, a bias) by ``s`` and make the rounding to ``dtype`` part of the factor.
+def fold_vector(
+    vector: torch.Tensor, s: torch.Tensor, dtype: torch.dtype, offset: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Divide a vector (a norm's gain, a bias) by ``s`` and make the rounding to ``dtype`` part of the factor.
 
     Args:
-        vector: fp32 ``[K]``.
+        vector: fp32 ``[K]``, as stored.
         s: fp32 ``[K]``, positive.
         dtype: how the vector is stored in the checkpoint.
+        offset: what the model adds to the stored vector; Gemma's norms multiply by ``1 + stored``.
 
     Returns:
-        The vector in ``dtype``, and the *effective* factor fp32 ``[K]``: ``vector / folded``, so that
-        ``folded * effective`` is the old vector and folding costs nothing. Where the vector is 0 the factor is ``s``.
+        The vector to store in ``dtype``, and the *effective* factor fp32 ``[K]``: old over new gain, so that
+        ``new * effective`` is the old gain and folding costs nothing. Where the gain is 0 the factor is ``s``.
     """
-    folded = (vector / s).to(dtype)
-    usable = (folded != 0) & folded.isfinite()
+    gain = vector + offset
+    folded = (gain / s - offset).to(dtype)
+    new = folded.float() + offset
+    usable = (new != 0) & new.isfinite()
     # A quotient outside the dtype's range would lose the channel: such a channel keeps its value and factor 1.
     folded = torch.where(usable, folded, vector.to(dtype))
-    effective = torch.where(vector == 0, s, vector / folded.float())
+    effective = torch.where(gain == 0, s, gain / (folded.float() + offset))
     return folded, effective
 
 
@@ -84,54 +106,64 @@ def gather(extent: torch.Tensor, heads_per_group: int, head_dim: int) -> torch.T
     return extent.view(-1, heads_per_group, head_dim).amax(dim=1).reshape(-1)
 
 
-def column_extent(weights: Sequence[torch.Tensor]) -> torch.Tensor:
-    """fp32 ``[K]``: largest magnitude of each column over several ``[N_i, K]`` weights."""
-    return torch.stack([w.abs().amax(dim=0) for w in weights]).amax(dim=0)
-
-
 def smooth_block(
-    block: Block,
+    block: Mapping[str, torch.Tensor],
     activations: Mapping[str, torch.Tensor],
-    sites: Sequence[Site],
+    layer: Layer,
+    sizes: Mapping[str, int],
     alpha: float,
-    head_dim: int,
-    dtypes: Mapping[str, torch.dtype],
-) -> tuple[Block, list[Factors]]:
-    """Smooth one decoder block; its function does not change.
+    offset: float = 0.0,
+) -> Smoothing:
+    """The smoothing of one decoder block; applied, it does not change the block's function.
 
     Args:
-        block: fp32 tensors by name inside the block (``self_attn.q_proj.weight``). Not modified.
+        block: stored tensors by name inside the block (``self_attn.q_proj.weight``). Not modified.
         activations: site name -> fp32 ``[K]`` largest magnitude of each input channel. Sites without an entry stay.
-        sites: the architecture's couplings, producers that are linears first (see :class:`Site`).
+        layer: the block's couplings, producers that are linears first (see :class:`Layer`).
+        sizes: of the architecture.
         alpha: see :func:`balance`.
-        head_dim: channels of one attention head, for the tie of ``v_proj`` to ``o_proj``.
-        dtypes: storage dtype of each tensor, by the same names; norms and biases are rounded to it, weights are not.
-
-    Returns:
-        The smoothed block (fp32, norms and biases already rounded to what will be stored) and one record per site.
+        offset: of the architecture's norms, see :func:`fold_vector`.
     """
-    block, records = dict(block), []
-    for site in sites:
+    smoothing = Smoothing()
+    for site in layer.sites:
         if site.name not in activations:
             continue
         activation = activations[site.name]
-        weight = column_extent([block[f"{c}.weight"] for c in site.consumers])
-        width = block[f"{site.producer}.weight"].shape[0]
+        weight = torch.stack(
+            [
+                smoothing.fold(consumer).column_extent(block[f"{consumer}.weight"])
+                for consumer in site.consumers
+                if consumer in layer.linears
+            ]
+        ).amax(dim=0)
+        start, width = _rows_of(site, layer, sizes)
         heads_per_group = len(weight) // width
         if heads_per_group > 1:
-            activation, weight = (gather(e, heads_per_group, head_dim) for e in (activation, weight))
+            activation, weight = (gather(e, heads_per_group, sizes["head"]) for e in (activation, weight))
         s = balance(activation, weight, alpha)
 
         producer, bias = f"{site.producer}.weight", f"{site.producer}.bias"
         for name in (producer, bias):
             if name in block and block[name].dim() == 1:
-                folded, s = fold_vector(block[name], s, dtypes[name])
-                block[name] = folded.float()
-        if block[producer].dim() == 2:
-            block[producer] = block[producer] / s.unsqueeze(1)
-        columns = spread(s, heads_per_group, head_dim) if heads_per_group > 1 else s
+                stored = block[name]
+                part = stored[start : start + width].float()
+                folded, s = fold_vector(part, s, stored.dtype, offset if name == producer else 0.0)
+                smoothing.vectors[name] = torch.cat([stored[:start], folded, stored[start + width :]])
+        if site.producer in layer.linears:
+            rows = torch.ones(len(block[producer]), device=s.device)
+            rows[start : start + width] = s
+            smoothing.folds[site.producer] = Fold(rows, smoothing.fold(site.producer).columns)
+        columns = spread(s, heads_per_group, sizes["head"]) if heads_per_group > 1 else s
         for consumer in site.consumers:
-            block[f"{consumer}.weight"] = block[f"{consumer}.weight"] * columns
+            smoothing.folds[consumer] = Fold(smoothing.fold(consumer).rows, columns)
         extremes = (float(e) for extent in (activation, weight, s) for e in extent.aminmax())
-        records.append(Factors(site.name, *extremes))
-    return block, records
+        smoothing.sites.append(Factors(site.name, *extremes))
+    return smoothing
+
+
+def _rows_of(site: Site, layer: Layer, sizes: Mapping[str, int]) -> tuple[int, int]:
+    """First row and number of rows of the producer that feed the consumers."""
+    if site.producer in layer.vectors:
+        return 0, sizes[layer.vectors[site.producer]]
+    parts = [sizes[part] for part in layer.linears[site.producer][0]]
+    return sum(parts[: site.part]), parts[site.part]

@@ -1,130 +1,176 @@
-"""Write a checkpoint so that it is either whole or absent."""
+"""Write the shards of a checkpoint tensor by tensor, in memory bounded by a queue."""
 
-import fcntl
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
-from vllm_w8a8_bismooth.checkpoint import INDEX
-from vllm_w8a8_bismooth.errors import BismoothError
+from vllm_w8a8_bismooth.checkpoint import INDEX, Checkpoint, sha256
+from vllm_w8a8_bismooth.journal import disk_errors
 
 SHARD_SIZE = "5GB"
-_LOCK = ".bismooth.lock"
+_QUEUE = 2**28  # bytes on their way to disk
+_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int8: "I8"}
+"""safetensors' names, in the order in which its own writer lays tensors out: wide dtypes first, so that all align."""
 
 
-@contextmanager
-def _disk_errors(destination: Path) -> Iterator[None]:
-    """Turns an OSError, or the SafetensorError that wraps one, into a message for the user."""
-    from safetensors import SafetensorError
+def shard_header(tensors: Mapping[str, torch.Tensor]) -> tuple[bytes, dict[str, int]]:
+    """What stands before the data of a safetensors file, and each tensor's byte offset in the file.
 
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise BismoothError(
-            f"{destination}: cannot be written ({error}); nothing was left there. Check space and permissions"
-        ) from None
-
-
-def partial_folder(destination: Path) -> Path:
-    """Where a checkpoint grows until it is whole: ``<destination>.partial``."""
-    return destination.with_name(destination.name + ".partial")
-
-
-class CheckpointWriter:
-    """Collects tensors into shards under ``<destination>.partial`` and renames that folder on :meth:`commit`.
-
-    Use as a context manager: left without a commit, by an error or an interrupt, it removes what it wrote. A lock file
-    in the folder tells a live run from the remains of a killed one, and both from a folder that is not ours.
+    The same bytes as :func:`safetensors.torch.save_file` writes with ``metadata={"format": "pt"}``; that function
+    needs all tensors in memory.
 
     Args:
-        destination: a folder that does not exist yet, or an empty one.
+        tensors: name -> tensor, of which shape and dtype count.
+    """
+    rank = list(_NAMES)
+    order = sorted(tensors, key=lambda name: (rank.index(tensors[name].dtype), name))
+    entries: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    begin = 0
+    for name in order:
+        tensor = tensors[name]
+        end = begin + tensor.nbytes
+        entries[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        begin = end
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    head = len(text).to_bytes(8, "little") + text
+    return head, {name: len(head) + entries[name]["data_offsets"][0] for name in order}
+
+
+class ShardWriter:
+    """Writes tensors to their places in shards that are laid out beforehand.
+
+    A thread does the writing, so that it overlaps what makes the tensors; its errors surface in the next call.
+
+    Args:
+        folder: to write into.
+        destination: as which errors call it.
         tensors: every tensor that will come, as meta tensors, in about the order in which they will come.
 
+    Attributes:
+        files: shard -> the names in it.
+        nbytes: of all tensors.
+
     Raises:
-        BismoothError: the destination cannot be created, another run is writing it, ``<destination>.partial`` is not
-            ours, or the disk fills up.
+        Interrupted: from any call, when the disk refuses.
     """
 
-    def __init__(self, destination: Path, tensors: Mapping[str, torch.Tensor]):
+    def __init__(self, folder: Path, destination: Path, tensors: Mapping[str, torch.Tensor]):
         from huggingface_hub import split_torch_state_dict_into_shards
 
-        self.destination = destination
-        self.partial = partial_folder(destination)
+        self._folder, self._destination = folder, destination
         self._plan = split_torch_state_dict_into_shards(
             dict(tensors), filename_pattern="model{suffix}.safetensors", max_shard_size=SHARD_SIZE
         )
         self._tensors = tensors
-        self._file_of = self._plan.tensor_to_filename
-        self._waiting: dict[str, dict[str, torch.Tensor]] = {}
-        self._missing = set(tensors)
-        self._committed = False
+        self.files: dict[str, list[str]] = self._plan.filename_to_tensors
+        self.nbytes: int = self._plan.metadata["total_size"]
+        self._offsets: dict[str, int] = {}
+        self._open: dict[str, int] = {}
+        self._queue: deque[tuple[Future, int]] = deque()
+        self._failed = False
+        self._thread = ThreadPoolExecutor(1)
 
-    def __enter__(self) -> "CheckpointWriter":
-        with _disk_errors(self.destination):
-            self.partial.mkdir(parents=True, exist_ok=True)
-            if any(self.partial.iterdir()) and not (self.partial / _LOCK).is_file():
-                raise BismoothError(f"{self.partial}: exists and is not ours; remove it or choose another destination")
-            self._lock = open(self.partial / _LOCK, "w")  # noqa: SIM115 (held until the end of the run)
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise BismoothError(f"{self.destination}: another conversion is writing it; stop one of them") from None
-            for path in self.partial.iterdir():  # the remains of a killed run
-                if path.name != _LOCK:
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    def __enter__(self) -> "ShardWriter":
         return self
 
     def __exit__(self, *exception) -> None:
-        if not self._committed:
-            shutil.rmtree(self.partial, ignore_errors=True)
-        self._lock.close()
+        self._thread.shutdown()  # what was taken is written even if no more comes: the next run is glad of it
+        for descriptor in self._open.values():
+            os.close(descriptor)
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Take one tensor; its shard is written as soon as it is complete."""
-        from safetensors.torch import save_file
-
+        """Take a whole tensor. It must not change afterwards."""
         expected = self._tensors[name]
         assert tensor.shape == expected.shape and tensor.dtype == expected.dtype, name
-        self._missing.remove(name)
-        file = self._file_of[name]
-        waiting = self._waiting.setdefault(file, {})
-        waiting[name] = tensor.contiguous()
-        if len(waiting) == len(self._plan.filename_to_tensors[file]):
-            with _disk_errors(self.destination):
-                save_file(waiting, self.partial / file, metadata={"format": "pt"})
-                # safetensors leaves 0600, which a server under another user could not read: follow the umask
-                (self.partial / file).chmod(self.partial.stat().st_mode & 0o666)
-            del self._waiting[file]
+        self._add(name, 0, tensor)
 
-    def add_json(self, name: str, value: Mapping) -> None:
-        """Write a small JSON file, keys in the order given."""
-        with _disk_errors(self.destination):
-            (self.partial / name).write_text(json.dumps(value, indent=2) + "\n")
+    def add_rows(self, name: str, start: int, rows: torch.Tensor) -> None:
+        """Take some rows of a matrix, from number ``start`` on. They must not change afterwards."""
+        self._add(name, start * rows.shape[1], rows)
 
-    def copy(self, source: Path, relative: Path) -> None:
-        """Copy a side file byte for byte."""
-        with _disk_errors(self.destination):
-            target = self.partial / relative
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, target)
+    def copy_tensor(self, name: str, checkpoint: Checkpoint) -> str:
+        """Pass a tensor through as it is, without holding the whole; returns the SHA-256 of its bytes."""
+        digest, first = hashlib.sha256(), 0
+        for piece in checkpoint.pieces(name, digest):
+            self._add(name, first, piece)
+            first += piece.numel()
+        return digest.hexdigest()
 
-    def commit(self) -> int:
-        """Write the index, flush everything to disk and give the folder its name; returns the bytes of all tensors."""
-        assert not self._missing, sorted(self._missing)[:3]
-        size = self._plan.metadata["total_size"]
-        if self._plan.is_sharded:
-            self.add_json(INDEX, {"metadata": {"total_size": size}, "weight_map": dict(sorted(self._file_of.items()))})
-        with _disk_errors(self.destination):
-            for path in self.partial.rglob("*"):
-                if path.is_file():
-                    with open(path, "rb") as file:
-                        os.fsync(file.fileno())
-            os.replace(self.partial, self.destination)
-            self._committed = True
-            (self.destination / _LOCK).unlink()  # after the rename: a partial folder without it would not be ours
-        return size
+    def _add(self, name: str, first: int, piece: torch.Tensor) -> None:
+        view = memoryview(piece.contiguous().view(-1).view(torch.uint8).numpy())
+        self._submit(lambda: self._write(name, first * piece.element_size(), view), len(view))
+
+    def then(self, action: Callable[[], None]) -> None:
+        """Call ``action`` once everything taken so far is safe on disk."""
+
+        def run() -> None:
+            for descriptor in self._open.values():
+                os.fdatasync(descriptor)
+            action()
+
+        self._submit(run, 0)
+
+    def finish(self) -> dict[str, str]:
+        """Wait for all writing; returns the SHA-256 of every shard and writes the index."""
+        self._drain(0)
+        with disk_errors(self._destination), ThreadPoolExecutor(os.cpu_count()) as pool:
+            for file in self.files:
+                if not (self._folder / file).exists():  # all its tensors are empty
+                    self._lay_out(file)
+            if self._plan.is_sharded:
+                weight_map = dict(sorted(self._plan.tensor_to_filename.items()))
+                write_json(self._folder / INDEX, {"metadata": {"total_size": self.nbytes}, "weight_map": weight_map})
+            return dict(zip(self.files, pool.map(sha256, (self._folder / file for file in self.files)), strict=True))
+
+    def _submit(self, work: Callable[[], None], nbytes: int) -> None:
+        def run() -> None:
+            if self._failed:  # nothing may be marked as done behind a write that did not happen
+                return
+            self._failed = True
+            work()
+            self._failed = False
+
+        self._drain(max(0, _QUEUE - nbytes))
+        self._queue.append((self._thread.submit(run), nbytes))
+
+    def _drain(self, limit: int) -> None:
+        """Wait until at most ``limit`` bytes are on their way, and for what is done already."""
+        while self._queue and (sum(n for _, n in self._queue) > limit or limit == 0 or self._queue[0][0].done()):
+            with disk_errors(self._destination):
+                self._queue.popleft()[0].result()
+
+    def _write(self, name: str, offset: int, view: memoryview) -> None:
+        file = self._plan.tensor_to_filename[name]
+        if file not in self._open:
+            self._lay_out(file)
+        start, done = self._offsets[name] + offset, 0
+        while done < len(view):
+            done += os.pwrite(self._open[file], view[done:], start + done)
+
+    def _lay_out(self, file: str) -> None:
+        """Open a shard, with its header and full length; what an earlier run wrote into it stays."""
+        head, offsets = shard_header({name: self._tensors[name] for name in self.files[file]})
+        descriptor = os.open(self._folder / file, os.O_RDWR | os.O_CREAT, 0o666)
+        self._open[file] = descriptor
+        os.pwrite(descriptor, head, 0)
+        os.truncate(descriptor, len(head) + sum(self._tensors[name].nbytes for name in self.files[file]))
+        self._offsets |= offsets
+
+
+def write_json(path: Path, value: Mapping) -> None:
+    """Write a small JSON file, keys in the order given."""
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def copy(source: Path, target: Path) -> None:
+    """Copy a file's bytes, following links; folders are made."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, target)

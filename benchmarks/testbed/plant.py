@@ -17,14 +17,16 @@ channels' share out of each norm's RMS (about channels / hidden_size), so the pl
 
 import argparse
 import re
+import shutil
 from pathlib import Path
 
 import torch
+from huggingface_hub import save_torch_state_dict
 
-from vllm_w8a8_bismooth.architectures import BLOCK, EMBEDDING, HEAD, NORM, architecture_of
-from vllm_w8a8_bismooth.checkpoint import CONFIG, Checkpoint
+from vllm_w8a8_bismooth.architectures import BLOCK, EMBEDDING, HEAD, NORM
+from vllm_w8a8_bismooth.checkpoint import CONFIG
 from vllm_w8a8_bismooth.smooth import fold_vector
-from vllm_w8a8_bismooth.writer import CheckpointWriter
+from vllm_w8a8_bismooth.source import Source
 
 
 def plant(
@@ -47,17 +49,16 @@ def plant(
         channels: how many input channels, per norm (``norm``) or in all (``residual``).
         seed: chooses the channels.
     """
-    checkpoint = Checkpoint(source)
+    healthy = Source(source)
+    checkpoint = healthy.checkpoint
     tensors = {name: checkpoint.read(name) for name in checkpoint.headers}
     generator = torch.Generator().manual_seed(seed)
-    PLANTERS[kind](tensors, checkpoint, k, blocks, channels, generator)
-    with CheckpointWriter(destination, {n: t.to("meta") for n, t in tensors.items()}) as writer:
-        for name, tensor in tensors.items():
-            writer.add(name, tensor)
-        for relative in checkpoint.side_files():
-            writer.copy(source / relative, relative)
-        writer.add_json(CONFIG, checkpoint.config)
-        writer.commit()
+    PLANTERS[kind](tensors, healthy, k, blocks, channels, generator)
+    destination.mkdir(parents=True)
+    save_torch_state_dict(tensors, destination)
+    for relative in (Path(CONFIG), *checkpoint.side_files()):
+        (destination / relative).parent.mkdir(exist_ok=True)
+        shutil.copy(source / relative, destination / relative)
 
 
 def _scaled(tensor: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
@@ -70,11 +71,10 @@ def _factors(width: int, channels: int, k: float, generator: torch.Generator) ->
     return factors
 
 
-def _plant_norm(tensors, checkpoint, k, blocks, channels, generator) -> None:
-    architecture = architecture_of(checkpoint.config)
+def _plant_norm(tensors, healthy, k, blocks, channels, generator) -> None:
     for block in blocks:
-        for site in architecture.sites:
-            if site.producer not in architecture.vectors:
+        for site in healthy.layers[block].sites:
+            if site.producer not in healthy.layers[block].vectors:
                 continue
             norm = f"{BLOCK.format(block)}{site.producer}.weight"
             factors = _factors(tensors[norm].shape[0], channels, k, generator)
@@ -84,15 +84,15 @@ def _plant_norm(tensors, checkpoint, k, blocks, channels, generator) -> None:
                 tensors[weight] = _scaled(tensors[weight], effective)
 
 
-def _plant_residual(tensors, checkpoint, k, blocks, channels, generator) -> None:
+def _plant_residual(tensors, healthy, k, blocks, channels, generator) -> None:
     factors = _factors(tensors[NORM].shape[0], channels, k, generator)
-    linears = architecture_of(checkpoint.config).linears
+    linears = healthy.layers[0].linears
     for name, tensor in tensors.items():
         linear = re.sub(r"model\.layers\.\d+\.|\.weight$", "", name)
-        rows, columns = linears.get(linear, ("", ""))
+        rows, columns = linears.get(linear, ((), ""))
         if columns == "hidden" or name == HEAD:
             tensors[name] = _scaled(tensor, factors)
-        elif rows == "hidden":
+        elif rows == ("hidden",):
             tensors[name] = _scaled(tensor, 1 / factors.unsqueeze(1))
         elif name == EMBEDDING:
             tensors[name] = _scaled(tensor, 1 / factors)

@@ -1,0 +1,158 @@
+"""A run may die anywhere; the next one goes on, and nobody can tell from the result."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import edit_json
+from tests.test_bad_input import run
+from tests.test_convert import digests
+from vllm_w8a8_bismooth.calibrate import Calibration, read_text
+from vllm_w8a8_bismooth.convert import convert
+from vllm_w8a8_bismooth.errors import BismoothError, Interrupted
+from vllm_w8a8_bismooth.recipe import Recipe
+
+CALLS = ("pwrite", "fdatasync", "fsync", "replace")
+ARMS = {
+    "rtn": (Recipe.of("rtn"), False),
+    "mixed": (Recipe.of("mixed", group_size=32), False),
+    "calibrated": (Recipe.of("bismooth", calibration_tokens=500), True),
+}
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch):
+    monkeypatch.setattr("vllm_w8a8_bismooth.writer.SHARD_SIZE", "60KB")
+
+
+class Failing:
+    """Lets the disk fail at the n-th of all the calls that reach it: once, or from then on."""
+
+    def __init__(self, monkeypatch, last: int, once: bool = False):
+        self.count, self.last, self.once = 0, last, once
+        for name in CALLS:
+            monkeypatch.setattr(os, name, self.wrap(getattr(os, name)))
+
+    def wrap(self, call):
+        def wrapped(*arguments):
+            self.count += 1
+            if self.count == self.last or (self.count > self.last and not self.once):
+                raise OSError(28, "No space left on device")
+            return call(*arguments)
+
+        return wrapped
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_a_run_that_fails_anywhere_is_resumed(make_checkpoint, tmp_path, calibration_text, arm, monkeypatch):
+    source, (recipe, calibrated) = make_checkpoint(), ARMS[arm]
+    text = read_text(calibration_text) if calibrated else None
+    with monkeypatch.context() as patch:
+        counter = Failing(patch, 10**9)
+        convert(source, tmp_path / "whole", recipe, text)
+    expected = digests(tmp_path / "whole")
+    resumed = set()
+    steps = [1, 2, *range(5, counter.count, max(1, counter.count // 12)), counter.count - 1, counter.count]
+    for last in steps:
+        out = tmp_path / f"out-{last}"
+        with monkeypatch.context() as patch:
+            Failing(patch, last, once=last % 2 == 0)
+            with pytest.raises((Interrupted, BismoothError)):
+                convert(source, out, recipe, text)
+            assert not out.exists()
+        resumed.add(convert(source, out, recipe, text).resumed)
+        assert digests(out) == expected and not out.with_name(out.name + ".partial").exists()
+    assert resumed == {0, 1, 2, 3}, "the runs failed in different blocks"
+
+
+def test_statistics_are_read_and_not_made_again(make_checkpoint, tmp_path, calibration_text, monkeypatch):
+    source, text, recipe = make_checkpoint(), read_text(calibration_text), Recipe.of("bismooth", calibration_tokens=500)
+    advance, advanced = Calibration.advance, []
+
+    def counting(self, index, tensors):
+        advanced.append(index)
+        return advance(self, index, tensors)
+
+    def dying(*arguments, **options):
+        raise Interrupted("after the statistics of a block, before its conversion")
+
+    monkeypatch.setattr(Calibration, "advance", counting)
+    with monkeypatch.context() as patch:
+        patch.setattr("vllm_w8a8_bismooth.convert.smooth_block", dying)
+        with pytest.raises(Interrupted):
+            convert(source, tmp_path / "out", recipe, text)
+    convert(source, tmp_path / "out", recipe, text)
+    assert advanced == [0, 1, 2]
+    convert(source, tmp_path / "whole", recipe, text)
+    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("call", ["pwrite", "fdatasync", "replace", "rmtree"])
+def test_killed_runs_are_resumed(make_checkpoint, tmp_path, call):
+    """SIGKILL in a real process; the last case dies when the folder has its name already."""
+    source, out = make_checkpoint(), tmp_path / "out"
+    script = (
+        "import os, shutil, signal, sys; from vllm_w8a8_bismooth import cli, writer\n"
+        "writer.SHARD_SIZE = '60KB'\n"
+        f"owner = shutil if {call!r} == 'rmtree' else os\n"
+        f"count, real = 0, getattr(owner, {call!r})\n"
+        "def dying(*arguments, **options):\n"
+        "    global count; count += 1\n"
+        f"    if count == {1 if call == 'rmtree' else 3}: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return real(*arguments, **options)\n"
+        f"setattr(owner, {call!r}, dying)\n"
+        f"sys.argv = ['bismooth', 'convert', {str(source)!r}, {str(out)!r}, '--method', 'rtn']; cli.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert out.exists() == (call == "rmtree") and (out.exists() or out.with_name("out.partial").exists())
+    assert run("convert", source, out, "--method", "rtn")[0] == 0
+    convert(source, tmp_path / "whole", Recipe.of("rtn"))
+    assert digests(out) == digests(tmp_path / "whole") and not out.with_name("out.partial").exists()
+
+
+def test_an_unfinished_run_is_not_continued_as_another(make_checkpoint, tmp_path, calibration_text, monkeypatch):
+    source, out = make_checkpoint(), tmp_path / "out"
+    with monkeypatch.context() as patch:
+        Failing(patch, 12)
+        with pytest.raises(Interrupted, match="goes on where it stopped"):
+            convert(source, out, Recipe.of("bismooth"))
+    before = digests(tmp_path / "out.partial")
+    for recipe, text, difference in (
+        (Recipe.of("bismooth", alpha=0.7), None, "recipe.alpha: 0.5 there, 0.7 now"),
+        (Recipe.of("bismooth"), read_text(calibration_text), "recipe.calibration: None there, '"),
+    ):
+        with pytest.raises(BismoothError, match="unfinished conversion of another kind") as caught:
+            convert(source, out, recipe, text)
+        assert difference in str(caught.value)
+    edit_json(source / "config.json", lambda config: config.update(rope_theta=5.0))
+    with pytest.raises(BismoothError, match=r"source.config.json: \["):
+        convert(source, out, Recipe.of("bismooth"))
+    assert digests(tmp_path / "out.partial") == before
+
+
+def test_interrupt_keeps_what_is_done(make_checkpoint, tmp_path, monkeypatch):
+    source, out = make_checkpoint(), tmp_path / "out"
+
+    def interrupted(stage, done, total):
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, out, Recipe.of("rtn"), progress=interrupted)
+    assert not out.exists()
+    assert convert(source, out, Recipe.of("rtn")).resumed >= 1
+
+
+def test_reused_memory_is_not_written(make_checkpoint, tmp_path, monkeypatch):
+    """With a slow disk, every buffer of the reader is used again before the writer gets to what came from it."""
+    import time
+
+    source, pwrite = make_checkpoint(num_hidden_layers=3), os.pwrite
+    convert(source, tmp_path / "fast", Recipe.of("bismooth"))
+    monkeypatch.setattr(os, "pwrite", lambda *arguments: (time.sleep(0.005), pwrite(*arguments))[1])
+    convert(source, tmp_path / "slow", Recipe.of("bismooth"))
+    assert digests(tmp_path / "fast") == digests(tmp_path / "slow")

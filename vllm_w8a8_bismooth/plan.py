@@ -1,0 +1,181 @@
+"""What a conversion will write and need, known before the first weight is read or written."""
+
+import math
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vllm_w8a8_bismooth import __version__, analyze
+from vllm_w8a8_bismooth.architectures import BLOCK
+from vllm_w8a8_bismooth.checkpoint import AHEAD
+from vllm_w8a8_bismooth.errors import BismoothError
+from vllm_w8a8_bismooth.recipe import Recipe, quantization_config
+from vllm_w8a8_bismooth.source import Source
+
+TENSOR_PARALLEL = (1, 2, 4, 8)
+_GROUP_SIZES = (32, 64, 128, 256, 512, 1024)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A source, what to do with it, and the per-group linears of each block (by name inside it)."""
+
+    source: Source
+    recipe: Recipe
+    grouped: Sequence[set[str]]
+
+    def tensors(self) -> dict[str, Any]:
+        """Every tensor of the result, without data, in the order in which they come."""
+        import torch
+
+        from vllm_w8a8_bismooth.checkpoint import torch_dtype
+
+        source = self.source
+        headers = source.checkpoint.headers
+        with torch.device("meta"):
+            tensors = {n: torch.empty(headers[n].shape, dtype=torch_dtype(headers[n].dtype)) for n in source.outside}
+            for index, (names, layer) in enumerate(zip(source.blocks, source.layers, strict=True)):
+                for name in names:
+                    full = BLOCK.format(index) + name
+                    header, linear = headers[full], layer.linear_of(name)
+                    if linear is None:
+                        tensors[full] = torch.empty(header.shape, dtype=torch_dtype(header.dtype))
+                        continue
+                    rows, columns = header.shape
+                    groups = columns // self.recipe.group_size if linear in self.grouped[index] else 1
+                    tensors[full] = torch.empty(rows, columns, dtype=torch.int8)
+                    tensors[f"{full}_scale"] = torch.empty(rows, groups, dtype=torch.float32)
+        return tensors
+
+    def config(self) -> dict[str, Any]:
+        """The ``quantization_config`` to write."""
+        return quantization_config(self.recipe, self.grouped, self.source.layers, __version__)
+
+
+def chosen_by_name(source: Source, recipe: Recipe) -> list[set[str]] | None:
+    """Per block, the per-group linears that the recipe names; ``None`` if the weights have to tell.
+
+    Raises:
+        BismoothError: ``group_layers`` names no linear, an expert, or one whose K is not a multiple of ``group_size``.
+    """
+    if recipe.group_size is None:
+        return [set() for _ in source.layers]
+    if recipe.group_layers is None:
+        return None
+    pattern = re.compile(recipe.group_layers)
+    chosen = [analyze.named(pattern, BLOCK.format(i), layer) for i, layer in enumerate(source.layers)]
+    if not any(chosen):
+        raise BismoothError(
+            f"--group-layers {recipe.group_layers!r} names no linear; "
+            f"they are called like {BLOCK.format(0)}{next(iter(source.layers[0].linears))}"
+        )
+    for i, layer in enumerate(source.layers):
+        if experts := sorted(chosen[i] & layer.experts):
+            raise BismoothError(
+                f"--group-layers {recipe.group_layers!r} names {BLOCK.format(i)}{experts[0]}: "
+                "experts are served per-channel only; leave them out"
+            )
+    check_group_size(source, recipe, chosen)
+    return chosen
+
+
+def check_group_size(source: Source, recipe: Recipe, grouped: Sequence[set[str]]) -> None:
+    """Raises :class:`BismoothError` if a per-group linear's K is not a multiple of the group size."""
+    for i, layer in enumerate(source.layers):
+        for linear in sorted(grouped[i]):
+            columns = source.sizes[layer.linears[linear][1]]
+            if columns % recipe.group_size:
+                fitting = [g for g in _GROUP_SIZES if columns % g == 0]
+                raise BismoothError(
+                    f"{BLOCK.format(i)}{linear}: K = {columns} is not a multiple of --group-size {recipe.group_size}; "
+                    + (f"{', '.join(map(str, fitting))} would fit" if fitting else "use --method bismooth")
+                )
+
+
+def parallel_problems(source: Source, group_size: int) -> dict[int, list[str]]:
+    """For each tensor-parallel size, why the model cannot be served on so many ranks; empty where it can.
+
+    Args:
+        source: the checkpoint.
+        group_size: the groups that row-parallel linears would have; only these cut K.
+    """
+    sizes, problems = source.sizes, {}
+    for ranks in TENSOR_PARALLEL:
+        found = []
+        if sizes["heads"] % ranks:
+            found.append(f"num_attention_heads = {sizes['heads']} is not a multiple of {ranks}")
+        kv_heads = sizes["kv_heads"]
+        if kv_heads % ranks and ranks % kv_heads:
+            found.append(f"num_key_value_heads = {kv_heads} neither divides {ranks} nor is a multiple of it")
+        for linear, (_, columns) in sorted(
+            {n: layer.linears[n] for layer in source.layers for n in layer.row_parallel - layer.experts}.items()
+        ):
+            width = sizes[columns]
+            if width % ranks:
+                found.append(f"{linear}: K = {width} is not a multiple of {ranks}")
+            elif width // ranks % group_size:
+                found.append(f"{linear}: K / {ranks} = {width // ranks} is not a multiple of group_size {group_size}")
+        problems[ranks] = found
+    return problems
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a conversion needs, in bytes and seconds; time is a rough guess from nominal rates."""
+
+    source_bytes: int
+    written_bytes: int
+    memory_bytes: int
+    seconds: float
+
+
+# Measured on two cores of a 2025 server CPU, and good for no more than telling minutes from hours.
+_BYTES_PER_CORE_SECOND = 4e8
+_FLOP_PER_CORE_SECOND = 1.5e11
+_BASE_MEMORY = 6e8
+_ROW_BYTES = 4  # of scales
+
+
+def needs(source: Source, calibration_tokens: int | None, cores: int) -> Needs:
+    """An estimate from headers alone, for a per-channel conversion on a CPU.
+
+    Args:
+        source: the checkpoint.
+        calibration_tokens: ``None`` is data-free.
+        cores: of the CPU.
+    """
+    headers, item = source.checkpoint.headers, {"BF16": 2, "F16": 2, "F32": 4}
+    written = weights = 0
+    for index, (names, layer) in enumerate(zip(source.blocks, source.layers, strict=True)):
+        for name in names:
+            header = headers[BLOCK.format(index) + name]
+            if layer.linear_of(name) is None:
+                written += header.nbytes
+            else:
+                elements = math.prod(header.shape)
+                weights += elements
+                written += elements + header.shape[0] * _ROW_BYTES
+    written += sum(headers[name].nbytes for name in source.outside)
+    memory = _BASE_MEMORY + source.block_nbytes() + AHEAD
+    seconds = source.nbytes() / _BYTES_PER_CORE_SECOND / cores
+    if calibration_tokens is not None:
+        widest = max(item[header.dtype] for header in headers.values())
+        memory += widest * (calibration_tokens * source.sizes["hidden"] + 3 * 2048 * source.sizes["intermediate"])
+        seconds += 2 * weights * calibration_tokens / _FLOP_PER_CORE_SECOND / cores
+    return Needs(source.nbytes(), written, int(memory), seconds)
+
+
+def check_space(destination: Path, needed: int) -> None:
+    """Raises :class:`BismoothError` if the disk that will hold ``destination`` has too little room."""
+    folder = destination
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise BismoothError(
+            f"{destination}: the result needs {needed / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free; "
+            "make room or choose another destination"
+        )
