@@ -192,6 +192,8 @@ OPTIONS = {
     "useless option": (["--method", "rtn", "--alpha", "0.5"], ["--alpha has no effect", "leave it out"]),
     "useless calibration": (["--method", "mixed", "--calibration", "x.txt"], ["--calibration has no effect"]),
     "half of a group": (["--group-layers", "down"], ["needs both --group-layers and --group-size"]),
+    "no such device": (["--device", "tpu"], ["--device tpu", "leave it out"]),
+    "no CUDA": (["--device", "cuda:77"], ["--device cuda:77", "leave it out"]),
     "tokens of no text": (["--calibration-tokens", "9"], ["--calibration-tokens has no effect without"]),
 }
 

@@ -128,6 +128,23 @@ def test_smoothing_preserves_the_function(make_checkpoint, tmp_path, case, dtype
     assert error <= 1e-5, float(error)
 
 
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen2_moe", "qwen3_moe"])
+def test_routing_does_not_change_at_all(make_checkpoint, tmp_path, model_type):
+    """In bf16, the norm's gain times the router's column is the same to the last bit."""
+    folder = make_checkpoint(model_type)
+    smoothed_copy(folder, tmp_path / "smoothed")
+    before, after = Source(folder), Source(tmp_path / "smoothed")
+    for index, layer in enumerate(before.layers):
+        for router in layer.routers:
+            products = []
+            for source in (before, after):
+                norm = source.checkpoint.read(BLOCK.format(index) + "post_attention_layernorm.weight")
+                columns = source.checkpoint.read(f"{BLOCK.format(index)}{router}.weight")
+                assert torch.equal(columns.bfloat16().float(), columns.float())
+                products.append(norm.double() * columns.double())
+            assert torch.equal(*products)
+
+
 def test_sites_without_ranges_stay():
     smoothing = smooth_block({}, {}, ARCHITECTURES["llama"].dense, {}, 0.5)
     assert not smoothing.folds and not smoothing.vectors and not smoothing.sites

@@ -15,7 +15,7 @@ from vllm_w8a8_bismooth.source import Source
 
 WINDOW = 512
 _PIECE = 2**16  # characters tokenized at once
-_CHUNK = 2048  # tokens that pass through a block at once; bounds the MLP's intermediate
+_CHUNK = 1024  # tokens that pass through a block at once; bounds the MLP's intermediate
 
 
 @dataclass(frozen=True)

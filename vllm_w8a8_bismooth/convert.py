@@ -81,7 +81,7 @@ def convert(
     Raises:
         BismoothError: anything wrong with the input; see the modules that do the work.
     """
-    target = destination.resolve()
+    target, place = destination.resolve(), device_of(device)
     _refuse_overlap(folder, target)
     source = Source(folder)
     recipe = replace(
@@ -98,10 +98,10 @@ def convert(
     identity = {
         "recipe": asdict(recipe),
         "source": signature,
-        "device": torch.device(device).type,
+        "device": place.type,
         "versions": {"vllm_w8a8_bismooth": __version__, "torch": torch.__version__},
     }
-    run = _Run(source, recipe, torch.device(device), progress)
+    run = _Run(source, recipe, place, progress)
     done = Report(destination, source_bytes=source.nbytes())
     with Journal(target, identity) as diary:
         plan = Plan(source, recipe, named if named is not None else run.granularity(diary))
@@ -201,7 +201,8 @@ class _Run:
         state = diary.state(_unit(index))
         if state is None:
             extents = calibration.advance(index, block)
-            diary.keep(_unit(index), {**extents, "hidden": calibration.hidden.cpu()})
+            kept = {**extents, "hidden": calibration.hidden}
+            diary.keep(_unit(index), {name: tensor.cpu() for name, tensor in kept.items()})
             return extents
         calibration.hidden = state.pop("hidden").to(self.device)
         return {name: extent.to(self.device) for name, extent in state.items()}
@@ -236,10 +237,25 @@ class _Run:
             elif name in smoothing.vectors:
                 writer.add(prefix + name, smoothing.vectors[name].cpu())
             else:
-                # A copy in any case: the block's memory is used again before the writer gets to it.
-                writer.add(prefix + name, (fold.apply(block[name]) if fold else block[name].clone()).cpu())
+                writer.add(prefix + name, (fold.apply(block[name]) if fold else block[name]).cpu())
             block.drop(name)
         return {"linears": linears, "sites": [asdict(site) for site in smoothing.sites]}
+
+
+def device_of(name: str) -> torch.device:
+    """torch's device of that name.
+
+    Raises:
+        BismoothError: there is none.
+    """
+    try:
+        device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("only cpu and cuda are supported")
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch asserts where it was built without CUDA
+        raise BismoothError(f"--device {name}: {str(error).splitlines()[0]}; leave it out to use the CPU") from None
+    return device
 
 
 class _Lent(Mapping[str, torch.Tensor]):

@@ -163,7 +163,7 @@ def needs(source: Source, calibration_tokens: int | None, cores: int) -> Needs:
     seconds = source.nbytes() / _BYTES_PER_CORE_SECOND / cores
     if calibration_tokens is not None:
         widest = max(item[header.dtype] for header in headers.values())
-        memory += widest * (calibration_tokens * source.sizes["hidden"] + 3 * 2048 * source.sizes["intermediate"])
+        memory += widest * (calibration_tokens * source.sizes["hidden"] + 3 * 1024 * source.sizes["intermediate"])
         seconds += 2 * weights * calibration_tokens / _FLOP_PER_CORE_SECOND / cores
     return Needs(source.nbytes(), written, int(memory), seconds)
 

@@ -23,11 +23,14 @@ class Fold:
     def pieces(self, weight: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
         """First row and folded fp32 rows of a stored weight, a bounded number at a time.
 
-        Row by row the result is that of folding the whole at once.
+        Row by row the result is that of folding the whole at once. All pieces share one memory, because faulting in
+        fresh pages takes longer than the work on them: a piece holds until the next one is asked for.
         """
         step = max(1, _PIECE // weight.shape[1])
+        memory = torch.empty(step, weight.shape[1], device=weight.device)
         for start in range(0, len(weight), step):
-            piece = weight[start : start + step].to(torch.float32, copy=True)
+            stored = weight[start : start + step]
+            piece = memory[: len(stored)].copy_(stored)
             if self.rows is not None:
                 piece /= self.rows[start : start + step].unsqueeze(1)
             if self.columns is not None:
@@ -61,9 +64,9 @@ class Loss:
         self.error, self.power = (torch.zeros(columns, dtype=torch.float64, device=device) for _ in range(2))
 
     def add(self, weight: torch.Tensor, quantized: torch.Tensor) -> None:
-        """Take some rows: fp32 ``[n, K]`` before, and what they became, which is overwritten."""
+        """Take some rows: fp32 ``[n, K]`` before, and what they became. Both are overwritten."""
         self.error += quantized.sub_(weight).square_().sum(dim=0)
-        self.power += weight.square().sum(dim=0)
+        self.power += weight.square_().sum(dim=0)
 
     def column_error(self) -> float:
         """Mean over input columns of the relative error that INT8 leaves in them.
@@ -98,17 +101,24 @@ def quantize_weight(weight: torch.Tensor, group_size: int | None = None) -> tupl
     Raises:
         ValueError: K is not a multiple of ``group_size``.
     """
+    codes, rounded = torch.empty_like(weight, dtype=torch.int8), torch.empty_like(weight)
+    return codes, _quantize(weight, group_size, rounded, codes)
+
+
+def _quantize(weight: torch.Tensor, group_size: int | None, rounded: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+    """:func:`quantize_weight` into given memory, fp32 and int8 ``[N, K]``, both of which get the codes."""
     rows, columns = weight.shape
     group_size = group_size or columns
     if columns % group_size:
         raise ValueError(f"K = {columns} is not a multiple of group_size = {group_size}")
-    groups = weight.view(rows, columns // group_size, group_size)
-    amax = groups.abs().amax(dim=-1)
+    shape = (rows, columns // group_size, group_size)
+    amax = torch.abs(weight, out=rounded).view(shape).amax(dim=-1)
     scale = amax / amax.new_tensor(127)  # a tensor, because on CUDA torch multiplies by the reciprocal of a scalar
     scale[scale == 0] = 1
     # The clamp matters only where amax / 127 is subnormal and too coarse to hold the ratio 127.
-    codes = (groups / scale.unsqueeze(-1)).round_().clamp_(-127, 127)
-    return codes.to(torch.int8).view(rows, columns), scale
+    torch.div(weight.view(shape), scale.unsqueeze(-1), out=rounded.view(shape)).round_().clamp_(-127, 127)
+    codes.copy_(rounded)
+    return scale
 
 
 def dequantize_weight(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -130,12 +140,19 @@ def quantize_folded(
         loss: is told of all rows.
 
     Yields:
-        The first row, int8 codes ``[n, K]`` and fp32 scales ``[n, G]`` of ``n`` rows.
+        The first row, int8 codes ``[n, K]`` and fp32 scales ``[n, G]`` of ``n`` rows. The codes hold until the next
+        ones are asked for.
 
     Raises:
         ValueError: K is not a multiple of ``group_size``.
     """
+    rounded = codes = None
     for start, piece in fold.pieces(weight):
-        codes, scale = quantize_weight(piece, group_size)
-        loss.add(piece, dequantize_weight(codes, scale))
-        yield start, codes, scale
+        if rounded is None:
+            rounded, codes = torch.empty_like(piece), torch.empty_like(piece, dtype=torch.int8)
+        n = len(piece)
+        scale = _quantize(piece, group_size, rounded[:n], codes[:n])
+        groups = rounded[:n].view(n, scale.shape[1], -1)
+        groups *= scale.unsqueeze(-1)
+        loss.add(piece, rounded[:n])
+        yield start, codes[:n], scale

@@ -141,6 +141,8 @@ def smooth_block(
         if heads_per_group > 1:
             activation, weight = (gather(e, heads_per_group, sizes["head"]) for e in (activation, weight))
         s = balance(activation, weight, alpha)
+        if layer.routers.keys() & set(site.consumers):
+            s = s.log2().round().exp2()  # exact in any dtype, so that tokens go to the experts that they went to
 
         producer, bias = f"{site.producer}.weight", f"{site.producer}.bias"
         for name in (producer, bias):

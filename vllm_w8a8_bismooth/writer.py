@@ -1,10 +1,9 @@
-"""Write the shards of a checkpoint tensor by tensor, in memory bounded by a queue."""
+"""Write the shards of a checkpoint piece by piece."""
 
 import hashlib
 import json
 import os
 import shutil
-from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -15,7 +14,6 @@ from vllm_w8a8_bismooth.checkpoint import INDEX, Checkpoint, sha256
 from vllm_w8a8_bismooth.journal import disk_errors
 
 SHARD_SIZE = "5GB"
-_QUEUE = 2**28  # bytes on their way to disk
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int8: "I8"}
 """safetensors' names, in the order in which its own writer lays tensors out: wide dtypes first, so that all align."""
 
@@ -45,9 +43,7 @@ def shard_header(tensors: Mapping[str, torch.Tensor]) -> tuple[bytes, dict[str, 
 
 
 class ShardWriter:
-    """Writes tensors to their places in shards that are laid out beforehand.
-
-    A thread does the writing, so that it overlaps what makes the tensors; its errors surface in the next call.
+    """Writes tensors, or rows of them, to their places in shards that are laid out beforehand.
 
     Args:
         folder: to write into.
@@ -74,53 +70,50 @@ class ShardWriter:
         self.nbytes: int = self._plan.metadata["total_size"]
         self._offsets: dict[str, int] = {}
         self._open: dict[str, int] = {}
-        self._queue: deque[tuple[Future, int]] = deque()
-        self._failed = False
+        self._flushing: list[Future] = []
         self._thread = ThreadPoolExecutor(1)
 
     def __enter__(self) -> "ShardWriter":
         return self
 
     def __exit__(self, *exception) -> None:
-        self._thread.shutdown()  # what was taken is written even if no more comes: the next run is glad of it
+        self._thread.shutdown()
         for descriptor in self._open.values():
             os.close(descriptor)
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Take a whole tensor. It must not change afterwards."""
+        """Write a whole tensor."""
         expected = self._tensors[name]
         assert tensor.shape == expected.shape and tensor.dtype == expected.dtype, name
-        self._add(name, 0, tensor)
+        self._write(name, 0, tensor)
 
     def add_rows(self, name: str, start: int, rows: torch.Tensor) -> None:
-        """Take some rows of a matrix, from number ``start`` on. They must not change afterwards."""
-        self._add(name, start * rows.shape[1], rows)
+        """Write some rows of a matrix, from number ``start`` on."""
+        self._write(name, start * rows.shape[1], rows)
 
     def copy_tensor(self, name: str, checkpoint: Checkpoint) -> str:
         """Pass a tensor through as it is, without holding the whole; returns the SHA-256 of its bytes."""
         digest, first = hashlib.sha256(), 0
         for piece in checkpoint.pieces(name, digest):
-            self._add(name, first, piece)
+            self._write(name, first, piece)
             first += piece.numel()
         return digest.hexdigest()
 
-    def _add(self, name: str, first: int, piece: torch.Tensor) -> None:
-        view = memoryview(piece.contiguous().view(-1).view(torch.uint8).numpy())
-        self._submit(lambda: self._write(name, first * piece.element_size(), view), len(view))
-
     def then(self, action: Callable[[], None]) -> None:
-        """Call ``action`` once everything taken so far is safe on disk."""
+        """Call ``action`` once everything written so far is safe on disk. A thread waits for that."""
+        open_now = tuple(self._open.values())
 
-        def run() -> None:
-            for descriptor in self._open.values():
+        def flush() -> None:
+            for descriptor in open_now:
                 os.fdatasync(descriptor)
             action()
 
-        self._submit(run, 0)
+        self._collect(only_done=True)
+        self._flushing.append(self._thread.submit(flush))
 
     def finish(self) -> dict[str, str]:
-        """Wait for all writing; returns the SHA-256 of every shard and writes the index."""
-        self._drain(0)
+        """Wait for the disk; returns the SHA-256 of every shard and writes the index."""
+        self._collect()
         with disk_errors(self._destination), ThreadPoolExecutor(os.cpu_count()) as pool:
             for file in self.files:
                 if not (self._folder / file).exists():  # all its tensors are empty
@@ -130,30 +123,21 @@ class ShardWriter:
                 write_json(self._folder / INDEX, {"metadata": {"total_size": self.nbytes}, "weight_map": weight_map})
             return dict(zip(self.files, pool.map(sha256, (self._folder / file for file in self.files)), strict=True))
 
-    def _submit(self, work: Callable[[], None], nbytes: int) -> None:
-        def run() -> None:
-            if self._failed:  # nothing may be marked as done behind a write that did not happen
-                return
-            self._failed = True
-            work()
-            self._failed = False
-
-        self._drain(max(0, _QUEUE - nbytes))
-        self._queue.append((self._thread.submit(run), nbytes))
-
-    def _drain(self, limit: int) -> None:
-        """Wait until at most ``limit`` bytes are on their way, and for what is done already."""
-        while self._queue and (sum(n for _, n in self._queue) > limit or limit == 0 or self._queue[0][0].done()):
+    def _collect(self, only_done: bool = False) -> None:
+        """Raise what went wrong in the thread."""
+        while self._flushing and (self._flushing[0].done() or not only_done):
             with disk_errors(self._destination):
-                self._queue.popleft()[0].result()
+                self._flushing.pop(0).result()
 
-    def _write(self, name: str, offset: int, view: memoryview) -> None:
+    def _write(self, name: str, first: int, values: torch.Tensor) -> None:
         file = self._plan.tensor_to_filename[name]
-        if file not in self._open:
-            self._lay_out(file)
-        start, done = self._offsets[name] + offset, 0
-        while done < len(view):
-            done += os.pwrite(self._open[file], view[done:], start + done)
+        view = memoryview(values.contiguous().view(-1).view(torch.uint8).numpy())
+        with disk_errors(self._destination):
+            if file not in self._open:
+                self._lay_out(file)
+            start, done = self._offsets[name] + first * values.element_size(), 0
+            while done < len(view):
+                done += os.pwrite(self._open[file], view[done:], start + done)
 
     def _lay_out(self, file: str) -> None:
         """Open a shard, with its header and full length; what an earlier run wrote into it stays."""
