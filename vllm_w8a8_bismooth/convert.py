@@ -142,7 +142,7 @@ class _Run:
         if known is None:
             known = []
             for index, measured in analyze.blocks(self.source, self.device):
-                errors = {linear: measure.column_error for linear, (measure, _) in measured.items()}
+                errors = {linear: measure.column_error for linear, measure in measured.items()}
                 known.append(sorted(analyze.vulnerable(errors, self.source.layers[index])))
                 self.progress("analyze", index + 1, len(self.source.layers))
             diary.finish(_GRANULARITY, known)
