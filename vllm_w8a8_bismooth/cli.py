@@ -257,16 +257,17 @@ def _summary(console, report, recipe) -> None:
         console.print(f"[bold]{where}[/bold] already holds this conversion; nothing to do.")
         return
     grouped = sum(entry["group_size"] is not None for entry in report.linears.values())
+    share = report.written_bytes / report.source_bytes
     console.print(
-        f"Wrote [bold]{where}[/bold]: {report.source_bytes / 1e9:.3f} GB -> {report.written_bytes / 1e9:.3f} GB, "
-        f"{len(report.linears) - grouped} linears per-channel, {grouped} per-group."
+        f"Wrote [bold]{where}[/bold]: {report.source_bytes / 1e9:.3f} GB -> {report.written_bytes / 1e9:.3f} GB "
+        f"({share:.0%}), {len(report.linears) - grouped} linears per-channel, {grouped} per-group."
     )
-    bad = report.vulnerable()
-    if bad:
-        worst = ", ".join(f"{escape(n)} ({report.linears[n]['column_error']:.2f})" for n in bad[:5])
+    console.print("Mean relative error that is left in a column (healthy is about 0.01), the worst five linears:")
+    for name in sorted(report.linears, key=lambda name: (-report.linears[name]["column_error"], name))[:5]:
+        console.print(f"  {report.linears[name]['column_error']:.4f}  {escape(name)}", highlight=False)
+    if bad := report.vulnerable():
         console.print(
-            f"[yellow]Warning:[/yellow] {len(bad)} linears lose their weights to outlier columns "
-            f"(mean column error; healthy is about 0.01): {worst}{', ...' if len(bad) > 5 else ''}. "
+            f"[yellow]Warning:[/yellow] {len(bad)} linears lose their weights to outlier columns. "
             + (
                 "Try --method bismooth or mixed."
                 if not recipe.group_size
@@ -275,7 +276,7 @@ def _summary(console, report, recipe) -> None:
                 else "Try --method bismooth."
             )
         )
-    console.print(f"Next: vllm serve {where}")
+    console.print(f"Next: bismooth verify {where}\n      vllm serve {where}", highlight=False)
 
 
 def main() -> None:

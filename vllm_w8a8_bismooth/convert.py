@@ -284,7 +284,7 @@ def _refuse_overlap(folder: Path, destination: Path) -> None:
     for written in (destination, partial_folder(destination)):
         if written == source or written in source.parents or source in written.parents:
             raise BismoothError(f"{written}: overlaps the source {folder}; choose a destination beside it")
-    for name in (RECIPE, report.REPORT):
+    for name in (RECIPE, *report.OURS):
         if (source / name).exists():
             raise BismoothError(f"{source / name}: our own {name} would take its place in the copy; rename it")
 
