@@ -7,19 +7,10 @@ import json
 from pathlib import Path
 from statistics import geometric_mean
 
+from vllm_w8a8_bismooth.figures import BAD, GOOD, QUIET, drawing
+
 RESULTS = Path(__file__).parent / "results"
 FIGURES = Path(__file__).parents[1] / "docs" / "figures"
-
-# A background of its own and dark ink: legible on light and dark pages alike.
-STYLE = {
-    "font.size": 11,
-    "figure.facecolor": "white",
-    "axes.facecolor": "white",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "svg.hashsalt": "bismooth",
-}
-COLLAPSED, HEALTHY, REPAIRED = "#c0392b", "#7f8c8d", "#2471a3"
 
 
 def load(name: str) -> list[dict]:
@@ -82,8 +73,6 @@ def throughput_table() -> str:
 
 def collapse() -> None:
     """KL to bf16 of each INT8 arm of the demo."""
-    from matplotlib import pyplot
-
     rows = {row["arm"]: row for row in load("demo.json")}
     labels = {
         "healthy RTN": "healthy model, RTN",
@@ -92,20 +81,17 @@ def collapse() -> None:
         "bi-smooth": "outlier columns, bi-smooth",
         "bi-smooth, data-free": "outlier columns, bi-smooth, data-free",
     }
-    colors = {"healthy RTN": HEALTHY, "RTN": COLLAPSED}
-    with pyplot.rc_context(STYLE):
-        figure, axes = pyplot.subplots(figsize=(8, 2.8), layout="constrained")
+    colors = {"healthy RTN": QUIET, "RTN": BAD}
+    with drawing(FIGURES / "collapse.svg", 8, 2.8, layout="constrained") as figure:
+        axes = figure.subplots()
         arms = list(labels)[::-1]
         values = [rows[arm]["kl"] for arm in arms]
-        bars = axes.barh([labels[a] for a in arms], values, color=[colors.get(a, REPAIRED) for a in arms])
+        bars = axes.barh([labels[a] for a in arms], values, color=[colors.get(a, GOOD) for a in arms])
         axes.bar_label(bars, [f"{value:.1e}" for value in values], padding=4)
         axes.set_xscale("log")
         axes.set_xlim(min(values) / 3, max(values) * 8)
         axes.set_xlabel("KL divergence from bf16, nats per token (log scale)")
         axes.set_title("W8A8 INT8 in vLLM on the planted test bed", loc="left")
-        FIGURES.mkdir(parents=True, exist_ok=True)
-        figure.savefig(FIGURES / "collapse.svg", metadata={"Date": None})
-        pyplot.close(figure)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""What per-channel INT8 does to each linear, from the weights alone."""
+"""What INT8 does to each linear, from the weights alone: how much is lost, why, and what would repair it."""
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 import torch
 
@@ -16,45 +16,120 @@ VULNERABLE = 0.05
 """Column error above which a linear counts as vulnerable. Gaussian weights measure about 0.01; one column 100 times as
 large brings them to about 0.2, three of 1000 times to nearly 1, because the row's step then swallows the rest."""
 
+OUTLIER = 20.0
+"""Times the median from which a column or row is counted: about where one such column makes a linear vulnerable."""
+
+GROUP_SIZES = (256, 128, 64, 32)
+"""What is tried on a vulnerable linear, in this order, until one repairs it."""
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How the largest magnitudes of a weight's columns, or of its rows, spread. All-zero ones do not count.
+
+    Attributes:
+        minimum, median, maximum: in the weight's own unit; 0 if the weight is all zero.
+        ratio: maximum over median.
+        outliers: how many are at least :data:`OUTLIER` times the median.
+    """
+
+    minimum: float
+    median: float
+    maximum: float
+    ratio: float
+    outliers: int
+
+    @classmethod
+    def of(cls, magnitudes: torch.Tensor) -> "Extent":
+        """From fp32 ``[K]`` or ``[N]``, the magnitudes."""
+        used = magnitudes[magnitudes > 0]
+        if not len(used):
+            return cls(0.0, 0.0, 0.0, 1.0, 0)
+        minimum, median, maximum = (float(x) for x in (used.min(), used.median(), used.max()))
+        return cls(minimum, median, maximum, maximum / median, int((used >= OUTLIER * median).sum()))
+
 
 @dataclass(frozen=True)
 class Measure:
-    """What one linear's weights look like, and what per-channel INT8 does to them.
+    """What one linear's weights look like, and what INT8 does to them.
 
     Attributes:
-        column_error, sqnr: see :class:`quantize.Loss`.
-        maximum: largest magnitude of the weight.
-        column_outlier, row_outlier: largest over median of the columns' and of the rows' largest magnitudes.
+        shape: N, K.
+        column_error, sqnr: see :class:`quantize.Loss`; per-channel scales.
+        columns, rows: how their largest magnitudes spread.
+        groups: group size -> the column error that per-group scales would leave. Only sizes that divide K.
     """
 
+    shape: tuple[int, int]
     column_error: float
     sqnr: float | None
-    maximum: float
-    column_outlier: float
-    row_outlier: float
+    columns: Extent
+    rows: Extent
+    groups: Mapping[int, float] = field(default_factory=dict)
+
+    def vulnerable(self) -> bool:
+        return self.column_error > VULNERABLE
+
+    def reason(self) -> str:
+        """Why it is vulnerable, or why what stands out in it does no harm; empty where nothing stands out."""
+        columns, rows = self.columns, self.rows
+        if self.vulnerable() and columns.outliers:
+            return (
+                f"{columns.outliers} of {self.shape[1]} input columns up to {columns.ratio:.0f}x the median: "
+                "the row's step rounds the rest to zero"
+            )
+        if self.vulnerable():
+            return (
+                f"input columns {columns.minimum / columns.median:.2g}x to {columns.ratio:.2g}x the median: "
+                "the row's step, which the larger ones set, is too coarse for the smaller"
+            )
+        if columns.outliers:
+            return f"columns up to {columns.ratio:.0f}x the median, in so few rows that little is lost"
+        if rows.outliers:
+            return f"rows up to {rows.ratio:.0f}x the median row: harmless, each has its own scale"
+        return ""
 
 
-def measure(weight: torch.Tensor) -> tuple[Measure, torch.Tensor]:
-    """Measure a stored ``[N, K]`` weight; also fp32 ``[K]``, the largest magnitude of each column."""
-    loss = Loss(weight.shape[1], weight.device)
-    rows = torch.cat([scale for _, _, scale in quantize_folded(weight, Fold(), None, loss)]).view(-1)
-    columns = Fold().column_extent(weight)
-    measured = Measure(
-        column_error=loss.column_error(),
+def measure(weight: torch.Tensor, group_size: int | None = None, search: bool = False) -> Measure:
+    """Measure a stored ``[N, K]`` weight.
+
+    Args:
+        weight: in its storage dtype, finite.
+        group_size: measure this one too, if it divides K.
+        search: without a ``group_size``, try :data:`GROUP_SIZES` on a vulnerable weight.
+    """
+    rows, columns = weight.shape
+    loss, extents = Loss(columns, weight.device), []
+    for _, codes, scale in quantize_folded(weight, Fold(), None, loss):
+        extents.append(scale.view(-1) * codes.any(dim=1))  # an all-zero row has scale 1
+    error = loss.column_error()
+    sizes = [group_size] if group_size else GROUP_SIZES if search and error > VULNERABLE else []
+    groups: dict[int, float] = {}
+    for size in sizes:
+        if columns % size == 0:
+            groups[size] = _grouped_error(weight, size)
+            if groups[size] <= VULNERABLE:
+                break
+    return Measure(
+        shape=(rows, columns),
+        column_error=error,
         sqnr=loss.sqnr(),
-        maximum=float(columns.max()),
-        column_outlier=_outlier(columns),
-        row_outlier=_outlier(rows),
+        columns=Extent.of(Fold().column_extent(weight)),
+        rows=Extent.of(torch.cat(extents) * 127),
+        groups=groups,
     )
-    return measured, columns
 
 
-def _outlier(extent: torch.Tensor) -> float:
-    median = float(extent.median())
-    return float(extent.max()) / median if median > 0 else math.inf
+def _grouped_error(weight: torch.Tensor, group_size: int) -> float:
+    loss = Loss(weight.shape[1], weight.device)
+    for _ in quantize_folded(weight, Fold(), group_size, loss):
+        pass
+    return loss.column_error()
 
 
-def blocks(source: Source, device: torch.device) -> Iterator[tuple[int, dict[str, tuple[Measure, torch.Tensor]]]]:
+def blocks(
+    source: Source, device: torch.device, group_size: int | None = None, search: bool = False
+) -> Iterator[tuple[int, dict[str, Measure]]]:
     """Measure block after block: index, and linear (by name inside the block) -> :func:`measure` of its weight."""
     linears = [
         [name for name in names if layer.linear_of(name)]
@@ -66,9 +141,77 @@ def blocks(source: Source, device: torch.device) -> Iterator[tuple[int, dict[str
             measured = {}
             for name in names:
                 full = BLOCK.format(index) + name
-                measured[name.removesuffix(".weight")] = measure(reader.take(full).to(device))
+                measured[name.removesuffix(".weight")] = measure(reader.take(full).to(device), group_size, search)
                 reader.release(full)
             yield index, measured
+
+
+@dataclass(frozen=True)
+class Survey:
+    """A whole checkpoint, measured.
+
+    Attributes:
+        linears: full name -> its measure, block after block.
+        grouped: the linears that ``--method mixed`` gives per-group scales: vulnerable ones and their fused siblings.
+        experts: vulnerable linears for which it does not, because vLLM serves experts per-channel only.
+    """
+
+    linears: Mapping[str, Measure]
+    grouped: list[str]
+    experts: list[str]
+
+    def ranked(self) -> list[str]:
+        """All linears, worst first."""
+        return sorted(self.linears, key=lambda name: (-self.linears[name].column_error, name))
+
+    def vulnerable(self) -> list[str]:
+        """The vulnerable linears, worst first."""
+        return [name for name in self.ranked() if self.linears[name].vulnerable()]
+
+    def share(self) -> float:
+        """Part of the linears' parameters that is in vulnerable ones, 0 to 1."""
+        sizes = {name: math.prod(measure.shape) for name, measure in self.linears.items()}
+        return sum(sizes[name] for name in self.vulnerable()) / sum(sizes.values())
+
+    def repair(self) -> tuple[int, float] | None:
+        """Group size for :attr:`grouped`, of those measured, and the largest column error that it would leave.
+
+        ``None`` if there is nothing to group, or no measured size divides some K.
+        """
+        trials = [self.linears[name].groups for name in self.grouped if self.linears[name].vulnerable()]
+        if not trials or not all(trials):
+            return None
+        return min(min(groups) for groups in trials), max(groups[min(groups)] for groups in trials)
+
+
+def survey(
+    source: Source,
+    device: torch.device,
+    group_size: int | None = None,
+    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+) -> Survey:
+    """Measure every linear, with one block in memory at a time.
+
+    Args:
+        source: the checkpoint.
+        device: where blocks are worked on.
+        group_size: also measure what per-group scales of this size would leave of each linear; without it
+            :data:`GROUP_SIZES` are tried on vulnerable ones.
+        progress: called as ``progress("analyze", blocks_done, blocks)``.
+
+    Raises:
+        BismoothError: see :meth:`Checkpoint.read`.
+    """
+    linears: dict[str, Measure] = {}
+    grouped, experts = [], []
+    for index, measured in blocks(source, device, group_size, search=group_size is None):
+        prefix, layer = BLOCK.format(index), source.layers[index]
+        linears |= {prefix + name: measure for name, measure in measured.items()}
+        chosen = vulnerable({name: measure.column_error for name, measure in measured.items()}, layer)
+        grouped += [prefix + name for name in sorted(chosen)]
+        experts += [prefix + name for name in sorted(layer.experts) if measured[name].vulnerable()]
+        progress("analyze", index + 1, len(source.layers))
+    return Survey(linears, grouped, experts)
 
 
 def close_under_fusion(names: Iterable[str], layer: Layer) -> set[str]:

@@ -1,5 +1,6 @@
 """What the converter knows of each model type: tensor names and shapes, couplings, fused siblings. Tables, not code."""
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -239,7 +240,16 @@ ARCHITECTURES: Mapping[str, Architecture] = {
 }
 
 BLOCK = "model.layers.{}."
+_INSIDE = re.compile(r"model\.layers\.(\d+)\.(.+)")
 EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
+
+
+def kind_of(linear: str) -> tuple[str, int]:
+    """What a linear is in every block (``q_proj``; all experts as one: ``experts.*.up_proj``), and its block."""
+    block, name = _INSIDE.fullmatch(linear).groups()
+    for part in ("self_attn.", "mlp.", "block_sparse_moe."):
+        name = name.removeprefix(part)
+    return re.sub(r"\.\d+\.", ".*.", name), int(block)
 
 
 def architecture_of(config: Mapping) -> Architecture:

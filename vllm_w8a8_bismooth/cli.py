@@ -89,6 +89,124 @@ def convert(
         _summary(console, report, recipe)
 
 
+@app.command()
+def analyze(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="Folder of a Hugging Face checkpoint (safetensors).")],
+    group_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Also measure what per-group scales of this size would leave.",
+            show_default="256, 128, 64, 32 on vulnerable linears, until one repairs",
+        ),
+    ] = None,
+    figures: Annotated[Path | None, typer.Option(metavar="DIR", help="Draw the weights and errors as SVG.")] = None,
+    top: Annotated[int, typer.Option(min=1, help="Rows of the table.")] = 20,
+    device: Annotated[str, typer.Option(help="Where weights are worked on: cpu, cuda, cuda:1.")] = "cpu",
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything measured as JSON on stdout.")] = False,
+) -> None:
+    """Measure what INT8 does to each linear, from the weights alone, and say which are vulnerable and why."""
+    import torch
+    from rich.console import Console
+
+    from vllm_w8a8_bismooth import figures as drawing
+    from vllm_w8a8_bismooth.analyze import survey
+    from vllm_w8a8_bismooth.recipe import Recipe
+    from vllm_w8a8_bismooth.source import Source
+
+    if group_size is not None:
+        Recipe.of("mixed", group_size=group_size)  # the same bounds
+    if figures is not None:
+        drawing.require()
+    console = Console(stderr=True, soft_wrap=True)
+    with _Progress(console) as progress:
+        found = survey(Source(source), torch.device(device), group_size, progress)
+    if as_json:
+        print(json.dumps({"source": str(source), **_survey_as_json(found)}, indent=2))
+    else:
+        _print_survey(found, str(source), group_size, top)
+    for path in drawing.of_survey(found, figures) if figures is not None else []:
+        console.print(f"Drew {path}", markup=False)
+
+
+def _survey_as_json(found) -> dict:
+    from dataclasses import asdict
+
+    return {
+        "vulnerable": found.vulnerable(),
+        "vulnerable_share": found.share(),
+        "grouped": found.grouped,
+        "linears": {name: {**asdict(m), "reason": m.reason()} for name, m in found.linears.items()},
+    }
+
+
+def _print_survey(found, source: str, group_size: int | None, top: int) -> None:
+    """The table on stdout: it is what was asked for."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    bad = found.vulnerable()
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("linear", overflow="fold")
+    for heading in ("column\nerror", "SQNR,\ndB", "columns,\nx median", "rows,\nx median"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    sizes = sorted({size for m in found.linears.values() for size in m.groups}, reverse=True)
+    for size in sizes:
+        table.add_column(f"error\ng = {size}", justify="right", no_wrap=True)
+    table.add_column("why", overflow="fold")
+    for name in found.ranked()[:top]:
+        m = found.linears[name]
+        table.add_row(
+            name,
+            f"{m.column_error:.4f}",
+            "exact" if m.sqnr is None else f"{m.sqnr:.1f}",
+            f"{m.columns.ratio:.1f}",
+            f"{m.rows.ratio:.1f}",
+            *(f"{m.groups[size]:.4f}" if size in m.groups else "" for size in sizes),
+            m.reason(),
+            style="red" if m.vulnerable() else None,
+        )
+    console.print(table)
+    if len(bad) > top:
+        console.print(
+            f"... and {len(bad) - top} more that are vulnerable; --top {len(bad)} shows them.", highlight=False
+        )
+    console.print(
+        f"\n{len(bad)} of {len(found.linears)} linears are vulnerable, {found.share():.1%} of the linears' parameters.",
+        style="bold",
+        highlight=False,
+    )
+    for line in _advice(found, source, group_size):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _advice(found, source: str, group_size: int | None):
+    from vllm_w8a8_bismooth.analyze import VULNERABLE
+
+    if not found.vulnerable():
+        yield "The weights need no repair; the activations, which they do not show, still gain from smoothing:"
+    else:
+        yield "Repair by smoothing, which helps every linear:"
+    yield f"  bismooth convert {source} DST --calibration text.txt"
+    if found.experts:
+        yield f"Only this helps {len(found.experts)} of them: experts are served per-channel."
+    if not found.grouped:
+        return
+    siblings = len(set(found.grouped) - set(found.vulnerable()))
+    which = f"{len(found.grouped)} linears" + (f", {siblings} of them as fused siblings" if siblings else "")
+    repair = found.repair()
+    if repair is None:
+        yield f"Per-group scales do not fit: a vulnerable linear's K is not a multiple of {group_size or 32}."
+    elif repair[1] <= VULNERABLE:
+        yield f"Or by per-group scales on {which}, which would leave them a column error of {repair[1]:.3f} at most:"
+        yield f"  bismooth convert {source} DST --method mixed --group-size {repair[0]}"
+    else:
+        yield (
+            f"Per-group scales of {repair[0]} on {which} (--method mixed) are not enough: "
+            f"they would leave a column error of up to {repair[1]:.2f}; above {VULNERABLE} is vulnerable."
+        )
+
+
 class _Progress:
     """One bar a stage, with ETA, on a terminal; a line a stage elsewhere."""
 
@@ -139,16 +257,17 @@ def _summary(console, report, recipe) -> None:
         console.print(f"[bold]{where}[/bold] already holds this conversion; nothing to do.")
         return
     grouped = sum(entry["group_size"] is not None for entry in report.linears.values())
+    share = report.written_bytes / report.source_bytes
     console.print(
-        f"Wrote [bold]{where}[/bold]: {report.source_bytes / 1e9:.3f} GB -> {report.written_bytes / 1e9:.3f} GB, "
-        f"{len(report.linears) - grouped} linears per-channel, {grouped} per-group."
+        f"Wrote [bold]{where}[/bold]: {report.source_bytes / 1e9:.3f} GB -> {report.written_bytes / 1e9:.3f} GB "
+        f"({share:.0%}), {len(report.linears) - grouped} linears per-channel, {grouped} per-group."
     )
-    bad = report.vulnerable()
-    if bad:
-        worst = ", ".join(f"{escape(n)} ({report.linears[n]['column_error']:.2f})" for n in bad[:5])
+    console.print("Mean relative error that is left in a column (healthy is about 0.01), the worst five linears:")
+    for name in sorted(report.linears, key=lambda name: (-report.linears[name]["column_error"], name))[:5]:
+        console.print(f"  {report.linears[name]['column_error']:.4f}  {escape(name)}", highlight=False)
+    if bad := report.vulnerable():
         console.print(
-            f"[yellow]Warning:[/yellow] {len(bad)} linears lose their weights to outlier columns "
-            f"(mean column error; healthy is about 0.01): {worst}{', ...' if len(bad) > 5 else ''}. "
+            f"[yellow]Warning:[/yellow] {len(bad)} linears lose their weights to outlier columns. "
             + (
                 "Try --method bismooth or mixed."
                 if not recipe.group_size
@@ -157,7 +276,7 @@ def _summary(console, report, recipe) -> None:
                 else "Try --method bismooth."
             )
         )
-    console.print(f"Next: vllm serve {where}")
+    console.print(f"Next: bismooth verify {where}\n      vllm serve {where}", highlight=False)
 
 
 def main() -> None:

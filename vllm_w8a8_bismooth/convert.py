@@ -142,7 +142,7 @@ class _Run:
         if known is None:
             known = []
             for index, measured in analyze.blocks(self.source, self.device):
-                errors = {linear: measure.column_error for linear, (measure, _) in measured.items()}
+                errors = {linear: measure.column_error for linear, measure in measured.items()}
                 known.append(sorted(analyze.vulnerable(errors, self.source.layers[index])))
                 self.progress("analyze", index + 1, len(self.source.layers))
             diary.finish(_GRANULARITY, known)
@@ -300,7 +300,7 @@ def _refuse_overlap(folder: Path, destination: Path) -> None:
     for written in (destination, partial_folder(destination)):
         if written == source or written in source.parents or source in written.parents:
             raise BismoothError(f"{written}: overlaps the source {folder}; choose a destination beside it")
-    for name in (RECIPE, report.REPORT):
+    for name in (RECIPE, *report.OURS):
         if (source / name).exists():
             raise BismoothError(f"{source / name}: our own {name} would take its place in the copy; rename it")
 

@@ -17,7 +17,11 @@ from vllm_w8a8_bismooth.quantize import Fold
 
 @dataclass(frozen=True)
 class Factors:
-    """What was folded at one site: extremes of the activation range, the weight range and the factor."""
+    """What was folded at one site: extremes of the activation range, the weight range and the factor.
+
+    The weight range has a value for each input channel: the largest magnitude in this column of all consumers, before
+    (``weight``) and after the fold (``smoothed``).
+    """
 
     site: str
     activation_min: float
@@ -26,6 +30,10 @@ class Factors:
     weight_max: float
     factor_min: float
     factor_max: float
+    smoothed_min: float
+    smoothed_max: float
+    weight_median: float
+    smoothed_median: float
 
 
 @dataclass
@@ -158,8 +166,10 @@ def smooth_block(
         columns = spread(s, heads_per_group, sizes["head"]) if heads_per_group > 1 else s
         for consumer in site.consumers:
             smoothing.folds[consumer] = Fold(smoothing.fold(consumer).rows, columns)
-        extremes = (float(e) for extent in (activation, weight, s) for e in extent.aminmax())
-        smoothing.sites.append(Factors(site.name, *extremes))
+        smoothed = weight * s
+        extremes = (float(e) for extent in (activation, weight, s, smoothed) for e in extent.aminmax())
+        medians = (float(extent.median()) for extent in (weight, smoothed))
+        smoothing.sites.append(Factors(site.name, *extremes, *medians))
     return smoothing
 
 
