@@ -283,8 +283,7 @@ def sizes_of(config: Mapping, architecture: Architecture) -> dict[str, int]:
     kv_heads = size("num_key_value_heads", heads)
     if heads % kv_heads:
         problems.append(
-            f"config.json: num_attention_heads = {heads} is not a multiple of num_key_value_heads = {kv_heads}; "
-            "mend it"
+            f"config.json: num_attention_heads = {heads} is not a multiple of num_key_value_heads = {kv_heads}; mend it"
         )
     head = size("head_dim", 1 if problems else hidden // heads)
     sizes = {

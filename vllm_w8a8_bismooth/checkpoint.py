@@ -28,7 +28,7 @@ AHEAD = 2**28
 
 @dataclass(frozen=True)
 class Header:
-    """Where a tensor lies (file, byte offset in it), its shape, dtype as safetensors spells it (``BF16``), and bytes."""
+    """Where a tensor lies (file, byte offset, bytes), its shape, and its dtype as safetensors names it (``BF16``)."""
 
     file: str
     shape: tuple[int, ...]
@@ -107,6 +107,11 @@ class Folder:
         if not self.path.is_dir():
             raise BismoothError(f"{self.path}: no such folder; give the path of a local Hugging Face checkpoint")
 
+    @classmethod
+    def of(cls, folder: "str | Path | Folder") -> "Folder":
+        """The same, or the folder of a path."""
+        return folder if isinstance(folder, Folder) else cls(Path(folder))
+
     def __str__(self) -> str:
         return str(self.path)
 
@@ -142,7 +147,7 @@ class Headers:
         files: the shards.
         headers: tensor name -> :class:`Header`, in the order of the files, of every dtype.
         problems: what is missing, unreadable, inconsistent or truncated, and dtypes that are not accepted.
-        lost: tensors that the index promises and no shard that can be read holds; each is part of some problem.
+        lost: tensors that are not where the index says, as some problem tells already.
 
     Args:
         place: holds ``config.json`` and safetensors, sharded or not.
@@ -212,9 +217,7 @@ class Headers:
             return
         path, (begin, entries) = f"{self.place}/{file}", answer
         for name in sorted(promised - entries.keys()):
-            self.problems.append(
-                f"{path}: tensor {name} is missing, {INDEX} says that it is here; download both again"
-            )
+            self.problems.append(f"{path}: tensor {name} is missing, {INDEX} says that it is here; download both again")
             self.lost.add(name)
         for name, entry in entries.items():
             place = weight_map.get(name) if weight_map else file
@@ -226,6 +229,7 @@ class Headers:
                     f"{path}: holds tensor {name}, which {INDEX} places in {place}; one of them is a duplicate "
                     "or stale, download both again"
                 )
+                self.lost.add(name)
 
     def _check_dtypes(self, accepted: Sequence[str]) -> None:
         others: dict[str, list[str]] = {}
@@ -248,7 +252,8 @@ class Checkpoint(Headers):
     """A checkpoint folder, opened by its headers alone; tensors are read when asked for.
 
     Attributes:
-        folder: where it lies.
+        place: its folder.
+        folder: the path of that.
 
     Args:
         folder, dtypes: see :class:`Headers`.
@@ -257,9 +262,11 @@ class Checkpoint(Headers):
         BismoothError: on construction, with all problems that config, index and headers have.
     """
 
-    def __init__(self, folder: str | Path, dtypes: Sequence[str] = FLOAT_DTYPES):
-        self.folder = Path(folder)
-        super().__init__(Folder(self.folder), dtypes)
+    place: Folder
+
+    def __init__(self, folder: str | Path | Folder, dtypes: Sequence[str] = FLOAT_DTYPES):
+        super().__init__(Folder.of(folder), dtypes)
+        self.folder = self.place.path
         if self.problems:
             raise BismoothError(*self.problems)
 

@@ -34,7 +34,7 @@ def find(source: str) -> "Folder | Repository":
         source: a folder, or ``org/name[@revision]`` on the Hub. What exists on this machine is never looked for there.
 
     Raises:
-        BismoothError: no such folder or repository, no access to it, or no connection and no complete copy in the cache.
+        BismoothError: no such folder or repository, no access to it, or neither a connection nor a complete copy.
     """
     if (parsed := parse(source)) is None:
         return Folder(Path(source))
@@ -89,6 +89,8 @@ class Repository:
             info = HfApi().model_info(hub_id, revision=revision, files_metadata=True)
         self.revision: str = info.sha
         self._sizes = {file.rfilename: file.size for file in info.siblings or []}
+        if self.has(CONFIG):
+            self._fetch(CONFIG)  # everybody may see what there is, but not everybody may read it
 
     def __str__(self) -> str:
         return self.hub_id if self._asked is None else f"{self.hub_id}@{self._asked}"
@@ -97,13 +99,9 @@ class Repository:
         return file in self._sizes
 
     def json(self, file: str) -> dict:
-        from huggingface_hub import hf_hub_download
-
         if not self.has(file):
             raise BismoothError(f"{self}/{file}: not in the repository; is this a Hugging Face checkpoint?")
-        with self._told():  # by the name that was asked for, so that the cache knows it when offline
-            path = hf_hub_download(self.hub_id, file, revision=self._asked)
-        return read_json(Path(path))
+        return read_json(self._fetch(file))
 
     def header(self, file: str) -> tuple[int, dict[str, Any]]:
         from huggingface_hub import HfApi
@@ -140,6 +138,12 @@ class Repository:
             path = Path(snapshot_download(self.hub_id, revision=self._asked, allow_patterns=patterns))
         return Folder(path, self.hub_id, path.name)
 
+    def _fetch(self, file: str) -> Path:
+        from huggingface_hub import hf_hub_download
+
+        with self._told():  # by the name that was asked for, so that the cache knows it when offline
+            return Path(hf_hub_download(self.hub_id, file, revision=self._asked))
+
     @contextmanager
     def _told(self) -> Iterator[None]:
         """Turns the errors of the Hub's library into one message with the remedy."""
@@ -161,7 +165,7 @@ class Repository:
             status = error.response.status_code
             if status >= 500 or status == 429:
                 raise self._unreachable(f"status {status}") from None
-            message = f"{self}: the Hub refuses ({error.server_message or f'status {status}'}); check access at {url}"
+            message = f"{self}: the Hub refuses (status {status}: {error.server_message}); check access at {url}"
         except errors.HFValidationError as error:
             message = f"{self}: neither a folder here nor a name that the Hub allows ({error}); check it"
         except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError, _http_error()) as error:

@@ -13,7 +13,7 @@ from vllm_w8a8_bismooth.architectures import (
     layers_of,
     sizes_of,
 )
-from vllm_w8a8_bismooth.checkpoint import Checkpoint, Headers
+from vllm_w8a8_bismooth.checkpoint import Checkpoint, Folder, Headers
 from vllm_w8a8_bismooth.errors import BismoothError
 
 PROBLEMS = 1000
@@ -86,6 +86,6 @@ class Source(Layout):
 
     checkpoint: Checkpoint
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path | Folder):
         super().__init__(Checkpoint(folder))
         self.refuse()
