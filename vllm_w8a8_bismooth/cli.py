@@ -80,7 +80,7 @@ def inspect(
     if as_json:
         print(json.dumps(asdict(found), indent=2))
     else:
-        _show_survey(Console(soft_wrap=True, highlight=False), found)
+        _show_survey(Console(soft_wrap=True, highlight=False), found, source)
     if found.problems:
         raise typer.Exit(2)
 
@@ -197,8 +197,8 @@ class _Progress:
         if self.tasks:
             self.bars.stop()
 
-    def __call__(self, stage: str, done: int, total: int, made: int = 0) -> None:
-        note = f"{made / 1e9:.2f} GB made, " if made else ""
+    def __call__(self, stage: str, done: int, total: int, written: int = 0) -> None:
+        note = f"{written / 1e9:.2f} GB written, " if written else ""
         note += f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9:.2f} GB"
         if self.console.is_terminal:
             self.bars.start()  # not before there is something to show; again has no effect
@@ -225,14 +225,14 @@ def _gb(count: int) -> str:
     return f"{count / 1e9:.2f} GB"
 
 
-def _show_survey(console, found) -> None:
+def _show_survey(console, found, source: str) -> None:
     """The survey of a checkpoint for people, on stdout: nothing is left out but what is empty."""
     from rich.markup import escape
     from rich.table import Table
 
     sizes = found.sizes
     revision = f" (commit {found.revision})" if found.revision else ""
-    console.print(f"[bold]{escape(found.source)}[/bold]{escape(revision)}")
+    console.print(f"[bold]{escape(source)}[/bold]{escape(revision)}")
     model = [escape(str(found.model_type))]
     if sizes:
         model += [
@@ -263,14 +263,14 @@ def _show_survey(console, found) -> None:
         console.print(table)
         for reason in dict.fromkeys(r for reasons in found.per_group.values() for r in reasons):
             console.print(f"  no: {escape(reason)}")
-    where = escape(found.source)
+    where = escape(source)
     if found.problems:
         console.print(f"[red]{len(found.problems)} problem{'s' if len(found.problems) > 1 else ''}[/red]:")
         for problem in found.problems:
             console.print(f"  {escape(problem)}")
         console.print(f"Next, once that is mended: bismooth inspect {where}")
     else:
-        name = escape(Path(found.source.partition("@")[0]).resolve().name)
+        name = escape(Path(source if found.hub_id is None else found.hub_id).resolve().name)
         console.print(f"Next: bismooth convert {where} ./{name}-int8")
 
 

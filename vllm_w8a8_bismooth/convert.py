@@ -24,7 +24,7 @@ RECIPE = "recipe.json"
 _OUTSIDE, _GRANULARITY = "outside", "granularity"
 
 Progress = Callable[[str, int, int, int], None]
-"""Called as ``progress(stage, blocks_done, blocks, bytes_made)``; the bytes are those of this run."""
+"""Called as ``progress(stage, blocks_done, blocks, bytes_written)``; the bytes are those of this run."""
 
 
 @dataclass
@@ -117,7 +117,7 @@ def convert(
     recipe: Recipe,
     text: calibrate.CalibrationText | None = None,
     device: str = "cpu",
-    progress: Progress = lambda stage, done, total, made: None,
+    progress: Progress = lambda stage, done, total, written: None,
 ) -> Report:
     """Convert a checkpoint to INT8. The destination ends up whole or absent; the source is only read.
 

@@ -168,8 +168,9 @@ class Repository:
             message = f"{self}: the Hub refuses (status {status}: {error.server_message}); check access at {url}"
         except errors.HFValidationError as error:
             message = f"{self}: neither a folder here nor a name that the Hub allows ({error}); check it"
-        except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError, _http_error()) as error:
-            raise self._unreachable("HF_HUB_OFFLINE" if constants.HF_HUB_OFFLINE else type(error).__name__) from None
+        except _connection_errors() as error:
+            reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+            raise self._unreachable("HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else reason) from None
         else:
             return
         raise BismoothError(message)
@@ -177,15 +178,17 @@ class Repository:
     def _unreachable(self, why: str) -> _Unreachable:
         return _Unreachable(
             f"{self}: no such folder here, no complete copy in the cache, and the Hub cannot be reached ({why}); "
-            "check the connection and that HF_HUB_OFFLINE is not set, or give the path of a local folder"
+            "mend the connection and run the same command again, or give the path of a local folder"
         )
 
 
-def _http_error() -> type[Exception]:
-    """The base of all errors of the HTTP library, which is not the same one in all versions of the Hub's library."""
-    from huggingface_hub.errors import HfHubHTTPError
+def _connection_errors() -> tuple[type[Exception], ...]:
+    """What the Hub's library raises when the Hub is out of reach, before or during a download."""
+    from huggingface_hub import errors
 
-    return HfHubHTTPError.__bases__[0]
+    # The base of the HTTP library's errors (not the same library in all versions), and what downloads by Xet raise.
+    others = (errors.HfHubHTTPError.__bases__[0], getattr(errors, "XetDownloadError", RuntimeError), RuntimeError)
+    return (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError, *others)
 
 
 def _cached(hub_id: str, revision: str | None) -> Folder | None:
