@@ -137,7 +137,7 @@ def test_an_unfinished_run_is_not_continued_as_another(make_checkpoint, tmp_path
 def test_interrupt_keeps_what_is_done(make_checkpoint, tmp_path, monkeypatch):
     source, out = make_checkpoint(), tmp_path / "out"
 
-    def interrupted(stage, done, total):
+    def interrupted(stage, done, total, written):
         if done == 2:
             raise KeyboardInterrupt
 

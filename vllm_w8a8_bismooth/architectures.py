@@ -1,7 +1,7 @@
 """What the converter knows of each model type: tensor names and shapes, couplings, fused siblings. Tables, not code."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field, replace
 
 from vllm_w8a8_bismooth.errors import BismoothError
@@ -277,24 +277,26 @@ def sizes_of(config: Mapping, architecture: Architecture) -> dict[str, int]:
     """Sizes named in :class:`Layer`, plus ``blocks`` and ``vocab``.
 
     Raises:
-        BismoothError: a size is missing, not a positive integer, or the heads do not divide.
+        BismoothError: sizes that are missing or not positive integers, all of them, or heads that do not divide.
     """
+    problems = []
 
     def size(key: str, derived: int | None = None) -> int:
         value = config.get(key)
         value = architecture.silent.get(key, derived) if value is None else value
-        if type(value) is not int or value <= 0:
-            raise BismoothError(f"config.json: {key} = {config.get(key)!r}; it must be a positive integer")
-        return value
+        if type(value) is int and value > 0:
+            return value
+        problems.append(f"config.json: {key} = {config.get(key)!r}; it must be a positive integer")
+        return 1
 
     hidden, heads = size("hidden_size"), size("num_attention_heads")
     kv_heads = size("num_key_value_heads", heads)
     if heads % kv_heads:
-        raise BismoothError(
-            f"config.json: num_attention_heads = {heads} is not a multiple of num_key_value_heads = {kv_heads}"
+        problems.append(
+            f"config.json: num_attention_heads = {heads} is not a multiple of num_key_value_heads = {kv_heads}; mend it"
         )
-    head = size("head_dim", hidden // heads)
-    return {
+    head = size("head_dim", 1 if problems else hidden // heads)
+    sizes = {
         "blocks": size("num_hidden_layers"),
         "hidden": hidden,
         "intermediate": size("intermediate_size"),
@@ -307,6 +309,9 @@ def sizes_of(config: Mapping, architecture: Architecture) -> dict[str, int]:
         "one": 1,
         **{name: size(next((k for k in keys if k in config), keys[0])) for name, keys in architecture.sizes.items()},
     }
+    if problems:
+        raise BismoothError(*problems)
+    return sizes
 
 
 def layers_of(config: Mapping, architecture: Architecture, sizes: Mapping[str, int], blocks: int) -> list[Layer]:
@@ -347,9 +352,15 @@ def layer_tensors(layer: Layer, sizes: Mapping[str, int], config: Mapping) -> di
 
 
 def audit(
-    config: Mapping, architecture: Architecture, sizes: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]]
+    config: Mapping,
+    architecture: Architecture,
+    sizes: Mapping[str, int],
+    shapes: Mapping[str, tuple[int, ...]],
+    lost: Set[str] = frozenset(),
 ) -> Iterator[str]:
     """Compare what the config promises with the shapes in the headers; yields one problem at a time, with its remedy.
+
+    Tensors that are ``lost`` are known to be missing: they count as part of the checkpoint and are no further problem.
 
     Optional are ``lm_head.weight`` of tied models and old checkpoints' rotary tables, which are passed through;
     anything else inside a block is a problem, because converting it as if it were not there would be silently wrong.
@@ -359,7 +370,7 @@ def audit(
     if not config.get("tie_word_embeddings", architecture.tied):
         required |= optional
     # Bounded by the headers, not by the config's word for the number of blocks and experts.
-    bound = len(shapes)
+    bound = len(shapes) + len(lost)
     if sizes.get("experts", 0) <= bound:
         inside: dict[int, dict[str, tuple[int, ...]]] = {}
         for i, layer in enumerate(layers_of(config, architecture, sizes, min(sizes["blocks"], bound))):
@@ -371,7 +382,7 @@ def audit(
                 break
 
     for name, shape in required.items():
-        if name not in shapes:
+        if name not in shapes and name not in lost:
             yield f"tensor {name} {list(shape)} is missing; download the checkpoint again or mend config.json"
     if len(required) > 2 * bound or sizes.get("experts", 0) > bound:
         yield f"config.json implies many more tensors than the {bound} in the files; mend it or download the rest"

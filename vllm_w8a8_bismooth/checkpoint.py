@@ -1,4 +1,4 @@
-"""Open a Hugging Face checkpoint on disk: headers, tensors, side files. Nothing in it is trusted or executed."""
+"""Open a Hugging Face checkpoint: headers, tensors, side files. Nothing in it is trusted or executed."""
 
 import hashlib
 import json
@@ -6,15 +6,17 @@ import math
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 from vllm_w8a8_bismooth.errors import BismoothError, Interrupted
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 FLOAT_DTYPES = ("BF16", "F16", "F32")
-# safetensors' name -> torch's, and bytes an element; I8 is what we write.
-_DTYPES = {"BF16": ("bfloat16", 2), "F16": ("float16", 2), "F32": ("float32", 4), "I8": ("int8", 1)}
+# safetensors' name -> torch's; I8 is what we write.
+_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "I8": "int8"}
 _JSON_LIMIT = 100 * 2**20  # the same bound that safetensors puts on a header
 _WEIGHT_SUFFIXES = {
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".pkl", ".pickle", ".npz",
@@ -26,16 +28,13 @@ AHEAD = 2**28
 
 @dataclass(frozen=True)
 class Header:
-    """Where a tensor lies (file, byte offset in it), its shape, and its dtype as safetensors spells it (``BF16``)."""
+    """Where a tensor lies (file, byte offset, bytes), its shape, and its dtype as safetensors names it (``BF16``)."""
 
     file: str
     shape: tuple[int, ...]
     dtype: str
-    offset: int = 0
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * _DTYPES[self.dtype][1]
+    offset: int
+    nbytes: int
 
 
 def read_json(path: Path) -> dict:
@@ -63,7 +62,7 @@ def torch_dtype(name: str):
     """torch's dtype for safetensors' name of it."""
     import torch
 
-    return getattr(torch, _DTYPES[name][0])
+    return getattr(torch, _DTYPES[name])
 
 
 def sha256(path: Path) -> str:
@@ -75,84 +74,201 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-class Checkpoint:
-    """A checkpoint folder, opened by its headers alone.
+class Place(Protocol):
+    """Where the files of a checkpoint are; as a string, what messages call it."""
 
-    Attributes:
-        folder: where it lies.
-        config: the parsed ``config.json``.
-        headers: tensor name -> :class:`Header`, in the order of the files.
+    def has(self, file: str) -> bool:
+        """Whether there is such a file."""
 
-    Args:
-        folder: holds ``config.json`` and safetensors, sharded or not.
-        dtypes: safetensors names of the dtypes to accept; others are refused as already quantized.
+    def json(self, file: str) -> dict:
+        """The object in a JSON file; errors as of :func:`read_json`."""
+
+    def header(self, file: str) -> tuple[int, dict[str, Any]]:
+        """Where in a safetensors file the data begin, and tensor name -> ``dtype``, ``shape`` and ``data_offsets``.
+
+        Raises:
+            BismoothError: absent, truncated or corrupt.
+        """
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder of this machine, and which commit of which repository on the Hub it holds, if that is known.
 
     Raises:
-        BismoothError: on construction, if config, index or a shard is missing, unreadable, inconsistent or truncated.
+        BismoothError: on construction, if there is no such folder.
     """
 
-    def __init__(self, folder: str | Path, dtypes: Sequence[str] = FLOAT_DTYPES):
-        self.folder = Path(folder)
-        self._dtypes = dtypes
-        if not self.folder.is_dir():
-            raise BismoothError(f"{self.folder}: no such folder; give the path of a local Hugging Face checkpoint")
-        self.config = read_json(self.folder / CONFIG)
-        self.headers: dict[str, Header] = {}
-        weight_map = self._read_index()
-        for file in sorted(set(weight_map.values())) or [SINGLE]:
-            self._read_header(file, weight_map)
+    path: Path
+    hub_id: str | None = None
+    revision: str | None = None
 
-    def _read_index(self) -> Mapping[str, str]:
-        """Tensor -> the shard that the index names; empty for a checkpoint of one file."""
-        if not (self.folder / INDEX).exists():
-            if not (self.folder / SINGLE).exists():
-                raise BismoothError(
-                    f"{self.folder}: neither {SINGLE} nor {INDEX}; only safetensors checkpoints can be converted "
-                    "(pickled .bin files are refused: save the model again with save_pretrained)"
-                )
-            return {}
-        path = self.folder / INDEX
-        weight_map = read_json(path).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise BismoothError(f"{path}: no weight_map; download the file again")
-        for name, file in weight_map.items():
-            if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-                raise BismoothError(f"{path}: {name} is said to be in {file!r}, which is not a shard of this folder")
-        return weight_map
+    def __post_init__(self) -> None:
+        if not self.path.is_dir():
+            raise BismoothError(f"{self.path}: no such folder; give the path of a local Hugging Face checkpoint")
 
-    def _read_header(self, file: str, weight_map: Mapping[str, str]) -> None:
+    @classmethod
+    def of(cls, folder: "str | Path | Folder") -> "Folder":
+        """The same, or the folder of a path."""
+        return folder if isinstance(folder, Folder) else cls(Path(folder))
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def has(self, file: str) -> bool:
+        return (self.path / file).exists()
+
+    def json(self, file: str) -> dict:
+        return read_json(self.path / file)
+
+    def header(self, file: str) -> tuple[int, dict[str, Any]]:
         from safetensors import SafetensorError, safe_open
 
-        path = self.folder / file
+        path = self.path / file
         try:
             if not path.is_file():
                 raise BismoothError(f"{path}: named by {INDEX} but absent; download the shard again")
-            # safe_open checks sizes and offsets
-            with safe_open(path, framework="pt"), open(path, "rb") as raw:
+            # safe_open checks sizes and offsets; for numpy it does so without torch
+            with safe_open(path, framework="np"), open(path, "rb") as raw:
                 length = int.from_bytes(raw.read(8), "little")
                 entries = json.loads(raw.read(length))
         except (SafetensorError, OSError, ValueError) as error:
             raise BismoothError(f"{path}: truncated or corrupt ({error}); download the shard again") from None
         entries.pop("__metadata__", None)
-        missing = sorted(name for name, place in weight_map.items() if place == file and name not in entries)
-        if missing:
-            raise BismoothError(
-                f"{path}: tensor {missing[0]} is missing, {INDEX} says that it is here; download both again"
+        return 8 + length, entries
+
+
+class Headers:
+    """What a checkpoint says of itself before any weight is read: its config, its index, the headers of its shards.
+
+    Attributes:
+        place: of its files.
+        config: the parsed ``config.json``; empty if that cannot be read.
+        files: the shards.
+        headers: tensor name -> :class:`Header`, in the order of the files, of every dtype.
+        problems: what is missing, unreadable, inconsistent or truncated, and dtypes that are not accepted.
+        lost: tensors that are not where the index says, as some problem tells already.
+
+    Args:
+        place: holds ``config.json`` and safetensors, sharded or not.
+        dtypes: safetensors names of the dtypes to accept; others are taken for already quantized.
+    """
+
+    def __init__(self, place: Place, dtypes: Sequence[str] = FLOAT_DTYPES):
+        self.place = place
+        self.config: dict = {}
+        self.files: list[str] = []
+        self.headers: dict[str, Header] = {}
+        self.problems: list[str] = []
+        self.lost: set[str] = set()
+        try:
+            self.config = place.json(CONFIG)
+        except BismoothError as error:
+            self.problems += error.args
+        weight_map = self._read_index()
+        if weight_map is not None:
+            self.files = sorted(set(weight_map.values())) or [SINGLE]
+            with ThreadPoolExecutor(8) as pool:  # far away each header takes a while
+                for file, answer in zip(self.files, pool.map(self._read_header, self.files), strict=True):
+                    self._add(file, answer, weight_map)
+        self._check_dtypes(dtypes)
+
+    def _read_index(self) -> Mapping[str, str] | None:
+        """Tensor -> the shard that the index names; empty for a checkpoint of one file, ``None`` without weights."""
+        if not self.place.has(INDEX):
+            if self.place.has(SINGLE):
+                return {}
+            self.problems.append(
+                f"{self.place}: neither {SINGLE} nor {INDEX}; only safetensors checkpoints can be converted "
+                "(pickled .bin files are refused: save the model again with save_pretrained)"
             )
+            return None
+        path = f"{self.place}/{INDEX}"
+        try:
+            weight_map = self.place.json(INDEX).get("weight_map")
+        except BismoothError as error:
+            self.problems += error.args
+            return None
+        if not isinstance(weight_map, dict) or not weight_map:
+            self.problems.append(f"{path}: no weight_map; download the file again")
+            return None
+        for name, file in weight_map.items():
+            if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+                self.problems.append(
+                    f"{path}: {name} is said to be in {file!r}, which is not a shard of this folder; "
+                    "download the file again"
+                )
+                self.lost.add(name)
+        return {name: file for name, file in weight_map.items() if name not in self.lost} or None
+
+    def _read_header(self, file: str) -> tuple[int, dict[str, Any]] | BismoothError:
+        try:
+            return self.place.header(file)
+        except BismoothError as error:
+            return error
+
+    def _add(
+        self, file: str, answer: tuple[int, dict[str, Any]] | BismoothError, weight_map: Mapping[str, str]
+    ) -> None:
+        promised = {name for name, place in weight_map.items() if place == file}
+        if isinstance(answer, BismoothError):
+            self.problems += answer.args
+            self.lost |= promised
+            return
+        path, (begin, entries) = f"{self.place}/{file}", answer
+        for name in sorted(promised - entries.keys()):
+            self.problems.append(f"{path}: tensor {name} is missing, {INDEX} says that it is here; download both again")
+            self.lost.add(name)
         for name, entry in entries.items():
             place = weight_map.get(name) if weight_map else file
-            if place != file:
-                raise BismoothError(
+            if place == file:
+                first, last = entry["data_offsets"]
+                self.headers[name] = Header(file, tuple(entry["shape"]), entry["dtype"], begin + first, last - first)
+            elif name not in self.lost:
+                self.problems.append(
                     f"{path}: holds tensor {name}, which {INDEX} places in {place}; one of them is a duplicate "
                     "or stale, download both again"
                 )
-            if entry["dtype"] not in self._dtypes:
-                raise BismoothError(
-                    f"tensor {name} in {file} has dtype {entry['dtype']}: already quantized or not a weight; "
-                    f"only {', '.join(self._dtypes)} checkpoints can be converted"
-                )
-            offset = 8 + length + entry["data_offsets"][0]
-            self.headers[name] = Header(file, tuple(entry["shape"]), entry["dtype"], offset)
+                self.lost.add(name)
+
+    def _check_dtypes(self, accepted: Sequence[str]) -> None:
+        others: dict[str, list[str]] = {}
+        for name, header in self.headers.items():
+            if header.dtype not in accepted:
+                others.setdefault(header.dtype, []).append(name)
+        for dtype, names in others.items():
+            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+            self.problems.append(
+                f"tensor {names[0]} in {self.headers[names[0]].file}{more} has dtype {dtype}: already quantized or not "
+                f"a weight; only {', '.join(accepted)} checkpoints can be converted"
+            )
+
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(header.nbytes for header in self.headers.values())
+
+
+class Checkpoint(Headers):
+    """A checkpoint folder, opened by its headers alone; tensors are read when asked for.
+
+    Attributes:
+        place: its folder.
+        folder: the path of that.
+
+    Args:
+        folder, dtypes: see :class:`Headers`.
+
+    Raises:
+        BismoothError: on construction, with all problems that config, index and headers have.
+    """
+
+    place: Folder
+
+    def __init__(self, folder: str | Path | Folder, dtypes: Sequence[str] = FLOAT_DTYPES):
+        super().__init__(Folder.of(folder), dtypes)
+        self.folder = self.place.path
+        if self.problems:
+            raise BismoothError(*self.problems)
 
     def read(self, name: str, digest=None, into=None):
         """One tensor, in its stored dtype.

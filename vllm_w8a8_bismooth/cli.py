@@ -2,7 +2,10 @@
 
 import json
 import os
+import resource
 import sys
+import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +14,33 @@ import typer
 from vllm_w8a8_bismooth import __version__
 from vllm_w8a8_bismooth.errors import BismoothError
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
+
+class _Verbs(typer.core.TyperGroup):
+    """Ends Ctrl-C with one line and exit code 130."""
+
+    def invoke(self, ctx):
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            goes_on = "; the same command goes on from there" if ctx.invoked_subcommand == "convert" else ""
+            print(f"Interrupted{goes_on}", file=sys.stderr)
+            raise typer.Exit(130) from None
+
+
+app = typer.Typer(
+    cls=_Verbs,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+_SourceArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="SRC", help="Folder of a Hugging Face checkpoint (safetensors), or org/name[@revision] on the Hub."
+    ),
+]
 
 
 def _version(asked: bool) -> None:
@@ -30,8 +59,35 @@ def bismooth(
 
 
 @app.command()
+def inspect(
+    source: _SourceArgument,
+    calibration_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a calibrated conversion.")] = 16384,
+    group_size: Annotated[
+        int, typer.Option(min=1, help="Columns per scale, for which tensor parallelism is checked.")
+    ] = 128,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+) -> None:
+    """Tell from headers alone what a conversion needs and everything that stands in its way; no weights are read.
+
+    Exits with 2 if there are problems.
+    """
+    from rich.console import Console
+
+    from vllm_w8a8_bismooth import hub
+    from vllm_w8a8_bismooth.survey import survey
+
+    found = survey(hub.find(source), calibration_tokens, group_size)
+    if as_json:
+        print(json.dumps(asdict(found), indent=2))
+    else:
+        _show_survey(Console(soft_wrap=True, highlight=False), found, source)
+    if found.problems:
+        raise typer.Exit(2)
+
+
+@app.command()
 def convert(
-    source: Annotated[Path, typer.Argument(metavar="SRC", help="Folder of a Hugging Face checkpoint (safetensors).")],
+    source: _SourceArgument,
     destination: Annotated[Path, typer.Argument(metavar="DST", help="Folder to write; it must not exist yet.")],
     method: Annotated[
         str,
@@ -58,7 +114,10 @@ def convert(
         typer.Option(metavar="REGEX", help="Linears to make per-group, instead of finding them from the weights."),
     ] = None,
     device: Annotated[str, typer.Option(help="Where blocks are worked on: cpu, cuda, cuda:1.")] = "cpu",
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON on stdout.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything and print the plan; write nothing.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report, or the plan, as JSON on stdout.")] = False,
 ) -> None:
     """Convert a LLaMA, Mistral, Qwen2 or Qwen3 checkpoint to INT8 (compressed-tensors).
 
@@ -66,8 +125,7 @@ def convert(
     """
     from rich.console import Console
 
-    from vllm_w8a8_bismooth import calibrate
-    from vllm_w8a8_bismooth.convert import convert as run
+    from vllm_w8a8_bismooth import hub
     from vllm_w8a8_bismooth.recipe import Recipe
 
     console = Console(stderr=True, soft_wrap=True)  # paths and commands stay copyable
@@ -75,14 +133,33 @@ def convert(
     if calibration not in (None, "none"):
         if method != "bismooth":
             raise BismoothError(f"--calibration has no effect with --method {method}; leave it out")
+        from vllm_w8a8_bismooth import calibrate
+
         text = calibrate.read_text(Path(calibration))
     elif calibration_tokens is not None:
         raise BismoothError("--calibration-tokens has no effect without --calibration FILE; leave it out")
     recipe = Recipe.of(
         method, alpha=alpha, calibration_tokens=calibration_tokens, group_size=group_size, group_layers=group_layers
     )
+    if dry_run:
+        if (folder := hub.cached(source)) is None:
+            raise BismoothError(
+                f"{source}: not downloaded yet, and --dry-run writes nothing; bismooth inspect tells size, needs and "
+                "problems from the headers alone"
+            )
+        from vllm_w8a8_bismooth.preview import preview
+
+        plan = preview(folder, destination, recipe, text, device)
+        if as_json:
+            print(json.dumps(asdict(plan) | {"destination": str(destination)}, indent=2))
+        else:
+            _show_preview(Console(soft_wrap=True, highlight=False), plan, recipe)
+        return
+    folder = hub.fetch(source)
+    from vllm_w8a8_bismooth.convert import convert as run
+
     with _Progress(console) as progress:
-        report = run(source, destination, recipe, text, device, progress)
+        report = run(folder, destination, recipe, text, device, progress)
     if as_json:
         print(json.dumps(_as_json(report), indent=2))
     else:
@@ -208,20 +285,28 @@ def _advice(found, source: str, group_size: int | None):
 
 
 class _Progress:
-    """One bar a stage, with ETA, on a terminal; a line a stage elsewhere."""
+    """What is done, how long the rest takes, bytes made, peak memory: a bar a stage on a terminal, else a line now and
+    then."""
+
+    PAUSE = 10.0
+    """Seconds between lines of one stage."""
 
     def __init__(self, console):
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+        self.console = console
         self.bars = Progress(
             TextColumn("{task.description:<10}"),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("blocks"),
             TimeRemainingColumn(elapsed_when_finished=True),
+            TextColumn("{task.fields[note]}"),
             console=console,
         )
         self.tasks: dict = {}
+        self.begun: dict[str, tuple[float, int]] = {}
+        self.told = 0.0
 
     def __enter__(self) -> "_Progress":
         return self
@@ -230,11 +315,107 @@ class _Progress:
         if self.tasks:
             self.bars.stop()
 
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        self.bars.start()  # not before there is something to show; again has no effect
-        if stage not in self.tasks:
-            self.tasks[stage] = self.bars.add_task(stage, total=total)
-        self.bars.update(self.tasks[stage], completed=done)
+    def __call__(self, stage: str, done: int, total: int, written: int = 0) -> None:
+        note = f"{written / 1e9:.2f} GB written, " if written else ""
+        note += f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9:.2f} GB"
+        if self.console.is_terminal:
+            self.bars.start()  # not before there is something to show; again has no effect
+            if stage not in self.tasks:
+                self.tasks[stage] = self.bars.add_task(stage, total=total, note=note)
+            self.bars.update(self.tasks[stage], completed=done, note=note)
+            return
+        now = time.monotonic()
+        started, first = self.begun.setdefault(stage, (now, done))
+        if started != now and done < total and now - self.told < self.PAUSE:
+            return
+        self.told = now
+        left = f", {_duration((now - started) / (done - first) * (total - done))} left" if first < done < total else ""
+        self.console.print(f"{stage}: {done} of {total} blocks{left}, {note}", highlight=False)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{round(seconds / 60)} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _gb(count: int) -> str:
+    return f"{count / 1e9:.2f} GB"
+
+
+def _show_survey(console, found, source: str) -> None:
+    """The survey of a checkpoint for people, on stdout: nothing is left out but what is empty."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    sizes = found.sizes
+    revision = f" (commit {found.revision})" if found.revision else ""
+    console.print(f"[bold]{escape(source)}[/bold]{escape(revision)}")
+    model = [escape(str(found.model_type))]
+    if sizes:
+        model += [
+            f"{sizes['blocks']} blocks",
+            f"hidden size {sizes['hidden']}",
+            f"{sizes['heads']} heads ({sizes['kv_heads']} for keys and values)",
+        ]
+        model += [f"{sizes['experts']} experts"] if "experts" in sizes else []
+        model += [f"vocabulary {sizes['vocab']}", "tied head" if found.tied else "separate head"]
+    rows = {"model": ", ".join(model)}
+    if found.dtypes:
+        rows["parameters"] = f"{found.parameters / 1e9:.3f} billion"
+        dtypes = ", ".join(f"{escape(name)} in {dtype.tensors} tensors" for name, dtype in found.dtypes.items())
+        rows["source"] = f"{_gb(found.source_bytes)}: {dtypes}"
+    for way, needs in found.needs.items():
+        rows["result"] = _gb(needs.written_bytes)
+        tokens = f" on {found.calibration_tokens} tokens" if way == "calibrated" else ""
+        memory = _gb(needs.memory_bytes) + (" (too much)" if needs.memory_bytes > found.memory_bytes else "")
+        disk = _gb(needs.disk_bytes) + (" (too much)" if needs.disk_bytes > found.free_bytes else "")
+        rows[way] = f"about {_duration(needs.seconds)}{tokens}, {memory} of memory, {disk} of disk"
+    rows["this machine"] = f"{_gb(found.memory_bytes)} of memory, {_gb(found.free_bytes)} free on this folder's disk"
+    for name, text in rows.items():
+        console.print(f"  {name:<13} {text}")
+    if found.per_channel:
+        table = Table("tensor parallel", *map(str, found.per_channel))
+        for name, answers in (("per-channel", found.per_channel), (f"g = {found.group_size}", found.per_group)):
+            table.add_row(name, *("no" if reasons else "yes" for reasons in answers.values()))
+        console.print(table)
+        for reason in dict.fromkeys(r for reasons in found.per_group.values() for r in reasons):
+            console.print(f"  no: {escape(reason)}")
+    where = escape(source)
+    if found.problems:
+        console.print(f"[red]{len(found.problems)} problem{'s' if len(found.problems) > 1 else ''}[/red]:")
+        for problem in found.problems:
+            console.print(f"  {escape(problem)}")
+        console.print(f"Next, once that is mended: bismooth inspect {where}")
+    else:
+        name = escape(Path(source if found.hub_id is None else found.hub_id).resolve().name)
+        console.print(f"Next: bismooth convert {where} ./{name}-int8")
+
+
+def _show_preview(console, plan, recipe) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    where = escape(str(plan.destination))
+    if plan.reused:
+        console.print(f"[bold]{where}[/bold] already holds this conversion; there is nothing to do.")
+        return
+    table = Table("shard", "GB")
+    for file, size in plan.shards.items():
+        table.add_row(file, f"{size / 1e9:.3f}")
+    console.print(table)
+    tokens = "data-free" if plan.tokens is None else f"calibrated on {plan.tokens} tokens"
+    console.print(f"{_gb(plan.source_bytes)} -> {_gb(plan.written_bytes)}, method {recipe.method}, {tokens}")
+    if plan.grouped is None:
+        console.print(f"Per-group linears (g = {recipe.group_size}): the weights will tell; sizes are without them")
+    elif plan.grouped:
+        console.print(f"{len(plan.grouped)} linears per-group (g = {recipe.group_size}):")
+        for name in plan.grouped:
+            console.print(f"  {escape(name)}")
+    if plan.resumed:
+        console.print(f"{plan.resumed} of {plan.blocks} blocks are done and will be skipped")
+    console.print(f"About {_duration(plan.seconds)}, {_gb(plan.memory_bytes)} of memory, {_gb(plan.free_bytes)} free")
+    console.print("Nothing was written. Next: the same command without --dry-run")
 
 
 def _as_json(report) -> dict:

@@ -10,7 +10,7 @@ import torch
 
 from vllm_w8a8_bismooth import __version__, analyze, calibrate, journal, report
 from vllm_w8a8_bismooth.architectures import BLOCK
-from vllm_w8a8_bismooth.checkpoint import AHEAD, CONFIG, ReadAhead, read_json
+from vllm_w8a8_bismooth.checkpoint import AHEAD, CONFIG, Folder, ReadAhead, read_json
 from vllm_w8a8_bismooth.errors import BismoothError
 from vllm_w8a8_bismooth.journal import Journal, disk_errors, partial_folder
 from vllm_w8a8_bismooth.plan import Plan, check_group_size, check_space, chosen_by_name
@@ -23,8 +23,8 @@ from vllm_w8a8_bismooth.writer import ShardWriter, copy, write_json
 RECIPE = "recipe.json"
 _OUTSIDE, _GRANULARITY = "outside", "granularity"
 
-Progress = Callable[[str, int, int], None]
-"""Called as ``progress(stage, blocks_done, blocks)``."""
+Progress = Callable[[str, int, int, int], None]
+"""Called as ``progress(stage, blocks_done, blocks, bytes_written)``; the bytes are those of this run."""
 
 
 @dataclass
@@ -57,13 +57,67 @@ class Report:
         return [name for error, name in sorted(bad) if -error > analyze.VULNERABLE]
 
 
+@dataclass(frozen=True)
+class Preparation:
+    """A conversion before its first write: all that can be checked without reading the weights is checked.
+
+    Attributes:
+        target: the resolved destination.
+        source: audited.
+        recipe: complete but for the source's fingerprint.
+        device: where blocks are worked on.
+        named: per block, the per-group linears; ``None`` if the weights have to tell.
+        tokens: int64 ``[windows, length]`` for calibration; ``None`` is data-free.
+        identity: what an unfinished run must have in common with this one to be continued.
+        reused: the destination already holds the result; then ``named`` and ``tokens`` are not known.
+    """
+
+    target: Path
+    source: Source
+    recipe: Recipe
+    device: torch.device
+    named: list[set[str]] | None
+    tokens: torch.Tensor | None
+    identity: dict[str, Any]
+    reused: bool = False
+
+
+def prepare(
+    folder: Path | Folder, destination: Path, recipe: Recipe, text: calibrate.CalibrationText | None, device: str
+) -> Preparation:
+    """Open, audit and check everything that :func:`convert` would, of which these are the arguments, and write nothing.
+
+    Raises:
+        BismoothError: anything wrong with the input or the destination.
+    """
+    place, target, where = Folder.of(folder), destination.resolve(), device_of(device)
+    _refuse_overlap(place.path, target)
+    source = Source(place)
+    recipe = replace(
+        recipe,
+        calibration=text.sha256 if text is not None else None,
+        calibration_tokens=recipe.calibration_tokens if text is not None else None,
+    )
+    identity = {
+        "recipe": asdict(recipe),
+        "source": source.checkpoint.signature(),
+        "device": where.type,
+        "versions": {"vllm_w8a8_bismooth": __version__, "torch": torch.__version__},
+    }
+    if already_converted(target, recipe, source):
+        return Preparation(target, source, recipe, where, None, None, identity, reused=True)
+    named = chosen_by_name(source, recipe)
+    tokens = calibrate.tokenize(text, source.checkpoint, recipe.calibration_tokens) if text is not None else None
+    return Preparation(target, source, recipe, where, named, tokens, identity)
+
+
 def convert(
-    folder: Path,
+    folder: Path | Folder,
     destination: Path,
     recipe: Recipe,
     text: calibrate.CalibrationText | None = None,
     device: str = "cpu",
-    progress: Progress = lambda stage, done, total: None,
+    progress: Progress = lambda stage, done, total, written: None,
 ) -> Report:
     """Convert a checkpoint to INT8. The destination ends up whole or absent; the source is only read.
 
@@ -71,7 +125,7 @@ def convert(
     byte for byte.
 
     Args:
-        folder: local checkpoint in safetensors, of a model type in :data:`architectures.ARCHITECTURES`.
+        folder: of a checkpoint in safetensors, of a model type in :data:`architectures.ARCHITECTURES`.
         destination: must be absent, an empty folder, or hold the result of the same conversion.
         recipe: what to do.
         text: calibration text for ``bismooth``; without it the norm gains stand in for the activation ranges.
@@ -81,35 +135,23 @@ def convert(
     Raises:
         BismoothError: anything wrong with the input; see the modules that do the work.
     """
-    target, place = destination.resolve(), device_of(device)
-    _refuse_overlap(folder, target)
-    source = Source(folder)
-    recipe = replace(
-        recipe,
-        calibration=text.sha256 if text is not None else None,
-        calibration_tokens=recipe.calibration_tokens if text is not None else None,
-    )
-    if already_converted(target, recipe, source):
-        journal.clear(target)  # of a run that was killed right after its last step
+    ready = prepare(folder, destination, recipe, text, device)
+    source, recipe = ready.source, ready.recipe
+    if ready.reused:
+        journal.clear(ready.target)  # of a run that was killed right after its last step
         return Report(destination, reused=True)
-    named = chosen_by_name(source, recipe)
-    tokens = calibrate.tokenize(text, source.checkpoint, recipe.calibration_tokens) if text is not None else None
-    signature = source.checkpoint.signature()
-    identity = {
-        "recipe": asdict(recipe),
-        "source": signature,
-        "device": place.type,
-        "versions": {"vllm_w8a8_bismooth": __version__, "torch": torch.__version__},
-    }
-    run = _Run(source, recipe, place, progress)
+    folder, signature = source.checkpoint.folder, ready.identity["source"]
+    run = _Run(source, recipe, ready.device, progress)
     done = Report(destination, source_bytes=source.nbytes())
-    with Journal(target, identity) as diary:
-        plan = Plan(source, recipe, named if named is not None else run.granularity(diary))
+    with Journal(ready.target, ready.identity) as diary:
+        plan = Plan(source, recipe, ready.named if ready.named is not None else run.granularity(diary))
         tensors = plan.tensors()
         with ShardWriter(diary.partial, destination, tensors) as writer:
-            check_space(diary.partial, writer.nbytes - _size_on_disk(diary.partial))
+            check_space(diary.partial, writer.nbytes - diary.nbytes())
             digests = run.outside(diary, writer)
-            calibration = calibrate.Calibration(source, tokens, run.device) if tokens is not None else None
+            calibration = None
+            if ready.tokens is not None:
+                calibration = calibrate.Calibration(source, ready.tokens, run.device)
             for index, record in run.blocks(diary, writer, plan, calibration):
                 done.linears |= record["linears"]
                 done.sites[index] = record["sites"]
@@ -121,7 +163,7 @@ def convert(
             for relative in source.checkpoint.side_files():
                 copy(folder / relative, diary.partial / report.place_of(relative))
             write_json(diary.partial / CONFIG, {**source.checkpoint.config, "quantization_config": plan.config()})
-            write_json(diary.partial / RECIPE, _record(recipe, folder, text, device))
+            write_json(diary.partial / RECIPE, _record(recipe, source, text, device))
             report.write(diary.partial, source, recipe, done)
         now = source.checkpoint.signature()
         if changed := [name for name in sorted(now.keys() | signature.keys()) if now.get(name) != signature.get(name)]:
@@ -144,7 +186,7 @@ class _Run:
             for index, measured in analyze.blocks(self.source, self.device):
                 errors = {linear: measure.column_error for linear, measure in measured.items()}
                 known.append(sorted(analyze.vulnerable(errors, self.source.layers[index])))
-                self.progress("analyze", index + 1, len(self.source.layers))
+                self.progress("analyze", index + 1, len(self.source.layers), 0)
             diary.finish(_GRANULARITY, known)
         chosen = [set(names) for names in known]
         check_group_size(self.source, self.recipe, chosen)
@@ -170,7 +212,7 @@ class _Run:
             records.append(record)
             yield len(records) - 1, {**record, "resumed": True}
         first = len(records)
-        self.progress("convert", first, len(source.layers))
+        self.progress("convert", first, len(source.layers), writer.written)
         if calibration is not None and first:
             calibration.hidden = diary.state(_unit(first - 1))["hidden"].to(self.device)
         names = [BLOCK.format(i) + name for i in range(first, len(source.layers)) for name in source.blocks[i]]
@@ -182,7 +224,7 @@ class _Run:
                 record["digests"] = {name: reader.digests.pop(name) for name in block.full_names()}
                 writer.then(partial(diary.finish, _unit(index), record))
                 writer.then(partial(diary.forget, _unit(index - 1)))  # this block's state is where a run would go on
-                self.progress("convert", index + 1, len(source.layers))
+                self.progress("convert", index + 1, len(source.layers), writer.written)
                 yield index, record
 
     def extents(
@@ -291,8 +333,12 @@ def _unit(index: int) -> str:
     return f"block-{index:05d}"
 
 
-def _size_on_disk(folder: Path) -> int:
-    return sum(path.stat().st_blocks * 512 for path in folder.rglob("*") if path.is_file())
+def done_before(diary: Journal, source: Source) -> tuple[list[set[str]] | None, int]:
+    """What an earlier run left: the per-group linears that it chose, ``None`` if it did not, and blocks finished."""
+    known, blocks = diary.record(_GRANULARITY), 0
+    while blocks < len(source.layers) and diary.record(_unit(blocks)) is not None:
+        blocks += 1
+    return None if known is None else [set(names) for names in known], blocks
 
 
 def _refuse_overlap(folder: Path, destination: Path) -> None:
@@ -329,14 +375,16 @@ def already_converted(destination: Path, recipe: Recipe, source: Source) -> bool
     return True
 
 
-def _record(recipe: Recipe, folder: Path, text: calibrate.CalibrationText | None, device: str) -> dict[str, Any]:
+def _record(recipe: Recipe, source: Source, text: calibrate.CalibrationText | None, device: str) -> dict[str, Any]:
     """recipe.json: the choices first (compared on a second run), then where they came from."""
+    place = source.checkpoint.place
     return {
         "recipe": asdict(recipe),
         "provenance": {
             "vllm_w8a8_bismooth": __version__,
             "torch": torch.__version__,
-            "source": folder.resolve().name,
+            "source": place.hub_id or place.path.resolve().name,
+            "revision": place.revision,
             "calibration": text.path.name if text is not None else None,
             "device": device,
         },

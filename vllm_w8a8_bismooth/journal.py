@@ -5,9 +5,9 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -68,33 +68,63 @@ class Journal:
     def __enter__(self) -> "Journal":
         try:
             self.partial.mkdir(parents=True, exist_ok=True)
-            if any(self.partial.iterdir()) and not self._folder.is_dir():
-                raise BismoothError(f"{self.partial}: exists and is not ours; remove it or choose another destination")
+            self._refuse_strangers()
             self._folder.mkdir(exist_ok=True)
             self._lock = open(self._folder / _LOCK, "w")  # noqa: SIM115 (held until the end of the run)
         except OSError as error:
             raise BismoothError(f"{self.destination}: cannot be written ({error}); check its permissions") from None
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BismoothError(f"{self.destination}: another conversion is writing it; stop one of them") from None
-        try:
-            if (before := self._read(_RUN)) is None:
+            self._take(fcntl.LOCK_EX, self._lock)
+            if not self._compare():
                 self._write(_RUN, self._identity)
-            else:
-                self._compare(before)
         except BaseException:
             self._lock.close()
             raise
         return self
 
-    def _compare(self, before: Mapping[str, Any]) -> None:
+    def look(self) -> None:
+        """Check what entering would check, but write nothing.
+
+        Raises:
+            BismoothError: entering would raise it.
+        """
+        nearest = self.partial
+        while not nearest.exists():
+            nearest = nearest.parent
+        if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+            raise BismoothError(f"{self.destination}: cannot be written ({nearest}); check its permissions")
+        if self.partial.exists():
+            self._refuse_strangers()
+        if self._folder.is_dir():
+            with suppress(FileNotFoundError), open(self._folder / _LOCK) as lock:
+                self._take(fcntl.LOCK_SH, lock)
+            self._compare()
+
+    def nbytes(self) -> int:
+        """Bytes on disk of what is there so far."""
+        return sum(path.stat().st_blocks * 512 for path in self.partial.rglob("*") if path.is_file())
+
+    def _refuse_strangers(self) -> None:
+        if any(self.partial.iterdir()) and not self._folder.is_dir():
+            raise BismoothError(f"{self.partial}: exists and is not ours; remove it or choose another destination")
+
+    def _take(self, kind: int, lock: IO) -> None:
+        try:
+            fcntl.flock(lock, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BismoothError(f"{self.destination}: another conversion is writing it; stop one of them") from None
+
+    def _compare(self) -> bool:
+        """Whether an earlier run is there; raises if it was another one."""
+        if (before := self._read(_RUN)) is None:
+            return False
         lines = list(_differences(before, self._identity))
         if lines:
             raise BismoothError(
                 f"{self.partial}: an unfinished conversion of another kind ({'; '.join(lines[:4])}"
                 f"{', ...' if len(lines) > 4 else ''}); finish that one with its own options, or remove the folder"
             )
+        return True
 
     def __exit__(self, kind, error, trace) -> None:
         if isinstance(error, BismoothError) and not isinstance(error, Interrupted):

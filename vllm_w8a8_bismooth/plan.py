@@ -1,6 +1,7 @@
 """What a conversion will write and need, known before the first weight is read or written."""
 
 import math
+import os
 import re
 import shutil
 from collections.abc import Sequence
@@ -8,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_w8a8_bismooth import __version__, analyze
+from vllm_w8a8_bismooth import __version__
 from vllm_w8a8_bismooth.architectures import BLOCK
 from vllm_w8a8_bismooth.checkpoint import AHEAD
 from vllm_w8a8_bismooth.errors import BismoothError
 from vllm_w8a8_bismooth.recipe import Recipe, quantization_config
-from vllm_w8a8_bismooth.source import Source
+from vllm_w8a8_bismooth.source import Layout
 
 TENSOR_PARALLEL = (1, 2, 4, 8)
 _GROUP_SIZES = (32, 64, 128, 256, 512, 1024)
@@ -23,7 +24,7 @@ _GROUP_SIZES = (32, 64, 128, 256, 512, 1024)
 class Plan:
     """A source, what to do with it, and the per-group linears of each block (by name inside it)."""
 
-    source: Source
+    source: Layout
     recipe: Recipe
     grouped: Sequence[set[str]]
 
@@ -55,7 +56,7 @@ class Plan:
         return quantization_config(self.recipe, self.grouped, self.source.layers, __version__)
 
 
-def chosen_by_name(source: Source, recipe: Recipe) -> list[set[str]] | None:
+def chosen_by_name(source: Layout, recipe: Recipe) -> list[set[str]] | None:
     """Per block, the per-group linears that the recipe names; ``None`` if the weights have to tell.
 
     Raises:
@@ -65,6 +66,8 @@ def chosen_by_name(source: Source, recipe: Recipe) -> list[set[str]] | None:
         return [set() for _ in source.layers]
     if recipe.group_layers is None:
         return None
+    from vllm_w8a8_bismooth import analyze  # which imports torch
+
     pattern = re.compile(recipe.group_layers)
     chosen = [analyze.named(pattern, BLOCK.format(i), layer) for i, layer in enumerate(source.layers)]
     if not any(chosen):
@@ -82,7 +85,7 @@ def chosen_by_name(source: Source, recipe: Recipe) -> list[set[str]] | None:
     return chosen
 
 
-def check_group_size(source: Source, recipe: Recipe, grouped: Sequence[set[str]]) -> None:
+def check_group_size(source: Layout, recipe: Recipe, grouped: Sequence[set[str]]) -> None:
     """Raises :class:`BismoothError` if a per-group linear's K is not a multiple of the group size."""
     for i, layer in enumerate(source.layers):
         for linear in sorted(grouped[i]):
@@ -95,12 +98,12 @@ def check_group_size(source: Source, recipe: Recipe, grouped: Sequence[set[str]]
                 )
 
 
-def parallel_problems(source: Source, group_size: int) -> dict[int, list[str]]:
+def parallel_problems(source: Layout, group_size: int | None) -> dict[int, list[str]]:
     """For each tensor-parallel size, why the model cannot be served on so many ranks; empty where it can.
 
     Args:
         source: the checkpoint.
-        group_size: the groups that row-parallel linears would have; only these cut K.
+        group_size: the groups that row-parallel linears would have; only these cut K. ``None`` is per-channel.
     """
     sizes, problems = source.sizes, {}
     for ranks in TENSOR_PARALLEL:
@@ -110,13 +113,14 @@ def parallel_problems(source: Source, group_size: int) -> dict[int, list[str]]:
         kv_heads = sizes["kv_heads"]
         if kv_heads % ranks and ranks % kv_heads:
             found.append(f"num_key_value_heads = {kv_heads} neither divides {ranks} nor is a multiple of it")
+        kinds = {id(layer): layer for layer in source.layers}.values()
         for linear, (_, columns) in sorted(
-            {n: layer.linears[n] for layer in source.layers for n in layer.row_parallel - layer.experts}.items()
+            {n: layer.linears[n] for layer in kinds for n in layer.row_parallel - layer.experts}.items()
         ):
             width = sizes[columns]
             if width % ranks:
                 found.append(f"{linear}: K = {width} is not a multiple of {ranks}")
-            elif width // ranks % group_size:
+            elif group_size and width // ranks % group_size:
                 found.append(f"{linear}: K / {ranks} = {width // ranks} is not a multiple of group_size {group_size}")
         problems[ranks] = found
     return problems
@@ -124,11 +128,15 @@ def parallel_problems(source: Source, group_size: int) -> dict[int, list[str]]:
 
 @dataclass(frozen=True)
 class Needs:
-    """What a conversion needs, in bytes and seconds; time is a rough guess from nominal rates."""
+    """What a conversion needs: peak memory and disk in bytes, and seconds, a rough guess from nominal rates.
+
+    ``disk_bytes`` is the largest that the destination becomes: the result, and states from which a run can go on.
+    """
 
     source_bytes: int
     written_bytes: int
     memory_bytes: int
+    disk_bytes: int
     seconds: float
 
 
@@ -139,43 +147,51 @@ _BASE_MEMORY = 6e8
 _ROW_BYTES = 4  # of scales
 
 
-def needs(source: Source, calibration_tokens: int | None, cores: int) -> Needs:
+def needs(source: Layout, calibration_tokens: int | None, cores: int | None = None) -> Needs:
     """An estimate from headers alone, for a per-channel conversion on a CPU.
 
     Args:
         source: the checkpoint.
         calibration_tokens: ``None`` is data-free.
-        cores: of the CPU.
+        cores: of the CPU; ``None`` is those that this process may use.
     """
+    cores = cores or len(os.sched_getaffinity(0))
     headers, item = source.checkpoint.headers, {"BF16": 2, "F16": 2, "F32": 4}
-    written = weights = 0
+    chosen = source.checkpoint.config.get("num_experts_per_tok")
+    share = min(1, chosen / source.sizes["experts"]) if type(chosen) is int and "experts" in source.sizes else 1
+    written = work = 0
     for index, (names, layer) in enumerate(zip(source.blocks, source.layers, strict=True)):
         for name in names:
-            header = headers[BLOCK.format(index) + name]
-            if layer.linear_of(name) is None:
+            header, linear = headers[BLOCK.format(index) + name], layer.linear_of(name)
+            if linear is None:
                 written += header.nbytes
             else:
                 elements = math.prod(header.shape)
-                weights += elements
-                written += elements + header.shape[0] * _ROW_BYTES
+                work += elements * (share if linear in layer.experts else 1)
+                written += elements + math.prod(header.shape[:1]) * _ROW_BYTES
     written += sum(headers[name].nbytes for name in source.outside)
-    memory = _BASE_MEMORY + source.block_nbytes() + AHEAD
+    memory, state = _BASE_MEMORY + source.block_nbytes() + AHEAD, 0
     seconds = source.nbytes() / _BYTES_PER_CORE_SECOND / cores
     if calibration_tokens is not None:
-        widest = max(item[header.dtype] for header in headers.values())
-        memory += widest * (calibration_tokens * source.sizes["hidden"] + 3 * 1024 * source.sizes["intermediate"])
-        seconds += 2 * weights * calibration_tokens / _FLOP_PER_CORE_SECOND / cores
-    return Needs(source.nbytes(), written, int(memory), seconds)
+        widest = max((item.get(header.dtype, 0) for header in headers.values()), default=0)
+        state = widest * calibration_tokens * source.sizes["hidden"]
+        memory += state + widest * 3 * 1024 * source.sizes["intermediate"]
+        seconds += 2 * work * calibration_tokens / _FLOP_PER_CORE_SECOND / cores
+    return Needs(source.nbytes(), written, int(memory), written + 2 * state, seconds)
 
 
-def check_space(destination: Path, needed: int) -> None:
-    """Raises :class:`BismoothError` if the disk that will hold ``destination`` has too little room."""
-    folder = destination
+def free_space(folder: Path) -> int:
+    """Bytes that are free on the disk that holds, or would hold, a folder."""
+    folder = folder.absolute()
     while not folder.exists():
         folder = folder.parent
-    free = shutil.disk_usage(folder).free
-    if free < needed:
+    return shutil.disk_usage(folder).free
+
+
+def check_space(folder: Path, needed: int, what: str = "result") -> None:
+    """Raises :class:`BismoothError` if the disk that will hold ``folder`` has too little room for ``what``."""
+    if (free := free_space(folder)) < needed:
         raise BismoothError(
-            f"{destination}: the result needs {needed / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free; "
-            "make room or choose another destination"
+            f"{folder}: the {what} needs {needed / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free; "
+            "make room or choose another place"
         )

@@ -42,6 +42,15 @@ def shard_header(tensors: Mapping[str, torch.Tensor]) -> tuple[bytes, dict[str, 
     return head, {name: len(head) + entries[name]["data_offsets"][0] for name in order}
 
 
+def split(tensors: Mapping[str, torch.Tensor]):
+    """Which tensors go into which shard: a ``StateDictSplit`` of huggingface_hub. Only shapes and dtypes count."""
+    from huggingface_hub import split_torch_state_dict_into_shards
+
+    return split_torch_state_dict_into_shards(
+        dict(tensors), filename_pattern="model{suffix}.safetensors", max_shard_size=SHARD_SIZE
+    )
+
+
 class ShardWriter:
     """Writes tensors, or rows of them, to their places in shards that are laid out beforehand.
 
@@ -53,21 +62,19 @@ class ShardWriter:
     Attributes:
         files: shard -> the names in it.
         nbytes: of all tensors.
+        written: bytes of tensors so far.
 
     Raises:
         Interrupted: from any call, when the disk refuses.
     """
 
     def __init__(self, folder: Path, destination: Path, tensors: Mapping[str, torch.Tensor]):
-        from huggingface_hub import split_torch_state_dict_into_shards
-
         self._folder, self._destination = folder, destination
-        self._plan = split_torch_state_dict_into_shards(
-            dict(tensors), filename_pattern="model{suffix}.safetensors", max_shard_size=SHARD_SIZE
-        )
+        self._plan = split(tensors)
         self._tensors = tensors
         self.files: dict[str, list[str]] = self._plan.filename_to_tensors
         self.nbytes: int = self._plan.metadata["total_size"]
+        self.written = 0
         self._offsets: dict[str, int] = {}
         self._open: dict[str, int] = {}
         self._flushing: list[Future] = []
@@ -138,6 +145,7 @@ class ShardWriter:
             start, done = self._offsets[name] + first * values.element_size(), 0
             while done < len(view):
                 done += os.pwrite(self._open[file], view[done:], start + done)
+        self.written += len(view)
 
     def _lay_out(self, file: str) -> None:
         """Open a shard, with its header and full length; what an earlier run wrote into it stays."""

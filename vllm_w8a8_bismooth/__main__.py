@@ -1,0 +1,3 @@
+from vllm_w8a8_bismooth.cli import main
+
+main()

@@ -1,0 +1,85 @@
+"""What a conversion would do, known without writing anything."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from vllm_w8a8_bismooth import calibrate
+from vllm_w8a8_bismooth.architectures import BLOCK
+from vllm_w8a8_bismooth.checkpoint import Folder
+from vllm_w8a8_bismooth.convert import done_before, prepare
+from vllm_w8a8_bismooth.journal import Journal
+from vllm_w8a8_bismooth.plan import Plan, check_space, free_space, needs
+from vllm_w8a8_bismooth.recipe import Recipe
+from vllm_w8a8_bismooth.writer import split
+
+
+@dataclass
+class Preview:
+    """What :func:`convert.convert` would do with the same arguments.
+
+    Attributes:
+        destination: the folder to be.
+        reused: it already holds the result, and nothing would be done; then what follows is empty.
+        source_bytes, written_bytes: sizes of all tensors.
+        shards: file -> bytes of its tensors.
+        grouped: full names of per-group linears; ``None`` if the weights have to tell, and sizes are those of none.
+        tokens: of calibration text.
+        blocks, resumed: how many the model has, and how many of them an interrupted run has done.
+        memory_bytes, seconds: see :class:`plan.Needs`; the time is that of the blocks to do.
+        free_bytes: on the destination's disk.
+    """
+
+    destination: Path
+    reused: bool
+    source_bytes: int = 0
+    written_bytes: int = 0
+    shards: dict[str, int] | None = None
+    grouped: list[str] | None = None
+    tokens: int | None = None
+    blocks: int = 0
+    resumed: int = 0
+    memory_bytes: int = 0
+    seconds: float = 0.0
+    free_bytes: int = 0
+
+
+def preview(
+    folder: Path | Folder, destination: Path, recipe: Recipe, text: calibrate.CalibrationText | None, device: str
+) -> Preview:
+    """Do everything that :func:`convert.convert` does before its first write; the arguments are the same.
+
+    Raises:
+        BismoothError: whatever the conversion would refuse before it reads the weights.
+    """
+    ready = prepare(folder, destination, recipe, text, device)
+    if ready.reused:
+        return Preview(destination, reused=True)
+    source, diary = ready.source, Journal(ready.target, ready.identity)
+    diary.look()
+    found, resumed = done_before(diary, source)
+    grouped = found if ready.named is None else ready.named
+    tensors = Plan(source, ready.recipe, grouped or [set()] * len(source.layers)).tensors()
+    shards = {
+        file: sum(tensors[name].nbytes for name in names) for file, names in split(tensors).filename_to_tensors.items()
+    }
+    written = sum(shards.values())
+    check_space(diary.partial, written - diary.nbytes())
+    tokens = None
+    if ready.tokens is not None:
+        calibrate.Calibration(source, ready.tokens, ready.device)  # transformers may refuse the config
+        tokens = ready.tokens.numel()
+    need = needs(source, tokens)
+    return Preview(
+        destination=destination,
+        reused=False,
+        source_bytes=source.nbytes(),
+        written_bytes=written,
+        shards=shards,
+        grouped=None if grouped is None else [BLOCK.format(i) + n for i, g in enumerate(grouped) for n in sorted(g)],
+        tokens=tokens,
+        blocks=len(source.layers),
+        resumed=resumed,
+        memory_bytes=need.memory_bytes,
+        seconds=need.seconds * (len(source.layers) - resumed) / len(source.layers),
+        free_bytes=free_space(diary.partial),
+    )
