@@ -136,7 +136,9 @@ def blocks(
         for names, layer in zip(source.blocks, source.layers, strict=True)
     ]
     order = [BLOCK.format(i) + name for i, names in enumerate(linears) for name in names]
-    with ReadAhead(source.checkpoint, order, AHEAD) as reader:
+    # Two of the largest: one is worked on while the next is read.
+    budget = 2 * max((source.checkpoint.headers[name].nbytes for name in order), default=0)
+    with ReadAhead(source.checkpoint, order, max(AHEAD, budget)) as reader:
         for index, names in enumerate(linears):
             measured = {}
             for name in names:

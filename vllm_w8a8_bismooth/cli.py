@@ -119,7 +119,7 @@ def convert(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report, or the plan, as JSON on stdout.")] = False,
 ) -> None:
-    """Convert a LLaMA, Mistral, Qwen2 or Qwen3 checkpoint to INT8 (compressed-tensors).
+    """Convert a checkpoint to INT8 (compressed-tensors). A run that was interrupted goes on where it stopped.
 
     Then: [bold]vllm serve DST[/bold]
     """
@@ -168,7 +168,7 @@ def convert(
 
 @app.command()
 def analyze(
-    source: Annotated[Path, typer.Argument(metavar="SRC", help="Folder of a Hugging Face checkpoint (safetensors).")],
+    source: _SourceArgument,
     group_size: Annotated[
         int | None,
         typer.Option(
@@ -182,11 +182,12 @@ def analyze(
     as_json: Annotated[bool, typer.Option("--json", help="Print everything measured as JSON on stdout.")] = False,
 ) -> None:
     """Measure what INT8 does to each linear, from the weights alone, and say which are vulnerable and why."""
-    import torch
     from rich.console import Console
 
     from vllm_w8a8_bismooth import figures as drawing
+    from vllm_w8a8_bismooth import hub
     from vllm_w8a8_bismooth.analyze import survey
+    from vllm_w8a8_bismooth.convert import device_of
     from vllm_w8a8_bismooth.recipe import Recipe
     from vllm_w8a8_bismooth.source import Source
 
@@ -196,11 +197,11 @@ def analyze(
         drawing.require()
     console = Console(stderr=True, soft_wrap=True)
     with _Progress(console) as progress:
-        found = survey(Source(source), torch.device(device), group_size, progress)
+        found = survey(Source(hub.fetch(source)), device_of(device), group_size, progress)
     if as_json:
-        print(json.dumps({"source": str(source), **_survey_as_json(found)}, indent=2))
+        print(json.dumps({"source": source, **_survey_as_json(found)}, indent=2))
     else:
-        _print_survey(found, str(source), group_size, top)
+        _print_survey(found, source, group_size, top)
     for path in drawing.of_survey(found, figures) if figures is not None else []:
         console.print(f"Drew {path}", markup=False)
 

@@ -164,7 +164,7 @@ def convert(
                 copy(folder / relative, diary.partial / report.place_of(relative))
             write_json(diary.partial / CONFIG, {**source.checkpoint.config, "quantization_config": plan.config()})
             write_json(diary.partial / RECIPE, _record(recipe, source, text, device))
-            report.write(diary.partial, source, recipe, done)
+            report.write(diary.partial, source, recipe, done, source.checkpoint.place.hub_id)
         now = source.checkpoint.signature()
         if changed := [name for name in sorted(now.keys() | signature.keys()) if now.get(name) != signature.get(name)]:
             raise BismoothError(f"{folder / changed[0]}: changed during the conversion; convert again, with it at rest")
