@@ -89,6 +89,33 @@ def convert(
         _summary(console, report, recipe)
 
 
+@app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(metavar="DST", help="Folder of a converted checkpoint.")],
+    against: Annotated[
+        Path | None,
+        typer.Option(metavar="SRC", help="The checkpoint that it was made from: compare weights and function with it."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
+) -> None:
+    """Check a converted checkpoint: config, tensors, values, hashes, vLLM's reading of it, and its source.
+
+    Exit codes: 0 nothing wrong, 1 faults (all are listed), 2 nothing there to check.
+    """
+    from rich.console import Console
+
+    from vllm_w8a8_bismooth.verify import verify as run
+
+    console = Console(stderr=True, soft_wrap=True)
+    with _Progress(console) as progress:
+        found = run(folder, against, progress)
+    if as_json:
+        print(json.dumps(_verification(found), indent=2))
+    else:
+        _findings(console, found)
+    raise typer.Exit(0 if found.ok else 1)
+
+
 class _Progress:
     """One bar a stage, with ETA, on a terminal; a line a stage elsewhere."""
 
@@ -99,7 +126,7 @@ class _Progress:
             TextColumn("{task.description:<10}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("blocks"),
+            TextColumn("{task.fields[unit]}"),
             TimeRemainingColumn(elapsed_when_finished=True),
             console=console,
         )
@@ -115,7 +142,7 @@ class _Progress:
     def __call__(self, stage: str, done: int, total: int) -> None:
         self.bars.start()  # not before there is something to show; again has no effect
         if stage not in self.tasks:
-            self.tasks[stage] = self.bars.add_task(stage, total=total)
+            self.tasks[stage] = self.bars.add_task(stage, total=total, unit="shards" if stage == "read" else "blocks")
         self.bars.update(self.tasks[stage], completed=done)
 
 
@@ -158,6 +185,40 @@ def _summary(console, report, recipe) -> None:
             )
         )
     console.print(f"Next: vllm serve {where}")
+
+
+def _verification(found) -> dict:
+    return {
+        "ok": found.ok,
+        "findings": [vars(finding) for finding in found.findings],
+        "notes": found.notes,
+        "linears": found.linears,
+    }
+
+
+def _findings(console, found) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    measured = sorted((entry["sqnr"], name) for name, entry in found.linears.items() if entry["sqnr"] is not None)
+    if measured:
+        table = Table("linear", "dB", "scales", title="Worst linears, weights against the source's")
+        for sqnr, name in measured[:5]:
+            group_size = found.linears[name]["group_size"]
+            table.add_row(escape(name), f"{sqnr:.1f}", "per-channel" if group_size is None else f"g = {group_size}")
+        console.print(table)
+    for note in found.notes:
+        console.print(f"Note: {escape(note)}.")
+    for finding in found.findings:
+        console.print(
+            f"[red]Fault:[/red] [bold]{escape(finding.where)}[/bold]: {escape(finding.what)}. "
+            f"{escape(finding.remedy[:1].upper() + finding.remedy[1:])}."
+        )
+    where, count = escape(str(found.folder)), len(found.findings)
+    if count:
+        console.print(f"[bold]{where}[/bold]: {count} fault{'s' if count > 1 else ''} found.")
+    else:
+        console.print(f"[bold]{where}[/bold]: {len(found.linears)} INT8 linears, nothing wrong.")
 
 
 def main() -> None:
