@@ -10,6 +10,7 @@ folded into it. If the ranges of a producer's rows and its consumers' columns do
 import json
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import inf, log10
 from typing import Any
@@ -26,7 +27,6 @@ from vllm_w8a8_bismooth.source import Source
 _PIECE = 2**20  # elements worked on at once
 _HALF = 0.5 + 2e-4  # of a step: fp32 rounds the division before the code is
 _ROOM = 1e-5  # relative, between factors that are equal but for fp32
-_THREADS = 4
 _FUNCTION = "this checkpoint computes another function; convert the source again"
 _SOURCE = "convert the source again, or name the right one with --against"
 
@@ -39,7 +39,7 @@ class Range:
     high: torch.Tensor
 
     @classmethod
-    def any(cls, n: int) -> "Range":
+    def unknown(cls, n: int) -> "Range":
         return cls(torch.full((n,), -inf), torch.full((n,), inf))
 
     def narrow(self, low: torch.Tensor, high: torch.Tensor) -> None:
@@ -72,10 +72,13 @@ class Match:
     sqnr: float | None
 
 
-def match(source: Checkpoint, result: Checkpoint, name: str, columns: torch.Tensor, free: slice) -> Match:
-    """Compare a linear with its source, a few rows in memory at a time.
+def match(
+    pool: Executor, source: Checkpoint, result: Checkpoint, name: str, columns: torch.Tensor, free: slice
+) -> Match:
+    """Compare a linear with its source, a few rows a thread in memory at a time.
 
     Args:
+        pool: see :func:`workers`.
         source, result: the two checkpoints.
         name: of the weight, in both.
         columns: fp32 ``[K]`` factors claimed for the columns; 0 where nothing is known and nothing depends on it.
@@ -83,34 +86,54 @@ def match(source: Checkpoint, result: Checkpoint, name: str, columns: torch.Tens
     """
     rows, width = source.headers[name].shape
     groups = result.headers[f"{name}_scale"].shape[1]
-    found = Match(Range.any(free.stop - free.start), torch.ones(free.stop - free.start), Range.any(width), None)
-    error = power = 0.0
-    known = columns != 0
+    silent = (columns == 0).nonzero().view(-1)
     step = max(1, _PIECE // width)
-    for start in range(0, rows, step):
-        count = min(step, rows - start)
+    found = Match(Range.unknown(free.stop - free.start), torch.ones(free.stop - free.start), Range.unknown(width), None)
+
+    def compare(start: int) -> tuple[Range, float, float]:
+        """Columns' factors, power and error of some rows; the rows' own factors go to their places."""
+        count, possible = min(step, rows - start), Range.unknown(width)
         claimed = source.rows(name, start, count).float() * columns
         scale = result.rows(f"{name}_scale", start, count).float()
-        stored = dequantize_weight(result.rows(name, start, count), scale) * known
-        half = scale.repeat_interleave(width // groups, dim=1) * _HALF
-        size = claimed.abs()
-        signed = stored * claimed.sign()
-        low, high = (signed - half) / size, (signed + half) / size
-        low[(size == 0) & (stored != 0)] = inf  # no factor makes something of nothing
+        stored = dequantize_weight(result.rows(name, start, count), scale)
+        stored[:, silent] = 0
+        half = (scale * _HALF).repeat_interleave(width // groups, dim=1) if groups > 1 else scale * _HALF
+        inverse = claimed.reciprocal()
+        middle, reach = stored * inverse, half * inverse.abs()
+        low, high = middle - reach, middle.add_(reach)
+        if not low.isfinite().all():
+            nothing = inverse.isinf()  # weights of 0 tell nothing, but no factor makes anything else of them
+            low[nothing], high[nothing] = -inf, inf
+            low[(claimed == 0) & (stored != 0)] = inf
         first, last = (min(max(edge - start, 0), count) for edge in (free.start, free.stop))
         for fixed in (slice(0, first), slice(last, count)):
             if fixed.start < fixed.stop:
-                found.columns.narrow(low[fixed].amax(dim=0), high[fixed].amin(dim=0))
+                possible.narrow(low[fixed].amax(dim=0), high[fixed].amin(dim=0))
         if first < last:
             mine, of = slice(first, last), slice(start + first - free.start, start + last - free.start)
             found.rows.low[of], found.rows.high[of] = low[mine].amax(dim=1), high[mine].amin(dim=1)
             estimate = (stored[mine] * claimed[mine]).sum(dim=1) / claimed[mine].square().sum(dim=1)
             found.factor[of] = torch.where(estimate.isfinite() & (estimate > 0), estimate, 1.0)
             claimed[mine] *= found.factor[of].unsqueeze(1)
-        power += float(claimed.square().sum())
-        error += float(stored.sub_(claimed).square_().sum())
+        return possible, float(claimed.square().sum()), float(stored.sub_(claimed).square_().sum())
+
+    power = error = 0.0
+    for possible, more_power, more_error in pool.map(compare, range(0, rows, step)):
+        found.columns.narrow(possible.low, possible.high)
+        power, error = power + more_power, error + more_error
     found.sqnr = 10 * log10(power / error) if error > 0 and power > 0 else None
     return found
+
+
+@contextmanager
+def workers() -> Iterator[Executor]:
+    """Threads that overlap reading with work, each on one core: torch's own threads would fight over the cores."""
+    threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(min(16, max(4, threads)), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(threads)
 
 
 class Comparison:
@@ -176,7 +199,7 @@ class Comparison:
                 measured and no more.
             progress: called as ``progress("compare", done, blocks)``.
         """
-        with ThreadPoolExecutor(_THREADS) as pool:
+        with workers() as pool:
             for index, layer in enumerate(self.source.layers):
                 _Block(self, index, layer).compare(pool, judge)
                 progress("compare", index + 1, len(self.source.layers))
@@ -262,14 +285,11 @@ class _Block:
         return torch.where(new == 0, 0.0, old / new)
 
     def _match(self, pool: Executor, linears: list[str]) -> None:
-        def one(linear: str) -> Match:
+        for linear in linears:
             columns = self.claims.get(linear)
             columns = torch.ones(self._columns(linear)) if columns is None else columns
-            free = self.free.get(linear, slice(0, 0))
-            return match(self.source, self.result, f"{self.prefix}{linear}.weight", columns, free)
-
-        for linear, found in zip(linears, pool.map(one, linears), strict=True):
-            self.matches[linear] = found
+            free, name = self.free.get(linear, slice(0, 0)), f"{self.prefix}{linear}.weight"
+            found = self.matches[linear] = match(pool, self.source, self.result, name, columns, free)
             self.all.linears[self.prefix + linear]["sqnr"] = found.sqnr
 
     def _judge_linears(self) -> None:

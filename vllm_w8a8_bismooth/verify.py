@@ -12,7 +12,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,17 @@ import torch
 
 from vllm_w8a8_bismooth import FORMAT, MARKER, fidelity
 from vllm_w8a8_bismooth import report as written_report
-from vllm_w8a8_bismooth.architectures import BLOCK, HEAD, Layer, architecture_of, audit, layers_of, sizes_of
+from vllm_w8a8_bismooth.architectures import (
+    BLOCK,
+    EMBEDDING,
+    HEAD,
+    NORM,
+    Layer,
+    architecture_of,
+    audit,
+    layers_of,
+    sizes_of,
+)
 from vllm_w8a8_bismooth.checkpoint import CONFIG, FLOAT_DTYPES, INDEX, Checkpoint, read_json, sha256
 from vllm_w8a8_bismooth.errors import BismoothError, Interrupted
 from vllm_w8a8_bismooth.source import Source
@@ -29,7 +38,6 @@ from vllm_w8a8_bismooth.source import Source
 AGAIN = "copy the file again from where it is whole, or convert the source again"
 _KEY, _SCALE = "quantization_config", ".weight_scale"
 _SMALLEST, _LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max / 127
-_THREADS = 4  # to overlap reading, hashing and looking
 _PATIENCE = 300  # seconds for vLLM to start and answer; 15 are usual
 
 Progress = Callable[[str, int, int], None]
@@ -73,11 +81,11 @@ class Verification:
         self.findings.append(Finding(where, what, remedy))
 
     def quote(self, message: str) -> None:
-        """Take over what another module says in one sentence: ``tensor NAME what is wrong; remedy``."""
+        """Take over another module's sentence: ``tensor NAME what is wrong; remedy``, or ``FILE: what; remedy``."""
         what, _, remedy = message.removeprefix(f"{self.folder}/").rpartition("; ")
-        tensor = re.match(r"tensor (\S+) (.*)", what, re.DOTALL)
-        where, what = tensor.groups() if tensor else (what.partition(": ")[0], what.partition(": ")[2] or what)
-        self.fault(where, what, remedy)
+        what, remedy = (what, remedy) if what else (remedy, AGAIN)
+        parts = re.match(r"tensor (\S+) (.*)", what, re.DOTALL) or re.match(r"(\S+): (.*)", what, re.DOTALL)
+        self.fault(*(parts.groups() if parts else (CONFIG, what)), remedy)
 
 
 def verify(
@@ -122,6 +130,12 @@ def verify(
         comparison.blocks(marked, progress)
         if not marked:
             found.notes.append("not made by bismooth: the linears' distance to the source was measured, not judged")
+    else:
+        known = (EMBEDDING, NORM, HEAD)
+        strange = [n for n in checkpoint.headers if not n.startswith(BLOCK.format("")[:-1]) and n not in known]
+        found.notes += [
+            f"tensor {name} is outside the blocks and unknown; only --against tells more" for name in strange
+        ]
     if engine:
         _ask_vllm(found, config.get(_KEY), layers, marked)
     return found
@@ -261,7 +275,8 @@ def _linears(
 
 def _group_size(weight, scale) -> int | None:
     """What the shapes alone say, where no config does."""
-    return None if scale.shape[-1:] == (1,) else weight.shape[1] // max(1, scale.shape[-1] if scale.shape else 1)
+    groups = scale.shape[-1] if scale.shape else 1
+    return None if groups == 1 else max(1, weight.shape[1] // max(1, groups))
 
 
 def _names(
@@ -293,18 +308,12 @@ def _names(
                     f"is stored as {header.dtype}, but {CONFIG} says INT8",
                     f"name it in {_KEY}.ignore or convert the source again",
                 )
-        elif not name.startswith(BLOCK.format("")[:-1]) and name.count(".") and layers and not _known_outside(name):
-            found.notes.append(f"tensor {name} {list(header.shape)} is outside the blocks and unknown; passed over")
     for i, layer in enumerate(layers):
         for fused, parts in layer.fused.items():
             _check_siblings(found, BLOCK.format(i), fused, parts, schemes if marked else None)
     for linear, entry in found.linears.items():
         if entry["group_size"] is not None and linears.get(linear):
             found.fault(linear, "is an expert with per-group scales, which vLLM does not serve", "convert again")
-
-
-def _known_outside(name: str) -> bool:
-    return name in ("model.embed_tokens.weight", "model.norm.weight", HEAD)
 
 
 def _is_quantized(schemes: _Schemes, module: str) -> bool:
@@ -359,7 +368,7 @@ def _contents(
     for name in sorted(checkpoint.headers, key=lambda name: checkpoint.headers[name].offset):
         files.setdefault(checkpoint.headers[name].file, []).append(name)
     digests, bad = {}, set()
-    with ThreadPoolExecutor(_THREADS) as pool:
+    with fidelity.workers() as pool:
         shards = pool.map(lambda file: _read_shard(checkpoint, file, files[file], marked), files)
         for done, (file, (digest, problems)) in enumerate(zip(files, shards, strict=True), 1):
             digests[file] = digest
@@ -390,24 +399,27 @@ def _read_shard(
 
 def _values(checkpoint: Checkpoint, name: str, digest, marked: bool) -> Iterator[str]:
     """What is wrong with the finite values of one tensor."""
-    header, seen, first = checkpoint.headers[name], False, 0
+    header, first, used, count, example = checkpoint.headers[name], 0, False, 0, ""
+    is_scale = name.endswith(_SCALE)
     for piece in checkpoint.pieces(name, digest):
         wrong = None
         if header.dtype == "I8":
             low, high = piece.aminmax()
-            seen = seen or bool(low) or bool(high)
-            if marked and low == -128:  # others may use it
-                wrong, says = piece == -128, "code -128, outside -127 to 127"
-        elif name.endswith(_SCALE):
-            wrong, says = (piece < _SMALLEST) | (piece > _LARGEST), "a scale outside 1.2e-38 to 2.7e36"
-            wrong = wrong if wrong.any() else None
-        if wrong is not None:
-            where = wrong.nonzero().view(-1)
-            place = [int(i) for i in torch.unravel_index(first + where[0], header.shape)]
-            yield f"holds {says}: {piece[where[0]].item()} at {place} (and {len(where) - 1} more nearby)"
+            used = used or bool(low) or bool(high)
+            wrong = piece == -128 if marked and low == -128 else None  # others may use it
+        elif is_scale:
+            wrong = (piece < _SMALLEST) | (piece > _LARGEST)
+        if wrong is not None and wrong.any():
+            at = int(wrong.nonzero()[0])
+            place = [int(i) for i in torch.unravel_index(torch.tensor(first + at), header.shape)]
+            example = example or f"{piece[at].item()} at {place}"
+            count += int(wrong.sum())
         first += len(piece)
-    if header.dtype == "I8" and first and not seen:
-        yield "all codes are zero; the linear does nothing"
+    if count:
+        says = "scales outside 1.2e-38 to 2.7e36" if is_scale else "codes outside -127 to 127"
+        yield f"holds {says}: {example} ({count} such values)"
+    if header.dtype == "I8" and first and not used:
+        yield "has no code but 0; the linear does nothing"
 
 
 def _hashes(found: Verification, digests: Mapping[str, str]) -> None:
