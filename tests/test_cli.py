@@ -15,7 +15,7 @@ from rich.console import Console
 
 from tests.test_bad_input import run
 from vllm_w8a8_bismooth import __version__
-from vllm_w8a8_bismooth.cli import _Progress
+from vllm_w8a8_bismooth.display import Progress
 from vllm_w8a8_bismooth.convert import convert
 from vllm_w8a8_bismooth.errors import BismoothError
 from vllm_w8a8_bismooth.recipe import Recipe
@@ -174,7 +174,7 @@ def test_progress_away_from_a_terminal(monkeypatch):
     """A line where a stage begins and ends, and between them only now and then."""
     now, out = [0.0], io.StringIO()
     monkeypatch.setattr("time.monotonic", lambda: now[0])
-    with _Progress(Console(file=out, width=200)) as progress:
+    with Progress(Console(file=out, width=200)) as progress:
         for done in range(81):
             now[0] += 1
             progress("convert", done, 80, done * 10**9)
@@ -186,7 +186,7 @@ def test_progress_away_from_a_terminal(monkeypatch):
 
 def test_progress_on_a_terminal():
     out = io.StringIO()
-    with _Progress(Console(file=out, width=200, force_terminal=True)) as progress:
+    with Progress(Console(file=out, width=200, force_terminal=True)) as progress:
         progress("analyze", 1, 2)
         progress("convert", 2, 2, 3 * 10**9)
     assert "1/2" in out.getvalue() and "3.00 GB written, peak memory" in out.getvalue()

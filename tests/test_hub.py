@@ -125,7 +125,10 @@ def test_convert_downloads_what_it_needs(hub, bismooth, checkpoint, tmp_path):
 
     convert(checkpoint, tmp_path / "local", Recipe.of("rtn"))
     there, here = digests(tmp_path / "out"), digests(tmp_path / "local")
-    assert {name for name in here.keys() | there.keys() if here.get(name) != there.get(name)} == {"recipe.json"}
+    assert {name for name in here.keys() | there.keys() if here.get(name) != there.get(name)} == {
+        "recipe.json",
+        "README.md",  # which names the base model
+    }
 
     served = hub.served.total()
     offline = {"HF_HUB_OFFLINE": "1"}

@@ -1,17 +1,15 @@
-"""The ``bismooth`` command. The only module that prints; torch and transformers are imported inside commands."""
+"""The ``bismooth`` command; torch and transformers are imported inside commands. What is printed is in display.py."""
 
 import json
 import os
-import resource
 import sys
-import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from vllm_w8a8_bismooth import __version__
+from vllm_w8a8_bismooth import __version__, display
 from vllm_w8a8_bismooth.errors import BismoothError
 
 
@@ -80,7 +78,7 @@ def inspect(
     if as_json:
         print(json.dumps(asdict(found), indent=2))
     else:
-        _show_survey(Console(soft_wrap=True, highlight=False), found, source)
+        display.inspection(Console(soft_wrap=True, highlight=False), found, source)
     if found.problems:
         raise typer.Exit(2)
 
@@ -153,17 +151,17 @@ def convert(
         if as_json:
             print(json.dumps(asdict(plan) | {"destination": str(destination)}, indent=2))
         else:
-            _show_preview(Console(soft_wrap=True, highlight=False), plan, recipe)
+            display.preview(Console(soft_wrap=True, highlight=False), plan, recipe)
         return
     folder = hub.fetch(source)
     from vllm_w8a8_bismooth.convert import convert as run
 
-    with _Progress(console) as progress:
+    with display.Progress(console) as progress:
         report = run(folder, destination, recipe, text, device, progress)
     if as_json:
-        print(json.dumps(_as_json(report), indent=2))
+        print(json.dumps(display.report_json(report), indent=2))
     else:
-        _summary(console, report, recipe)
+        display.summary(console, report, recipe)
 
 
 @app.command()
@@ -196,269 +194,42 @@ def analyze(
     if figures is not None:
         drawing.require()
     console = Console(stderr=True, soft_wrap=True)
-    with _Progress(console) as progress:
+    with display.Progress(console) as progress:
         found = survey(Source(hub.fetch(source)), device_of(device), group_size, progress)
     if as_json:
-        print(json.dumps({"source": source, **_survey_as_json(found)}, indent=2))
+        print(json.dumps({"source": source, **display.analysis_json(found)}, indent=2))
     else:
-        _print_survey(found, source, group_size, top)
+        display.analysis(found, source, group_size, top)
     for path in drawing.of_survey(found, figures) if figures is not None else []:
         console.print(f"Drew {path}", markup=False)
 
 
-def _survey_as_json(found) -> dict:
-    from dataclasses import asdict
+@app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(metavar="DST", help="Folder of a converted checkpoint.")],
+    against: Annotated[
+        str | None,
+        typer.Option(metavar="SRC", help="The checkpoint that it was made from: compare weights and function with it."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
+) -> None:
+    """Check a converted checkpoint: config, tensors, values, hashes, vLLM's reading of it, and its source.
 
-    return {
-        "vulnerable": found.vulnerable(),
-        "vulnerable_share": found.share(),
-        "grouped": found.grouped,
-        "linears": {name: {**asdict(m), "reason": m.reason()} for name, m in found.linears.items()},
-    }
-
-
-def _print_survey(found, source: str, group_size: int | None, top: int) -> None:
-    """The table on stdout: it is what was asked for."""
+    Exit codes: 0 nothing wrong, 1 faults (all are listed), 2 nothing there to check.
+    """
     from rich.console import Console
-    from rich.table import Table
 
-    console = Console(width=None if sys.stdout.isatty() else 160)
-    bad = found.vulnerable()
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    table.add_column("linear", overflow="fold")
-    for heading in ("column\nerror", "SQNR,\ndB", "columns,\nx median", "rows,\nx median"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    sizes = sorted({size for m in found.linears.values() for size in m.groups}, reverse=True)
-    for size in sizes:
-        table.add_column(f"error\ng = {size}", justify="right", no_wrap=True)
-    table.add_column("why", overflow="fold")
-    for name in found.ranked()[:top]:
-        m = found.linears[name]
-        table.add_row(
-            name,
-            f"{m.column_error:.4f}",
-            "exact" if m.sqnr is None else f"{m.sqnr:.1f}",
-            f"{m.columns.ratio:.1f}",
-            f"{m.rows.ratio:.1f}",
-            *(f"{m.groups[size]:.4f}" if size in m.groups else "" for size in sizes),
-            m.reason(),
-            style="red" if m.vulnerable() else None,
-        )
-    console.print(table)
-    if len(bad) > top:
-        console.print(
-            f"... and {len(bad) - top} more that are vulnerable; --top {len(bad)} shows them.", highlight=False
-        )
-    console.print(
-        f"\n{len(bad)} of {len(found.linears)} linears are vulnerable, {found.share():.1%} of the linears' parameters.",
-        style="bold",
-        highlight=False,
-    )
-    for line in _advice(found, source, group_size):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    from vllm_w8a8_bismooth import hub
+    from vllm_w8a8_bismooth.verify import verify as run
 
-
-def _advice(found, source: str, group_size: int | None):
-    from vllm_w8a8_bismooth.analyze import VULNERABLE
-
-    if not found.vulnerable():
-        yield "The weights need no repair; the activations, which they do not show, still gain from smoothing:"
+    console = Console(stderr=True, soft_wrap=True)
+    with display.Progress(console) as progress:
+        found = run(folder, hub.fetch(against) if against is not None else None, progress)
+    if as_json:
+        print(json.dumps(display.verification_json(found), indent=2))
     else:
-        yield "Repair by smoothing, which helps every linear:"
-    yield f"  bismooth convert {source} DST --calibration text.txt"
-    if found.experts:
-        yield f"Only this helps {len(found.experts)} of them: experts are served per-channel."
-    if not found.grouped:
-        return
-    siblings = len(set(found.grouped) - set(found.vulnerable()))
-    which = f"{len(found.grouped)} linears" + (f", {siblings} of them as fused siblings" if siblings else "")
-    repair = found.repair()
-    if repair is None:
-        yield f"Per-group scales do not fit: a vulnerable linear's K is not a multiple of {group_size or 32}."
-    elif repair[1] <= VULNERABLE:
-        yield f"Or by per-group scales on {which}, which would leave them a column error of {repair[1]:.3f} at most:"
-        yield f"  bismooth convert {source} DST --method mixed --group-size {repair[0]}"
-    else:
-        yield (
-            f"Per-group scales of {repair[0]} on {which} (--method mixed) are not enough: "
-            f"they would leave a column error of up to {repair[1]:.2f}; above {VULNERABLE} is vulnerable."
-        )
-
-
-class _Progress:
-    """What is done, how long the rest takes, bytes made, peak memory: a bar a stage on a terminal, else a line now and
-    then."""
-
-    PAUSE = 10.0
-    """Seconds between lines of one stage."""
-
-    def __init__(self, console):
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        self.console = console
-        self.bars = Progress(
-            TextColumn("{task.description:<10}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("blocks"),
-            TimeRemainingColumn(elapsed_when_finished=True),
-            TextColumn("{task.fields[note]}"),
-            console=console,
-        )
-        self.tasks: dict = {}
-        self.begun: dict[str, tuple[float, int]] = {}
-        self.told = 0.0
-
-    def __enter__(self) -> "_Progress":
-        return self
-
-    def __exit__(self, *exception) -> None:
-        if self.tasks:
-            self.bars.stop()
-
-    def __call__(self, stage: str, done: int, total: int, written: int = 0) -> None:
-        note = f"{written / 1e9:.2f} GB written, " if written else ""
-        note += f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9:.2f} GB"
-        if self.console.is_terminal:
-            self.bars.start()  # not before there is something to show; again has no effect
-            if stage not in self.tasks:
-                self.tasks[stage] = self.bars.add_task(stage, total=total, note=note)
-            self.bars.update(self.tasks[stage], completed=done, note=note)
-            return
-        now = time.monotonic()
-        started, first = self.begun.setdefault(stage, (now, done))
-        if started != now and done < total and now - self.told < self.PAUSE:
-            return
-        self.told = now
-        left = f", {_duration((now - started) / (done - first) * (total - done))} left" if first < done < total else ""
-        self.console.print(f"{stage}: {done} of {total} blocks{left}, {note}", highlight=False)
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{max(1, round(seconds))} s"
-    return f"{round(seconds / 60)} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def _gb(count: int) -> str:
-    return f"{count / 1e9:.2f} GB"
-
-
-def _show_survey(console, found, source: str) -> None:
-    """The survey of a checkpoint for people, on stdout: nothing is left out but what is empty."""
-    from rich.markup import escape
-    from rich.table import Table
-
-    sizes = found.sizes
-    revision = f" (commit {found.revision})" if found.revision else ""
-    console.print(f"[bold]{escape(source)}[/bold]{escape(revision)}")
-    model = [escape(str(found.model_type))]
-    if sizes:
-        model += [
-            f"{sizes['blocks']} blocks",
-            f"hidden size {sizes['hidden']}",
-            f"{sizes['heads']} heads ({sizes['kv_heads']} for keys and values)",
-        ]
-        model += [f"{sizes['experts']} experts"] if "experts" in sizes else []
-        model += [f"vocabulary {sizes['vocab']}", "tied head" if found.tied else "separate head"]
-    rows = {"model": ", ".join(model)}
-    if found.dtypes:
-        rows["parameters"] = f"{found.parameters / 1e9:.3f} billion"
-        dtypes = ", ".join(f"{escape(name)} in {dtype.tensors} tensors" for name, dtype in found.dtypes.items())
-        rows["source"] = f"{_gb(found.source_bytes)}: {dtypes}"
-    for way, needs in found.needs.items():
-        rows["result"] = _gb(needs.written_bytes)
-        tokens = f" on {found.calibration_tokens} tokens" if way == "calibrated" else ""
-        memory = _gb(needs.memory_bytes) + (" (too much)" if needs.memory_bytes > found.memory_bytes else "")
-        disk = _gb(needs.disk_bytes) + (" (too much)" if needs.disk_bytes > found.free_bytes else "")
-        rows[way] = f"about {_duration(needs.seconds)}{tokens}, {memory} of memory, {disk} of disk"
-    rows["this machine"] = f"{_gb(found.memory_bytes)} of memory, {_gb(found.free_bytes)} free on this folder's disk"
-    for name, text in rows.items():
-        console.print(f"  {name:<13} {text}")
-    if found.per_channel:
-        table = Table("tensor parallel", *map(str, found.per_channel))
-        for name, answers in (("per-channel", found.per_channel), (f"g = {found.group_size}", found.per_group)):
-            table.add_row(name, *("no" if reasons else "yes" for reasons in answers.values()))
-        console.print(table)
-        for reason in dict.fromkeys(r for reasons in found.per_group.values() for r in reasons):
-            console.print(f"  no: {escape(reason)}")
-    where = escape(source)
-    if found.problems:
-        console.print(f"[red]{len(found.problems)} problem{'s' if len(found.problems) > 1 else ''}[/red]:")
-        for problem in found.problems:
-            console.print(f"  {escape(problem)}")
-        console.print(f"Next, once that is mended: bismooth inspect {where}")
-    else:
-        name = escape(Path(source if found.hub_id is None else found.hub_id).resolve().name)
-        console.print(f"Next: bismooth convert {where} ./{name}-int8")
-
-
-def _show_preview(console, plan, recipe) -> None:
-    from rich.markup import escape
-    from rich.table import Table
-
-    where = escape(str(plan.destination))
-    if plan.reused:
-        console.print(f"[bold]{where}[/bold] already holds this conversion; there is nothing to do.")
-        return
-    table = Table("shard", "GB")
-    for file, size in plan.shards.items():
-        table.add_row(file, f"{size / 1e9:.3f}")
-    console.print(table)
-    tokens = "data-free" if plan.tokens is None else f"calibrated on {plan.tokens} tokens"
-    console.print(f"{_gb(plan.source_bytes)} -> {_gb(plan.written_bytes)}, method {recipe.method}, {tokens}")
-    if plan.grouped is None:
-        console.print(f"Per-group linears (g = {recipe.group_size}): the weights will tell; sizes are without them")
-    elif plan.grouped:
-        console.print(f"{len(plan.grouped)} linears per-group (g = {recipe.group_size}):")
-        for name in plan.grouped:
-            console.print(f"  {escape(name)}")
-    if plan.resumed:
-        console.print(f"{plan.resumed} of {plan.blocks} blocks are done and will be skipped")
-    console.print(f"About {_duration(plan.seconds)}, {_gb(plan.memory_bytes)} of memory, {_gb(plan.free_bytes)} free")
-    console.print("Nothing was written. Next: the same command without --dry-run")
-
-
-def _as_json(report) -> dict:
-    return {
-        "destination": str(report.destination),
-        "reused": report.reused,
-        "source_bytes": report.source_bytes,
-        "written_bytes": report.written_bytes,
-        "vulnerable": report.vulnerable(),
-        "linears": report.linears,
-        "sites": report.sites,
-    }
-
-
-def _summary(console, report, recipe) -> None:
-    from rich.markup import escape
-
-    where = escape(str(report.destination))
-    if report.reused:
-        console.print(f"[bold]{where}[/bold] already holds this conversion; nothing to do.")
-        return
-    grouped = sum(entry["group_size"] is not None for entry in report.linears.values())
-    share = report.written_bytes / report.source_bytes
-    console.print(
-        f"Wrote [bold]{where}[/bold]: {report.source_bytes / 1e9:.3f} GB -> {report.written_bytes / 1e9:.3f} GB "
-        f"({share:.0%}), {len(report.linears) - grouped} linears per-channel, {grouped} per-group."
-    )
-    console.print("Mean relative error that is left in a column (healthy is about 0.01), the worst five linears:")
-    for name in sorted(report.linears, key=lambda name: (-report.linears[name]["column_error"], name))[:5]:
-        console.print(f"  {report.linears[name]['column_error']:.4f}  {escape(name)}", highlight=False)
-    if bad := report.vulnerable():
-        console.print(
-            f"[yellow]Warning:[/yellow] {len(bad)} linears lose their weights to outlier columns. "
-            + (
-                "Try --method bismooth or mixed."
-                if not recipe.group_size
-                else f"Try a --group-size under {recipe.group_size}, or --method bismooth."
-                if recipe.group_size > 32
-                else "Try --method bismooth."
-            )
-        )
-    console.print(f"Next: bismooth verify {where}\n      vllm serve {where}", highlight=False)
+        display.verification(console, found)
+    raise typer.Exit(0 if found.ok else 1)
 
 
 def main() -> None:

@@ -144,7 +144,7 @@ def smooth_block(
                 if consumer in layer.linears
             ]
         ).amax(dim=0)
-        start, width = _rows_of(site, layer, sizes)
+        start, width = rows_of(site, layer, sizes)
         heads_per_group = len(weight) // width
         if heads_per_group > 1:
             activation, weight = (gather(e, heads_per_group, sizes["head"]) for e in (activation, weight))
@@ -173,7 +173,7 @@ def smooth_block(
     return smoothing
 
 
-def _rows_of(site: Site, layer: Layer, sizes: Mapping[str, int]) -> tuple[int, int]:
+def rows_of(site: Site, layer: Layer, sizes: Mapping[str, int]) -> tuple[int, int]:
     """First row and number of rows of the producer that feed the consumers."""
     if site.producer in layer.vectors:
         return 0, sizes[layer.vectors[site.producer]]
