@@ -15,8 +15,8 @@ from rich.console import Console
 
 from tests.test_bad_input import run
 from vllm_w8a8_bismooth import __version__
-from vllm_w8a8_bismooth.display import Progress
 from vllm_w8a8_bismooth.convert import convert
+from vllm_w8a8_bismooth.display import Progress
 from vllm_w8a8_bismooth.errors import BismoothError
 from vllm_w8a8_bismooth.recipe import Recipe
 
