@@ -110,6 +110,18 @@ class Architecture:
     renamed: Mapping[str, str] = field(default_factory=dict)
     expert_linears: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
 
+    def stored(self, name: str) -> str:
+        """What the checkpoint calls a tensor or module of a block that transformers builds under ``name``."""
+        for built, stored in self.renamed.items():
+            name = name.replace(built, stored, 1) if name.startswith(built) else name
+        return name
+
+    def built(self, name: str) -> str:
+        """The inverse of :meth:`stored`."""
+        for built, stored in self.renamed.items():
+            name = name.replace(stored, built, 1) if name.startswith(stored) else name
+        return name
+
 
 def _attention(norm: str = "input_layernorm", **more) -> Layer:
     q, k, v, o = (f"self_attn.{letter}_proj" for letter in "qkvo")

@@ -2,13 +2,13 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from vllm_w8a8_bismooth.architectures import BLOCK, EMBEDDING
+from vllm_w8a8_bismooth.architectures import BLOCK, EMBEDDING, Architecture
 from vllm_w8a8_bismooth.checkpoint import Checkpoint
 from vllm_w8a8_bismooth.errors import BismoothError
 from vllm_w8a8_bismooth.source import Source
@@ -133,7 +133,7 @@ class Calibration:
         from transformers import AutoConfig, AutoModel
 
         checkpoint = source.checkpoint
-        self._source, self._device, self._names = source, device, source.architecture.renamed
+        self._source, self._device = source, device
         # The embedding's rows are read one by one: only those that occur exist.
         used, compact = tokens.unique(return_inverse=True)
         rows = torch.cat([checkpoint.rows(EMBEDDING, int(i), 1) for i in used])
@@ -143,9 +143,7 @@ class Calibration:
             attention = "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
             with torch.device("meta"):
                 model = AutoModel.from_config(config, dtype=rows.dtype, attn_implementation=attention).eval()
-                for block in model.layers:
-                    if hasattr(block.mlp, "experts"):
-                        block.mlp.experts = _Experts(block.mlp.experts, source.architecture.expert_linears)
+                separate_experts(model.layers, source.architecture)
             _materialize_buffers(model)
             model.embed_tokens.weight = torch.nn.Parameter(rows, requires_grad=False)
             model.norm = torch.nn.Identity()
@@ -179,6 +177,7 @@ class Calibration:
             BismoothError: the forward pass fails or overflows (named by block and site).
         """
         block, prefix, seen = self._blocks[index], BLOCK.format(index), {}
+        architecture = self._source.architecture
 
         def recorder(site: str) -> Callable:
             def record(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
@@ -189,11 +188,13 @@ class Calibration:
             return record
 
         try:
-            lent = {name: tensors[self._stored(name)].to(self.hidden.dtype) for name in block.state_dict()}
+            lent = {name: tensors[architecture.stored(name)].to(self.hidden.dtype) for name in block.state_dict()}
             block.load_state_dict(lent, assign=True)
             hooks = [
                 # The last consumer, because of a mixture's experts only the router sees all tokens.
-                block.get_submodule(self._built(site.consumers[-1])).register_forward_pre_hook(recorder(site.name))
+                block.get_submodule(architecture.built(site.consumers[-1])).register_forward_pre_hook(
+                    recorder(site.name)
+                )
                 for site in self._source.layers[index].sites
             ]
             step = max(1, _CHUNK // self.hidden.shape[1])
@@ -212,17 +213,12 @@ class Calibration:
                 raise BismoothError(f"{prefix}* overflows at site {site} in calibration; the model itself is broken")
         return seen
 
-    def _stored(self, name: str) -> str:
-        """What the checkpoint calls a tensor or module that transformers builds under ``name``."""
-        for built, stored in self._names.items():
-            name = name.replace(built, stored, 1) if name.startswith(built) else name
-        return name
 
-    def _built(self, name: str) -> str:
-        """The inverse of :meth:`_stored`."""
-        for built, stored in self._names.items():
-            name = name.replace(stored, built, 1) if name.startswith(stored) else name
-        return name
+def separate_experts(layers: Iterable[torch.nn.Module], architecture: Architecture) -> None:
+    """Make every expert of the decoder blocks a module of its own, of linears named as in the checkpoint."""
+    for block in layers:
+        if hasattr(block.mlp, "experts"):
+            block.mlp.experts = _Experts(block.mlp.experts, architecture.expert_linears)
 
 
 class _Experts(torch.nn.Module):
