@@ -1,6 +1,6 @@
 """What the converter knows of each model type: tensor names and shapes, couplings, fused siblings. Tables, not code."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from vllm_w8a8_bismooth.errors import BismoothError
@@ -279,15 +279,22 @@ def sizes_of(config: Mapping, architecture: Architecture) -> dict[str, int]:
     """Sizes named in :class:`Layer`, plus ``blocks`` and ``vocab``.
 
     Raises:
-        BismoothError: a size is missing, not a positive integer, or the heads do not divide.
+        BismoothError: a size is missing, no positive integer, or told twice differently; or the heads do not divide.
     """
 
     def size(key: str, derived: int | None = None) -> int:
         value = config.get(key)
         value = architecture.silent.get(key, derived) if value is None else value
-        if type(value) is not int or value <= 0:
-            raise BismoothError(f"config.json: {key} = {config.get(key)!r}; it must be a positive integer")
+        if type(value) is not int or not 0 < value < 2**48:  # products of two can still be printed
+            raise BismoothError(f"config.json: {key} = {config.get(key)!r}; it must be a positive integer below 2**48")
         return value
+
+    def alias(keys: Sequence[str]) -> int:
+        found = [key for key in keys if key in config] or keys[:1]
+        values = {key: size(key) for key in found}
+        if len(set(values.values())) > 1:
+            raise BismoothError(f"config.json: {values} contradict each other; remove one of the keys")
+        return values[found[0]]
 
     hidden, heads = size("hidden_size"), size("num_attention_heads")
     kv_heads = size("num_key_value_heads", heads)
@@ -307,7 +314,7 @@ def sizes_of(config: Mapping, architecture: Architecture) -> dict[str, int]:
         "key": kv_heads * head,
         "vocab": size("vocab_size"),
         "one": 1,
-        **{name: size(next((k for k in keys if k in config), keys[0])) for name, keys in architecture.sizes.items()},
+        **{name: alias(keys) for name, keys in architecture.sizes.items()},
     }
 
 

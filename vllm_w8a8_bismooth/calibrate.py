@@ -75,13 +75,17 @@ def tokenize(text: CalibrationText, checkpoint: Checkpoint, budget: int) -> torc
         int64 ``[windows, length]`` with ``length <= 512`` and at most ``budget`` tokens in all.
 
     Raises:
-        BismoothError: no tokenizer in the folder, or its ids exceed the model's vocabulary.
+        BismoothError: no tokenizer in the folder, its ids exceed the model's vocabulary, or transformers refuses the
+            config.
     """
     from transformers import AutoTokenizer
 
     ids: list[int] = []
+    config = _config(checkpoint)  # which decides on the tokenizer's class where no file of the tokenizer does
     try:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(
+            checkpoint.folder, config=config, local_files_only=True, trust_remote_code=False
+        )
         lead = [tokenizer.bos_token_id] if tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id] else []
         # In pieces, because a document may be far longer than the budget; a seam costs at most one odd token.
         for piece in (d[i : i + _PIECE] for d in text.documents for i in range(0, len(d), _PIECE)):
@@ -109,6 +113,25 @@ def tokenize(text: CalibrationText, checkpoint: Checkpoint, budget: int) -> torc
     return torch.cat([torch.tensor(lead, dtype=torch.int64).expand(count, -1), windows], dim=1)
 
 
+def _config(checkpoint: Checkpoint):
+    """The config as transformers understands it."""
+    from transformers import AutoConfig
+
+    # Without a classifier's labels, for each of which transformers would make up a name.
+    settings = {key: value for key, value in checkpoint.config.items() if key != "num_labels"}
+    try:
+        return AutoConfig.for_model(**settings)
+    except Exception as error:  # its validation raises many types
+        raise _refused(checkpoint, error) from None
+
+
+def _refused(checkpoint: Checkpoint, error: Exception) -> BismoothError:
+    return BismoothError(
+        f"{checkpoint.folder}: transformers refuses config.json ({type(error).__name__}: {error}); mend it, "
+        "or use --calibration none"
+    )
+
+
 class Calibration:
     """The calibration tokens on their way through the model, one decoder block after the other.
 
@@ -130,15 +153,15 @@ class Calibration:
 
     @torch.no_grad()
     def __init__(self, source: Source, tokens: torch.Tensor, device: torch.device):
-        from transformers import AutoConfig, AutoModel
+        from transformers import AutoModel
 
         checkpoint = source.checkpoint
         self._source, self._device = source, device
         # The embedding's rows are read one by one: only those that occur exist.
         used, compact = tokens.unique(return_inverse=True)
         rows = torch.cat([checkpoint.rows(EMBEDDING, int(i), 1) for i in used])
+        config = _config(checkpoint)
         try:
-            config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
             # sdpa would drop the soft cap on attention logits without a word
             attention = "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
             with torch.device("meta"):
@@ -153,11 +176,8 @@ class Calibration:
             self.hidden = torch.cat(
                 [model(input_ids=window, use_cache=False).last_hidden_state for window in compact.split(1)]
             ).to(device)
-        except Exception as error:  # as for tokenizers, transformers' own validation raises many types
-            raise BismoothError(
-                f"{checkpoint.folder}: transformers refuses config.json ({type(error).__name__}: {error}); mend it, "
-                "or use --calibration none"
-            ) from None
+        except Exception as error:
+            raise _refused(checkpoint, error) from None
         # Masks and positions of one window fit them all: they have one length and no padding.
         self._arguments = [_to(device, given) for given in captured[: len(self._blocks)]]
 

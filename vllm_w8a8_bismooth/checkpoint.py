@@ -4,10 +4,13 @@ import hashlib
 import json
 import math
 import os
+import stat
 import threading
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from vllm_w8a8_bismooth.errors import BismoothError, Interrupted
 
@@ -42,20 +45,32 @@ def read_json(path: Path) -> dict:
     """A JSON object from disk.
 
     Raises:
-        BismoothError: missing, larger than 100 MiB, not UTF-8, not JSON, or not an object.
+        BismoothError: missing, no regular file, larger than 100 MiB, not UTF-8, not JSON, a key that occurs twice, or
+            not an object.
     """
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe would wait forever
+            raise BismoothError(f"{path}: not a regular file; put the checkpoint's {path.name} there")
         if path.stat().st_size > _JSON_LIMIT:
             raise BismoothError(f"{path}: larger than {_JSON_LIMIT >> 20} MiB; this is not a checkpoint's {path.name}")
-        value = json.loads(path.read_bytes())
+        value = json.loads(path.read_bytes(), object_pairs_hook=_once)
     except FileNotFoundError:
         raise BismoothError(f"{path}: not found; is this the folder of a Hugging Face checkpoint?") from None
     except OSError as error:
         raise BismoothError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from None
     except (ValueError, RecursionError) as error:
-        raise BismoothError(f"{path}: not valid JSON ({error}); download the file again") from None
+        raise BismoothError(f"{path}: not valid JSON ({error}); mend it or download the file again") from None
     if not isinstance(value, dict):
         raise BismoothError(f"{path}: holds a JSON {type(value).__name__}, not an object; download the file again")
+    return value
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict:
+    """A JSON object, refused if it says something twice: readers differ in which one they take."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"key {twice!r} occurs twice in one object")
     return value
 
 
@@ -99,12 +114,15 @@ class Checkpoint:
         self.config = read_json(self.folder / CONFIG)
         self.headers: dict[str, Header] = {}
         weight_map = self._read_index()
-        for file in sorted(set(weight_map.values())) or [SINGLE]:
-            self._read_header(file, weight_map)
+        promised: dict[str, list[str]] = {} if weight_map else {SINGLE: []}
+        for name, file in weight_map.items():
+            promised.setdefault(file, []).append(name)
+        for file, names in sorted(promised.items()):
+            self._read_header(file, names, weight_map)
 
     def _read_index(self) -> Mapping[str, str]:
         """Tensor -> the shard that the index names; empty for a checkpoint of one file."""
-        if not (self.folder / INDEX).exists():
+        if not os.path.lexists(self.folder / INDEX):
             if not (self.folder / SINGLE).exists():
                 raise BismoothError(
                     f"{self.folder}: neither {SINGLE} nor {INDEX}; only safetensors checkpoints can be converted "
@@ -116,11 +134,12 @@ class Checkpoint:
         if not isinstance(weight_map, dict) or not weight_map:
             raise BismoothError(f"{path}: no weight_map; download the file again")
         for name, file in weight_map.items():
-            if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+            fits = isinstance(file, str) and Path(file).name == file and file.endswith(".safetensors")
+            if not fits or not file.isprintable():
                 raise BismoothError(f"{path}: {name} is said to be in {file!r}, which is not a shard of this folder")
         return weight_map
 
-    def _read_header(self, file: str, weight_map: Mapping[str, str]) -> None:
+    def _read_header(self, file: str, promised: Sequence[str], weight_map: Mapping[str, str]) -> None:
         from safetensors import SafetensorError, safe_open
 
         path = self.folder / file
@@ -130,11 +149,11 @@ class Checkpoint:
             # safe_open checks sizes and offsets
             with safe_open(path, framework="pt"), open(path, "rb") as raw:
                 length = int.from_bytes(raw.read(8), "little")
-                entries = json.loads(raw.read(length))
+                entries = json.loads(raw.read(length), object_pairs_hook=_once)
         except (SafetensorError, OSError, ValueError) as error:
             raise BismoothError(f"{path}: truncated or corrupt ({error}); download the shard again") from None
         entries.pop("__metadata__", None)
-        missing = sorted(name for name, place in weight_map.items() if place == file and name not in entries)
+        missing = sorted(name for name in promised if name not in entries)
         if missing:
             raise BismoothError(
                 f"{path}: tensor {missing[0]} is missing, {INDEX} says that it is here; download both again"
@@ -143,14 +162,16 @@ class Checkpoint:
             place = weight_map.get(name) if weight_map else file
             if place != file:
                 raise BismoothError(
-                    f"{path}: holds tensor {name}, which {INDEX} places in {place}; one of them is a duplicate "
-                    "or stale, download both again"
+                    f"{path}: holds tensor {name}, which {INDEX} {f'places in {place}' if place else 'does not name'}; "
+                    "one of them is a duplicate or stale, download both again"
                 )
             if entry["dtype"] not in self._dtypes:
                 raise BismoothError(
                     f"tensor {name} in {file} has dtype {entry['dtype']}: already quantized or not a weight; "
                     f"only {', '.join(self._dtypes)} checkpoints can be converted"
                 )
+            if math.prod(max(1, size) for size in entry["shape"]) >= 2**63:  # of an empty tensor, or torch could not be
+                raise BismoothError(f"tensor {name} in {file} has shape {entry['shape']}; no tensor is that large")
             offset = 8 + length + entry["data_offsets"][0]
             self.headers[name] = Header(file, tuple(entry["shape"]), entry["dtype"], offset)
 
@@ -213,14 +234,23 @@ class Checkpoint:
         return tensor
 
     def side_files(self) -> Iterator[Path]:
-        """Relative paths of everything to be copied byte for byte: not weights, config, index or hidden files."""
+        """Relative paths of everything to be copied byte for byte: not weights, config, index or hidden files.
+
+        Links to files count as files, as in a Hub cache; links to folders are not entered.
+
+        Raises:
+            BismoothError: a link leads nowhere.
+        """
         for path in sorted(self.folder.rglob("*")):
             relative = path.relative_to(self.folder)
-            if any(part.startswith(".") for part in relative.parts) or not path.is_file():
+            if any(part.startswith(".") for part in relative.parts):
                 continue
             if path.suffix in _WEIGHT_SUFFIXES or path.name.endswith(".index.json") or relative == Path(CONFIG):
                 continue
-            yield relative
+            if path.is_symlink() and not path.exists():
+                raise BismoothError(f"{path}: a link that leads nowhere; download the file again or remove the link")
+            if path.is_file():
+                yield relative
 
     def signature(self) -> dict[str, list[int]]:
         """Size in bytes and modification time in ns of every file that a conversion reads."""
@@ -231,7 +261,7 @@ class Checkpoint:
             stats = {relative.as_posix(): (self.folder / relative).stat() for relative in sorted(files)}
         except OSError as error:
             raise BismoothError(f"{error.filename}: gone ({error.strerror}); the source changed meanwhile") from None
-        return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
+        return {name: [found.st_size, found.st_mtime_ns] for name, found in stats.items()}
 
     def digest(self, name: str) -> str:
         """SHA-256 of a tensor's bytes, read for this purpose."""

@@ -1,5 +1,6 @@
 """The conversion: open and audit -> choose granularity -> per block: calibrate, smooth, quantize, write."""
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -81,7 +82,7 @@ def convert(
     Raises:
         BismoothError: anything wrong with the input; see the modules that do the work.
     """
-    target = destination.resolve()
+    target = Path(os.path.realpath(destination))  # unlike Path.resolve it survives links in a circle
     _refuse_overlap(folder, target)
     source = Source(folder)
     recipe = replace(
@@ -280,7 +281,7 @@ def _size_on_disk(folder: Path) -> int:
 
 
 def _refuse_overlap(folder: Path, destination: Path) -> None:
-    source = folder.resolve()
+    source = Path(os.path.realpath(folder))
     for written in (destination, partial_folder(destination)):
         if written == source or written in source.parents or source in written.parents:
             raise BismoothError(f"{written}: overlaps the source {folder}; choose a destination beside it")
@@ -295,6 +296,8 @@ def already_converted(destination: Path, recipe: Recipe, source: Source) -> bool
     Raises:
         BismoothError: it holds anything else.
     """
+    if destination.is_symlink():
+        raise BismoothError(f"{destination}: a link in a circle; remove it or choose another folder")
     if not destination.exists() or (destination.is_dir() and not any(destination.iterdir())):
         return False
     if not (destination / RECIPE).is_file():
