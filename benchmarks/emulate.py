@@ -4,12 +4,15 @@ Cross-checks what vLLM measures, and makes sweeps over many plants affordable.
 """
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from vllm_w8a8_bismooth import ops
+from vllm_w8a8_bismooth.architectures import ARCHITECTURES
+from vllm_w8a8_bismooth.calibrate import separate_experts
 
 
 class W8A8Linear(torch.nn.Module):
@@ -34,11 +37,16 @@ def load(folder: Path) -> torch.nn.Module:
 
     settings = json.loads((folder / "config.json").read_text())
     settings.pop("quantization_config", None)
-    config = AutoConfig.for_model(**settings)
+    config, architecture = AutoConfig.for_model(**settings), ARCHITECTURES[settings["model_type"]]
     tensors = {}
     for shard in sorted(folder.glob("*.safetensors")):
-        tensors |= load_file(shard)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        for name, tensor in load_file(shard).items():
+            block = re.match(r"model\.layers\.\d+\.|", name)[0]
+            tensors[block + architecture.built(name.removeprefix(block))] = tensor
+    # sdpa would drop the soft cap on attention logits without a word
+    attention = "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
+    separate_experts(model.model.layers, architecture)
     for scale in [name for name in tensors if name.endswith(".weight_scale")]:
         linear = scale.removesuffix(".weight_scale")
         parent, _, child = linear.rpartition(".")

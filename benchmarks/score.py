@@ -50,12 +50,11 @@ def log_probabilities(model: Path, windows: np.ndarray, log: Path) -> np.ndarray
         return np.load(output)
 
 
-def score(model: str, windows: np.ndarray) -> np.ndarray:
-    """As :func:`log_probabilities`, in this process."""
-    from vllm import LLM, SamplingParams
+def start(model: str, length: int):
+    """An engine in this process that can score windows of ``length`` tokens."""
+    from vllm import LLM
 
-    count, length = windows.shape
-    engine = LLM(
+    return LLM(
         model,
         max_logprobs=-1,
         enforce_eager=True,
@@ -65,6 +64,13 @@ def score(model: str, windows: np.ndarray) -> np.ndarray:
         disable_log_stats=True,
         dtype="bfloat16",
     )
+
+
+def score(engine, windows: np.ndarray) -> np.ndarray:
+    """As :func:`log_probabilities`, with an engine of :func:`start`."""
+    from vllm import SamplingParams
+
+    count, length = windows.shape
     asked = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=-1, flat_logprobs=True, detokenize=False)
     vocabulary = engine.llm_engine.model_config.get_vocab_size()
     result = np.empty((count, length - 1, vocabulary), dtype=np.float32)
@@ -85,4 +91,5 @@ if __name__ == "__main__":
     parser.add_argument("windows", type=Path)
     parser.add_argument("output", type=Path)
     arguments = parser.parse_args()
-    np.save(arguments.output, score(arguments.model, np.load(arguments.windows)))
+    asked_for = np.load(arguments.windows)
+    np.save(arguments.output, score(start(arguments.model, asked_for.shape[1]), asked_for))

@@ -2,7 +2,9 @@
 
 import json
 import os
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -117,6 +119,22 @@ def calibration_text(tmp_path: Path) -> Path:
     path = tmp_path / "calibration.txt"
     path.write_text("".join(chr(97 + (i * i) % 26) for i in range(4000)))
     return path
+
+
+@contextmanager
+def patience(seconds: int) -> Iterator[None]:
+    """Turns a hang into a failure."""
+
+    def give_up(*_):
+        raise TimeoutError(f"took more than {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def edit_json(path: Path, change: Callable[[dict], None]) -> None:

@@ -1,7 +1,7 @@
 """What the converter knows of each model type: tensor names and shapes, couplings, fused siblings. Tables, not code."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 
 from vllm_w8a8_bismooth.errors import BismoothError
@@ -110,6 +110,18 @@ class Architecture:
     tied: bool = False
     renamed: Mapping[str, str] = field(default_factory=dict)
     expert_linears: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+
+    def stored(self, name: str) -> str:
+        """What the checkpoint calls a tensor or module of a block that transformers builds under ``name``."""
+        for built, stored in self.renamed.items():
+            name = name.replace(built, stored, 1) if name.startswith(built) else name
+        return name
+
+    def built(self, name: str) -> str:
+        """The inverse of :meth:`stored`."""
+        for built, stored in self.renamed.items():
+            name = name.replace(stored, built, 1) if name.startswith(stored) else name
+        return name
 
 
 def _attention(norm: str = "input_layernorm", **more) -> Layer:
@@ -277,17 +289,25 @@ def sizes_of(config: Mapping, architecture: Architecture) -> dict[str, int]:
     """Sizes named in :class:`Layer`, plus ``blocks`` and ``vocab``.
 
     Raises:
-        BismoothError: sizes that are missing or not positive integers, all of them, or heads that do not divide.
+        BismoothError: sizes that are missing, not positive integers, or told twice differently, all of them; or heads
+            that do not divide.
     """
     problems = []
 
     def size(key: str, derived: int | None = None) -> int:
         value = config.get(key)
         value = architecture.silent.get(key, derived) if value is None else value
-        if type(value) is int and value > 0:
+        if type(value) is int and 0 < value < 2**48:  # products of two can still be printed
             return value
-        problems.append(f"config.json: {key} = {config.get(key)!r}; it must be a positive integer")
+        problems.append(f"config.json: {key} = {config.get(key)!r}; it must be a positive integer below 2**48")
         return 1
+
+    def alias(keys: Sequence[str]) -> int:
+        found = [key for key in keys if key in config] or keys[:1]
+        values = {key: size(key) for key in found}
+        if len(set(values.values())) > 1:
+            problems.append(f"config.json: {values} contradict each other; remove one of the keys")
+        return values[found[0]]
 
     hidden, heads = size("hidden_size"), size("num_attention_heads")
     kv_heads = size("num_key_value_heads", heads)
@@ -307,7 +327,7 @@ def sizes_of(config: Mapping, architecture: Architecture) -> dict[str, int]:
         "key": kv_heads * head,
         "vocab": size("vocab_size"),
         "one": 1,
-        **{name: size(next((k for k in keys if k in config), keys[0])) for name, keys in architecture.sizes.items()},
+        **{name: alias(keys) for name, keys in architecture.sizes.items()},
     }
     if problems:
         raise BismoothError(*problems)

@@ -2,13 +2,13 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from vllm_w8a8_bismooth.architectures import BLOCK, EMBEDDING
+from vllm_w8a8_bismooth.architectures import BLOCK, EMBEDDING, Architecture
 from vllm_w8a8_bismooth.checkpoint import Checkpoint
 from vllm_w8a8_bismooth.errors import BismoothError
 from vllm_w8a8_bismooth.source import Source
@@ -75,13 +75,17 @@ def tokenize(text: CalibrationText, checkpoint: Checkpoint, budget: int) -> torc
         int64 ``[windows, length]`` with ``length <= 512`` and at most ``budget`` tokens in all.
 
     Raises:
-        BismoothError: no tokenizer in the folder, or its ids exceed the model's vocabulary.
+        BismoothError: no tokenizer in the folder, its ids exceed the model's vocabulary, or transformers refuses the
+            config.
     """
     from transformers import AutoTokenizer
 
     ids: list[int] = []
+    config = _config(checkpoint)  # which decides on the tokenizer's class where no file of the tokenizer does
     try:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(
+            checkpoint.folder, config=config, local_files_only=True, trust_remote_code=False
+        )
         lead = [tokenizer.bos_token_id] if tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id] else []
         # In pieces, because a document may be far longer than the budget; a seam costs at most one odd token.
         for piece in (d[i : i + _PIECE] for d in text.documents for i in range(0, len(d), _PIECE)):
@@ -109,6 +113,25 @@ def tokenize(text: CalibrationText, checkpoint: Checkpoint, budget: int) -> torc
     return torch.cat([torch.tensor(lead, dtype=torch.int64).expand(count, -1), windows], dim=1)
 
 
+def _config(checkpoint: Checkpoint):
+    """The config as transformers understands it."""
+    from transformers import AutoConfig
+
+    # Without a classifier's labels, for each of which transformers would make up a name.
+    settings = {key: value for key, value in checkpoint.config.items() if key != "num_labels"}
+    try:
+        return AutoConfig.for_model(**settings)
+    except Exception as error:  # its validation raises many types
+        raise _refused(checkpoint, error) from None
+
+
+def _refused(checkpoint: Checkpoint, error: Exception) -> BismoothError:
+    return BismoothError(
+        f"{checkpoint.folder}: transformers refuses config.json ({type(error).__name__}: {error}); mend it, "
+        "or use --calibration none"
+    )
+
+
 class Calibration:
     """The calibration tokens on their way through the model, one decoder block after the other.
 
@@ -130,22 +153,20 @@ class Calibration:
 
     @torch.no_grad()
     def __init__(self, source: Source, tokens: torch.Tensor, device: torch.device):
-        from transformers import AutoConfig, AutoModel
+        from transformers import AutoModel
 
         checkpoint = source.checkpoint
-        self._source, self._device, self._names = source, device, source.architecture.renamed
+        self._source, self._device = source, device
         # The embedding's rows are read one by one: only those that occur exist.
         used, compact = tokens.unique(return_inverse=True)
         rows = torch.cat([checkpoint.rows(EMBEDDING, int(i), 1) for i in used])
+        config = _config(checkpoint)
         try:
-            config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
             # sdpa would drop the soft cap on attention logits without a word
             attention = "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
             with torch.device("meta"):
                 model = AutoModel.from_config(config, dtype=rows.dtype, attn_implementation=attention).eval()
-                for block in model.layers:
-                    if hasattr(block.mlp, "experts"):
-                        block.mlp.experts = _Experts(block.mlp.experts, source.architecture.expert_linears)
+                separate_experts(model.layers, source.architecture)
             _materialize_buffers(model)
             model.embed_tokens.weight = torch.nn.Parameter(rows, requires_grad=False)
             model.norm = torch.nn.Identity()
@@ -155,11 +176,8 @@ class Calibration:
             self.hidden = torch.cat(
                 [model(input_ids=window, use_cache=False).last_hidden_state for window in compact.split(1)]
             ).to(device)
-        except Exception as error:  # as for tokenizers, transformers' own validation raises many types
-            raise BismoothError(
-                f"{checkpoint.folder}: transformers refuses config.json ({type(error).__name__}: {error}); mend it, "
-                "or use --calibration none"
-            ) from None
+        except Exception as error:
+            raise _refused(checkpoint, error) from None
         # Masks and positions of one window fit them all: they have one length and no padding.
         self._arguments = [_to(device, given) for given in captured[: len(self._blocks)]]
 
@@ -179,6 +197,7 @@ class Calibration:
             BismoothError: the forward pass fails or overflows (named by block and site).
         """
         block, prefix, seen = self._blocks[index], BLOCK.format(index), {}
+        architecture = self._source.architecture
 
         def recorder(site: str) -> Callable:
             def record(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
@@ -189,11 +208,13 @@ class Calibration:
             return record
 
         try:
-            lent = {name: tensors[self._stored(name)].to(self.hidden.dtype) for name in block.state_dict()}
+            lent = {name: tensors[architecture.stored(name)].to(self.hidden.dtype) for name in block.state_dict()}
             block.load_state_dict(lent, assign=True)
             hooks = [
                 # The last consumer, because of a mixture's experts only the router sees all tokens.
-                block.get_submodule(self._built(site.consumers[-1])).register_forward_pre_hook(recorder(site.name))
+                block.get_submodule(architecture.built(site.consumers[-1])).register_forward_pre_hook(
+                    recorder(site.name)
+                )
                 for site in self._source.layers[index].sites
             ]
             step = max(1, _CHUNK // self.hidden.shape[1])
@@ -212,17 +233,12 @@ class Calibration:
                 raise BismoothError(f"{prefix}* overflows at site {site} in calibration; the model itself is broken")
         return seen
 
-    def _stored(self, name: str) -> str:
-        """What the checkpoint calls a tensor or module that transformers builds under ``name``."""
-        for built, stored in self._names.items():
-            name = name.replace(built, stored, 1) if name.startswith(built) else name
-        return name
 
-    def _built(self, name: str) -> str:
-        """The inverse of :meth:`_stored`."""
-        for built, stored in self._names.items():
-            name = name.replace(stored, built, 1) if name.startswith(stored) else name
-        return name
+def separate_experts(layers: Iterable[torch.nn.Module], architecture: Architecture) -> None:
+    """Make every expert of the decoder blocks a module of its own, of linears named as in the checkpoint."""
+    for block in layers:
+        if hasattr(block.mlp, "experts"):
+            block.mlp.experts = _Experts(block.mlp.experts, architecture.expert_linears)
 
 
 class _Experts(torch.nn.Module):

@@ -4,7 +4,9 @@ import hashlib
 import json
 import math
 import os
+import stat
 import threading
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -41,20 +43,32 @@ def read_json(path: Path) -> dict:
     """A JSON object from disk.
 
     Raises:
-        BismoothError: missing, larger than 100 MiB, not UTF-8, not JSON, or not an object.
+        BismoothError: missing, no regular file, larger than 100 MiB, not UTF-8, not JSON, a key that occurs twice, or
+            not an object.
     """
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe would wait forever
+            raise BismoothError(f"{path}: not a regular file; put the checkpoint's {path.name} there")
         if path.stat().st_size > _JSON_LIMIT:
             raise BismoothError(f"{path}: larger than {_JSON_LIMIT >> 20} MiB; this is not a checkpoint's {path.name}")
-        value = json.loads(path.read_bytes())
+        value = json.loads(path.read_bytes(), object_pairs_hook=_once)
     except FileNotFoundError:
         raise BismoothError(f"{path}: not found; is this the folder of a Hugging Face checkpoint?") from None
     except OSError as error:
         raise BismoothError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from None
     except (ValueError, RecursionError) as error:
-        raise BismoothError(f"{path}: not valid JSON ({error}); download the file again") from None
+        raise BismoothError(f"{path}: not valid JSON ({error}); mend it or download the file again") from None
     if not isinstance(value, dict):
         raise BismoothError(f"{path}: holds a JSON {type(value).__name__}, not an object; download the file again")
+    return value
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict:
+    """A JSON object, refused if it says something twice: readers differ in which one they take."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"key {twice!r} occurs twice in one object")
     return value
 
 
@@ -116,10 +130,29 @@ class Folder:
         return str(self.path)
 
     def has(self, file: str) -> bool:
-        return (self.path / file).exists()
+        return os.path.lexists(self.path / file)  # a broken link is there, and reading it says what is wrong
 
     def json(self, file: str) -> dict:
         return read_json(self.path / file)
+
+    def side_files(self) -> Iterator[Path]:
+        """Relative paths of everything to be copied byte for byte: not weights, config, index or hidden files.
+
+        Links to files count as files, as in a Hub cache; links to folders are not entered.
+
+        Raises:
+            BismoothError: a link leads nowhere.
+        """
+        for path in sorted(self.path.rglob("*")):
+            relative = path.relative_to(self.path)
+            if any(part.startswith(".") for part in relative.parts):
+                continue
+            if path.suffix in _WEIGHT_SUFFIXES or path.name.endswith(".index.json") or relative == Path(CONFIG):
+                continue
+            if path.is_symlink() and not path.exists():
+                raise BismoothError(f"{path}: a link that leads nowhere; download the file again or remove the link")
+            if path.is_file():
+                yield relative
 
     def header(self, file: str) -> tuple[int, dict[str, Any]]:
         from safetensors import SafetensorError, safe_open
@@ -131,7 +164,7 @@ class Folder:
             # safe_open checks sizes and offsets; for numpy it does so without torch
             with safe_open(path, framework="np"), open(path, "rb") as raw:
                 length = int.from_bytes(raw.read(8), "little")
-                entries = json.loads(raw.read(length))
+                entries = json.loads(raw.read(length), object_pairs_hook=_once)
         except (SafetensorError, OSError, ValueError) as error:
             raise BismoothError(f"{path}: truncated or corrupt ({error}); download the shard again") from None
         entries.pop("__metadata__", None)
@@ -168,9 +201,12 @@ class Headers:
         weight_map = self._read_index()
         if weight_map is not None:
             self.files = sorted(set(weight_map.values())) or [SINGLE]
+            promised: dict[str, set[str]] = {file: set() for file in self.files}
+            for name, file in weight_map.items():
+                promised[file].add(name)
             with ThreadPoolExecutor(8) as pool:  # far away each header takes a while
                 for file, answer in zip(self.files, pool.map(self._read_header, self.files), strict=True):
-                    self._add(file, answer, weight_map)
+                    self._add(file, answer, promised[file], weight_map)
         self._check_dtypes(dtypes)
 
     def _read_index(self) -> Mapping[str, str] | None:
@@ -193,7 +229,8 @@ class Headers:
             self.problems.append(f"{path}: no weight_map; download the file again")
             return None
         for name, file in weight_map.items():
-            if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+            fits = isinstance(file, str) and Path(file).name == file and file.endswith(".safetensors")
+            if not fits or not file.isprintable():
                 self.problems.append(
                     f"{path}: {name} is said to be in {file!r}, which is not a shard of this folder; "
                     "download the file again"
@@ -208,9 +245,12 @@ class Headers:
             return error
 
     def _add(
-        self, file: str, answer: tuple[int, dict[str, Any]] | BismoothError, weight_map: Mapping[str, str]
+        self,
+        file: str,
+        answer: tuple[int, dict[str, Any]] | BismoothError,
+        promised: set[str],
+        weight_map: Mapping[str, str],
     ) -> None:
-        promised = {name for name, place in weight_map.items() if place == file}
         if isinstance(answer, BismoothError):
             self.problems += answer.args
             self.lost |= promised
@@ -221,13 +261,16 @@ class Headers:
             self.lost.add(name)
         for name, entry in entries.items():
             place = weight_map.get(name) if weight_map else file
-            if place == file:
+            if math.prod(max(1, size) for size in entry["shape"]) >= 2**63:  # of an empty tensor, or torch could not be
+                self.problems.append(f"tensor {name} in {file} has shape {entry['shape']}; no tensor is that large")
+                self.lost.add(name)
+            elif place == file:
                 first, last = entry["data_offsets"]
                 self.headers[name] = Header(file, tuple(entry["shape"]), entry["dtype"], begin + first, last - first)
             elif name not in self.lost:
                 self.problems.append(
-                    f"{path}: holds tensor {name}, which {INDEX} places in {place}; one of them is a duplicate "
-                    "or stale, download both again"
+                    f"{path}: holds tensor {name}, which {INDEX} {f'places in {place}' if place else 'does not name'}; "
+                    "one of them is a duplicate or stale, download both again"
                 )
                 self.lost.add(name)
 
@@ -328,26 +371,16 @@ class Checkpoint(Headers):
             )
         return tensor
 
-    def side_files(self) -> Iterator[Path]:
-        """Relative paths of everything to be copied byte for byte: not weights, config, index or hidden files."""
-        for path in sorted(self.folder.rglob("*")):
-            relative = path.relative_to(self.folder)
-            if any(part.startswith(".") for part in relative.parts) or not path.is_file():
-                continue
-            if path.suffix in _WEIGHT_SUFFIXES or path.name.endswith(".index.json") or relative == Path(CONFIG):
-                continue
-            yield relative
-
     def signature(self) -> dict[str, list[int]]:
         """Size in bytes and modification time in ns of every file that a conversion reads."""
-        files = {Path(CONFIG), *(Path(header.file) for header in self.headers.values()), *self.side_files()}
+        files = {Path(CONFIG), *(Path(header.file) for header in self.headers.values()), *self.place.side_files()}
         if (self.folder / INDEX).exists():
             files.add(Path(INDEX))
         try:
             stats = {relative.as_posix(): (self.folder / relative).stat() for relative in sorted(files)}
         except OSError as error:
             raise BismoothError(f"{error.filename}: gone ({error.strerror}); the source changed meanwhile") from None
-        return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
+        return {name: [found.st_size, found.st_mtime_ns] for name, found in stats.items()}
 
     def digest(self, name: str) -> str:
         """SHA-256 of a tensor's bytes, read for this purpose."""
@@ -366,7 +399,7 @@ class Checkpoint(Headers):
         for name in sorted(self.headers):
             header = self.headers[name]
             whole.update(f"{name} {header.dtype} {list(header.shape)} {digests[name]}\n".encode())
-        for relative in (Path(CONFIG), *self.side_files()):
+        for relative in (Path(CONFIG), *self.place.side_files()):
             whole.update(f"{relative.as_posix()} {sha256(self.folder / relative)}\n".encode(errors="surrogateescape"))
         return whole.hexdigest()
 

@@ -1,5 +1,6 @@
 """The conversion: open and audit -> choose granularity -> per block: calibrate, smooth, quantize, write."""
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -90,7 +91,8 @@ def prepare(
     Raises:
         BismoothError: anything wrong with the input or the destination.
     """
-    place, target, where = Folder.of(folder), destination.resolve(), device_of(device)
+    # realpath, because unlike Path.resolve it survives links in a circle
+    place, target, where = Folder.of(folder), Path(os.path.realpath(destination)), device_of(device)
     _refuse_overlap(place.path, target)
     source = Source(place)
     recipe = replace(
@@ -160,7 +162,7 @@ def convert(
             done.files, done.written_bytes = writer.finish(), writer.nbytes
         recipe = replace(recipe, source=source.checkpoint.fingerprint(digests))
         with disk_errors(destination):
-            for relative in source.checkpoint.side_files():
+            for relative in source.checkpoint.place.side_files():
                 copy(folder / relative, diary.partial / report.place_of(relative))
             write_json(diary.partial / CONFIG, {**source.checkpoint.config, "quantization_config": plan.config()})
             write_json(diary.partial / RECIPE, _record(recipe, source, text, device))
@@ -342,7 +344,7 @@ def done_before(diary: Journal, source: Source) -> tuple[list[set[str]] | None, 
 
 
 def _refuse_overlap(folder: Path, destination: Path) -> None:
-    source = folder.resolve()
+    source = Path(os.path.realpath(folder))
     for written in (destination, partial_folder(destination)):
         if written == source or written in source.parents or source in written.parents:
             raise BismoothError(f"{written}: overlaps the source {folder}; choose a destination beside it")
@@ -357,6 +359,8 @@ def already_converted(destination: Path, recipe: Recipe, source: Source) -> bool
     Raises:
         BismoothError: it holds anything else.
     """
+    if destination.is_symlink():
+        raise BismoothError(f"{destination}: a link in a circle; remove it or choose another folder")
     if not destination.exists() or (destination.is_dir() and not any(destination.iterdir())):
         return False
     if not (destination / RECIPE).is_file():

@@ -173,7 +173,7 @@ class Comparison:
             old, new = (json.dumps(config.get(key, "absent"), sort_keys=True) for config in (before, after))
             if old != new:
                 self.fault(CONFIG, f"{key} is {new}, in the source {old}", _SOURCE)
-        for relative in self.source.checkpoint.side_files():
+        for relative in self.source.checkpoint.place.side_files():
             place = place_of(relative)
             copied = self.result.folder / place
             if not copied.is_file():

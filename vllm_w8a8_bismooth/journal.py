@@ -72,7 +72,9 @@ class Journal:
             self._folder.mkdir(exist_ok=True)
             self._lock = open(self._folder / _LOCK, "w")  # noqa: SIM115 (held until the end of the run)
         except OSError as error:
-            raise BismoothError(f"{self.destination}: cannot be written ({error}); check its permissions") from None
+            raise BismoothError(
+                f"{self.destination}: cannot be written ({error}); check the path and its permissions"
+            ) from None
         try:
             self._take(fcntl.LOCK_EX, self._lock)
             if not self._compare():

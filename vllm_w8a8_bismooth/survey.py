@@ -102,6 +102,10 @@ def survey(place: Folder | Repository, calibration_tokens: int, group_size: int)
         result.problems = list(islice(error.args, PROBLEMS))
         return result
     result.problems = layout.problems
+    try:
+        _ = list(place.side_files()) if isinstance(place, Folder) else []
+    except BismoothError as error:
+        result.problems += error.args
     result.needs = {"data-free": needs(layout, None), "calibrated": needs(layout, calibration_tokens)}
     result.per_channel, result.per_group = parallel_problems(layout, None), parallel_problems(layout, group_size)
     return result

@@ -56,7 +56,7 @@ def plant(
     PLANTERS[kind](tensors, healthy, k, blocks, channels, generator)
     destination.mkdir(parents=True)
     save_torch_state_dict(tensors, destination)
-    for relative in (Path(CONFIG), *checkpoint.side_files()):
+    for relative in (Path(CONFIG), *checkpoint.place.side_files()):
         (destination / relative).parent.mkdir(exist_ok=True)
         shutil.copy(source / relative, destination / relative)
 

@@ -1,0 +1,180 @@
+"""Mutated checkpoints: converted or refused, but never a crash, and never half a result."""
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.conftest import tiny_model, write_checkpoint
+from tests.test_bad_input import INDEX, run
+from vllm_w8a8_bismooth.checkpoint import FLOAT_DTYPES, Checkpoint
+from vllm_w8a8_bismooth.source import Source
+
+EXAMPLES = int(os.environ.get("BISMOOTH_FUZZ", 40))
+"""Of each test; thousands take an hour."""
+
+
+class Pairs(list):
+    """A JSON object as its pairs, so that a key may occur twice."""
+
+
+def parse(text: bytes) -> Any:
+    return json.loads(text, object_pairs_hook=Pairs)
+
+
+def dump(value: Any) -> str:
+    if isinstance(value, Pairs):
+        return "{" + ",".join(f"{json.dumps(k)}:{dump(v)}" for k, v in value) + "}"
+    return "[" + ",".join(map(dump, value)) + "]" if isinstance(value, list) else json.dumps(value)
+
+
+SCALARS = (
+    st.none()
+    | st.booleans()
+    | st.integers(-3, 300)
+    | st.sampled_from([-(2**63), 2**31, 2**32, 2**53, 2**62, 2**63 - 1, 2**63, 2**64, 10**30, 10**4200])
+    | st.floats()
+    | st.text(max_size=8)
+    | st.sampled_from(["BF16", "F16", "F32", "F8_E4M3", "I8", "F4", "\0", "a\nb", "../x", "x.safetensors"])
+)
+JUNK = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=4) | st.lists(st.tuples(st.text(max_size=5), inner), max_size=4).map(Pairs),
+    max_leaves=6,
+)
+
+
+def places(value: Any) -> Iterator[tuple[list, int]]:
+    """Every container inside a JSON value with every position in it."""
+    if isinstance(value, list):
+        for i in range(len(value)):
+            yield value, i
+            yield from places(value[i][1] if isinstance(value, Pairs) else value[i])
+
+
+def mutate(value: Any, data: st.DataObject) -> None:
+    """Change one thing somewhere in a JSON value."""
+    container, i = data.draw(st.sampled_from(list(places(value))), label="place")
+    key, old = container[i] if isinstance(container, Pairs) else (None, container[i])
+
+    def put(at: int, new: Any) -> None:
+        container.insert(at, (key, new) if isinstance(container, Pairs) else new)
+
+    action = data.draw(st.sampled_from(["replace", "delete", "repeat", "nudge", "swap", "rename"]), label="action")
+    if action == "rename" and key is not None:
+        container[i] = (data.draw(st.text(max_size=8) | st.sampled_from([k for k, _ in container])), old)
+    elif action == "swap":
+        j = data.draw(st.integers(0, len(container) - 1))
+        other = container[j][1] if isinstance(container, Pairs) else container[j]
+        container[i] = (key, other) if isinstance(container, Pairs) else other
+    elif action == "nudge" and type(old) is int:
+        container.pop(i)
+        put(i, data.draw(st.sampled_from([-old, old - 1, old + 1, old - 2, old + 2, 2 * old, old // 2, old + 2**32])))
+    elif action == "repeat":
+        put(data.draw(st.integers(0, len(container))), data.draw(st.just(old) | JUNK))
+    elif action == "delete":
+        container.pop(i)
+    else:
+        container.pop(i)
+        put(i, data.draw(JUNK))
+
+
+def with_header(shard: bytes, change) -> bytes:
+    length = int.from_bytes(shard[:8], "little")
+    header = change(shard[8 : 8 + length])
+    return len(header).to_bytes(8, "little") + header + shard[8 + length :]
+
+
+def mutated(content: bytes, is_shard: bool, data: st.DataObject) -> bytes:
+    def change(text: bytes) -> bytes:
+        value = parse(text)
+        for _ in range(data.draw(st.integers(1, 3), label="changes")):
+            if value:
+                mutate(value, data)
+        return dump(value).encode(errors="surrogatepass")
+
+    return with_header(content, change) if is_shard else change(content)
+
+
+def flipped(content: bytes, data: st.DataObject) -> bytes:
+    """Random bytes among the first 3000."""
+    changed = bytearray(content)
+    for _ in range(data.draw(st.integers(1, 4))):
+        changed[data.draw(st.integers(0, min(len(changed), 3000) - 1))] = data.draw(st.integers(0, 255))
+    return bytes(changed)
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen3_moe"])
+def source(request, tmp_path_factory):
+    """A checkpoint and what its config, index and shards hold."""
+    folder = tmp_path_factory.mktemp("fuzz") / "source"
+    write_checkpoint(folder, tiny_model(request.param, num_hidden_layers=2))
+    files = [p for p in folder.iterdir() if p.name in ("config.json", INDEX) or p.suffix == ".safetensors"]
+    return folder, {p.name: p.read_bytes() for p in files}
+
+
+@pytest.fixture(scope="module")
+def calibration(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "calibration.txt"
+    path.write_text("the quick brown fox " * 20)
+    return path
+
+
+METHODS = [
+    ["--method", "rtn"],
+    ["--method", "bismooth"],
+    ["--method", "mixed", "--group-size", "32"],
+]
+
+
+def assert_whole_or_absent(folder: Path, out: Path, options: list) -> None:
+    code, message = run("convert", folder, out, *options)
+    assert code in (0, 2), message
+    assert out.exists() == (code == 0) and not out.with_name("out.partial").exists()
+    if code == 0:
+        config = json.loads((out / "config.json").read_text())
+        assert config["quantization_config"]["quant_method"] == "compressed-tensors"
+        written, original = Checkpoint(out, dtypes=(*FLOAT_DTYPES, "I8")), Source(folder)
+        linears = {f"model.layers.{i}.{n}.weight" for i, layer in enumerate(original.layers) for n in layer.linears}
+        assert linears == {name for name, header in written.headers.items() if header.dtype == "I8"}
+        assert written.headers.keys() == original.checkpoint.headers.keys() | {f"{name}_scale" for name in linears}
+        for name, header in written.headers.items():
+            if math.prod(header.shape):
+                written.read(name)
+    else:
+        assert message.strip()
+
+
+@settings(max_examples=EXAMPLES)
+@given(data=st.data())
+def test_mutated_json(source, calibration, tmp_path_factory, data):
+    folder, originals = source
+    out = tmp_path_factory.mktemp("out") / "out"
+    names = data.draw(st.lists(st.sampled_from(sorted(originals)), min_size=1, max_size=2, unique=True))
+    options = data.draw(st.sampled_from([*METHODS, ["--calibration", calibration]]))
+    try:
+        for name in names:
+            (folder / name).write_bytes(mutated(originals[name], name.endswith(".safetensors"), data))
+        assert_whole_or_absent(folder, out, options)
+    finally:
+        for name in names:
+            (folder / name).write_bytes(originals[name])
+
+
+@settings(max_examples=EXAMPLES)
+@given(data=st.data())
+def test_flipped_bytes(source, tmp_path_factory, data):
+    folder, originals = source
+    out = tmp_path_factory.mktemp("out") / "out"
+    name = data.draw(st.sampled_from(sorted(originals)))
+    try:
+        (folder / name).write_bytes(flipped(originals[name], data))
+        assert_whole_or_absent(folder, out, data.draw(st.sampled_from(METHODS)))
+    finally:
+        (folder / name).write_bytes(originals[name])
