@@ -201,8 +201,7 @@ class Calibration:
 
         def recorder(site: str) -> Callable:
             def record(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-                low, high = inputs[0].flatten(0, -2).aminmax(dim=0)
-                extent = torch.maximum(-low, high).float()
+                extent = inputs[0].flatten(0, -2).abs().amax(dim=0).float()
                 seen[site] = torch.maximum(seen[site], extent) if site in seen else extent
 
             return record
