@@ -156,6 +156,7 @@ CASES = {
         poison(float("inf"), "model.embed_tokens.weight"),
         ["model.embed_tokens.weight", "inf at [3, 5]"],
     ),
+    "values that no model has": (poison(3e38), [Q, "values beyond 1e19", "repair"]),
     "quantized, by config": (config(quantization_config={"quant_method": "gptq"}), ["already quantized", "'gptq'"]),
     "quantized, by dtype": (
         lambda f: edit_shard(f, lambda t: t.update({Q: t[Q].to(torch.int8)})),
@@ -330,6 +331,13 @@ def test_calibration_is_refused(make_checkpoint, tmp_path, case):
     if data is not None:
         (tmp_path / name).write_bytes(data)
     assert_refused(tmp_path, make_checkpoint(), parts, "--calibration", tmp_path / name)
+
+
+def test_values_that_overflow_in_smoothing(make_checkpoint, tmp_path):
+    """The result would hold infinite scales, without a word."""
+    source = make_checkpoint()
+    edit_shard(source, lambda tensors: tensors[Q].fill_(3e38))
+    assert_refused(tmp_path, source, [Q, "beyond 1e19 after smoothing"])
 
 
 def test_checkpoint_without_tokenizer(make_checkpoint, tmp_path, calibration_text):

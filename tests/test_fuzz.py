@@ -3,11 +3,13 @@
 import json
 import math
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -110,13 +112,21 @@ def flipped(content: bytes, data: st.DataObject) -> bytes:
     return bytes(changed)
 
 
+class Sample(NamedTuple):
+    folder: Path
+    originals: dict[str, bytes]
+
+    def __repr__(self) -> str:  # a failure need not show all the weights
+        return f"Sample({self.folder})"
+
+
 @pytest.fixture(scope="module", params=["llama", "qwen3_moe"])
 def source(request, tmp_path_factory):
-    """A checkpoint and what its config, index and shards hold."""
+    """A checkpoint, and what its config, index and shards hold."""
     folder = tmp_path_factory.mktemp("fuzz") / "source"
     write_checkpoint(folder, tiny_model(request.param, num_hidden_layers=2))
     files = [p for p in folder.iterdir() if p.name in ("config.json", INDEX) or p.suffix == ".safetensors"]
-    return folder, {p.name: p.read_bytes() for p in files}
+    return Sample(folder, {p.name: p.read_bytes() for p in files})
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +148,7 @@ def assert_whole_or_absent(folder: Path, out: Path, options: list) -> None:
     assert code in (0, 2), message
     assert out.exists() == (code == 0) and not out.with_name("out.partial").exists()
     if code == 0:
+        json.loads((out / "report.json").read_text(), parse_constant=pytest.fail)  # NaN is no JSON
         config = json.loads((out / "config.json").read_text())
         assert config["quantization_config"]["quant_method"] == "compressed-tensors"
         written, original = Checkpoint(out, dtypes=(*FLOAT_DTYPES, "I8")), Source(folder)
@@ -178,3 +189,76 @@ def test_flipped_bytes(source, tmp_path_factory, data):
         assert_whole_or_absent(folder, out, data.draw(st.sampled_from(METHODS)))
     finally:
         (folder / name).write_bytes(originals[name])
+
+
+ITEM = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8, "I8": 1, "F8_E4M3": 1}
+DTYPES = st.sampled_from(["BF16", "F16", "F32"] * 3 + ["F64", "I8", "F8_E4M3"])
+NAMES = st.text(max_size=6) | st.sampled_from(["model.layers.0.x", "model.layers.7.mlp.up_proj.weight", "é\n\0", "."])
+FILLS = [bytes(8), b"\x01" * 8, b"\x7f" * 8, b"\x7b" * 8, b"\x00\x80" * 4]
+"""Zeros, subnormals, the largest numbers of fp32 and bf16 (NaN in fp16), large ones, negative zeros."""
+
+
+def read_tensors(folder: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
+    checkpoint = Checkpoint(folder)
+    return {
+        name: (header.dtype, header.shape, checkpoint.read(name).view(-1).view(torch.uint8).numpy().tobytes())
+        for name, header in checkpoint.headers.items()
+    }
+
+
+def write_tensors(path: Path, tensors: dict[str, tuple[str, tuple[int, ...], bytes]]) -> None:
+    entries, end = {}, 0
+    for name, (dtype, shape, content) in tensors.items():
+        begin, end = end, end + len(content)
+        entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+    header = json.dumps(entries).encode()
+    contents = b"".join(content for _, _, content in tensors.values())
+    path.write_bytes(len(header).to_bytes(8, "little") + header + contents)
+
+
+@settings(max_examples=EXAMPLES)
+@given(data=st.data())
+def test_mutated_tensors(source, calibration, tmp_path_factory, data):
+    """Sound files with other tensors in them: other names, dtypes, shapes and extreme values."""
+    folder, _ = source
+    scratch = tmp_path_factory.mktemp("tensors")
+    changed = scratch / "source"
+    shutil.copytree(folder, changed, ignore=shutil.ignore_patterns("*.safetensors*"))
+    tensors = read_tensors(folder)
+    for _ in range(data.draw(st.integers(1, 4), label="changes")):
+        name = data.draw(st.sampled_from(sorted(tensors)))
+        dtype, shape, content = tensors[name]
+        match data.draw(st.sampled_from(["fill", "fill", "dtype", "shape", "name", "drop", "add"])):
+            case "fill":
+                pass
+            case "dtype":
+                dtype = data.draw(DTYPES)
+            case "shape":
+                shape = data.draw(st.permutations(shape) | st.lists(st.integers(0, 100), max_size=2))
+            case "name":
+                del tensors[name]
+                name = data.draw(NAMES)
+            case "drop":
+                if len(tensors) > 1:
+                    del tensors[name]
+                continue
+            case "add":
+                name = data.draw(NAMES)
+        fill = data.draw(st.sampled_from(FILLS))
+        tensors[name] = (dtype, shape, (fill * math.prod(shape))[: ITEM[dtype] * math.prod(shape)])
+    write_tensors(changed / "model.safetensors", tensors)
+    options = data.draw(st.sampled_from([*METHODS, ["--calibration", calibration]]))
+    assert_whole_or_absent(changed, scratch / "out", options)
+
+
+@settings(max_examples=EXAMPLES)
+@given(data=st.data())
+def test_mutated_config(source, calibration, tmp_path_factory, data):
+    """In calibration, where transformers reads the whole of it."""
+    folder, originals = source
+    out = tmp_path_factory.mktemp("out") / "out"
+    try:
+        (folder / "config.json").write_bytes(mutated(originals["config.json"], False, data))
+        assert_whole_or_absent(folder, out, ["--calibration", calibration, "--calibration-tokens", "64"])
+    finally:
+        (folder / "config.json").write_bytes(originals["config.json"])

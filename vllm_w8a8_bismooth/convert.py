@@ -273,6 +273,7 @@ class _Run:
                 for start, codes, scale in quantize_folded(block[name], fold, group_size, loss):
                     writer.add_rows(prefix + name, start, codes.cpu())
                     writer.add_rows(f"{prefix}{name}_scale", start, scale.cpu())
+                self.check_range(prefix + name, loss.power)
                 linears[prefix + linear] = {
                     "group_size": group_size,
                     "column_error": loss.column_error(),
@@ -281,9 +282,20 @@ class _Run:
             elif name in smoothing.vectors:
                 writer.add(prefix + name, smoothing.vectors[name].cpu())
             else:
-                writer.add(prefix + name, (fold.apply(block[name]) if fold else block[name]).cpu())
+                kept = fold.apply(block[name]) if fold else block[name]
+                self.check_range(prefix + name, kept)
+                writer.add(prefix + name, kept.cpu())
             block.drop(name)
         return {"linears": linears, "sites": [asdict(site) for site in smoothing.sites]}
+
+    def check_range(self, name: str, values: torch.Tensor) -> None:
+        """Raises :class:`BismoothError` if a tensor, or what was summed up of it, left the range of its dtype."""
+        if not values.isfinite().all():
+            smoothed = " after smoothing" if self.recipe.method == "bismooth" else ""
+            raise BismoothError(
+                f"tensor {name} holds values beyond 1e19{smoothed}, whose squares fp32 cannot hold; no sound model has "
+                "such weights, repair it"
+            )
 
 
 def device_of(name: str) -> torch.device:
