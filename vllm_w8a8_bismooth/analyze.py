@@ -9,7 +9,7 @@ import torch
 
 from vllm_w8a8_bismooth.architectures import BLOCK, Layer
 from vllm_w8a8_bismooth.checkpoint import AHEAD, ReadAhead
-from vllm_w8a8_bismooth.quantize import Fold, Loss, quantize_folded
+from vllm_w8a8_bismooth.quantize import ALONE, Fold, Threads, quantize_folded
 from vllm_w8a8_bismooth.source import Source
 
 VULNERABLE = 0.05
@@ -90,41 +90,40 @@ class Measure:
         return ""
 
 
-def measure(weight: torch.Tensor, group_size: int | None = None, search: bool = False) -> Measure:
+def measure(
+    weight: torch.Tensor, group_size: int | None = None, search: bool = False, threads: Threads = ALONE
+) -> Measure:
     """Measure a stored ``[N, K]`` weight.
 
     Args:
         weight: in its storage dtype, finite.
         group_size: measure this one too, if it divides K.
         search: without a ``group_size``, try :data:`GROUP_SIZES` on a vulnerable weight.
+        threads: that do the work.
     """
     rows, columns = weight.shape
-    loss, extents = Loss(columns, weight.device), []
-    for _, codes, scale in quantize_folded(weight, Fold(), None, loss):
-        extents.append(scale.view(-1) * codes.any(dim=1))  # an all-zero row has scale 1
+    extents = torch.empty(rows, device=weight.device)
+
+    def take(start: int, codes: torch.Tensor, scale: torch.Tensor) -> None:
+        extents[start : start + len(scale)] = scale.view(-1) * codes.any(dim=1) * 127  # an all-zero row has scale 1
+
+    loss = quantize_folded(weight, Fold(), take=take, threads=threads)
     error = loss.column_error()
     sizes = [group_size] if group_size else GROUP_SIZES if search and error > VULNERABLE else []
     groups: dict[int, float] = {}
     for size in sizes:
         if columns % size == 0:
-            groups[size] = _grouped_error(weight, size)
+            groups[size] = quantize_folded(weight, Fold(), size, threads=threads).column_error()
             if groups[size] <= VULNERABLE:
                 break
     return Measure(
         shape=(rows, columns),
         column_error=error,
         sqnr=loss.sqnr(),
-        columns=Extent.of(Fold().column_extent(weight)),
-        rows=Extent.of(torch.cat(extents) * 127),
+        columns=Extent.of(Fold().column_extent(weight, threads)),
+        rows=Extent.of(extents),
         groups=groups,
     )
-
-
-def _grouped_error(weight: torch.Tensor, group_size: int) -> float:
-    loss = Loss(weight.shape[1], weight.device)
-    for _ in quantize_folded(weight, Fold(), group_size, loss):
-        pass
-    return loss.column_error()
 
 
 def blocks(
@@ -138,12 +137,13 @@ def blocks(
     order = [BLOCK.format(i) + name for i, names in enumerate(linears) for name in names]
     # Two of the largest: one is worked on while the next is read.
     budget = 2 * max((source.checkpoint.headers[name].nbytes for name in order), default=0)
-    with ReadAhead(source.checkpoint, order, max(AHEAD, budget)) as reader:
+    with ReadAhead(source.checkpoint, order, max(AHEAD, budget)) as reader, Threads() as threads:
         for index, names in enumerate(linears):
             measured = {}
             for name in names:
                 full = BLOCK.format(index) + name
-                measured[name.removesuffix(".weight")] = measure(reader.take(full).to(device), group_size, search)
+                weight = reader.take(full).to(device)
+                measured[name.removesuffix(".weight")] = measure(weight, group_size, search, threads)
                 reader.release(full)
             yield index, measured
 

@@ -15,7 +15,7 @@ from vllm_w8a8_bismooth.checkpoint import AHEAD, CONFIG, Folder, ReadAhead, read
 from vllm_w8a8_bismooth.errors import BismoothError
 from vllm_w8a8_bismooth.journal import Journal, disk_errors, partial_folder
 from vllm_w8a8_bismooth.plan import Plan, check_group_size, check_space, chosen_by_name
-from vllm_w8a8_bismooth.quantize import Loss, quantize_folded
+from vllm_w8a8_bismooth.quantize import Threads, quantize_folded
 from vllm_w8a8_bismooth.recipe import Recipe
 from vllm_w8a8_bismooth.smooth import Smoothing, smooth_block
 from vllm_w8a8_bismooth.source import Source
@@ -195,7 +195,7 @@ class _Run:
         return chosen
 
     def outside(self, diary: Journal, writer: ShardWriter) -> dict[str, str]:
-        """Pass everything outside the blocks through, in pieces; returns the tensors' SHA-256."""
+        """Pass everything outside the blocks through, in pieces; returns the tensors' checksums."""
         digests = diary.record(_OUTSIDE)
         if digests is None:
             digests = {}
@@ -218,11 +218,11 @@ class _Run:
         if calibration is not None and first:
             calibration.hidden = diary.state(_unit(first - 1))["hidden"].to(self.device)
         names = [BLOCK.format(i) + name for i in range(first, len(source.layers)) for name in source.blocks[i]]
-        with ReadAhead(source.checkpoint, names, source.block_nbytes() + AHEAD) as reader:
+        with ReadAhead(source.checkpoint, names, source.block_nbytes() + AHEAD) as reader, Threads() as threads:
             for index in range(first, len(source.layers)):
                 block = _Lent(reader, BLOCK.format(index), source.blocks[index], self.device)
                 extents = self.extents(diary, calibration, index, block)
-                record = self.convert_block(index, block, extents, plan.grouped[index], writer)
+                record = self.convert_block(index, block, extents, plan.grouped[index], writer, threads)
                 record["digests"] = {name: reader.digests.pop(name) for name in block.full_names()}
                 writer.then(partial(diary.finish, _unit(index), record))
                 writer.then(partial(diary.forget, _unit(index - 1)))  # this block's state is where a run would go on
@@ -258,21 +258,21 @@ class _Run:
         extents: Mapping[str, torch.Tensor],
         grouped: set[str],
         writer: ShardWriter,
+        threads: Threads,
     ) -> dict[str, Any]:
         """Smooth, quantize and hand one block to the writer; returns what is to be reported of it."""
         source, layer, prefix = self.source, self.source.layers[index], BLOCK.format(index)
         smoothing = Smoothing()
         if self.recipe.method == "bismooth":
-            smoothing = smooth_block(block, extents, layer, source.sizes, self.recipe.alpha, source.architecture.offset)
+            offset = source.architecture.offset
+            smoothing = smooth_block(block, extents, layer, source.sizes, self.recipe.alpha, offset, threads)
         linears = {}
         for name in source.blocks[index]:
             linear, fold = layer.linear_of(name), smoothing.fold(name.removesuffix(".weight"))
             if linear is not None:
                 group_size = self.recipe.group_size if linear in grouped else None
-                loss = Loss(block[name].shape[1], self.device)
-                for start, codes, scale in quantize_folded(block[name], fold, group_size, loss):
-                    writer.add_rows(prefix + name, start, codes.cpu())
-                    writer.add_rows(f"{prefix}{name}_scale", start, scale.cpu())
+                take = partial(self.take, writer, prefix + name)
+                loss = quantize_folded(block[name], fold, group_size, take, threads)
                 self.check_range(prefix + name, loss.power)
                 linears[prefix + linear] = {
                     "group_size": group_size,
@@ -282,11 +282,17 @@ class _Run:
             elif name in smoothing.vectors:
                 writer.add(prefix + name, smoothing.vectors[name].cpu())
             else:
-                kept = fold.apply(block[name]) if fold else block[name]
+                kept = fold.apply(block[name], threads) if fold else block[name]
                 self.check_range(prefix + name, kept)
                 writer.add(prefix + name, kept.cpu())
             block.drop(name)
         return {"linears": linears, "sites": [asdict(site) for site in smoothing.sites]}
+
+    @staticmethod
+    def take(writer: ShardWriter, name: str, start: int, codes: torch.Tensor, scale: torch.Tensor) -> None:
+        """Write some rows of a quantized weight."""
+        writer.add_rows(name, start, codes.cpu())
+        writer.add_rows(f"{name}_scale", start, scale.cpu())
 
     def check_range(self, name: str, values: torch.Tensor) -> None:
         """Raises :class:`BismoothError` if a tensor, or what was summed up of it, left the range of its dtype."""

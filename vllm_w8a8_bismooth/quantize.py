@@ -1,12 +1,98 @@
 """Symmetric INT8 quantization of weights, per channel and per group."""
 
 import math
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 _PIECE = 2**19  # elements worked on at once: a few of its fp32 copies fit a core's cache
+_SLAB = 2**23  # elements that a thread takes at once; their codes are written at once
+
+
+class Memory(threading.local):
+    """What one thread works in, used again and again: faulting in fresh pages takes longer than the work on them."""
+
+    def __init__(self):
+        self._buffers: dict = {}
+
+    def get(self, role: str, rows: int, like: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """An uninitialized ``[rows, K]`` on the device of ``like`` ``[N, K]``; it holds until the role is asked for."""
+        size = rows * like.shape[1]
+        buffer = self._buffers.get((role, like.device))
+        if buffer is None or len(buffer) < size:
+            buffer = torch.empty(max(size, _PIECE), dtype=dtype, device=like.device)
+            self._buffers[role, like.device] = buffer
+        return buffer[:size].view(rows, like.shape[1])
+
+
+class Threads:
+    """Work on a weight's rows, some at a time, on all cores: torch's own threads would meet after each small step.
+
+    Use as a context manager. A GPU is given its work by the calling thread alone, as is everything outside the context.
+    """
+
+    def __init__(self):
+        self._memory = Memory()
+        self._pool: ThreadPoolExecutor | None = None
+
+    def __enter__(self) -> "Threads":
+        cores = torch.get_num_threads()
+        count = cores + 1  # some wait for the disk
+        barrier = threading.Barrier(count)
+
+        def begin() -> None:
+            torch.get_num_threads()  # without a first look, a thread later takes over what everybody has
+            torch.set_num_threads(1)
+            barrier.wait()
+
+        self._pool = ThreadPoolExecutor(count)
+        for begun in [self._pool.submit(begin) for _ in range(count)]:
+            begun.result()
+        torch.set_num_threads(cores)  # part of what a thread sets is everybody's
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._pool.shutdown(cancel_futures=True)
+        self._pool = None
+
+    def over(
+        self,
+        weight: torch.Tensor,
+        fold: "Fold",
+        work: Callable[[int, int, Iterator[tuple[int, torch.Tensor]], Memory], Any],
+    ) -> Iterator[Any]:
+        """Share the rows of a stored weight out, a slab a call; yields the results in order.
+
+        ``work(first row, rows, pieces, memory)`` is given the slab's folded rows in pieces, each with its first row
+        within the slab; a piece holds until the next one. Row by row that is the folding of the whole at once.
+        """
+        step, slab = (max(1, size // max(1, weight.shape[1])) for size in (_PIECE, _SLAB))
+        slab -= slab % step
+
+        def pieces(start: int, end: int) -> Iterator[tuple[int, torch.Tensor]]:
+            for first in range(start, end, step):
+                stored = weight[first : min(first + step, end)]
+                piece = self._memory.get("piece", len(stored), weight).copy_(stored)
+                if fold.rows is not None:
+                    piece /= fold.rows[first : first + len(stored)].unsqueeze(1)
+                if fold.columns is not None:
+                    piece *= fold.columns
+                yield first - start, piece
+
+        def one(start: int) -> Any:
+            end = min(start + slab, len(weight))
+            return work(start, end - start, pieces(start, end), self._memory)
+
+        starts = range(0, len(weight), slab)
+        return map(one, starts) if self._pool is None or weight.is_cuda else self._pool.map(one, starts)
+
+
+ALONE = Threads()
+"""The calling thread."""
 
 
 @dataclass(frozen=True)
@@ -20,36 +106,25 @@ class Fold:
         """Whether it does anything."""
         return self.rows is not None or self.columns is not None
 
-    def pieces(self, weight: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
-        """First row and folded fp32 rows of a stored weight, a bounded number at a time.
-
-        Row by row the result is that of folding the whole at once. All pieces share one memory, because faulting in
-        fresh pages takes longer than the work on them: a piece holds until the next one is asked for.
-        """
-        step = max(1, _PIECE // weight.shape[1])
-        memory = torch.empty(step, weight.shape[1], device=weight.device)
-        for start in range(0, len(weight), step):
-            stored = weight[start : start + step]
-            piece = memory[: len(stored)].copy_(stored)
-            if self.rows is not None:
-                piece /= self.rows[start : start + step].unsqueeze(1)
-            if self.columns is not None:
-                piece *= self.columns
-            yield start, piece
-
-    def apply(self, weight: torch.Tensor) -> torch.Tensor:
+    def apply(self, weight: torch.Tensor, threads: Threads = ALONE) -> torch.Tensor:
         """The whole folded weight, in its own dtype."""
         folded = torch.empty_like(weight)
-        for start, piece in self.pieces(weight):
-            folded[start : start + len(piece)] = piece
+
+        def work(start: int, rows: int, pieces: Iterator[tuple[int, torch.Tensor]], memory: Memory) -> None:
+            for first, piece in pieces:
+                folded[start + first : start + first + len(piece)] = piece
+
+        for _ in threads.over(weight, self, work):
+            pass
         return folded
 
-    def column_extent(self, weight: torch.Tensor) -> torch.Tensor:
+    def column_extent(self, weight: torch.Tensor, threads: Threads = ALONE) -> torch.Tensor:
         """fp32 ``[K]``: largest magnitude of each column of the folded weight."""
-        extent = torch.zeros(weight.shape[1], device=weight.device)
-        for _, piece in self.pieces(weight):
-            extent = torch.maximum(extent, piece.abs_().amax(dim=0))
-        return extent
+
+        def work(start: int, rows: int, pieces: Iterator[tuple[int, torch.Tensor]], memory: Memory) -> torch.Tensor:
+            return torch.stack([piece.abs_().amax(dim=0) for _, piece in pieces]).amax(dim=0)
+
+        return torch.stack(list(threads.over(weight, self, work))).amax(dim=0)
 
 
 class Loss:
@@ -62,11 +137,6 @@ class Loss:
 
     def __init__(self, columns: int, device: torch.device | str = "cpu"):
         self.error, self.power = (torch.zeros(columns, dtype=torch.float64, device=device) for _ in range(2))
-
-    def add(self, weight: torch.Tensor, quantized: torch.Tensor) -> None:
-        """Take some rows: fp32 ``[n, K]`` before, and what they became. Both are overwritten."""
-        self.error += quantized.sub_(weight).square_().sum(dim=0)
-        self.power += weight.square_().sum(dim=0)
 
     def column_error(self) -> float:
         """Mean over input columns of the relative error that INT8 leaves in them.
@@ -129,30 +199,42 @@ def dequantize_weight(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 
 def quantize_folded(
-    weight: torch.Tensor, fold: Fold, group_size: int | None, loss: Loss
-) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    weight: torch.Tensor,
+    fold: Fold,
+    group_size: int | None = None,
+    take: Callable[[int, torch.Tensor, torch.Tensor], None] = lambda start, codes, scale: None,
+    threads: Threads = ALONE,
+) -> Loss:
     """Fold and quantize a stored weight some rows at a time, without an fp32 copy of the whole.
 
     Args:
         weight: ``[N, K]`` in its storage dtype, finite.
         fold: what to do before rounding.
         group_size: see :func:`quantize_weight`, whose codes and scales these are.
-        loss: is told of all rows.
-
-    Yields:
-        The first row, int8 codes ``[n, K]`` and fp32 scales ``[n, G]`` of ``n`` rows. The codes hold until the next
-        ones are asked for.
+        take: called with the first row, int8 codes ``[n, K]`` and fp32 scales ``[n, G]`` of ``n`` rows, from any thread
+            and in any order. The codes do not outlive the call.
+        threads: that do the work.
 
     Raises:
         ValueError: K is not a multiple of ``group_size``.
     """
-    rounded = codes = None
-    for start, piece in fold.pieces(weight):
-        if rounded is None:
-            rounded, codes = torch.empty_like(piece), torch.empty_like(piece, dtype=torch.int8)
-        n = len(piece)
-        scale = _quantize(piece, group_size, rounded[:n], codes[:n])
-        groups = rounded[:n].view(n, scale.shape[1], -1)
-        groups *= scale.unsqueeze(-1)
-        loss.add(piece, rounded[:n])
-        yield start, codes[:n], scale
+    loss = Loss(weight.shape[1], weight.device)
+
+    def work(start: int, rows: int, pieces: Iterator[tuple[int, torch.Tensor]], memory: Memory) -> Loss:
+        codes, scales = memory.get("codes", rows, weight, torch.int8), []
+        cost = Loss(weight.shape[1], weight.device)
+        for first, piece in pieces:
+            rounded = memory.get("rounded", len(piece), weight)
+            scale = _quantize(piece, group_size, rounded, codes[first : first + len(piece)])
+            groups = rounded.view(len(piece), scale.shape[1], -1)
+            groups *= scale.unsqueeze(-1)
+            cost.error += rounded.sub_(piece).square_().sum(dim=0)
+            cost.power += piece.square_().sum(dim=0)
+            scales.append(scale)
+        take(start, codes, torch.cat(scales))
+        return cost
+
+    for cost in threads.over(weight, fold, work):  # in order, so that the sums are the same every time
+        loss.error += cost.error
+        loss.power += cost.power
+    return loss

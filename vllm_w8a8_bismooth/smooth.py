@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 
 from vllm_w8a8_bismooth.architectures import Layer, Site
-from vllm_w8a8_bismooth.quantize import Fold
+from vllm_w8a8_bismooth.quantize import ALONE, Fold, Threads
 
 
 @dataclass(frozen=True)
@@ -121,6 +121,7 @@ def smooth_block(
     sizes: Mapping[str, int],
     alpha: float,
     offset: float = 0.0,
+    threads: Threads = ALONE,
 ) -> Smoothing:
     """The smoothing of one decoder block; applied, it does not change the block's function.
 
@@ -131,6 +132,7 @@ def smooth_block(
         sizes: of the architecture.
         alpha: see :func:`balance`.
         offset: of the architecture's norms, see :func:`fold_vector`.
+        threads: that look through the weights.
     """
     smoothing = Smoothing()
     for site in layer.sites:
@@ -139,7 +141,7 @@ def smooth_block(
         activation = activations[site.name]
         weight = torch.stack(
             [
-                smoothing.fold(consumer).column_extent(block[f"{consumer}.weight"])
+                smoothing.fold(consumer).column_extent(block[f"{consumer}.weight"], threads)
                 for consumer in site.consumers
                 if consumer in layer.linears
             ]

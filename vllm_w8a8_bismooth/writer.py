@@ -1,16 +1,16 @@
 """Write the shards of a checkpoint piece by piece."""
 
-import hashlib
 import json
 import os
 import shutil
+import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
-from vllm_w8a8_bismooth.checkpoint import INDEX, Checkpoint, sha256
+from vllm_w8a8_bismooth.checkpoint import INDEX, Checkpoint, Checksum, sha256
 from vllm_w8a8_bismooth.journal import disk_errors
 
 SHARD_SIZE = "5GB"
@@ -52,7 +52,7 @@ def split(tensors: Mapping[str, torch.Tensor]):
 
 
 class ShardWriter:
-    """Writes tensors, or rows of them, to their places in shards that are laid out beforehand.
+    """Writes tensors, or rows of them, to their places in shards that are laid out beforehand, from any thread.
 
     Args:
         folder: to write into.
@@ -77,6 +77,7 @@ class ShardWriter:
         self.written = 0
         self._offsets: dict[str, int] = {}
         self._open: dict[str, int] = {}
+        self._turn = threading.Lock()
         self._flushing: list[Future] = []
         self._thread = ThreadPoolExecutor(1)
 
@@ -99,8 +100,8 @@ class ShardWriter:
         self._write(name, start * rows.shape[1], rows)
 
     def copy_tensor(self, name: str, checkpoint: Checkpoint) -> str:
-        """Pass a tensor through as it is, without holding the whole; returns the SHA-256 of its bytes."""
-        digest, first = hashlib.sha256(), 0
+        """Pass a tensor through as it is, without holding the whole; returns its checksum."""
+        digest, first = Checksum(), 0
         for piece in checkpoint.pieces(name, digest):
             self._write(name, first, piece)
             first += piece.numel()
@@ -139,13 +140,14 @@ class ShardWriter:
     def _write(self, name: str, first: int, values: torch.Tensor) -> None:
         file = self._plan.tensor_to_filename[name]
         view = memoryview(values.contiguous().view(-1).view(torch.uint8).numpy())
-        with disk_errors(self._destination):
+        # One at a time: a file takes one writer, and the kernel lets the others spin.
+        with disk_errors(self._destination), self._turn:
             if file not in self._open:
                 self._lay_out(file)
             start, done = self._offsets[name] + first * values.element_size(), 0
             while done < len(view):
                 done += os.pwrite(self._open[file], view[done:], start + done)
-        self.written += len(view)
+            self.written += len(view)
 
     def _lay_out(self, file: str) -> None:
         """Open a shard, with its header and full length; what an earlier run wrote into it stays."""
@@ -153,7 +155,8 @@ class ShardWriter:
         descriptor = os.open(self._folder / file, os.O_RDWR | os.O_CREAT, 0o666)
         self._open[file] = descriptor
         os.pwrite(descriptor, head, 0)
-        os.truncate(descriptor, len(head) + sum(self._tensors[name].nbytes for name in self.files[file]))
+        # Not truncated to this length: filling a hole piece by piece takes several times as long.
+        os.posix_fallocate(descriptor, 0, len(head) + sum(self._tensors[name].nbytes for name in self.files[file]))
         self._offsets |= offsets
 
 
