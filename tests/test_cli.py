@@ -164,8 +164,11 @@ def test_interrupt_is_one_line(make_checkpoint, tmp_path):
         with contextlib.suppress(OSError):  # until it reads
             writer = os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
+    for _ in range(5):  # an interrupt that meets a destructor is lost, as Python has it
+        process.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            _, said = process.communicate(timeout=15)
+            break
     os.close(writer)
     assert process.returncode == 130 and said == "Interrupted; the same command goes on from there\n", said
 
