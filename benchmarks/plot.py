@@ -71,6 +71,33 @@ def throughput_table() -> str:
     return "\n".join(lines)
 
 
+def conversions_table() -> str:
+    """Conversions beside llm-compressor's: seconds, CPU seconds, peak memory; medians of the turns."""
+    lines = [
+        "| conversion | blocks | seconds | less the peer's imports | CPU seconds | peak GB |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
+    for row in load("convert.json"):
+        median = row["median"]
+        inside = f"{median['inside_seconds']:.0f}" if "inside_seconds" in median else ""
+        cells = (
+            f"{median['seconds']:.0f}",
+            inside,
+            f"{median['cpu_seconds']:.0f}",
+            f"{median['peak_rss_bytes'] / 1e9:.2f}",
+        )
+        lines.append(f"| {row['arm']} | {row['blocks']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def conversion_targets_table() -> str:
+    """What was promised of conversions, and what was measured."""
+    lines = ["| target | at most | measured |", "|---|--:|--:|"]
+    for target in json.loads((RESULTS / "convert.json").read_text())["targets"]:
+        lines.append(f"| {target['name']} | {target['target']:g} | {target['measured']:.3g} |")
+    return "\n".join(lines)
+
+
 def collapse() -> None:
     """KL to bf16 of each INT8 arm of the demo."""
     rows = {row["arm"]: row for row in load("demo.json")}
@@ -96,4 +123,5 @@ def collapse() -> None:
 
 if __name__ == "__main__":
     collapse()
-    print(demo_table(), accuracy_table(), gemm_table(), throughput_table(), sep="\n\n")
+    tables = (demo_table, accuracy_table, gemm_table, throughput_table, conversions_table, conversion_targets_table)
+    print(*(table() for table in tables), sep="\n\n")

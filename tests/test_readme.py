@@ -8,7 +8,17 @@ from benchmarks import plot
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
 
-@pytest.mark.parametrize("table", [plot.demo_table, plot.accuracy_table, plot.gemm_table, plot.throughput_table])
+TABLES = (
+    plot.demo_table,
+    plot.accuracy_table,
+    plot.gemm_table,
+    plot.throughput_table,
+    plot.conversions_table,
+    plot.conversion_targets_table,
+)
+
+
+@pytest.mark.parametrize("table", TABLES)
 def test_tables_are_the_committed_results(table):
     assert table() in README
 

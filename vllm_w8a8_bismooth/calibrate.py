@@ -156,7 +156,7 @@ class Calibration:
         from transformers import AutoModel
 
         checkpoint = source.checkpoint
-        self._source, self._device = source, device
+        self._source = source
         # The embedding's rows are read one by one: only those that occur exist.
         used, compact = tokens.unique(return_inverse=True)
         rows = torch.cat([checkpoint.rows(EMBEDDING, int(i), 1) for i in used])
