@@ -114,6 +114,24 @@ def test_killed_runs_are_resumed(make_checkpoint, tmp_path, call):
     assert digests(out) == digests(tmp_path / "whole") and not out.with_name("out.partial").exists()
 
 
+def test_a_state_that_is_gone_starts_the_run_anew(make_checkpoint, tmp_path, calibration_text):
+    source, text, recipe = make_checkpoint(), read_text(calibration_text), Recipe.of("bismooth", calibration_tokens=500)
+
+    def interrupted(stage, done, total, written):
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, tmp_path / "out", recipe, text, progress=interrupted)
+    states = list((tmp_path / "out.partial" / ".bismooth").glob("*.safetensors"))
+    assert states
+    for state in states:
+        state.write_bytes(b"spoilt")
+    with pytest.raises(BismoothError, match="the state behind block 1 is gone.*starts anew"):
+        convert(source, tmp_path / "out", recipe, text)
+    assert convert(source, tmp_path / "out", recipe, text).resumed == 0
+
+
 def test_an_unfinished_run_is_not_continued_as_another(make_checkpoint, tmp_path, calibration_text, monkeypatch):
     source, out = make_checkpoint(), tmp_path / "out"
     with monkeypatch.context() as patch:

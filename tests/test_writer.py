@@ -1,4 +1,7 @@
 import json
+import os
+import threading
+from functools import partial
 from unittest.mock import patch
 
 import pytest
@@ -57,6 +60,29 @@ def test_an_error_of_the_disk_is_reported_by_the_next_call(tmp_path):
     with pytest.raises(Interrupted, match="out: cannot be written .*No such file.*goes on where it stopped"), writer:
         writer.add("a", torch.ones(2))
         writer.finish()
+
+
+def test_nothing_is_done_behind_a_flush_that_failed(tmp_path, monkeypatch):
+    """A block that is not safe on disk must not be followed by one that is marked as done, or a state that is gone."""
+    done, begun = [], threading.Event()
+    fdatasync, calls = os.fdatasync, []
+
+    def failing(descriptor):
+        begun.wait()
+        calls.append(descriptor)
+        if len(calls) == 1:
+            raise OSError(5, "Input/output error")
+        fdatasync(descriptor)
+
+    monkeypatch.setattr(os, "fdatasync", failing)
+    writer = ShardWriter(tmp_path, tmp_path / "out", {"a": torch.ones(2, device="meta")})
+    with pytest.raises(Interrupted, match="Input/output error"), writer:
+        writer.add("a", torch.ones(2))
+        for action in (1, 2):
+            writer.then(partial(done.append, action))
+        begun.set()
+        writer.finish()
+    assert done == []
 
 
 @pytest.mark.parametrize(

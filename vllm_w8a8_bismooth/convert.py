@@ -216,7 +216,12 @@ class _Run:
         first = len(records)
         self.progress("convert", first, len(source.layers), writer.written)
         if calibration is not None and first:
-            calibration.hidden = diary.state(_unit(first - 1))["hidden"].to(self.device)
+            if (state := diary.state(_unit(first - 1))) is None:
+                raise BismoothError(
+                    f"{diary.partial}: the state behind block {first - 1} is gone, from which calibration would go on; "
+                    "run the same command again, which starts anew"
+                )
+            calibration.hidden = state["hidden"].to(self.device)
         names = [BLOCK.format(i) + name for i in range(first, len(source.layers)) for name in source.blocks[i]]
         with ReadAhead(source.checkpoint, names, source.block_nbytes() + AHEAD) as reader, Threads() as threads:
             for index in range(first, len(source.layers)):

@@ -153,11 +153,14 @@ class Journal:
         self._write(f"{unit}.json", record)
 
     def state(self, unit: str) -> dict[str, torch.Tensor] | None:
-        """Tensors that :meth:`keep` stored, bit for bit; ``None`` if there are none."""
+        """Tensors that :meth:`keep` stored, bit for bit; ``None`` if there are none, or a power cut spoilt them."""
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        path = self._folder / f"{unit}.safetensors"
-        return load_file(path) if path.exists() else None
+        try:
+            return load_file(self._folder / f"{unit}.safetensors")
+        except (FileNotFoundError, SafetensorError):
+            return None
 
     def keep(self, unit: str, tensors: Mapping[str, torch.Tensor]) -> None:
         """Store tensors from which a later run can go on."""

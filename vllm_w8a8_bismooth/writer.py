@@ -78,6 +78,7 @@ class ShardWriter:
         self._offsets: dict[str, int] = {}
         self._open: dict[str, int] = {}
         self._turn = threading.Lock()
+        self._failed = False
         self._flushing: list[Future] = []
         self._thread = ThreadPoolExecutor(1)
 
@@ -108,13 +109,20 @@ class ShardWriter:
         return digest.hexdigest()
 
     def then(self, action: Callable[[], None]) -> None:
-        """Call ``action`` once everything written so far is safe on disk. A thread waits for that."""
+        """Call ``action`` once everything written so far is safe on disk; never behind one that failed.
+
+        A thread waits for the disk; what goes wrong there surfaces in a later call.
+        """
         open_now = tuple(self._open.values())
 
         def flush() -> None:
+            if self._failed:
+                return
+            self._failed = True
             for descriptor in open_now:
                 os.fdatasync(descriptor)
             action()
+            self._failed = False
 
         self._collect(only_done=True)
         self._flushing.append(self._thread.submit(flush))
