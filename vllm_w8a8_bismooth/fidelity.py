@@ -9,8 +9,6 @@ folded into it. If the ranges of a producer's rows and its consumers' columns do
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from math import inf, log10
 from typing import Any
@@ -19,7 +17,7 @@ import torch
 
 from vllm_w8a8_bismooth.architectures import BLOCK, Layer, Site
 from vllm_w8a8_bismooth.checkpoint import CONFIG, Checkpoint, sha256
-from vllm_w8a8_bismooth.quantize import dequantize_weight
+from vllm_w8a8_bismooth.quantize import Threads, dequantize_weight
 from vllm_w8a8_bismooth.report import place_of
 from vllm_w8a8_bismooth.smooth import gather, rows_of, spread
 from vllm_w8a8_bismooth.source import Source
@@ -73,12 +71,12 @@ class Match:
 
 
 def match(
-    pool: Executor, source: Checkpoint, result: Checkpoint, name: str, columns: torch.Tensor, free: slice
+    threads: Threads, source: Checkpoint, result: Checkpoint, name: str, columns: torch.Tensor, free: slice
 ) -> Match:
     """Compare a linear with its source, a few rows a thread in memory at a time.
 
     Args:
-        pool: see :func:`workers`.
+        threads: that do the work.
         source, result: the two checkpoints.
         name: of the weight, in both.
         columns: fp32 ``[K]`` factors claimed for the columns; 0 where nothing is known and nothing depends on it.
@@ -118,22 +116,11 @@ def match(
         return possible, float(claimed.square().sum()), float(stored.sub_(claimed).square_().sum())
 
     power = error = 0.0
-    for possible, more_power, more_error in pool.map(compare, range(0, rows, step)):
+    for possible, more_power, more_error in threads.map(compare, range(0, rows, step)):
         found.columns.narrow(possible.low, possible.high)
         power, error = power + more_power, error + more_error
     found.sqnr = 10 * log10(power / error) if error > 0 and power > 0 else None
     return found
-
-
-@contextmanager
-def workers() -> Iterator[Executor]:
-    """Threads that overlap reading with work, each on one core: torch's own threads would fight over the cores."""
-    threads = torch.get_num_threads()
-    try:
-        with ThreadPoolExecutor(min(16, max(4, threads)), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            yield pool
-    finally:
-        torch.set_num_threads(threads)
 
 
 class Comparison:
@@ -199,9 +186,9 @@ class Comparison:
                 measured and no more.
             progress: called as ``progress("compare", done, blocks)``.
         """
-        with workers() as pool:
+        with Threads() as threads:
             for index, layer in enumerate(self.source.layers):
-                _Block(self, index, layer).compare(pool, judge)
+                _Block(self, index, layer).compare(threads, judge)
                 progress("compare", index + 1, len(self.source.layers))
 
     def both(self, name: str) -> bool:
@@ -243,7 +230,7 @@ class _Block:
         self.matches: dict[str, Match] = {}
         self.folded = {f"{site.producer}.weight" for site in layer.sites if site.producer in layer.vectors}
 
-    def compare(self, pool: Executor, judge: bool) -> None:
+    def compare(self, threads: Threads, judge: bool) -> None:
         for site in self.layer.sites:
             if site.producer in self.layer.vectors:
                 gave = self._norm(f"{self.prefix}{site.producer}.weight")
@@ -251,10 +238,10 @@ class _Block:
             else:
                 start, width = rows_of(site, self.layer, self.all.source.sizes)
                 self.free[site.producer] = slice(start, start + width)
-        self._match(pool, [linear for linear in self.linears if linear in self.free])
+        self._match(threads, [linear for linear in self.linears if linear in self.free])
         for site in self._between_linears():
             self.claims |= {c: self._spread(1 / self.matches[site.producer].factor, c) for c in site.consumers}
-        self._match(pool, [linear for linear in self.linears if linear not in self.free])
+        self._match(threads, [linear for linear in self.linears if linear not in self.free])
         if judge:
             self._judge_linears()
             for site in self.layer.sites:
@@ -284,12 +271,12 @@ class _Block:
             self.all.fault(name, f"has lost the gain of {int(dead.sum())} channels ({_first(dead)})", _FUNCTION)
         return torch.where(new == 0, 0.0, old / new)
 
-    def _match(self, pool: Executor, linears: list[str]) -> None:
+    def _match(self, threads: Threads, linears: list[str]) -> None:
         for linear in linears:
             columns = self.claims.get(linear)
             columns = torch.ones(self._columns(linear)) if columns is None else columns
             free, name = self.free.get(linear, slice(0, 0)), f"{self.prefix}{linear}.weight"
-            found = self.matches[linear] = match(pool, self.source, self.result, name, columns, free)
+            found = self.matches[linear] = match(threads, self.source, self.result, name, columns, free)
             self.all.linears[self.prefix + linear]["sqnr"] = found.sqnr
 
     def _judge_linears(self) -> None:

@@ -140,9 +140,9 @@ class Needs:
     seconds: float
 
 
-# Measured on two cores of a 2025 server CPU, and good for no more than telling minutes from hours.
-_BYTES_PER_CORE_SECOND = 4e8
-_FLOP_PER_CORE_SECOND = 1.5e11
+# As benchmarks/results/convert.json has them, from two cores with AVX-512 BF16; they tell minutes from hours, no more.
+_BYTES_PER_CORE_SECOND = 1.8e8
+_FLOP_PER_CORE_SECOND = 2.8e11
 _BASE_MEMORY = 6e8
 _ROW_BYTES = 4  # of scales
 

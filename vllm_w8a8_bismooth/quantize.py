@@ -2,7 +2,7 @@
 
 import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -59,6 +59,10 @@ class Threads:
         self._pool.shutdown(cancel_futures=True)
         self._pool = None
 
+    def map(self, work: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+        """Call ``work`` on each item; yields the results in order."""
+        return map(work, items) if self._pool is None else self._pool.map(work, items)
+
     def over(
         self,
         weight: torch.Tensor,
@@ -88,7 +92,7 @@ class Threads:
             return work(start, end - start, pieces(start, end), self._memory)
 
         starts = range(0, len(weight), slab)
-        return map(one, starts) if self._pool is None or weight.is_cuda else self._pool.map(one, starts)
+        return map(one, starts) if weight.is_cuda else self.map(one, starts)
 
 
 ALONE = Threads()

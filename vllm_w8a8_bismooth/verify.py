@@ -33,6 +33,7 @@ from vllm_w8a8_bismooth.architectures import (
 )
 from vllm_w8a8_bismooth.checkpoint import CONFIG, FLOAT_DTYPES, INDEX, Checkpoint, Folder, read_json, sha256
 from vllm_w8a8_bismooth.errors import BismoothError, Interrupted
+from vllm_w8a8_bismooth.quantize import Threads
 from vllm_w8a8_bismooth.source import Source
 
 AGAIN = "copy the file again from where it is whole, or convert the source again"
@@ -368,8 +369,8 @@ def _contents(
     for name in sorted(checkpoint.headers, key=lambda name: checkpoint.headers[name].offset):
         files.setdefault(checkpoint.headers[name].file, []).append(name)
     digests, bad = {}, set()
-    with fidelity.workers() as pool:
-        shards = pool.map(lambda file: _read_shard(checkpoint, file, files[file], marked), files)
+    with Threads() as threads:
+        shards = threads.map(lambda file: _read_shard(checkpoint, file, files[file], marked), files)
         for done, (file, (digest, problems)) in enumerate(zip(files, shards, strict=True), 1):
             digests[file] = digest
             for name, what in problems:
