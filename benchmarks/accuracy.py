@@ -17,7 +17,7 @@ from rich.console import Console
 
 from benchmarks import emulate, record, score
 from benchmarks.compare import distance
-from benchmarks.testbed import CALIBRATION, MODEL, heldout_windows
+from benchmarks.testbed import PYTHON
 from benchmarks.testbed.plant import plant
 from vllm_w8a8_bismooth.calibrate import read_text
 from vllm_w8a8_bismooth.convert import convert
@@ -68,10 +68,10 @@ def measure(planted: dict, through: str, work: Path, windows: np.ndarray, report
     """
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
-    source = MODEL
+    source = PYTHON.model
     if planted != HEALTHY:
         source = work / "source"
-        plant(MODEL, source, **planted)
+        plant(PYTHON.model, source, **planted)
     run, rows = ENGINES[through], []
     reference = run(source, windows, work / "source.log")
     where = {
@@ -87,7 +87,7 @@ def measure(planted: dict, through: str, work: Path, windows: np.ndarray, report
 
     add("source", reference)
     for arm, (recipe, calibrated) in ARMS.items():
-        convert(source, work / arm, recipe, read_text(CALIBRATION) if calibrated else None)
+        convert(source, work / arm, recipe, read_text(PYTHON.calibration) if calibrated else None)
         add(arm, run(work / arm, windows, work / f"{arm}.log"))
     return rows
 
@@ -112,7 +112,7 @@ def main() -> None:
 
     rows = []
     for number, planted in enumerate((HEALTHY, *PLANTS[: 1 if arguments.quick else None])):
-        rows += measure(planted, arguments.through, WORK / str(number), heldout_windows(WINDOWS), show)
+        rows += measure(planted, arguments.through, WORK / str(number), PYTHON.heldout_windows(WINDOWS), show)
     if arguments.json:
         record.write(arguments.json, rows, through=arguments.through, tokens=WINDOWS * 255)
 

@@ -30,7 +30,7 @@ from rich.table import Column, Table
 
 from benchmarks import record
 from benchmarks.random_llama import checkpoint, hole, noise
-from benchmarks.testbed import CALIBRATION
+from benchmarks.testbed import PYTHON
 
 # No torch here, nor in what is imported: the peak of a child starts from what its parent holds.
 
@@ -51,7 +51,7 @@ WHOLE_70B = LLAMA_70B | {"vocab_size": 128256, "num_hidden_layers": 80, "max_pos
 WIDE = LLAMA_70B | {"max_position_embeddings": 256}
 NARROW = WIDE | {"hidden_size": 512, "intermediate_size": 1792, "num_attention_heads": 4, "num_key_value_heads": 2}
 
-CALIBRATED = ("--calibration", str(CALIBRATION), "--calibration-tokens", "4096")
+CALIBRATED = ("--calibration", str(PYTHON.calibration), "--calibration-tokens", "4096")
 OURS = {
     "RTN": ("--method", "rtn"),
     "data-free": ("--method", "bismooth", "--calibration", "none"),
@@ -120,7 +120,7 @@ def conversion(arm: str, source: Path, destination: Path, peer: str | None) -> d
     if arm in OURS:
         command = [BISMOOTH, "convert", str(source), str(destination), *OURS[arm]]
     else:
-        command = [peer, PEER_SCRIPT, PEERS[arm], str(source), str(destination), str(CALIBRATION)]
+        command = [peer, PEER_SCRIPT, PEERS[arm], str(source), str(destination), str(PYTHON.calibration)]
     name = arm.replace(",", "").replace(" ", "-")
     result = run(command, name)
     result["output_bytes"] = sum(path.stat().st_size for path in destination.rglob("*") if path.is_file())

@@ -24,7 +24,7 @@ from rich.table import Table
 from benchmarks import record
 from benchmarks.compare import Distance, distance
 from benchmarks.score import engine_environment, log_probabilities
-from benchmarks.testbed import CALIBRATION, MODEL, heldout_windows
+from benchmarks.testbed import PYTHON
 from benchmarks.testbed.plant import plant
 
 WORK = Path("build/demo")
@@ -34,12 +34,12 @@ PROMPT = 'def read(path):\n    """Return the contents of the file."""\n    with 
 
 # Checkpoint, the source it is converted from, and how. Without a method the source itself is served.
 ARMS = (
-    ("healthy bf16", MODEL, None),
-    ("healthy RTN", MODEL, ("--method", "rtn")),
+    ("healthy bf16", PYTHON.model, None),
+    ("healthy RTN", PYTHON.model, ("--method", "rtn")),
     ("bf16", WORK / "planted", None),
     ("RTN", WORK / "planted", ("--method", "rtn")),
     ("mixed, g = 32", WORK / "planted", ("--method", "mixed", "--group-size", "32")),
-    ("bi-smooth", WORK / "planted", ("--method", "bismooth", "--calibration", str(CALIBRATION))),
+    ("bi-smooth", WORK / "planted", ("--method", "bismooth", "--calibration", str(PYTHON.calibration))),
     ("bi-smooth, data-free", WORK / "planted", ("--method", "bismooth", "--calibration", "none")),
 )
 SERVED = "bi-smooth"
@@ -58,7 +58,7 @@ def folder_of(arm: str) -> Path:
 
 def convert_arms() -> dict[str, Path]:
     """Plant the pathology, convert every arm; arm -> checkpoint to load."""
-    plant(MODEL, WORK / "planted", **PLANT)
+    plant(PYTHON.model, WORK / "planted", **PLANT)
     checkpoints = {}
     for arm, source, options in ARMS:
         checkpoints[arm] = folder_of(arm) if options else source
@@ -71,7 +71,7 @@ def convert_arms() -> dict[str, Path]:
 
 def measure(checkpoints: dict[str, Path]) -> dict[str, Distance]:
     """Load every arm in real vLLM and compare it with the bf16 arm of the same source."""
-    windows = heldout_windows(WINDOWS)
+    windows = PYTHON.heldout_windows(WINDOWS)
     distances, reference = {}, None
     for number, (arm, _, options) in enumerate(ARMS, 1):
         started = time.monotonic()

@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from benchmarks.testbed import MODEL
+from benchmarks.testbed import PYTHON
 
 SHARD_BYTES = 5e9
 
@@ -88,8 +88,8 @@ def checkpoint(folder: Path, sizes: dict, fill: Fill) -> Path:
         return folder
     partial = folder.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(MODEL, partial, ignore=shutil.ignore_patterns("*.safetensors"))
-    config = json.loads((MODEL / "config.json").read_text()) | sizes
+    shutil.copytree(PYTHON.model, partial, ignore=shutil.ignore_patterns("*.safetensors"))
+    config = json.loads((PYTHON.model / "config.json").read_text()) | sizes
     (partial / "config.json").write_text(json.dumps(config, indent=2))
     weight_map = {}
     parts = shards(tensors(config))

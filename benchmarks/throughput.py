@@ -22,7 +22,7 @@ from rich.table import Table
 from benchmarks import record
 from benchmarks.demo import tool
 from benchmarks.score import engine_environment
-from benchmarks.testbed import CALIBRATION, MODEL
+from benchmarks.testbed import PYTHON
 
 WORK = Path("build/throughput")
 # TinyLlama 1.1B's shape.
@@ -59,7 +59,7 @@ def random_llama(folder: Path) -> Path:
         partial = folder.with_suffix(".partial")
         LlamaForCausalLM(LlamaConfig(**LLAMA_1B)).to(torch.bfloat16).save_pretrained(partial)
         for name in ("tokenizer.json", "tokenizer_config.json"):
-            shutil.copy(MODEL / name, partial / name)
+            shutil.copy(PYTHON.model / name, partial / name)
         partial.rename(folder)
     return folder
 
@@ -67,7 +67,7 @@ def random_llama(folder: Path) -> Path:
 def checkpoints(model: str) -> dict[str, Path]:
     """arm -> folder; per-channel INT8 for the two INT8 arms."""
     WORK.mkdir(parents=True, exist_ok=True)
-    source = MODEL if model == "testbed" else random_llama(WORK / model)
+    source = PYTHON.model if model == "testbed" else random_llama(WORK / model)
     converted = WORK / f"{model}-int8"
     if not converted.exists():
         subprocess.run([tool("bismooth"), "convert", source, converted, "--method", "rtn"], check=True)
@@ -81,8 +81,8 @@ def requests(sizes: dict[str, int]) -> Path:
     """
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    ids = tokenizer(CALIBRATION.read_text())["input_ids"]
+    tokenizer = AutoTokenizer.from_pretrained(PYTHON.model)
+    ids = tokenizer(PYTHON.calibration.read_text())["input_ids"]
     step = len(ids) // sizes["num_prompts"]
     prompts = [tokenizer.decode(ids[i * step : i * step + sizes["input_len"]]) for i in range(sizes["num_prompts"])]
     turns = [[{"from": "human", "value": prompt}, {"from": "gpt", "value": prompt}] for prompt in prompts]

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.testbed import MODEL
+from benchmarks.testbed import PYTHON
 from benchmarks.testbed.plant import plant
 from tests.test_bad_input import edit_shard, run
 from vllm_w8a8_bismooth import analyze
@@ -110,7 +110,7 @@ def test_group_sizes_are_measured():
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("testbed") / "planted"
-    plant(MODEL, folder, k=1000.0, blocks=(0, 1, 3), channels=3)
+    plant(PYTHON.model, folder, k=1000.0, blocks=(0, 1, 3), channels=3)
     return folder
 
 
@@ -146,7 +146,7 @@ def test_table_says_why_and_what_to_do(planted):
     assert "15 of 42 linears are vulnerable, 32.5% of the linears' parameters" in output
     assert f"bismooth convert {planted} DST --calibration" in output
     assert "Per-group scales of 32 on 15 linears" in output and "are not enough" in output
-    assert "0 of 42 linears" in run("analyze", MODEL)[1]
+    assert "0 of 42 linears" in run("analyze", PYTHON.model)[1]
 
 
 def test_repair_by_groups_is_named_with_its_siblings(make_checkpoint):

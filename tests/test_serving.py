@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from benchmarks import emulate
 from benchmarks.demo import serve
-from benchmarks.testbed import MODEL
+from benchmarks.testbed import PYTHON
 from benchmarks.testbed.plant import plant
 from tests import engine
 from tests.conftest import edit_json, tiny_model, write_checkpoint
@@ -256,8 +256,8 @@ def checkpoints(tmp_path_factory) -> dict[str, Path]:
     """The planted test bed, bi-smoothed and mixed, and the former without our marker."""
     folder = tmp_path_factory.mktemp("serving")
     names = {name: folder / name for name in ("planted", "bismooth", "mixed", "unmarked")}
-    plant(MODEL, names["planted"])
-    text = read_text(Path(MODEL).parent / "calibration.txt")
+    plant(PYTHON.model, names["planted"])
+    text = read_text(Path(PYTHON.model).parent / "calibration.txt")
     convert(names["planted"], names["bismooth"], Recipe.of("bismooth", calibration_tokens=4096), text)
     convert(names["planted"], names["mixed"], Recipe.of("mixed", group_size=32))
     convert(names["planted"], names["unmarked"], Recipe.of("bismooth", calibration_tokens=4096), text)

@@ -9,30 +9,30 @@ import torch
 
 from benchmarks import accuracy, emulate
 from benchmarks.compare import distance
-from benchmarks.testbed import MODEL, heldout_windows
+from benchmarks.testbed import PYTHON
 from benchmarks.testbed.plant import plant
 from vllm_w8a8_bismooth.checkpoint import Checkpoint
 
-WINDOWS = heldout_windows(12)
+WINDOWS = PYTHON.heldout_windows(12)
 
 
 @pytest.fixture(scope="module")
 def healthy() -> np.ndarray:
-    return emulate.log_probabilities(emulate.load(MODEL), WINDOWS)
+    return emulate.log_probabilities(emulate.load(PYTHON.model), WINDOWS)
 
 
 def test_assets_are_small_and_of_the_promised_shape():
-    folder = MODEL.parent
+    folder = PYTHON.model.parent
     assert sum(p.stat().st_size for p in folder.rglob("*") if p.is_file() and p.suffix != ".pyc") <= 16e6
-    config = json.loads((MODEL / "config.json").read_text())
+    config = json.loads((PYTHON.model / "config.json").read_text())
     assert config["num_hidden_layers"] >= 6 and config["hidden_size"] >= 256
     assert config["num_key_value_heads"] < config["num_attention_heads"]
 
 
 def test_model_is_trained(healthy):
     """Held-out loss at least 2 nats under the unigram entropy of the held-out tokens."""
-    record = json.loads((MODEL.parent / "training.json").read_text())
-    stream = np.load(MODEL.parent / "heldout.npy")
+    record = json.loads((PYTHON.model.parent / "training.json").read_text())
+    stream = np.load(PYTHON.model.parent / "heldout.npy")
     share = np.bincount(stream) / len(stream)
     entropy = -(share[share > 0] * np.log(share[share > 0])).sum()
     loss = np.log(distance(healthy, healthy, WINDOWS).ppl)
@@ -42,15 +42,15 @@ def test_model_is_trained(healthy):
 
 @pytest.mark.parametrize(("kind", "limit"), [("norm", 1e-5), ("residual", 1e-3)])
 def test_planting_preserves_the_function(healthy, tmp_path, kind, limit):
-    plant(MODEL, tmp_path / "planted", kind=kind, k=1000.0, seed=7)
+    plant(PYTHON.model, tmp_path / "planted", kind=kind, k=1000.0, seed=7)
     planted = emulate.log_probabilities(emulate.load(tmp_path / "planted"), WINDOWS)
     assert 0 < distance(healthy, planted, WINDOWS).kl < limit
 
 
 def test_planting_is_what_it_says(tmp_path):
-    plant(MODEL, tmp_path / "a", k=512.0, blocks=(2,), channels=4, seed=1)
-    plant(MODEL, tmp_path / "b", k=512.0, blocks=(2,), channels=4, seed=1)
-    before, a, b = Checkpoint(MODEL), Checkpoint(tmp_path / "a"), Checkpoint(tmp_path / "b")
+    plant(PYTHON.model, tmp_path / "a", k=512.0, blocks=(2,), channels=4, seed=1)
+    plant(PYTHON.model, tmp_path / "b", k=512.0, blocks=(2,), channels=4, seed=1)
+    before, a, b = Checkpoint(PYTHON.model), Checkpoint(tmp_path / "a"), Checkpoint(tmp_path / "b")
     changed = {n for n in before.headers if not torch.equal(before.read(n), a.read(n))}
     assert all(torch.equal(a.read(n), b.read(n)) for n in changed)
     inner = {n.removeprefix("model.layers.2.").removesuffix(".weight") for n in changed}
