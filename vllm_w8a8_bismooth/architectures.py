@@ -12,13 +12,15 @@ class Site:
     """A producer whose output channels are its consumers' input columns, so that magnitude can move between them.
 
     ``part`` picks the producer's rows where it is several linears stacked (Phi-3's ``qkv_proj``): an index into the
-    row sizes of its :attr:`Layer.linears` entry.
+    row sizes of its :attr:`Layer.linears` entry. ``gate`` is the linear whose first rows, through the activation
+    function, multiply what the producer makes; ``None`` if nothing does.
     """
 
     name: str
     producer: str
     consumers: tuple[str, ...]
     part: int = 0
+    gate: str | None = None
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,8 @@ class Layer:
             for e in range(experts if private else 1):
                 consumers = [c.format(e) for c in site.consumers] if private else each(site.consumers)
                 name = f"{site.name}.{e}" if private else site.name
-                sites.append(replace(site, name=name, producer=site.producer.format(e), consumers=tuple(consumers)))
+                producer, gate = site.producer.format(e), site.gate and site.gate.format(e)
+                sites.append(replace(site, name=name, producer=producer, consumers=tuple(consumers), gate=gate))
         return replace(
             self,
             linears={n: shape for template, shape in self.linears.items() for n in each([template])},
@@ -153,7 +156,7 @@ def _mlp(
     return Layer(
         linears={gate: ((size,), "hidden"), up: ((size,), "hidden"), down: (("hidden",), size)},
         vectors={norm: "hidden"},
-        sites=(Site(inner, up, (down,)), Site("norm->gate_up", norm, (gate, up))),
+        sites=(Site(inner, up, (down,), gate=gate), Site("norm->gate_up", norm, (gate, up))),
         fused={} if "{}" in prefix else {f"{prefix}gate_up_proj": (gate, up)},
         row_parallel=frozenset({down}),
         **more,
@@ -198,7 +201,7 @@ _PHI3 = Layer(
     vectors={"input_layernorm": "hidden", _POST: "hidden"},
     sites=(
         Site("v->o", "self_attn.qkv_proj", ("self_attn.o_proj",), part=2),
-        Site("up->down", "mlp.gate_up_proj", ("mlp.down_proj",), part=1),
+        Site("up->down", "mlp.gate_up_proj", ("mlp.down_proj",), part=1, gate="mlp.gate_up_proj"),
         Site("norm->qkv", "input_layernorm", ("self_attn.qkv_proj",)),
         Site("norm->gate_up", _POST, ("mlp.gate_up_proj",)),
     ),
@@ -256,12 +259,18 @@ _INSIDE = re.compile(r"model\.layers\.(\d+)\.(.+)")
 EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 
 
+def inside(name: str) -> tuple[int, str]:
+    """The block of a full name, and the name inside it."""
+    block, rest = _INSIDE.fullmatch(name).groups()
+    return int(block), rest
+
+
 def kind_of(linear: str) -> tuple[str, int]:
     """What a linear is in every block (``q_proj``; all experts as one: ``experts.*.up_proj``), and its block."""
-    block, name = _INSIDE.fullmatch(linear).groups()
+    block, name = inside(linear)
     for part in ("self_attn.", "mlp.", "block_sparse_moe."):
         name = name.removeprefix(part)
-    return re.sub(r"\.\d+\.", ".*.", name), int(block)
+    return re.sub(r"\.\d+\.", ".*.", name), block
 
 
 def architecture_of(config: Mapping) -> Architecture:

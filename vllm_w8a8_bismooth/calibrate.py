@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,10 +13,14 @@ import torch
 from vllm_w8a8_bismooth.architectures import BLOCK, EMBEDDING, Architecture
 from vllm_w8a8_bismooth.checkpoint import Checkpoint
 from vllm_w8a8_bismooth.errors import BismoothError
+from vllm_w8a8_bismooth.moments import Moments
+from vllm_w8a8_bismooth.quantize import Threads
 from vllm_w8a8_bismooth.source import Source
 
 WINDOW = 512
-_PIECE = 2**16  # characters tokenized at once
+_PIECE = 2**12  # characters tokenized at once
+_DENSE = 16  # characters of a token, at most, on average
+_ROWS = 64  # tokens measured at once, which fit a core's cache
 _CHUNK = 1024  # tokens that pass through a block at once; bounds the MLP's intermediate
 
 
@@ -66,8 +72,10 @@ def _document(path: Path, number: int, line: str) -> str:
 def tokenize(text: CalibrationText, checkpoint: Checkpoint, budget: int) -> torch.Tensor:
     """Windows of equal length from the checkpoint's own tokenizer, each led by BOS where the tokenizer adds one.
 
+    They are spread evenly over the text: a few documents in a row tell less of the model than as many tokens of all.
+
     Args:
-        text: the documents, taken in order.
+        text: the documents.
         checkpoint: its folder holds the tokenizer, its config the vocabulary size and the longest position.
         budget: largest number of tokens.
 
@@ -87,11 +95,11 @@ def tokenize(text: CalibrationText, checkpoint: Checkpoint, budget: int) -> torc
             checkpoint.folder, config=config, local_files_only=True, trust_remote_code=False
         )
         lead = [tokenizer.bos_token_id] if tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id] else []
-        # In pieces, because a document may be far longer than the budget; a seam costs at most one odd token.
-        for piece in (d[i : i + _PIECE] for d in text.documents for i in range(0, len(d), _PIECE)):
-            ids += tokenizer(piece, add_special_tokens=False, verbose=False).input_ids
-            if len(ids) >= budget:
-                break
+        # In pieces, because the text may be far longer than the budget; a seam costs at most one odd token.
+        pieces = [(d, i) for d in text.documents for i in range(0, len(d), _PIECE)]
+        share = min(1, budget * _DENSE / sum(map(len, text.documents)))
+        for document, i in _spread(pieces, math.ceil(share * len(pieces))):
+            ids += tokenizer(document[i : i + _PIECE], add_special_tokens=False, verbose=False).input_ids
     except Exception as error:  # transformers raises anything from OSError to KeyError here
         raise BismoothError(
             f"{checkpoint.folder}: no usable tokenizer ({type(error).__name__}: {error}); "
@@ -109,8 +117,14 @@ def tokenize(text: CalibrationText, checkpoint: Checkpoint, budget: int) -> torc
     longest = longest if isinstance(longest, int) and longest > 0 else WINDOW
     length = max(1, min(WINDOW, longest, budget, len(ids) + len(lead)) - len(lead))
     count = max(1, min(budget // (length + len(lead)), len(ids) // length))
-    windows = torch.tensor(ids[: count * length]).view(count, length)
+    windows = torch.tensor(_spread([ids[i : i + length] for i in range(0, len(ids) - length + 1, length)], count))
     return torch.cat([torch.tensor(lead, dtype=torch.int64).expand(count, -1), windows], dim=1)
+
+
+def _spread(items: list, count: int) -> list:
+    """``count`` of the items (all, if there are fewer) at even distances."""
+    count = min(count, len(items))
+    return [items[i * len(items) // count] for i in range(count)]
 
 
 def _config(checkpoint: Checkpoint):
@@ -144,6 +158,7 @@ class Calibration:
         device: where the blocks run.
 
     Attributes:
+        source: as given.
         hidden: ``[windows, length, hidden]``, what the next block will read. May be replaced by what an earlier run
             had at the same place.
 
@@ -156,7 +171,7 @@ class Calibration:
         from transformers import AutoModel
 
         checkpoint = source.checkpoint
-        self._source = source
+        self.source = source
         # The embedding's rows are read one by one: only those that occur exist.
         used, compact = tokens.unique(return_inverse=True)
         rows = torch.cat([checkpoint.rows(EMBEDDING, int(i), 1) for i in used])
@@ -179,58 +194,81 @@ class Calibration:
         except Exception as error:
             raise _refused(checkpoint, error) from None
         # Masks and positions of one window fit them all: they have one length and no padding.
-        self._arguments = [_to(device, given) for given in captured[: len(self._blocks)]]
+        self._arguments = [_each(lambda tensor: tensor.to(device), given) for given in captured[: len(self._blocks)]]
+
+    @contextmanager
+    def lend(
+        self, index: int, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype
+    ) -> Iterator[tuple[torch.nn.Module, Callable[[torch.Tensor], torch.Tensor]]]:
+        """A block that has its weights until the context ends, and what runs it on ``[windows, length, hidden]``.
+
+        Args:
+            index: of the block.
+            tensors: what is stored of it, by name inside the block, on the device.
+            dtype: of weights and hidden states.
+
+        Raises:
+            BismoothError: anything fails inside the context (named by block).
+        """
+        block = self._blocks[index]
+        arguments = _each(lambda t: t.to(dtype) if t.is_floating_point() else t, self._arguments[index])
+        try:
+            lent = {name: tensors[self.source.architecture.stored(name)].to(dtype) for name in block.state_dict()}
+            block.load_state_dict(lent, assign=True)
+            yield block, lambda hidden: self._forwards[index](hidden, **arguments)
+        except Exception as error:
+            raise BismoothError(
+                f"{self.source.checkpoint.folder}: the forward pass failed in block {index} "
+                f"({type(error).__name__}: {error}); check config.json, or use --calibration none"
+            ) from error
+        finally:
+            block.to("meta")
 
     @torch.no_grad()
-    def advance(self, index: int, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def advance(self, index: int, tensors: Mapping[str, torch.Tensor], threads: Threads) -> dict[str, Moments]:
         """Run block ``index`` on the hidden states, and measure what its sites read.
 
         Args:
             index: of the block that comes next.
             tensors: what is stored of it, by name inside the block, on the device.
+            threads: not used; here as in :class:`prior.Prior`.
 
         Returns:
-            Site name -> fp32 ``[K]``, the largest magnitude of each input channel over all tokens. Experts that no
-            token was sent to have no entry.
+            Site name -> moments of its K input channels over all tokens. Experts that no token was sent to have no
+            entry.
 
         Raises:
             BismoothError: the forward pass fails or overflows (named by block and site).
         """
-        block, prefix, seen = self._blocks[index], BLOCK.format(index), {}
-        architecture = self._source.architecture
+        architecture, prefix = self.source.architecture, BLOCK.format(index)
+        seen: dict[str, Moments] = {}
 
         def recorder(site: str) -> Callable:
             def record(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-                extent = inputs[0].flatten(0, -2).abs().amax(dim=0).float()
-                seen[site] = torch.maximum(seen[site], extent) if site in seen else extent
+                rows = inputs[0].flatten(0, -2)
+                found = seen.setdefault(site, Moments.none(rows.shape[1], rows.device))
+                for piece in rows.split(_ROWS):
+                    found.add(piece.to(torch.float32, copy=True))
 
             return record
 
-        try:
-            lent = {name: tensors[architecture.stored(name)].to(self.hidden.dtype) for name in block.state_dict()}
-            block.load_state_dict(lent, assign=True)
+        with self.lend(index, tensors, self.hidden.dtype) as (block, run):
             hooks = [
                 # The last consumer, because of a mixture's experts only the router sees all tokens.
                 block.get_submodule(architecture.built(site.consumers[-1])).register_forward_pre_hook(
                     recorder(site.name)
                 )
-                for site in self._source.layers[index].sites
+                for site in self.source.layers[index].sites
             ]
             step = max(1, _CHUNK // self.hidden.shape[1])
             for windows in self.hidden.split(step):  # views: the states are replaced in place
-                windows.copy_(self._forwards[index](windows, **self._arguments[index]))
+                windows.copy_(run(windows))
             for hook in hooks:
                 hook.remove()
-            block.to("meta")
-        except Exception as error:
-            raise BismoothError(
-                f"{self._source.checkpoint.folder}: the forward pass failed in block {index} "
-                f"({type(error).__name__}: {error}); check config.json, or use --calibration none"
-            ) from error
-        for site, extent in seen.items():
-            if not extent.isfinite().all():
+        for site, found in seen.items():
+            if not found.high.isfinite().all():
                 raise BismoothError(f"{prefix}* overflows at site {site} in calibration; the model itself is broken")
-        return seen
+        return {site: found for site, found in seen.items() if found.rows}
 
 
 def separate_experts(layers: Iterable[torch.nn.Module], architecture: Architecture) -> None:
@@ -285,10 +323,10 @@ def _materialize_buffers(model: torch.nn.Module) -> None:
             model._init_weights(module)
 
 
-def _to(device: torch.device, value):
-    """Tensors in nested arguments, moved to a device."""
+def _each(change: Callable[[torch.Tensor], torch.Tensor], value):
+    """Nested arguments with every tensor changed."""
     if isinstance(value, torch.Tensor):
-        return value.to(device)
+        return change(value)
     if isinstance(value, dict):
-        return {key: _to(device, item) for key, item in value.items()}
-    return type(value)(_to(device, item) for item in value) if isinstance(value, tuple | list) else value
+        return {key: _each(change, item) for key, item in value.items()}
+    return type(value)(_each(change, item) for item in value) if isinstance(value, tuple | list) else value

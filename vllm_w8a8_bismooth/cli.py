@@ -91,25 +91,39 @@ def convert(
         str,
         typer.Option(
             help="rtn: round as is. bismooth: balance weights and activations, per-channel throughout. "
-            "mixed: per-group scales for vulnerable linears."
+            "mixed: per-group scales for vulnerable linears. auto: bismooth, and per-group scales where they pay."
         ),
     ] = "bismooth",
     calibration: Annotated[
         str | None,
         typer.Option(
-            metavar="FILE|none", help='Text (.txt, or .jsonl with "text") for bismooth; none = data-free, the default.'
+            metavar="FILE|none", help='Text (.txt, or .jsonl with "text"); none = data-free, the default of bismooth.'
         ),
     ] = None,
     calibration_tokens: Annotated[int | None, typer.Option(help="Tokens taken from it.", show_default="16384")] = None,
+    smoothing: Annotated[
+        str | None,
+        typer.Option(
+            help="balanced: factors of least expected output error. alpha: by a fixed share (SmoothQuant's rule).",
+            show_default="balanced",
+        ),
+    ] = None,
     alpha: Annotated[
-        float | None, typer.Option(help="Share of the activation range moved into the weights.", show_default="0.5")
+        float | None,
+        typer.Option(
+            help="With --smoothing alpha: share of the activation range moved into the weights.", show_default="0.5"
+        ),
     ] = None,
     group_size: Annotated[
-        int | None, typer.Option(help="Columns per scale in per-group linears.", show_default="128 for mixed")
+        int | None, typer.Option(help="Columns per scale in per-group linears.", show_default="128 for mixed, auto")
     ] = None,
     group_layers: Annotated[
         str | None,
         typer.Option(metavar="REGEX", help="Linears to make per-group, instead of finding them from the weights."),
+    ] = None,
+    group_budget: Annotated[
+        float | None,
+        typer.Option(help="With auto: share of the linears that may get per-group scales.", show_default="0.03"),
     ] = None,
     device: Annotated[str, typer.Option(help="Where blocks are worked on: cpu, cuda, cuda:1.")] = "cpu",
     dry_run: Annotated[
@@ -124,12 +138,12 @@ def convert(
     from rich.console import Console
 
     from vllm_w8a8_bismooth import hub
-    from vllm_w8a8_bismooth.recipe import Recipe
+    from vllm_w8a8_bismooth.recipe import DEFAULTS, Recipe
 
     console = Console(stderr=True, soft_wrap=True)  # paths and commands stay copyable
     text = None
     if calibration not in (None, "none"):
-        if method != "bismooth":
+        if "calibration_tokens" not in DEFAULTS.get(method, {}):
             raise BismoothError(f"--calibration has no effect with --method {method}; leave it out")
         from vllm_w8a8_bismooth import calibrate
 
@@ -137,7 +151,13 @@ def convert(
     elif calibration_tokens is not None:
         raise BismoothError("--calibration-tokens has no effect without --calibration FILE; leave it out")
     recipe = Recipe.of(
-        method, alpha=alpha, calibration_tokens=calibration_tokens, group_size=group_size, group_layers=group_layers
+        method,
+        smoothing=smoothing,
+        alpha=alpha,
+        calibration_tokens=calibration_tokens,
+        group_size=group_size,
+        group_layers=group_layers,
+        group_budget=group_budget,
     )
     if dry_run:
         if (folder := hub.cached(source)) is None:

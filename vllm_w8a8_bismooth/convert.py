@@ -9,12 +9,15 @@ from typing import Any
 
 import torch
 
-from vllm_w8a8_bismooth import __version__, analyze, calibrate, journal, report
-from vllm_w8a8_bismooth.architectures import BLOCK
+from vllm_w8a8_bismooth import __version__, analyze, calibrate, journal, perturb, report
+from vllm_w8a8_bismooth.architectures import BLOCK, inside
+from vllm_w8a8_bismooth.balance import rule_of
 from vllm_w8a8_bismooth.checkpoint import AHEAD, CONFIG, Folder, ReadAhead, read_json
 from vllm_w8a8_bismooth.errors import BismoothError
 from vllm_w8a8_bismooth.journal import Journal, disk_errors, partial_folder
+from vllm_w8a8_bismooth.moments import Moments
 from vllm_w8a8_bismooth.plan import Plan, check_group_size, check_space, chosen_by_name
+from vllm_w8a8_bismooth.prior import Prior
 from vllm_w8a8_bismooth.quantize import Threads, quantize_folded
 from vllm_w8a8_bismooth.recipe import Recipe
 from vllm_w8a8_bismooth.smooth import Smoothing, smooth_block
@@ -34,6 +37,7 @@ class Report:
 
     Attributes:
         destination: the written folder.
+        granularity: what spoke for and against per-group scales, if that was measured.
         source_bytes, written_bytes: sizes of all tensors.
         linears: full linear name -> ``group_size`` (``None`` = per-channel), ``column_error`` and ``sqnr`` in dB of
             what was written.
@@ -48,6 +52,7 @@ class Report:
     written_bytes: int = 0
     linears: dict[str, dict[str, Any]] = field(default_factory=dict)
     sites: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
+    granularity: list[perturb.Evidence] = field(default_factory=list)
     files: dict[str, str] = field(default_factory=dict)
     resumed: int = 0
     reused: bool = False
@@ -108,6 +113,8 @@ def prepare(
     }
     if already_converted(target, recipe, source):
         return Preparation(target, source, recipe, where, None, None, identity, reused=True)
+    if recipe.method == "auto" and text is None:
+        raise BismoothError("--method auto measures what quantization does to activations: give it --calibration FILE")
     named = chosen_by_name(source, recipe)
     tokens = calibrate.tokenize(text, source.checkpoint, recipe.calibration_tokens) if text is not None else None
     return Preparation(target, source, recipe, where, named, tokens, identity)
@@ -143,7 +150,7 @@ def convert(
         journal.clear(ready.target)  # of a run that was killed right after its last step
         return Report(destination, reused=True)
     folder, signature = source.checkpoint.folder, ready.identity["source"]
-    run = _Run(source, recipe, ready.device, progress)
+    run = _Run(source, recipe, ready.device, ready.tokens, progress)
     done = Report(destination, source_bytes=source.nbytes())
     with Journal(ready.target, ready.identity) as diary:
         plan = Plan(source, recipe, ready.named if ready.named is not None else run.granularity(diary))
@@ -151,15 +158,13 @@ def convert(
         with ShardWriter(diary.partial, destination, tensors) as writer:
             check_space(diary.partial, writer.nbytes - diary.nbytes())
             digests = run.outside(diary, writer)
-            calibration = None
-            if ready.tokens is not None:
-                calibration = calibrate.Calibration(source, ready.tokens, run.device)
-            for index, record in run.blocks(diary, writer, plan, calibration):
+            for index, record in run.blocks(diary, writer, plan):
                 done.linears |= record["linears"]
                 done.sites[index] = record["sites"]
                 digests |= record["digests"]
                 done.resumed += record.get("resumed", False)
             done.files, done.written_bytes = writer.finish(), writer.nbytes
+            done.granularity = run.evidence(diary)
         recipe = replace(recipe, source=source.checkpoint.fingerprint(digests))
         with disk_errors(destination):
             for relative in source.checkpoint.place.side_files():
@@ -177,22 +182,100 @@ def convert(
 class _Run:
     """The stages of one conversion, each of which goes on from what the journal says is done."""
 
-    def __init__(self, source: Source, recipe: Recipe, device: torch.device, progress: Progress):
+    def __init__(
+        self, source: Source, recipe: Recipe, device: torch.device, tokens: torch.Tensor | None, progress: Progress
+    ):
         self.source, self.recipe, self.device, self.progress = source, recipe, device, progress
+        self.tokens = tokens
 
     def granularity(self, diary: Journal) -> list[set[str]]:
-        """Per block, the linears that get per-group scales because their weights call for them."""
+        """Per block, the linears that get per-group scales because weights, or measured errors, call for them."""
         known = diary.record(_GRANULARITY)
         if known is None:
-            known = []
-            for index, measured in analyze.blocks(self.source, self.device):
-                errors = {linear: measure.column_error for linear, measure in measured.items()}
-                known.append(sorted(analyze.vulnerable(errors, self.source.layers[index])))
-                self.progress("analyze", index + 1, len(self.source.layers), 0)
+            known = self.worth(diary) if self.recipe.method == "auto" else self.vulnerable()
             diary.finish(_GRANULARITY, known)
         chosen = [set(names) for names in known]
         check_group_size(self.source, self.recipe, chosen)
         return chosen
+
+    def vulnerable(self) -> list[list[str]]:
+        """Per block, the linears whose weights INT8 would lose."""
+        known = []
+        for index, measured in analyze.blocks(self.source, self.device):
+            errors = {linear: measure.column_error for linear, measure in measured.items()}
+            known.append(sorted(analyze.vulnerable(errors, self.source.layers[index])))
+            self.progress("analyze", index + 1, len(self.source.layers), 0)
+        return known
+
+    def worth(self, diary: Journal) -> list[list[str]]:
+        """Per block, the linears whose per-group scales pay. What the sites read is kept for the conversion."""
+        source, first = self.source, len(list(self.measured(diary)))
+        group_size = self.recipe.group_size
+        variants = {perturb.CHANNEL: perturb.Variant(), perturb.GROUP: perturb.Variant(group_size=group_size)}
+        activity = self.activity(diary, first)
+        with self.reader(first) as reader, Threads() as threads:
+            for index in range(first, len(source.layers)):
+                block = _Lent(reader, BLOCK.format(index), source.blocks[index], self.device)
+                sample = activity.hidden[: max(1, perturb.SAMPLE // activity.hidden.shape[1])].clone()
+                smoothing = self.smooth(diary, activity, index, block, threads)
+                errors = perturb.measure(activity, index, block, smoothing, sample, variants)
+                for name in block:
+                    block.drop(name)
+                diary.finish(_measured(index), errors)
+                diary.forget(_stream(index - 1))
+                self.progress("analyze", index + 1, len(source.layers), 0)
+        diary.forget(_stream(len(source.layers) - 1))
+        per_block: list[list[str]] = [[] for _ in source.layers]
+        for entry in self.evidence(diary):
+            for index, name in map(inside, entry.linears if entry.chosen else ()):
+                per_block[index].append(name)
+        return per_block
+
+    def measured(self, diary: Journal) -> Iterator[dict[str, dict[str, float]]]:
+        """What quantization does to the units of each block, as far as an earlier pass got."""
+        for index in range(len(self.source.layers)):
+            if (errors := diary.record(_measured(index))) is None:
+                return
+            yield errors
+
+    def evidence(self, diary: Journal) -> list[perturb.Evidence]:
+        """What was measured of every unit and made of it. Empty where granularity is not chosen by it."""
+        if self.recipe.method != "auto":
+            return []
+        return perturb.choose(list(self.measured(diary)), self.source.layers, self.recipe.group_budget)
+
+    def activity(self, diary: Journal, first: int) -> calibrate.Calibration | Prior | None:
+        """What tells of the activations from block ``first`` on; ``None`` if nothing has to, or the journal knows.
+
+        Raises:
+            BismoothError: its state behind an earlier run's last block is gone.
+        """
+        source, last = self.source, len(self.source.layers) - 1
+        if self.recipe.smoothing is None or diary.record(_GRANULARITY) is not None or first > last:
+            return None
+        if self.tokens is None:
+            activity = Prior(source, self.device)
+        else:
+            activity = calibrate.Calibration(source, self.tokens, self.device)
+        if first:
+            activity.hidden = self.state(diary, _stream(first - 1))["hidden"].to(self.device)
+        return activity
+
+    @staticmethod
+    def state(diary: Journal, unit: str) -> dict[str, torch.Tensor]:
+        """A state that must be there."""
+        if (state := diary.state(unit)) is None:
+            raise BismoothError(
+                f"{diary.partial}: the state {unit} of an earlier run is gone, from which it would go on; "
+                "run the same command again, which starts anew"
+            )
+        return state
+
+    def reader(self, first: int) -> ReadAhead:
+        """Reads the blocks from ``first`` on."""
+        source = self.source
+        names = [BLOCK.format(i) + name for i in range(first, len(source.layers)) for name in source.blocks[i]]
+        return ReadAhead(source.checkpoint, names, source.block_nbytes() + AHEAD)
 
     def outside(self, diary: Journal, writer: ShardWriter) -> dict[str, str]:
         """Pass everything outside the blocks through, in pieces; returns the tensors' checksums."""
@@ -204,9 +287,7 @@ class _Run:
             writer.then(partial(diary.finish, _OUTSIDE, digests))
         return digests
 
-    def blocks(
-        self, diary: Journal, writer: ShardWriter, plan: Plan, calibration: calibrate.Calibration | None
-    ) -> Iterator[tuple[int, dict[str, Any]]]:
+    def blocks(self, diary: Journal, writer: ShardWriter, plan: Plan) -> Iterator[tuple[int, dict[str, Any]]]:
         """Convert block after block; yields each one's index and record: linears, sites, digests of its tensors."""
         source = self.source
         records = []
@@ -215,62 +296,58 @@ class _Run:
             yield len(records) - 1, {**record, "resumed": True}
         first = len(records)
         self.progress("convert", first, len(source.layers), writer.written)
-        if calibration is not None and first:
-            if (state := diary.state(_unit(first - 1))) is None:
-                raise BismoothError(
-                    f"{diary.partial}: the state behind block {first - 1} is gone, from which calibration would go on; "
-                    "run the same command again, which starts anew"
-                )
-            calibration.hidden = state["hidden"].to(self.device)
-        names = [BLOCK.format(i) + name for i in range(first, len(source.layers)) for name in source.blocks[i]]
-        with ReadAhead(source.checkpoint, names, source.block_nbytes() + AHEAD) as reader, Threads() as threads:
+        activity = self.activity(diary, first)
+        with self.reader(first) as reader, Threads() as threads:
             for index in range(first, len(source.layers)):
                 block = _Lent(reader, BLOCK.format(index), source.blocks[index], self.device)
-                extents = self.extents(diary, calibration, index, block)
-                record = self.convert_block(index, block, extents, plan.grouped[index], writer, threads)
+                smoothing = self.smooth(diary, activity, index, block, threads)
+                record = self.convert_block(index, block, smoothing, plan.grouped[index], writer, threads)
                 record["digests"] = {name: reader.digests.pop(name) for name in block.full_names()}
                 writer.then(partial(diary.finish, _unit(index), record))
-                writer.then(partial(diary.forget, _unit(index - 1)))  # this block's state is where a run would go on
+                for done in (_unit(index), _stream(index - 1)):  # a run would go on from this block's stream
+                    writer.then(partial(diary.forget, done))
                 self.progress("convert", index + 1, len(source.layers), writer.written)
                 yield index, record
 
-    def extents(
-        self, diary: Journal, calibration: calibrate.Calibration | None, index: int, block: Mapping[str, torch.Tensor]
-    ) -> Mapping[str, torch.Tensor]:
-        """Activation range of each site of a block: calibrated, else told by the norm's gain. None for RTN."""
-        if self.recipe.method != "bismooth":
-            return {}
-        if calibration is None:
-            layer, offset = self.source.layers[index], self.source.architecture.offset
-            return {
-                site.name: (block[f"{site.producer}.weight"].float() + offset).abs()
-                for site in layer.sites
-                if site.producer in layer.vectors
-            }
-        state = diary.state(_unit(index))
-        if state is None:
-            extents = calibration.advance(index, block)
-            kept = {**extents, "hidden": calibration.hidden}
+    def smooth(
+        self,
+        diary: Journal,
+        activity: calibrate.Calibration | Prior | None,
+        index: int,
+        block: Mapping[str, torch.Tensor],
+        threads: Threads,
+    ) -> Smoothing:
+        """The smoothing of a block, by what its sites read, which is kept until the block is converted."""
+        if self.recipe.smoothing is None:
+            return Smoothing()
+        if activity is not None and diary.state(_stream(index)) is None:
+            moments = activity.advance(index, block, threads)
+            kept = {f"{site}/{name}": t for site, found in moments.items() for name, t in found.tensors().items()}
             diary.keep(_unit(index), {name: tensor.cpu() for name, tensor in kept.items()})
-            return extents
-        calibration.hidden = state.pop("hidden").to(self.device)
-        return {name: extent.to(self.device) for name, extent in state.items()}
+            diary.keep(_stream(index), {"hidden": activity.hidden.cpu()})
+        else:
+            sites: dict[str, dict[str, torch.Tensor]] = {}
+            for key, tensor in self.state(diary, _unit(index)).items():
+                site, _, name = key.rpartition("/")
+                sites.setdefault(site, {})[name] = tensor
+            moments = {site: Moments.of(tensors, self.device) for site, tensors in sites.items()}
+            if activity is not None:
+                activity.hidden = self.state(diary, _stream(index))["hidden"].to(self.device)
+        source = self.source
+        layer, offset = source.layers[index], source.architecture.offset
+        return smooth_block(block, moments, layer, source.sizes, rule_of(self.recipe), offset, threads)
 
     def convert_block(
         self,
         index: int,
         block: "_Lent",
-        extents: Mapping[str, torch.Tensor],
+        smoothing: Smoothing,
         grouped: set[str],
         writer: ShardWriter,
         threads: Threads,
     ) -> dict[str, Any]:
-        """Smooth, quantize and hand one block to the writer; returns what is to be reported of it."""
+        """Quantize one block and hand it to the writer; returns what is to be reported of it."""
         source, layer, prefix = self.source, self.source.layers[index], BLOCK.format(index)
-        smoothing = Smoothing()
-        if self.recipe.method == "bismooth":
-            offset = source.architecture.offset
-            smoothing = smooth_block(block, extents, layer, source.sizes, self.recipe.alpha, offset, threads)
         linears = {}
         for name in source.blocks[index]:
             linear, fold = layer.linear_of(name), smoothing.fold(name.removesuffix(".weight"))
@@ -302,7 +379,7 @@ class _Run:
     def check_range(self, name: str, values: torch.Tensor) -> None:
         """Raises :class:`BismoothError` if a tensor, or what was summed up of it, left the range of its dtype."""
         if not values.isfinite().all():
-            smoothed = " after smoothing" if self.recipe.method == "bismooth" else ""
+            smoothed = " after smoothing" if self.recipe.smoothing else ""
             raise BismoothError(
                 f"tensor {name} holds values beyond 1e19{smoothed}, whose squares fp32 cannot hold; no sound model has "
                 "such weights, repair it"
@@ -356,6 +433,14 @@ class _Lent(Mapping[str, torch.Tensor]):
 
 def _unit(index: int) -> str:
     return f"block-{index:05d}"
+
+
+def _stream(index: int) -> str:
+    return f"stream-{index:05d}"
+
+
+def _measured(index: int) -> str:
+    return f"measured-{index:05d}"
 
 
 def done_before(diary: Journal, source: Source) -> tuple[list[set[str]] | None, int]:

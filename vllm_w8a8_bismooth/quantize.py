@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from vllm_w8a8_bismooth.moments import Moments
+
 _PIECE = 2**19  # elements worked on at once: a few of its fp32 copies fit a core's cache
 _SLAB = 2**23  # elements that a thread takes at once; their codes are written at once
 
@@ -129,6 +131,33 @@ class Fold:
             return torch.stack([piece.abs_().amax(dim=0) for _, piece in pieces]).amax(dim=0)
 
         return torch.stack(list(threads.over(weight, self, work))).amax(dim=0)
+
+    def moments(self, weight: torch.Tensor, basis: torch.Tensor, threads: Threads = ALONE) -> Moments:
+        """Of the folded weight's columns over its rows, whose size is told with column k times ``basis[k]``, fp32."""
+        scaled = Fold(self.rows, basis if self.columns is None else self.columns * basis)
+
+        def work(start: int, rows: int, pieces: Iterator[tuple[int, torch.Tensor]], memory: Memory) -> Moments:
+            found = Moments.none(weight.shape[1], weight.device)
+            for _, piece in pieces:
+                found.add(piece)
+            return found
+
+        total = Moments.none(weight.shape[1], weight.device)
+        for part in threads.over(weight, scaled, work):  # in order, so that the sums are the same every time
+            total.merge(part)
+        return total.scaled(1 / basis)
+
+    def row_rms(self, weight: torch.Tensor, threads: Threads = ALONE) -> torch.Tensor:
+        """fp32 ``[N]``: Euclidean norm of each row of the folded weight, the size of what it makes of unit noise."""
+        found = torch.empty(len(weight), device=weight.device)
+
+        def work(start: int, rows: int, pieces: Iterator[tuple[int, torch.Tensor]], memory: Memory) -> None:
+            for first, piece in pieces:
+                found[start + first : start + first + len(piece)] = piece.square_().sum(dim=1)
+
+        for _ in threads.over(weight, self, work):
+            pass
+        return found.sqrt_()
 
 
 class Loss:

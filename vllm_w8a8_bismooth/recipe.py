@@ -9,10 +9,25 @@ from vllm_w8a8_bismooth import FORMAT, MARKER
 from vllm_w8a8_bismooth.architectures import Layer
 from vllm_w8a8_bismooth.errors import BismoothError
 
+SMOOTHINGS = ("balanced", "alpha")
+ALPHA = 0.5
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "rtn": {},
-    "bismooth": {"alpha": 0.5, "calibration_tokens": 16384, "group_size": None, "group_layers": None},
+    "bismooth": {
+        "smoothing": "balanced",
+        "alpha": None,
+        "calibration_tokens": 16384,
+        "group_size": None,
+        "group_layers": None,
+    },
     "mixed": {"group_size": 128, "group_layers": None},
+    "auto": {
+        "smoothing": "balanced",
+        "alpha": None,
+        "calibration_tokens": 16384,
+        "group_size": 128,
+        "group_budget": 0.03,
+    },
 }
 """Method -> the options that go with it and their defaults."""
 
@@ -22,11 +37,14 @@ class Recipe:
     """The choices of one run; two runs with equal recipes write equal checkpoints.
 
     Attributes:
-        method: ``rtn`` (per-channel as is), ``bismooth`` (smoothed per-channel), ``mixed`` (per-group where needed).
-        alpha: share of the activation range moved into the weights (``bismooth``).
-        calibration_tokens: token budget of the calibration (``bismooth``).
+        method: ``rtn`` (per-channel as is), ``bismooth`` (smoothed per-channel), ``mixed`` (per-group where weights
+            need it), ``auto`` (smoothed, and per-group where that pays).
+        smoothing: rule for the factors, one of :data:`SMOOTHINGS` (``bismooth``, ``auto``).
+        alpha: share of the activation range moved into the weights (``smoothing`` ``alpha``).
+        calibration_tokens: token budget of the calibration (``bismooth``, ``auto``).
         group_size: columns per scale in per-group linears.
         group_layers: regular expression on full linear names; ``None`` lets the weights decide (``mixed``).
+        group_budget: share of the linears that may get per-group scales, 0 to 1 (``auto``).
         source: fingerprint of the source checkpoint, once it is open.
         calibration: SHA-256 of the calibration file; ``None`` is data-free.
 
@@ -35,10 +53,12 @@ class Recipe:
     """
 
     method: str
+    smoothing: str | None = None
     alpha: float | None = None
     calibration_tokens: int | None = None
     group_size: int | None = None
     group_layers: str | None = None
+    group_budget: float | None = None
     source: str | None = None
     calibration: str | None = None
 
@@ -52,17 +72,27 @@ class Recipe:
             if key not in DEFAULTS[method]:
                 raise BismoothError(f"--{key.replace('_', '-')} has no effect with --method {method}; leave it out")
         options = {**DEFAULTS[method], **given}
+        if options.get("smoothing") == "alpha":
+            options["alpha"] = options["alpha"] if options["alpha"] is not None else ALPHA
+        elif "alpha" in given:
+            raise BismoothError(
+                "--alpha has no effect with --smoothing balanced; leave it out, or say --smoothing alpha"
+            )
         if method == "bismooth" and (options["group_size"] is None) != (options["group_layers"] is None):
             raise BismoothError("--method bismooth needs both --group-layers and --group-size, or neither")
         return cls(method, **options)
 
     def __post_init__(self) -> None:
+        if self.smoothing not in (None, *SMOOTHINGS):
+            raise BismoothError(f"--smoothing {self.smoothing!r} is unknown; choose one of {', '.join(SMOOTHINGS)}")
         if self.alpha is not None and not 0 <= self.alpha <= 1:
             raise BismoothError(f"--alpha {self.alpha} is outside 0 to 1")
         if self.calibration_tokens is not None and self.calibration_tokens < 1:
             raise BismoothError(f"--calibration-tokens {self.calibration_tokens} must be positive")
         if self.group_size is not None and (self.group_size < 32 or self.group_size % 32):
             raise BismoothError(f"--group-size {self.group_size} must be a positive multiple of 32")
+        if self.group_budget is not None and not 0 <= self.group_budget <= 1:
+            raise BismoothError(f"--group-budget {self.group_budget} is outside 0 to 1")
         if self.group_layers is not None:
             try:
                 re.compile(self.group_layers)

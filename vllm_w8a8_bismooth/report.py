@@ -143,12 +143,13 @@ def _method(recipe: Recipe) -> str:
     ranges = (
         f"measured on up to {recipe.calibration_tokens} tokens of calibration text, whose file has the SHA-256 below"
         if recipe.calibration
-        else "told by the norms' gains alone, without calibration text (data-free)"
+        else "estimated from the weights alone, without calibration text (data-free)"
     )
+    rule = f"alpha = {recipe.alpha}" if recipe.smoothing == "alpha" else "for the least expected error of the outputs"
     grouped = f" Linears that match `group_layers` have one scale per group of {size} columns." if size else ""
     return (
         f"Bi-smoothing moved magnitude between weights and activations, in either direction, before rounding "
-        f"(`bismooth`, alpha = {recipe.alpha}). The activations' ranges were {ranges}.{grouped}"
+        f"(`bismooth`, {rule}). The activations' ranges were {ranges}.{grouped}"
     )
 
 

@@ -1,9 +1,9 @@
-"""Bi-smoothing: per-channel factors that balance weights against activations, and their exact folds.
+"""Bi-smoothing: per-channel factors that balance weights against activations, folded exactly.
 
 A *site* is a place where ``X W^T`` can be rewritten as ``(X / s) (W diag(s))^T``: the division goes into whatever
 produces X (a norm's gain, or the rows of ``v_proj`` or ``up_proj``), the product into the columns of its consumers.
-With ``s_j = max|X_j|^alpha / max|W_j|^(1 - alpha)`` (SmoothQuant, arXiv 2211.10438, eq. 4) magnitude may move either
-way: channels with huge weights get ``s_j < 1``, the direction that repairs LLaMA3-70B (arXiv 2408.15301).
+Magnitude may move either way: channels with huge weights get ``s_j < 1``, the direction that repairs LLaMA3-70B
+(arXiv 2408.15301). How ``s`` is chosen is in balance.py.
 """
 
 from collections.abc import Mapping
@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 import torch
 
 from vllm_w8a8_bismooth.architectures import Layer, Site
+from vllm_w8a8_bismooth.balance import Rule
+from vllm_w8a8_bismooth.moments import Moments
 from vllm_w8a8_bismooth.quantize import ALONE, Fold, Threads
 
 
@@ -54,28 +56,6 @@ class Smoothing:
         return self.folds.get(linear, Fold())
 
 
-def balance(activation: torch.Tensor, weight: torch.Tensor, alpha: float) -> torch.Tensor:
-    """The factors of one site.
-
-    Args:
-        activation: fp32 ``[K]``, largest magnitude of each input channel.
-        weight: fp32 ``[K]``, largest magnitude of each weight column over all consumers.
-        alpha: share of the activations' range that is moved into the weights, 0 to 1.
-
-    Returns:
-        fp32 ``[K]``, positive and finite, with geometric mean 1: a common factor cancels between the two sides, and
-        this choice keeps the folded norm in the range of its dtype. A channel whose range is 0 on one side is given
-        the median range there: what calibration has not seen is treated as typical.
-    """
-    logs = []
-    for extent in (activation, weight):
-        seen = extent > 0
-        typical = extent[seen].median() if seen.any() else extent.new_ones(())
-        logs.append(torch.where(seen, extent, typical).double().log())
-    log_s = alpha * logs[0] - (1 - alpha) * logs[1]
-    return (log_s - log_s.mean()).exp().float()
-
-
 def fold_vector(
     vector: torch.Tensor, s: torch.Tensor, dtype: torch.dtype, offset: float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -116,10 +96,10 @@ def gather(extent: torch.Tensor, heads_per_group: int, head_dim: int) -> torch.T
 
 def smooth_block(
     block: Mapping[str, torch.Tensor],
-    activations: Mapping[str, torch.Tensor],
+    activations: Mapping[str, Moments],
     layer: Layer,
     sizes: Mapping[str, int],
-    alpha: float,
+    rule: Rule,
     offset: float = 0.0,
     threads: Threads = ALONE,
 ) -> Smoothing:
@@ -127,10 +107,10 @@ def smooth_block(
 
     Args:
         block: stored tensors by name inside the block (``self_attn.q_proj.weight``). Not modified.
-        activations: site name -> fp32 ``[K]`` largest magnitude of each input channel. Sites without an entry stay.
+        activations: site name -> of its K input channels over tokens. Sites without an entry stay.
         layer: the block's couplings, producers that are linears first (see :class:`Layer`).
         sizes: of the architecture.
-        alpha: see :func:`balance`.
+        rule: one of balance.py: what feeds a site, its weight columns -> factors fp32 ``[K]``.
         offset: of the architecture's norms, see :func:`fold_vector`.
         threads: that look through the weights.
     """
@@ -139,18 +119,17 @@ def smooth_block(
         if site.name not in activations:
             continue
         activation = activations[site.name]
-        weight = torch.stack(
-            [
-                smoothing.fold(consumer).column_extent(block[f"{consumer}.weight"], threads)
-                for consumer in site.consumers
-                if consumer in layer.linears
-            ]
-        ).amax(dim=0)
+        # An output channel's size is that of what its weights make of these activations.
+        basis = activation.rms()
+        weight = Moments.none(len(basis), basis.device)
+        for consumer in site.consumers:
+            if consumer in layer.linears:
+                weight.merge(smoothing.fold(consumer).moments(block[f"{consumer}.weight"], basis, threads))
         start, width = rows_of(site, layer, sizes)
-        heads_per_group = len(weight) // width
+        heads_per_group = len(basis) // width
         if heads_per_group > 1:
-            activation, weight = (gather(e, heads_per_group, sizes["head"]) for e in (activation, weight))
-        s = balance(activation, weight, alpha)
+            activation, weight = (m.tied(heads_per_group, sizes["head"]) for m in (activation, weight))
+        s = rule(activation, weight)
         if layer.routers.keys() & set(site.consumers):
             s = s.log2().round().exp2()  # exact in any dtype, so that tokens go to the experts that they went to
 
@@ -168,9 +147,10 @@ def smooth_block(
         columns = spread(s, heads_per_group, sizes["head"]) if heads_per_group > 1 else s
         for consumer in site.consumers:
             smoothing.folds[consumer] = Fold(smoothing.fold(consumer).rows, columns)
-        smoothed = weight * s
-        extremes = (float(e) for extent in (activation, weight, s, smoothed) for e in extent.aminmax())
-        medians = (float(extent.median()) for extent in (weight, smoothed))
+        smoothed = weight.largest * s
+        shown = (activation.largest, weight.largest, s, smoothed)
+        extremes = (float(e) for extent in shown for e in extent.aminmax())
+        medians = (float(extent.median()) for extent in (weight.largest, smoothed))
         smoothing.sites.append(Factors(site.name, *extremes, *medians))
     return smoothing
 
