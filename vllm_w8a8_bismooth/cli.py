@@ -111,6 +111,7 @@ def convert(
         str | None,
         typer.Option(metavar="REGEX", help="Linears to make per-group, instead of finding them from the weights."),
     ] = None,
+    ignore: Annotated[str | None, typer.Option(metavar="REGEX", help="Linears to leave in the source's dtype.")] = None,
     device: Annotated[str, typer.Option(help="Where blocks are worked on: cpu, cuda, cuda:1.")] = "cpu",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything and print the plan; write nothing.")
@@ -137,7 +138,12 @@ def convert(
     elif calibration_tokens is not None:
         raise BismoothError("--calibration-tokens has no effect without --calibration FILE; leave it out")
     recipe = Recipe.of(
-        method, alpha=alpha, calibration_tokens=calibration_tokens, group_size=group_size, group_layers=group_layers
+        method,
+        alpha=alpha,
+        calibration_tokens=calibration_tokens,
+        group_size=group_size,
+        group_layers=group_layers,
+        ignore=ignore,
     )
     if dry_run:
         if (folder := hub.cached(source)) is None:

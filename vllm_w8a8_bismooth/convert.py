@@ -14,7 +14,7 @@ from vllm_w8a8_bismooth.architectures import BLOCK
 from vllm_w8a8_bismooth.checkpoint import AHEAD, CONFIG, Folder, ReadAhead, read_json
 from vllm_w8a8_bismooth.errors import BismoothError
 from vllm_w8a8_bismooth.journal import Journal, disk_errors, partial_folder
-from vllm_w8a8_bismooth.plan import Plan, check_group_size, check_space, chosen_by_name
+from vllm_w8a8_bismooth.plan import Plan, check_group_size, check_space, chosen_by_name, full_names, ignored_by_name
 from vllm_w8a8_bismooth.quantize import Threads, quantize_folded
 from vllm_w8a8_bismooth.recipe import Recipe
 from vllm_w8a8_bismooth.smooth import Smoothing, smooth_block
@@ -37,6 +37,7 @@ class Report:
         source_bytes, written_bytes: sizes of all tensors.
         linears: full linear name -> ``group_size`` (``None`` = per-channel), ``column_error`` and ``sqnr`` in dB of
             what was written.
+        ignored: full names of the linears that were left in float.
         sites: block index -> what was folded at each site.
         files: shard -> SHA-256.
         resumed: blocks that an earlier, interrupted run had done.
@@ -47,6 +48,7 @@ class Report:
     source_bytes: int = 0
     written_bytes: int = 0
     linears: dict[str, dict[str, Any]] = field(default_factory=dict)
+    ignored: list[str] = field(default_factory=list)
     sites: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
     resumed: int = 0
@@ -68,9 +70,10 @@ class Preparation:
         recipe: complete but for the source's fingerprint.
         device: where blocks are worked on.
         named: per block, the per-group linears; ``None`` if the weights have to tell.
+        ignored: per block, the linears that stay in float.
         tokens: int64 ``[windows, length]`` for calibration; ``None`` is data-free.
         identity: what an unfinished run must have in common with this one to be continued.
-        reused: the destination already holds the result; then ``named`` and ``tokens`` are not known.
+        reused: the destination already holds the result; then ``named``, ``ignored`` and ``tokens`` are not known.
     """
 
     target: Path
@@ -78,6 +81,7 @@ class Preparation:
     recipe: Recipe
     device: torch.device
     named: list[set[str]] | None
+    ignored: list[set[str]]
     tokens: torch.Tensor | None
     identity: dict[str, Any]
     reused: bool = False
@@ -107,10 +111,11 @@ def prepare(
         "versions": {"vllm_w8a8_bismooth": __version__, "torch": torch.__version__},
     }
     if already_converted(target, recipe, source):
-        return Preparation(target, source, recipe, where, None, None, identity, reused=True)
-    named = chosen_by_name(source, recipe)
+        return Preparation(target, source, recipe, where, None, [], None, identity, reused=True)
+    ignored = ignored_by_name(source, recipe)
+    named = chosen_by_name(source, recipe, ignored)
     tokens = calibrate.tokenize(text, source.checkpoint, recipe.calibration_tokens) if text is not None else None
-    return Preparation(target, source, recipe, where, named, tokens, identity)
+    return Preparation(target, source, recipe, where, named, ignored, tokens, identity)
 
 
 def convert(
@@ -144,9 +149,10 @@ def convert(
         return Report(destination, reused=True)
     folder, signature = source.checkpoint.folder, ready.identity["source"]
     run = _Run(source, recipe, ready.device, progress)
-    done = Report(destination, source_bytes=source.nbytes())
+    done = Report(destination, source_bytes=source.nbytes(), ignored=full_names(ready.ignored))
     with Journal(ready.target, ready.identity) as diary:
-        plan = Plan(source, recipe, ready.named if ready.named is not None else run.granularity(diary))
+        grouped = ready.named if ready.named is not None else run.granularity(diary, ready.ignored)
+        plan = Plan(source, recipe, grouped, ready.ignored)
         tensors = plan.tensors()
         with ShardWriter(diary.partial, destination, tensors) as writer:
             check_space(diary.partial, writer.nbytes - diary.nbytes())
@@ -180,14 +186,14 @@ class _Run:
     def __init__(self, source: Source, recipe: Recipe, device: torch.device, progress: Progress):
         self.source, self.recipe, self.device, self.progress = source, recipe, device, progress
 
-    def granularity(self, diary: Journal) -> list[set[str]]:
-        """Per block, the linears that get per-group scales because their weights call for them."""
+    def granularity(self, diary: Journal, ignored: list[set[str]]) -> list[set[str]]:
+        """Per block, the linears that get per-group scales because their weights call for them; no ``ignored`` ones."""
         known = diary.record(_GRANULARITY)
         if known is None:
             known = []
             for index, measured in analyze.blocks(self.source, self.device):
                 errors = {linear: measure.column_error for linear, measure in measured.items()}
-                known.append(sorted(analyze.vulnerable(errors, self.source.layers[index])))
+                known.append(sorted(analyze.vulnerable(errors, self.source.layers[index]) - ignored[index]))
                 self.progress("analyze", index + 1, len(self.source.layers), 0)
             diary.finish(_GRANULARITY, known)
         chosen = [set(names) for names in known]
@@ -227,7 +233,7 @@ class _Run:
             for index in range(first, len(source.layers)):
                 block = _Lent(reader, BLOCK.format(index), source.blocks[index], self.device)
                 extents = self.extents(diary, calibration, index, block)
-                record = self.convert_block(index, block, extents, plan.grouped[index], writer, threads)
+                record = self.convert_block(index, block, extents, plan, writer, threads)
                 record["digests"] = {name: reader.digests.pop(name) for name in block.full_names()}
                 writer.then(partial(diary.finish, _unit(index), record))
                 writer.then(partial(diary.forget, _unit(index - 1)))  # this block's state is where a run would go on
@@ -261,7 +267,7 @@ class _Run:
         index: int,
         block: "_Lent",
         extents: Mapping[str, torch.Tensor],
-        grouped: set[str],
+        plan: Plan,
         writer: ShardWriter,
         threads: Threads,
     ) -> dict[str, Any]:
@@ -274,8 +280,8 @@ class _Run:
         linears = {}
         for name in source.blocks[index]:
             linear, fold = layer.linear_of(name), smoothing.fold(name.removesuffix(".weight"))
-            if linear is not None:
-                group_size = self.recipe.group_size if linear in grouped else None
+            if linear is not None and linear not in plan.ignored[index]:
+                group_size = self.recipe.group_size if linear in plan.grouped[index] else None
                 take = partial(self.take, writer, prefix + name)
                 loss = quantize_folded(block[name], fold, group_size, take, threads)
                 self.check_range(prefix + name, loss.power)
