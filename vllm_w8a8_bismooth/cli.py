@@ -125,6 +125,7 @@ def convert(
         float | None,
         typer.Option(help="With auto: share of the linears that may get per-group scales.", show_default="0.03"),
     ] = None,
+    ignore: Annotated[str | None, typer.Option(metavar="REGEX", help="Linears to leave in the source's dtype.")] = None,
     device: Annotated[str, typer.Option(help="Where blocks are worked on: cpu, cuda, cuda:1.")] = "cpu",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything and print the plan; write nothing.")
@@ -158,6 +159,7 @@ def convert(
         group_size=group_size,
         group_layers=group_layers,
         group_budget=group_budget,
+        ignore=ignore,
     )
     if dry_run:
         if (folder := hub.cached(source)) is None:

@@ -215,6 +215,10 @@ def preview(console, plan, recipe) -> None:
         console.print(f"{len(plan.grouped)} linears per-group (g = {recipe.group_size}):")
         for name in plan.grouped:
             console.print(f"  {escape(name)}")
+    if plan.ignored:
+        console.print(f"{len(plan.ignored)} linears left in float:")
+        for name in plan.ignored:
+            console.print(f"  {escape(name)}")
     if plan.resumed:
         console.print(f"{plan.resumed} of {plan.blocks} blocks are done and will be skipped")
     console.print(f"About {_duration(plan.seconds)}, {_gb(plan.memory_bytes)} of memory, {_gb(plan.free_bytes)} free")
@@ -229,6 +233,7 @@ def report_json(report) -> dict:
         "written_bytes": report.written_bytes,
         "vulnerable": report.vulnerable(),
         "linears": report.linears,
+        "ignored": report.ignored,
         "sites": report.sites,
     }
 
@@ -244,7 +249,8 @@ def summary(console, report, recipe) -> None:
     share = report.written_bytes / report.source_bytes
     console.print(
         f"Wrote [bold]{where}[/bold]: {report.source_bytes / 1e9:.3f} GB -> {report.written_bytes / 1e9:.3f} GB "
-        f"({share:.0%}), {len(report.linears) - grouped} linears per-channel, {grouped} per-group."
+        f"({share:.0%}), {len(report.linears) - grouped} linears per-channel, {grouped} per-group"
+        + (f", {len(report.ignored)} left in float." if report.ignored else ".")
     )
     console.print("Mean relative error that is left in a column (healthy is about 0.01), the worst five linears:")
     for name in sorted(report.linears, key=lambda name: (-report.linears[name]["column_error"], name))[:5]:
@@ -269,6 +275,7 @@ def verification_json(found) -> dict:
         "findings": [vars(finding) for finding in found.findings],
         "notes": found.notes,
         "linears": found.linears,
+        "ignored": found.ignored,
     }
 
 
@@ -294,4 +301,5 @@ def verification(console, found) -> None:
     if count:
         console.print(f"[bold]{where}[/bold]: {count} fault{'s' if count > 1 else ''} found.")
     else:
-        console.print(f"[bold]{where}[/bold]: {len(found.linears)} INT8 linears, nothing wrong.")
+        ignored = f"{len(found.ignored)} left in float, " if found.ignored else ""
+        console.print(f"[bold]{where}[/bold]: {len(found.linears)} INT8 linears, {ignored}nothing wrong.")

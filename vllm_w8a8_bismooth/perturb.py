@@ -154,8 +154,7 @@ def choose(
     total = sum(found[CHANNEL] for block in errors for found in block.values()) or 1.0
     candidates = []
     for index, (block, layer) in enumerate(zip(errors, layers, strict=True)):
-        for unit, parts in units(layer).items():
-            candidates.append((BLOCK.format(index), unit, parts, block[unit]))
+        candidates += [(BLOCK.format(index), unit, units(layer)[unit], found) for unit, found in block.items()]
 
     def share(found: Mapping[str, float]) -> float:
         return (found[CHANNEL] - found.get(GROUP, found[CHANNEL])) / total
