@@ -220,9 +220,9 @@ class _Run:
         with self.reader(first) as reader, Threads() as threads:
             for index in range(first, len(source.layers)):
                 block = _Lent(reader, BLOCK.format(index), source.blocks[index], self.device)
-                sample = activity.hidden[: max(1, perturb.SAMPLE // activity.hidden.shape[1])].clone()
+                hidden = perturb.sample(activity)
                 smoothing = self.smooth(diary, activity, index, block, threads)
-                errors = perturb.measure(activity, index, block, smoothing, sample, variants)
+                errors = perturb.measure(activity, index, block, smoothing, hidden, variants)
                 for name in block:
                     block.drop(name)
                 diary.finish(_measured(index), errors)

@@ -57,6 +57,31 @@ def analysis(found, source: str, group_size: int | None, top: int) -> None:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
+def perturbation(found, top: int) -> None:
+    """The table of ``analyze --calibration`` on stdout: where output error comes from, worst units first."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("linear as served", overflow="fold")
+    variants = list(next(iter(found.values())))
+    for variant in variants:
+        table.add_column(variant.replace("_", "\n"), justify="right", no_wrap=True)
+    totals = {variant: sum(errors[variant] for errors in found.values()) for variant in variants}
+    for unit in sorted(found, key=lambda unit: -found[unit][variants[-1]])[:top]:
+        table.add_row(unit, *(f"{found[unit][variant]:.2e}" for variant in variants))
+    table.add_section()
+    table.add_row(f"sum of {len(found)}", *(f"{totals[variant]:.2e}" for variant in variants), style="bold")
+    console.print(table)
+    console.print(
+        "Squared change of the block's output relative to its size when the linear alone is quantized (weights, "
+        "activations, or both), before and after smoothing.",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
 def _advice(found, source: str, group_size: int | None):
     from vllm_w8a8_bismooth.analyze import VULNERABLE
 
@@ -235,6 +260,7 @@ def report_json(report) -> dict:
         "linears": report.linears,
         "ignored": report.ignored,
         "sites": report.sites,
+        "granularity": [asdict(entry) for entry in report.granularity],
     }
 
 
@@ -252,6 +278,11 @@ def summary(console, report, recipe) -> None:
         f"({share:.0%}), {len(report.linears) - grouped} linears per-channel, {grouped} per-group"
         + (f", {len(report.ignored)} left in float." if report.ignored else ".")
     )
+    for entry in report.granularity:
+        if entry.chosen:
+            console.print(f"  per-group: {escape(entry.unit)} {entry.reason}", highlight=False)
+    if report.granularity and not grouped:
+        console.print(f"  no per-group scales: the best, {report.granularity[0].unit}, {report.granularity[0].reason}")
     console.print("Mean relative error that is left in a column (healthy is about 0.01), the worst five linears:")
     for name in sorted(report.linears, key=lambda name: (-report.linears[name]["column_error"], name))[:5]:
         console.print(f"  {report.linears[name]['column_error']:.4f}  {escape(name)}", highlight=False)

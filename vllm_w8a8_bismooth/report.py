@@ -58,6 +58,7 @@ def write(folder: Path, source: Source, recipe: Recipe, done: Any, base_model: s
             "linears": done.linears,
             "ignored": done.ignored,
             "sites": {str(index): sites for index, sites in done.sites.items()},
+            "granularity": [asdict(entry) for entry in done.granularity],
             "sha256": done.files,
         },
     )
@@ -148,10 +149,13 @@ def _method(recipe: Recipe) -> str:
         else "estimated from the weights alone, without calibration text (data-free)"
     )
     rule = f"alpha = {recipe.alpha}" if recipe.smoothing == "alpha" else "for the least expected error of the outputs"
-    grouped = f" Linears that match `group_layers` have one scale per group of {size} columns." if size else ""
+    which = (
+        "whose output error it reduced most, as measured," if recipe.method == "auto" else "that match `group_layers`"
+    )
+    grouped = f" Linears {which} have one scale per group of {size} columns." if size else ""
     return (
         f"Bi-smoothing moved magnitude between weights and activations, in either direction, before rounding "
-        f"(`bismooth`, {rule}). The activations' ranges were {ranges}.{grouped}"
+        f"(`{recipe.method}`, {rule}). The activations' ranges were {ranges}.{grouped}"
     )
 
 
