@@ -1,5 +1,6 @@
-"""The test bed is what it claims to be, and on it the collapse and its repairs are as large as the project promises."""
+"""The test beds are what they claim; on one of them collapse and repairs are as large as the project promises."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -7,44 +8,60 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import accuracy, emulate
+from benchmarks import accuracy, emulate, testbed
 from benchmarks.compare import distance
-from benchmarks.testbed import PYTHON
+from benchmarks.testbed import BEDS, PYTHON, Bed
 from benchmarks.testbed.plant import plant
 from vllm_w8a8_bismooth.checkpoint import Checkpoint
 
 WINDOWS = PYTHON.heldout_windows(12)
+beds = pytest.mark.parametrize("bed", BEDS.values(), ids=BEDS)
 
 
-@pytest.fixture(scope="module")
-def healthy() -> np.ndarray:
-    return emulate.log_probabilities(emulate.load(PYTHON.model), WINDOWS)
+@functools.cache
+def healthy(bed: Bed) -> np.ndarray:
+    return emulate.log_probabilities(emulate.load(bed.model), bed.heldout_windows(12))
 
 
-def test_assets_are_small_and_of_the_promised_shape():
-    folder = PYTHON.model.parent
-    assert sum(p.stat().st_size for p in folder.rglob("*") if p.is_file() and p.suffix != ".pyc") <= 16e6
-    config = json.loads((PYTHON.model / "config.json").read_text())
-    assert config["num_hidden_layers"] >= 6 and config["hidden_size"] >= 256
-    assert config["num_key_value_heads"] < config["num_attention_heads"]
+def test_assets_are_small():
+    files = [p for p in Path(testbed.__file__).parent.rglob("*") if p.is_file() and p.suffix != ".pyc"]
+    assert sum(p.stat().st_size for p in files) <= 40e6
 
 
-def test_model_is_trained(healthy):
+def test_shapes():
+    """Large enough to behave like a model, without remainders in any kernel, and different from each other."""
+    configs = [json.loads((bed.model / "config.json").read_text()) for bed in BEDS.values()]
+    for config in configs:
+        assert config["num_hidden_layers"] >= 5 and config["hidden_size"] >= 256
+        assert config["hidden_size"] % 32 == config["intermediate_size"] % 32 == 0
+        assert config["bos_token_id"] == testbed.BOS
+    assert configs[0]["num_hidden_layers"] >= 6  # plants of the tests go as far
+    for key in ("hidden_size", "num_hidden_layers", "num_attention_heads"):
+        assert len({config[key] for config in configs}) == len(configs)
+    for key in ("model_type", "tie_word_embeddings"):
+        assert len({config[key] for config in configs}) > 1
+    assert {config["num_key_value_heads"] < config["num_attention_heads"] for config in configs} == {True, False}
+
+
+@beds
+def test_model_is_trained(bed):
     """Held-out loss at least 2 nats under the unigram entropy of the held-out tokens."""
-    record = json.loads((PYTHON.model.parent / "training.json").read_text())
-    stream = np.load(PYTHON.model.parent / "heldout.npy")
+    record = json.loads((bed.folder / "training.json").read_text())
+    stream = np.load(bed.folder / "heldout.npy")
     share = np.bincount(stream) / len(stream)
     entropy = -(share[share > 0] * np.log(share[share > 0])).sum()
-    loss = np.log(distance(healthy, healthy, WINDOWS).ppl)
+    loss = np.log(distance(healthy(bed), healthy(bed), bed.heldout_windows(12)).ppl)
     assert loss < entropy - 2 and record["heldout_loss_nats"] < entropy - 2
     assert record["unigram_entropy_nats"] == pytest.approx(entropy, rel=1e-3)
 
 
 @pytest.mark.parametrize(("kind", "limit"), [("norm", 1e-5), ("residual", 1e-3)])
-def test_planting_preserves_the_function(healthy, tmp_path, kind, limit):
-    plant(PYTHON.model, tmp_path / "planted", kind=kind, k=1000.0, seed=7)
-    planted = emulate.log_probabilities(emulate.load(tmp_path / "planted"), WINDOWS)
-    assert 0 < distance(healthy, planted, WINDOWS).kl < limit
+@beds
+def test_planting_preserves_the_function(tmp_path, bed, kind, limit):
+    windows = bed.heldout_windows(12)
+    plant(bed.model, tmp_path / "planted", kind=kind, k=1000.0, seed=7)
+    planted = emulate.log_probabilities(emulate.load(tmp_path / "planted"), windows)
+    assert 0 < distance(healthy(bed), planted, windows).kl < limit
 
 
 def test_planting_is_what_it_says(tmp_path):
