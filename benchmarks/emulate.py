@@ -51,7 +51,8 @@ def load(folder: Path) -> torch.nn.Module:
         linear = scale.removesuffix(".weight_scale")
         parent, _, child = linear.rpartition(".")
         bias = tensors.pop(f"{linear}.bias", None)
-        module = W8A8Linear(tensors.pop(f"{linear}.weight"), tensors.pop(scale), bias)
+        # llm-compressor stores scales in the model's dtype
+        module = W8A8Linear(tensors.pop(f"{linear}.weight"), tensors.pop(scale).float(), bias)
         setattr(model.get_submodule(parent), child, module)
     left = model.load_state_dict({n: t.float() for n, t in tensors.items()}, strict=False)
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()

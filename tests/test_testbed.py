@@ -2,17 +2,23 @@
 
 import functools
 import json
+import os
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from benchmarks import accuracy, emulate, testbed
+from benchmarks import accuracy, emulate, peer, testbed
 from benchmarks.compare import distance
 from benchmarks.testbed import BEDS, PYTHON, Bed
 from benchmarks.testbed.plant import plant
+from vllm_w8a8_bismooth.calibrate import read_text, tokenize
 from vllm_w8a8_bismooth.checkpoint import Checkpoint
+from vllm_w8a8_bismooth.convert import convert
+from vllm_w8a8_bismooth.recipe import Recipe
 
 WINDOWS = PYTHON.heldout_windows(12)
 beds = pytest.mark.parametrize("bed", BEDS.values(), ids=BEDS)
@@ -103,3 +109,29 @@ def test_collapse_and_repairs(healthy_rtn, tmp_path: Path, planted):
         assert kl["bismooth-data-free"] <= 1.1 * healthy_rtn
     if planted is PLANTS[0]:
         assert kl["mixed-g32"] <= kl["rtn"] / 10
+
+
+def test_emulation_takes_scales_in_bf16(tmp_path):
+    """As llm-compressor writes them."""
+    convert(PYTHON.model, tmp_path / "out", Recipe.of("rtn"), None)
+    (shard,) = (tmp_path / "out").glob("*.safetensors")
+    tensors = {n: t.bfloat16() if n.endswith("_scale") else t for n, t in load_file(shard).items()}
+    save_file(tensors, shard)
+    scores = emulate.log_probabilities(emulate.load(tmp_path / "out"), WINDOWS)
+    assert distance(healthy(PYTHON), scores, WINDOWS).kl < 0.01
+
+
+@pytest.mark.skipif("LLM_COMPRESSOR" not in os.environ, reason="no interpreter with llm-compressor in LLM_COMPRESSOR")
+@beds
+def test_peer(tmp_path, bed):
+    tokens = tokenize(read_text(bed.calibration), Checkpoint(bed.model), 2048).numpy()
+    versions = peer.convert(os.environ["LLM_COMPRESSOR"], bed.model, tmp_path / "out", tokens, strength=0.8)
+    assert "llmcompressor" in versions
+    windows = bed.heldout_windows(12)
+    scores = emulate.log_probabilities(emulate.load(tmp_path / "out"), windows)
+    assert 0 < distance(healthy(bed), scores, windows).kl < 0.01
+
+
+def test_a_failing_peer_is_told(tmp_path):
+    with pytest.raises(RuntimeError, match="(?s)llm-compressor failed on .*No module named"):
+        peer.convert(sys.executable, PYTHON.model, tmp_path / "out", WINDOWS)
