@@ -30,6 +30,11 @@ class W8A8Linear(torch.nn.Module):
         return ops.linear(x, self.weight, self.weight_scale, group_size, self.bias)
 
 
+def attention_of(config) -> str:
+    """The implementation of attention: sdpa would drop the soft cap on attention logits without a word."""
+    return "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
+
+
 def load(folder: Path) -> torch.nn.Module:
     """A causal language model in fp32 from a converted or an ordinary checkpoint."""
     from safetensors.torch import load_file
@@ -43,9 +48,7 @@ def load(folder: Path) -> torch.nn.Module:
         for name, tensor in load_file(shard).items():
             block = re.match(r"model\.layers\.\d+\.|", name)[0]
             tensors[block + architecture.built(name.removeprefix(block))] = tensor
-    # sdpa would drop the soft cap on attention logits without a word
-    attention = "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention_of(config))
     separate_experts(model.model.layers, architecture)
     for scale in [name for name in tensors if name.endswith(".weight_scale")]:
         linear = scale.removesuffix(".weight_scale")

@@ -111,6 +111,34 @@ def test_collapse_and_repairs(healthy_rtn, tmp_path: Path, planted):
         assert kl["mixed-g32"] <= kl["rtn"] / 10
 
 
+THROUGH_TRANSFORMERS = {
+    "rtn": ({"method": "rtn"}, 0.1),
+    "bismooth": ({"method": "bismooth"}, 0.1),
+    # In small groups more values are the largest of theirs, and half a step beyond compressed-tensors' grid.
+    "grouped": ({"method": "mixed", "group_size": 32, "group_layers": r".*\.mlp\..*"}, 0.2),
+}
+
+
+@pytest.mark.parametrize("arm", THROUGH_TRANSFORMERS)
+def test_transformers_agrees_with_emulation(tmp_path, arm):
+    options, tolerance = THROUGH_TRANSFORMERS[arm]
+    calibration = read_text(PYTHON.calibration) if arm == "bismooth" else None
+    convert(PYTHON.model, tmp_path / arm, Recipe.of(**options), calibration)
+    emulated = emulate.log_probabilities(emulate.load(tmp_path / arm), WINDOWS)
+    decompressed = accuracy.ENGINES["transformers"](tmp_path / arm, WINDOWS, tmp_path / "log")
+    kl = distance(healthy(PYTHON), emulated, WINDOWS).kl
+    assert distance(healthy(PYTHON), decompressed, WINDOWS).kl == pytest.approx(kl, rel=tolerance)
+
+
+def test_transformers_engine_refuses_what_it_does_not_take_for_quantized(tmp_path):
+    convert(PYTHON.model, tmp_path / "out", Recipe.of("rtn"), None)
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    config["quantization_config"]["ignore"].append("model.layers.2.mlp.down_proj")
+    (tmp_path / "out/config.json").write_text(json.dumps(config))
+    with pytest.raises(RuntimeError, match=r"model\.layers\.2\.mlp\.down_proj\.weight_scale"):
+        accuracy.ENGINES["transformers"](tmp_path / "out", WINDOWS, tmp_path / "log")
+
+
 def test_emulation_takes_scales_in_bf16(tmp_path):
     """As llm-compressor writes them."""
     convert(PYTHON.model, tmp_path / "out", Recipe.of("rtn"), None)
