@@ -15,10 +15,12 @@ from benchmarks import accuracy, emulate, peer, testbed
 from benchmarks.compare import distance
 from benchmarks.testbed import BEDS, PYTHON, Bed
 from benchmarks.testbed.plant import plant
+from benchmarks.testbed.split import extents, split
 from vllm_w8a8_bismooth.calibrate import read_text, tokenize
 from vllm_w8a8_bismooth.checkpoint import Checkpoint
 from vllm_w8a8_bismooth.convert import convert
 from vllm_w8a8_bismooth.recipe import Recipe
+from vllm_w8a8_bismooth.source import Source
 
 WINDOWS = PYTHON.heldout_windows(12)
 beds = pytest.mark.parametrize("bed", BEDS.values(), ids=BEDS)
@@ -82,6 +84,29 @@ def test_planting_is_what_it_says(tmp_path):
     name = "model.layers.2.self_attn.q_proj.weight"
     ratio = (a.read(name).float() / before.read(name).float()).nan_to_num(1)
     assert sorted(ratio.median(dim=0).values.round().tolist())[-5:] == [1, 512, 512, 512, 512]
+
+
+@beds
+def test_splitting_preserves_the_function(tmp_path, bed):
+    tokens = torch.from_numpy(bed.heldout_windows(2))
+    before = Source(bed.model)
+    chosen = split(bed.model, tmp_path / "split", tokens)
+    after, width = Source(tmp_path / "split"), before.sizes["intermediate"]
+    after.refuse()
+    assert after.sizes == before.sizes | {"intermediate": width + 32}
+    models = [emulate.load(folder) for folder in (bed.model, tmp_path / "split")]
+    old, new = (model(input_ids=tokens).logits for model in models)
+    assert (old - new).abs().max() < 1e-5 * old.abs().max()
+    for block, (largest, extent) in enumerate(zip(chosen, extents(tmp_path / "split", tokens), strict=True)):
+        assert extent[width:].allclose(extent[largest])
+        whole = extent[:width].clone()
+        whole[largest] *= 2
+        assert set(whole.topk(32).indices.tolist()) == set(largest.tolist()), block
+
+
+def test_splitting_refuses_odd_widths(tmp_path):
+    with pytest.raises(ValueError, match="multiple of 32"):
+        split(PYTHON.model, tmp_path / "split", torch.from_numpy(WINDOWS), channels=24)
 
 
 @pytest.fixture(scope="module")
