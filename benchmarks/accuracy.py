@@ -1,9 +1,9 @@
 """Accuracy of the arms on the healthy test bed and on a range of plants.
 
-    python -m benchmarks.accuracy [--quick] [--through vllm|emulation] [--json FILE]
+    python -m benchmarks.accuracy [--quick] [--through vllm|emulation|transformers] [--json FILE]
 
 Every arm is converted from a checkpoint on disk and scored on held-out tokens that calibration never saw; KL is to the
-same source in the same engine (bf16 in vLLM, fp32 in the emulation). ``--quick`` takes the first plant only.
+same source in the same engine (bf16 in vLLM, fp32 elsewhere). ``--quick`` takes the first plant only.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from benchmarks import emulate, record, score
+from benchmarks import decompressed, emulate, record, score
 from benchmarks.compare import distance
 from benchmarks.testbed import PYTHON
 from benchmarks.testbed.plant import plant
@@ -53,6 +53,7 @@ def emulation(model: Path, windows: np.ndarray, log: Path) -> np.ndarray:
 ENGINES: dict[str, Callable[[Path, np.ndarray, Path], np.ndarray]] = {
     "vllm": score.log_probabilities,
     "emulation": emulation,
+    "transformers": decompressed.log_probabilities,
 }
 
 
