@@ -7,10 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from benchmarks import gemm, harness, quant, tiles, timing
+from benchmarks.compare import distance
 from benchmarks.tasks import continuation
 
 ROOT = Path(__file__).parents[1]
@@ -135,6 +137,19 @@ def test_conversions(tmp_path):
     assert targets["seconds of --help"]["measured"] is not None
     assert record["ratios"] == [] and record["peer_versions"] == {}
     assert not list((tmp_path / "build/convert").glob("*-headers"))
+
+
+def test_distance():
+    """Two windows of two predicted tokens; one token differs."""
+    reference = np.log(np.full((2, 2, 2), 0.5, dtype=np.float32))
+    other = reference.copy()
+    other[1, 0] = np.log([0.8, 0.2])
+    found = distance(reference, other, np.array([[0, 0, 0], [0, 1, 0]])).as_dict()
+    worst = 0.5 * np.log(0.5 / 0.8) + 0.5 * np.log(0.5 / 0.2)
+    assert found["kl_worst"] == pytest.approx(worst, rel=1e-6)
+    assert found["kl"] == pytest.approx(worst / 4, rel=1e-6)
+    assert found["kl_error"] == pytest.approx(worst / 4, rel=1e-6)  # windows: 0 and worst / 2
+    assert found["top1"] == 1.0 and found["ppl"] == pytest.approx((2**3 * 5) ** 0.25, rel=1e-6)
 
 
 HARNESS_RESULTS = {  # as version 0.4.13 writes them
