@@ -175,10 +175,15 @@ def test_harness_rows_and_table():
         ("a", "python_continuation", "exact_match (flexible-extract)", 0.25, None, 20),
         ("b", "other", "ppl", 3.0, None, None),
     ]
-    table = harness.table(rows)
-    assert [column.header for column in table.columns] == ["task", "metric", "questions", "a", "b"]
-    assert list(table.columns[3].cells) == ["0.4000 ± 0.1124", "0.2500", ""]
-    assert list(table.columns[4].cells) == ["", "", "3.0000"]
+    cells = [list(column.cells) for column in harness.table(rows[:1] + rows[2:] + rows[1:2]).columns]
+    assert list(zip(*cells, strict=True)) == [
+        ("python_continuation, acc, 20 questions", ""),
+        ("a", "0.4000 ± 0.1124"),
+        ("other, ppl", ""),
+        ("b", "3.0000"),
+        ("python_continuation, exact_match (flexible-extract), 20 questions", ""),
+        ("a", "0.2500"),
+    ]
 
 
 def test_harness_task_is_what_its_script_makes():
