@@ -20,7 +20,7 @@ import tempfile
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from benchmarks import record
 from benchmarks.score import engine_environment
@@ -79,19 +79,16 @@ def parse(checkpoint: str, results: dict) -> list[dict]:
 
 
 def table(rows: list[dict]) -> Table:
-    """Tasks and metrics down, checkpoints across."""
-    checkpoints = list(dict.fromkeys(row["checkpoint"] for row in rows))
-    result = Table("task", "metric", "questions")
-    for checkpoint in checkpoints:
-        result.add_column(checkpoint, justify="right")
-    cells: dict[tuple, dict[str, str]] = {}
-    for row in rows:
-        error = "" if row["stderr"] is None else f" ± {row['stderr']:.4f}"
-        questions = "" if row["questions"] is None else str(row["questions"])
-        line = cells.setdefault((row["task"], row["metric"], questions), {})
-        line[row["checkpoint"]] = f"{row['value']:.4f}{error}"
-    for key, line in cells.items():
-        result.add_row(*key, *(line.get(checkpoint, "") for checkpoint in checkpoints))
+    """A section for each task and metric, in it a line for each checkpoint."""
+    result = Table(Column("checkpoint", overflow="fold"), Column("± standard error", justify="right"))
+    for task, metric in dict.fromkeys((row["task"], row["metric"]) for row in rows):
+        section = [row for row in rows if (row["task"], row["metric"]) == (task, metric)]
+        questions = section[0]["questions"]
+        result.add_row(f"{task}, {metric}" + ("" if questions is None else f", {questions} questions"), style="bold")
+        for row in section:
+            error = "" if row["stderr"] is None else f" ± {row['stderr']:.4f}"
+            result.add_row(row["checkpoint"], f"{row['value']:.4f}{error}")
+        result.add_section()
     return result
 
 

@@ -7,10 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from benchmarks import gemm, harness, quant, tiles, timing
+from benchmarks.compare import distance
 from benchmarks.tasks import continuation
 
 ROOT = Path(__file__).parents[1]
@@ -137,6 +139,19 @@ def test_conversions(tmp_path):
     assert not list((tmp_path / "build/convert").glob("*-headers"))
 
 
+def test_distance():
+    """Two windows of two predicted tokens; one token differs."""
+    reference = np.log(np.full((2, 2, 2), 0.5, dtype=np.float32))
+    other = reference.copy()
+    other[1, 0] = np.log([0.8, 0.2])
+    found = distance(reference, other, np.array([[0, 0, 0], [0, 1, 0]])).as_dict()
+    worst = 0.5 * np.log(0.5 / 0.8) + 0.5 * np.log(0.5 / 0.2)
+    assert found["kl_worst"] == pytest.approx(worst, rel=1e-6)
+    assert found["kl"] == pytest.approx(worst / 4, rel=1e-6)
+    assert found["kl_error"] == pytest.approx(worst / 4, rel=1e-6)  # windows: 0 and worst / 2
+    assert found["top1"] == 1.0 and found["ppl"] == pytest.approx((2**3 * 5) ** 0.25, rel=1e-6)
+
+
 HARNESS_RESULTS = {  # as version 0.4.13 writes them
     "results": {
         "python_continuation": {
@@ -160,10 +175,15 @@ def test_harness_rows_and_table():
         ("a", "python_continuation", "exact_match (flexible-extract)", 0.25, None, 20),
         ("b", "other", "ppl", 3.0, None, None),
     ]
-    table = harness.table(rows)
-    assert [column.header for column in table.columns] == ["task", "metric", "questions", "a", "b"]
-    assert list(table.columns[3].cells) == ["0.4000 ± 0.1124", "0.2500", ""]
-    assert list(table.columns[4].cells) == ["", "", "3.0000"]
+    cells = [list(column.cells) for column in harness.table(rows[:1] + rows[2:] + rows[1:2]).columns]
+    assert list(zip(*cells, strict=True)) == [
+        ("python_continuation, acc, 20 questions", ""),
+        ("a", "0.4000 ± 0.1124"),
+        ("other, ppl", ""),
+        ("b", "3.0000"),
+        ("python_continuation, exact_match (flexible-extract), 20 questions", ""),
+        ("a", "0.2500"),
+    ]
 
 
 def test_harness_task_is_what_its_script_makes():
