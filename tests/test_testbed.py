@@ -109,31 +109,28 @@ def test_splitting_refuses_odd_widths(tmp_path):
         split(PYTHON.model, tmp_path / "split", torch.from_numpy(WINDOWS), channels=24)
 
 
+COUNT = len(WINDOWS)
+
+
 @pytest.fixture(scope="module")
 def healthy_rtn(tmp_path_factory) -> float:
-    rows = accuracy.measure(accuracy.HEALTHY, "emulation", tmp_path_factory.mktemp("healthy"), WINDOWS, print)
+    setting = accuracy.Setting("python")
+    rows = accuracy.measure(setting, ("rtn",), "emulation", tmp_path_factory.mktemp("healthy"), COUNT)
     return {row["arm"]: row["kl"] for row in rows}["rtn"]
 
 
-PLANTS = [
-    {"kind": "norm", "k": 1000.0, "blocks": (0, 1, 3), "seed": 11},
-    {"kind": "norm", "k": 2000.0, "blocks": (1, 3, 4), "seed": 12},
-    {"kind": "norm", "k": 100.0, "blocks": (2, 4, 5), "seed": 13},
-    {"kind": "residual", "k": 1000.0, "seed": 14},
-]
-
-
-@pytest.mark.parametrize("planted", PLANTS, ids=lambda p: f"{p['kind']}-{p['k']:.0f}-{p['seed']}")
-def test_collapse_and_repairs(healthy_rtn, tmp_path: Path, planted):
-    kl = {row["arm"]: row["kl"] for row in accuracy.measure(planted, "emulation", tmp_path, WINDOWS, print)}
-    assert kl["bismooth"] <= healthy_rtn
+@pytest.mark.parametrize("kind, k", [("norm", 1000.0), ("norm", 100.0), ("residual", 1000.0)])
+def test_collapse_and_repairs(healthy_rtn, tmp_path: Path, kind, k):
+    setting = accuracy.Setting("python", kind, k, seed=11)
+    rows = accuracy.measure(setting, ("rtn", "mixed-g32", "balanced", "data-free"), "emulation", tmp_path / "w", COUNT)
+    kl = {row["arm"]: row["kl"] for row in rows}
+    assert kl["balanced"] <= 0.8 * healthy_rtn
+    assert kl["data-free"] <= 1.05 * healthy_rtn
     assert kl["mixed-g32"] < kl["rtn"]
-    if planted["k"] >= 1000:
+    if k >= 1000:
         assert kl["rtn"] > 1
-    if planted["kind"] == "norm":
-        assert kl["bismooth-data-free"] <= 1.1 * healthy_rtn
-    if planted is PLANTS[0]:
-        assert kl["mixed-g32"] <= kl["rtn"] / 10
+        if kind == "norm":
+            assert kl["mixed-g32"] <= kl["rtn"] / 10
 
 
 THROUGH_TRANSFORMERS = {
