@@ -11,7 +11,9 @@ from huggingface_hub import ModelCard
 
 from tests.test_bad_input import edit_shard, run
 from tests.test_convert import RTN, digests
+from tests.test_moments import moments, noise
 from vllm_w8a8_bismooth import figures, report
+from vllm_w8a8_bismooth.balance import by_error
 from vllm_w8a8_bismooth.calibrate import read_text
 from vllm_w8a8_bismooth.convert import convert
 from vllm_w8a8_bismooth.errors import BismoothError
@@ -230,8 +232,8 @@ def test_factors_hold_the_smoothed_range(make_checkpoint):
     layer = source.layers[0]
     block = {name: source.checkpoint.read(f"model.layers.0.{name}") for name in source.blocks[0]}
     behind_norms = [site for site in layer.sites if site.producer in layer.vectors]
-    ranges = {site.name: block[f"{site.producer}.weight"].abs() for site in behind_norms}
-    smoothing = smooth_block(block, ranges, layer, source.sizes, 0.5)
+    read = {site.name: moments(noise(9, 64)) for site in behind_norms}
+    smoothing = smooth_block(block, read, layer, source.sizes, by_error)
     for found, site in zip(map(asdict, smoothing.sites), behind_norms, strict=True):
         for prefix, fold in (("weight", lambda consumer: Fold()), ("smoothed", smoothing.fold)):
             extent = torch.stack([fold(c).column_extent(block[f"{c}.weight"]) for c in site.consumers]).amax(0)

@@ -72,9 +72,9 @@ def test_statistics_are_read_and_not_made_again(make_checkpoint, tmp_path, calib
     source, text, recipe = make_checkpoint(), read_text(calibration_text), Recipe.of("bismooth", calibration_tokens=500)
     advance, advanced = Calibration.advance, []
 
-    def counting(self, index, tensors):
+    def counting(self, index, *arguments):
         advanced.append(index)
-        return advance(self, index, tensors)
+        return advance(self, index, *arguments)
 
     def dying(*arguments, **options):
         raise Interrupted("after the statistics of a block, before its conversion")
@@ -140,7 +140,7 @@ def test_an_unfinished_run_is_not_continued_as_another(make_checkpoint, tmp_path
             convert(source, out, Recipe.of("bismooth"))
     before = digests(tmp_path / "out.partial")
     for recipe, text, difference in (
-        (Recipe.of("bismooth", alpha=0.7), None, "recipe.alpha: 0.5 there, 0.7 now"),
+        (Recipe.of("bismooth", smoothing="alpha"), None, "recipe.alpha: None there, 0.5 now"),
         (Recipe.of("bismooth"), read_text(calibration_text), "recipe.calibration: None there, '"),
     ):
         with pytest.raises(BismoothError, match="unfinished conversion of another kind") as caught:

@@ -193,12 +193,13 @@ _BASE_MEMORY = 6e8
 _ROW_BYTES = 4  # of scales
 
 
-def needs(source: Layout, calibration_tokens: int | None, cores: int | None = None) -> Needs:
+def needs(source: Layout, calibration_tokens: int | None, measured_tokens: int = 0, cores: int | None = None) -> Needs:
     """An estimate from headers alone, for a per-channel conversion on a CPU.
 
     Args:
         source: the checkpoint.
         calibration_tokens: ``None`` is data-free.
+        measured_tokens: that pass through each block in fp32, to measure what quantization does there.
         cores: of the CPU; ``None`` is those that this process may use.
     """
     cores = cores or len(os.sched_getaffinity(0))
@@ -223,6 +224,10 @@ def needs(source: Layout, calibration_tokens: int | None, cores: int | None = No
         state = widest * calibration_tokens * source.sizes["hidden"]
         memory += state + widest * 3 * 1024 * source.sizes["intermediate"]
         seconds += 2 * work * calibration_tokens / _FLOP_PER_CORE_SECOND / cores
+    if measured_tokens:
+        memory += 2 * source.block_nbytes()
+        seconds += source.nbytes() / _BYTES_PER_CORE_SECOND / cores
+        seconds += 2 * work * measured_tokens / (_FLOP_PER_CORE_SECOND / 3) / cores
     return Needs(source.nbytes(), written, int(memory), written + 2 * state, seconds)
 
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from vllm_w8a8_bismooth import calibrate
+from vllm_w8a8_bismooth import calibrate, perturb
 from vllm_w8a8_bismooth.checkpoint import Folder
 from vllm_w8a8_bismooth.convert import done_before, prepare
 from vllm_w8a8_bismooth.journal import Journal
@@ -69,7 +69,10 @@ def preview(
     if ready.tokens is not None:
         calibrate.Calibration(source, ready.tokens, ready.device)  # transformers may refuse the config
         tokens = ready.tokens.numel()
-    need = needs(source, tokens)
+    measured = 0
+    if ready.recipe.method == "auto":
+        measured = perturb.SAMPLE * (1 + 2 * max(len(perturb.units(layer)) for layer in source.layers))
+    need = needs(source, tokens, measured)
     return Preview(
         destination=destination,
         reused=False,
