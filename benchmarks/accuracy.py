@@ -285,7 +285,11 @@ def main() -> None:
     jobs = 1 if arguments.through == "vllm" else torch.get_num_threads()
     rows = []
     with ProcessPoolExecutor(jobs, get_context("spawn"), _single_threaded) as pool:
-        for done in [pool.submit(task) for task in tasks]:
+        submitted = [pool.submit(task) for task in tasks]
+        for done in submitted:
+            if error := done.exception():
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise error
             for row in done.result():
                 rows.append(row)
                 where = " ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in list(row.values())[:5])

@@ -42,7 +42,7 @@ def convert(
         np.save(Path(scratch, "tokens.npy"), tokens)
         # The script writes logs where it stands.
         paths = [str(Path(path).resolve()) for path in (_SCRIPT, source, destination, Path(scratch, "tokens.npy"))]
-        command = [python, paths[0], method, *paths[1:], "--strength", str(strength)]
+        command = [os.path.abspath(python), paths[0], method, *paths[1:], "--strength", str(strength)]
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         environment.pop("PYTHONPATH", None)  # of this environment
         done = subprocess.run(command, cwd=scratch, env=environment, capture_output=True, text=True)
