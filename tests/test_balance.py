@@ -178,7 +178,7 @@ def codes_of(k: float, measured: bool) -> dict[str, torch.Tensor]:
     return {name: torch.cat([c[:, :at], c[:, at + 1 :]], dim=1) for name, c in codes.items()}
 
 
-@pytest.mark.parametrize(("measured", "share"), [(False, 1e-3), (True, 0.2)])
+@pytest.mark.parametrize(("measured", "share"), [(False, 1e-3), (True, 0.05)])
 def test_an_outlier_column_does_not_change_the_other_codes(measured, share):
     """Codes at a rounding edge may differ by one.
 

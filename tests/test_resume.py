@@ -20,6 +20,7 @@ ARMS = {
     "rtn": (Recipe.of("rtn"), False),
     "mixed": (Recipe.of("mixed", group_size=32), False),
     "calibrated": (Recipe.of("bismooth", calibration_tokens=500), True),
+    "data-free": (Recipe.of("bismooth"), False),
 }
 
 
@@ -127,7 +128,7 @@ def test_a_state_that_is_gone_starts_the_run_anew(make_checkpoint, tmp_path, cal
     assert states
     for state in states:
         state.write_bytes(b"spoilt")
-    with pytest.raises(BismoothError, match="the state behind block 1 is gone.*starts anew"):
+    with pytest.raises(BismoothError, match="the state stream-00001 of an earlier run is gone.*starts anew"):
         convert(source, tmp_path / "out", recipe, text)
     assert convert(source, tmp_path / "out", recipe, text).resumed == 0
 
