@@ -1,48 +1,157 @@
-"""Accuracy of the arms on the healthy test bed and on a range of plants.
+"""Accuracy of every arm on the test beds, healthy and planted; and how much calibration matters.
 
-    python -m benchmarks.accuracy [--quick] [--through vllm|emulation] [--json FILE]
+    python -m benchmarks.accuracy [--quick] [--through emulation|vllm|transformers] [--peer PYTHON] [--json FILE]
+    python -m benchmarks.accuracy --calibration-study [--quick] [--json FILE]
 
-Every arm is converted from a checkpoint on disk and scored on held-out tokens that calibration never saw; KL is to the
-same source in the same engine (bf16 in vLLM, fp32 in the emulation). ``--quick`` takes the first plant only.
+Every arm is a checkpoint on disk, converted from a checkpoint on disk and scored on held-out tokens that neither
+training nor calibration saw, each window led by BOS in all arms. KL is to the same source in the same engine (bf16 in
+vLLM, fp32 elsewhere). Healthy models are calibrated on five draws of the calibration text, planted ones planted with
+five seeds. Through vLLM or transformers, which take longer, there are fewer plants and one draw; ``--quick`` takes the
+first draw and the first plant of one bed. ``--peer`` is the Python of an environment with llm-compressor.
 """
 
 import argparse
+import hashlib
 import os
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property, partial
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 from rich.console import Console
 
-from benchmarks import emulate, record, score
+from benchmarks import decompressed, emulate, peer, record, score
 from benchmarks.compare import distance
-from benchmarks.testbed import PYTHON
+from benchmarks.testbed import BEDS, Bed
 from benchmarks.testbed.plant import plant
-from vllm_w8a8_bismooth.calibrate import read_text
+from benchmarks.testbed.split import split
+from vllm_w8a8_bismooth.calibrate import CalibrationText, read_text, tokenize
 from vllm_w8a8_bismooth.convert import convert
 from vllm_w8a8_bismooth.recipe import Recipe
+from vllm_w8a8_bismooth.source import Source
 
 WORK = Path("build/accuracy")
-WINDOWS = 24
+WINDOWS = 32
+SEEDS = 5
+CEILING = {"python": 128, "headers": 128, "docstrings": 64}
+"""Group size of the arm that has groups everywhere: 128 where it divides every K, else the largest that does."""
 
-# Arm -> recipe, and whether it is calibrated.
-ARMS = {
-    "rtn": (Recipe.of("rtn"), False),
-    "mixed-g32": (Recipe.of("mixed", group_size=32), False),
-    "bismooth": (Recipe.of("bismooth"), True),
-    "bismooth-data-free": (Recipe.of("bismooth"), False),
+
+@dataclass(frozen=True)
+class Setting:
+    """One source and one draw of calibration text.
+
+    Attributes:
+        bed: key of :data:`BEDS`.
+        kind, k: of the plant; ``healthy`` and ``None`` without one.
+        seed: of the plant; on a healthy model, of the draw.
+    """
+
+    bed: str
+    kind: str = "healthy"
+    k: float | None = None
+    seed: int = 0
+
+    @property
+    def draw(self) -> int:
+        """Of the calibration text."""
+        return self.seed if self.kind == "healthy" else 0
+
+
+class Case:
+    """A setting on disk: the source, its calibration text, and folders for arms."""
+
+    def __init__(self, setting: Setting, work: Path, peer_python: str | None):
+        self.setting, self.work, self.peer_python = setting, work, peer_python
+        self.bed: Bed = BEDS[setting.bed]
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+        self.source = self.bed.model
+        if setting.kind != "healthy":
+            self.source = work / "source"
+            plant(self.bed.model, self.source, kind=setting.kind, k=setting.k, seed=setting.seed)
+        self.text = drawn(read_text(self.bed.calibration), setting.draw)
+
+    @cached_property
+    def tokens(self) -> torch.Tensor:
+        """What our converter calibrates on, for those who take tokens: int64 ``[windows, length]``."""
+        return tokenize(self.text, Source(self.source).checkpoint, 16384)
+
+    def convert(self, name: str, recipe: Recipe, calibrated: bool, source: Path | None = None) -> tuple[Path, Any]:
+        """The folder of an arm, and the converter's report."""
+        return self.work / name, convert(
+            source or self.source, self.work / name, recipe, self.text if calibrated else None
+        )
+
+
+def drawn(text: CalibrationText, seed: int) -> CalibrationText:
+    """Another draw of calibration windows from the same text: it begins elsewhere, and goes round."""
+    whole = "\n\n".join(text.documents)
+    start = seed * len(whole) // SEEDS + 1000 * seed
+    turned = whole[start:] + whole[:start]
+    return CalibrationText(text.path, (turned,), hashlib.sha256(turned.encode()).hexdigest())
+
+
+Make = Callable[[Case], Path]
+
+
+def ours(method: str, calibrated: bool = False, **options) -> Make:
+    recipe = Recipe.of(method, **options)
+    name = "-".join([method, *map(str, options.values()), *["calibrated"] * calibrated])
+    return lambda case: case.convert(name, recipe, calibrated)[0]
+
+
+def smoothquant(strength: float, case: Case) -> Path:
+    """llm-compressor's SmoothQuant at its norm sites, on the same tokens."""
+    folder = case.work / f"smoothquant-{strength}"
+    peer.convert(case.peer_python, case.source, folder, case.tokens.numpy(), strength)
+    return folder
+
+
+def everywhere(case: Case) -> Path:
+    """Per-group scales in all linears: the ceiling of the per-group route."""
+    recipe = Recipe.of("mixed", group_size=CEILING[case.setting.bed], group_layers=".")
+    return case.convert("group-everywhere", recipe, False)[0]
+
+
+def left_in_bf16(case: Case) -> Path:
+    """What ``auto`` would give per-group scales, left in bf16 instead: needs no kernel."""
+    _, report = case.convert("auto-to-ask", Recipe.of("auto", group_size=32), True)
+    chosen = [name for entry in report.granularity if entry.chosen for name in entry.linears]
+    ignore = "|".join(f"^{re.escape(name)}$" for name in chosen) or None
+    return case.convert("left-in-bf16", Recipe.of("bismooth", ignore=ignore), True)[0]
+
+
+def split_columns(case: Case) -> Path:
+    """The 32 largest inputs of every down_proj split into two copies (QLLM), then smoothed: needs no kernel."""
+    split(case.source, case.work / "split-source", case.tokens)
+    return case.convert("split", Recipe.of("bismooth"), True, case.work / "split-source")[0]
+
+
+ARMS: dict[str, Make] = {
+    "rtn": ours("rtn"),
+    "smoothquant-0.5": partial(smoothquant, 0.5),
+    "smoothquant-0.8": partial(smoothquant, 0.8),
+    "mixed-g32": ours("mixed", group_size=32),
+    **{f"alpha-{a}": ours("bismooth", True, smoothing="alpha", alpha=a) for a in (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)},
+    "balanced": ours("bismooth", True),
+    "data-free": ours("bismooth"),
+    "auto-g32": ours("auto", True, group_size=32),
+    "auto-bf16": left_in_bf16,
+    "split-32": split_columns,
+    "group-everywhere": everywhere,
 }
-PLANTS = (
-    {"kind": "norm", "k": 1000.0, "blocks": (0, 1, 3), "seed": 0},
-    {"kind": "norm", "k": 1000.0, "blocks": (0, 1, 3), "seed": 1},
-    {"kind": "norm", "k": 1000.0, "blocks": (2, 4, 5), "seed": 2},
-    {"kind": "norm", "k": 100.0, "blocks": (0, 1, 3), "seed": 3},
-    {"kind": "norm", "k": 2000.0, "blocks": (1, 2, 5), "seed": 4},
-    {"kind": "residual", "k": 100.0, "seed": 0},
-    {"kind": "residual", "k": 1000.0, "seed": 1},
-)
-HEALTHY = {"kind": "healthy"}
+DRAWN = ("alpha-0.5", "alpha-0.6", "alpha-0.7", "balanced", "auto-g32")
+PLANTED = ("rtn", "mixed-g32", "balanced", "data-free", "auto-g32")
+SERVED = ("rtn", "smoothquant-0.5", "mixed-g32", "alpha-0.5", "balanced", "data-free", "auto-g32", "group-everywhere")
+DECOMPRESSED = ("rtn", "smoothquant-0.5", "alpha-0.5", "balanced", "data-free")
 
 
 def emulation(model: Path, windows: np.ndarray, log: Path) -> np.ndarray:
@@ -53,66 +162,141 @@ def emulation(model: Path, windows: np.ndarray, log: Path) -> np.ndarray:
 ENGINES: dict[str, Callable[[Path, np.ndarray, Path], np.ndarray]] = {
     "vllm": score.log_probabilities,
     "emulation": emulation,
+    "transformers": decompressed.log_probabilities,
 }
 
 
-def measure(planted: dict, through: str, work: Path, windows: np.ndarray, report: Callable[[dict], None]) -> list[dict]:
-    """One row an arm for one plant (or the healthy model), the source itself first.
+def plan(through: str, quick: bool) -> Iterator[tuple[Setting, tuple[str, ...]]]:
+    """What is measured: settings and their arms."""
+    beds = list(BEDS)[: 1 if quick else None]
+    kinds = [(kind, k) for kind in ("norm", "residual") for k in (100.0, 1000.0)]
+    if quick:
+        yield Setting(beds[0]), PLANTED
+        yield Setting(beds[0], "norm", 1000.0), PLANTED
+    elif through == "emulation":
+        for bed in beds:
+            yield Setting(bed), tuple(ARMS)
+            yield from ((Setting(bed, seed=seed), DRAWN) for seed in range(1, SEEDS))
+            yield from ((Setting(bed, *kind, seed), PLANTED) for kind in kinds for seed in range(SEEDS))
+    else:
+        arms = SERVED if through == "vllm" else DECOMPRESSED
+        yield from ((Setting(bed), arms) for bed in beds)
+        planted = [arm for arm in PLANTED if arm in arms]
+        yield from ((Setting("python", kind, 1000.0), tuple(planted)) for kind in ("norm", "residual"))
+
+
+def measure(
+    setting: Setting, arms: tuple[str, ...], through: str, work: Path, windows: int, peer_python: str | None = None
+) -> list[dict]:
+    """One row an arm, the source itself first.
 
     Args:
-        planted: arguments of :func:`plant`, or :data:`HEALTHY`.
+        setting: what is measured.
+        arms: keys of :data:`ARMS`; llm-compressor's are left out without ``peer_python``.
         through: a key of :data:`ENGINES`.
-        work: scratch folder, emptied first.
-        windows: ``[n, length]`` held-out tokens.
-        report: called with each row as it comes.
+        work: scratch folder, emptied first and removed afterwards.
+        windows: how many held-out windows of 256 tokens.
+        peer_python: interpreter of an environment with llm-compressor.
     """
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    source = PYTHON.model
-    if planted != HEALTHY:
-        source = work / "source"
-        plant(PYTHON.model, source, **planted)
-    run, rows = ENGINES[through], []
-    reference = run(source, windows, work / "source.log")
-    where = {
-        "plant": planted["kind"],
-        "k": planted.get("k"),
-        "blocks": planted.get("blocks"),
-        "seed": planted.get("seed"),
-    }
+    case, run, rows = Case(setting, work, peer_python), ENGINES[through], []
+    heldout = case.bed.heldout_windows(windows)
+    reference = run(case.source, heldout, work / "source.log")
+    where = {"bed": setting.bed, "plant": setting.kind, "k": setting.k, "seed": setting.seed}
 
     def add(arm: str, scores: np.ndarray) -> None:
-        rows.append({"arm": arm, **where, **distance(reference, scores, windows).as_dict()})
-        report(rows[-1])
+        rows.append({**where, "arm": arm, **distance(reference, scores, heldout).as_dict()})
 
     add("source", reference)
-    for arm, (recipe, calibrated) in ARMS.items():
-        convert(source, work / arm, recipe, read_text(PYTHON.calibration) if calibrated else None)
-        add(arm, run(work / arm, windows, work / f"{arm}.log"))
+    for arm in arms:
+        if peer_python or not arm.startswith("smoothquant"):
+            add(arm, run(ARMS[arm](case), heldout, work / f"{arm}.log"))
+    shutil.rmtree(work)
     return rows
+
+
+SIZES = tuple(2**n for n in range(10, 19))
+DRAWS = 3
+
+
+def texts(bed: str) -> dict[str, str]:
+    """Calibration sets of a bed: its own text, another bed's, and random tokens."""
+    from transformers import AutoTokenizer
+
+    other = {"python": "docstrings", "headers": "python", "docstrings": "headers"}[bed]
+    tokenizer = AutoTokenizer.from_pretrained(BEDS[bed].model)
+    random = np.random.default_rng(0).integers(2, len(tokenizer), size=2**17)
+    return {
+        "own text": BEDS[bed].calibration.read_text(),
+        f"text of {other}": BEDS[other].calibration.read_text(),
+        "random tokens": tokenizer.decode(random),
+    }
+
+
+def study(bed: str, arm: str, name: str, size: int, work: Path, windows: int) -> list[dict]:
+    """KL of one arm by what and how much it is calibrated on: :data:`DRAWS` rows; none where the text is too short."""
+    text = texts(bed)[name]
+    whole = CalibrationText(BEDS[bed].calibration, (text,), hashlib.sha256(text.encode()).hexdigest())
+    model, heldout = BEDS[bed].model, BEDS[bed].heldout_windows(windows)
+    if tokenize(whole, Source(model).checkpoint, size).numel() < 0.97 * size:
+        return []
+    options = {"smoothing": "alpha", "alpha": 0.5} if arm == "alpha-0.5" else {}
+    recipe = Recipe.of("bismooth", calibration_tokens=size, **options)
+    reference, rows = emulate.log_probabilities(emulate.load(model), heldout), []
+    for draw in range(DRAWS):
+        shutil.rmtree(work, ignore_errors=True)
+        convert(model, work, recipe, drawn(whole, draw))
+        found = distance(reference, emulate.log_probabilities(emulate.load(work), heldout), heldout)
+        rows.append({"bed": bed, "arm": arm, "set": name, "tokens": size, "seed": draw, **found.as_dict()})
+    shutil.rmtree(work)
+    return rows
+
+
+def _single_threaded() -> None:
+    torch.set_num_threads(1)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--through", choices=list(ENGINES), default="vllm")
+    parser.add_argument("--calibration-study", action="store_true")
+    parser.add_argument("--through", choices=list(ENGINES), default="emulation")
+    parser.add_argument("--peer", metavar="PYTHON", help="interpreter with llm-compressor")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    console = Console()
+    console = Console(soft_wrap=True, highlight=False)
     os.environ.setdefault("VLLM_CACHE_ROOT", str((WORK / "vllm-cache").resolve()))
-
-    def show(row: dict) -> None:
-        where = " ".join(f"{key}={row[key]}" for key in ("plant", "k", "blocks", "seed") if row[key] is not None)
-        console.print(
-            f"{where:<48} {row['arm']:<20} KL {row['kl']:.3e} ± {row['kl_error']:.0e}  top-1 {row['top1']:.3f}  "
-            f"ppl {row['ppl']:.3f}",
-            highlight=False,
-            soft_wrap=True,
-        )
-
+    work = (WORK / str(number) for number in range(10**6))
+    if arguments.calibration_study:
+        beds = ["headers"] if arguments.quick else list(BEDS)
+        sizes = SIZES[:3] if arguments.quick else SIZES
+        tasks = [
+            partial(study, bed, arm, name, size, next(work), WINDOWS)
+            for bed in beds
+            for arm in ("alpha-0.5", "balanced")
+            for name in texts(bed)
+            for size in (sizes if name == "own text" else (sizes[0], sizes[-1] if arguments.quick else 16384))
+        ]
+    else:
+        tasks = [
+            partial(measure, setting, arms, arguments.through, next(work), WINDOWS, arguments.peer)
+            for setting, arms in plan(arguments.through, arguments.quick)
+        ]
+    # An engine takes all cores; everything else is many small steps, which gain more from running side by side.
+    jobs = 1 if arguments.through == "vllm" else torch.get_num_threads()
     rows = []
-    for number, planted in enumerate((HEALTHY, *PLANTS[: 1 if arguments.quick else None])):
-        rows += measure(planted, arguments.through, WORK / str(number), PYTHON.heldout_windows(WINDOWS), show)
+    with ProcessPoolExecutor(jobs, get_context("spawn"), _single_threaded) as pool:
+        submitted = [pool.submit(task) for task in tasks]
+        for done in submitted:
+            if error := done.exception():
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise error
+            for row in done.result():
+                rows.append(row)
+                where = " ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in list(row.values())[:5])
+                console.print(
+                    f"{where:<48} KL {row['kl']:.3e} ± {row['kl_error']:.0e}  worst {row['kl_worst']:.1e}  "
+                    f"top-1 {row['top1']:.3f}  ppl {row['ppl']:.3f}"
+                )
     if arguments.json:
         record.write(arguments.json, rows, through=arguments.through, tokens=WINDOWS * 255)
 

@@ -30,6 +30,11 @@ class W8A8Linear(torch.nn.Module):
         return ops.linear(x, self.weight, self.weight_scale, group_size, self.bias)
 
 
+def attention_of(config) -> str:
+    """The implementation of attention: sdpa would drop the soft cap on attention logits without a word."""
+    return "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
+
+
 def load(folder: Path) -> torch.nn.Module:
     """A causal language model in fp32 from a converted or an ordinary checkpoint."""
     from safetensors.torch import load_file
@@ -43,15 +48,14 @@ def load(folder: Path) -> torch.nn.Module:
         for name, tensor in load_file(shard).items():
             block = re.match(r"model\.layers\.\d+\.|", name)[0]
             tensors[block + architecture.built(name.removeprefix(block))] = tensor
-    # sdpa would drop the soft cap on attention logits without a word
-    attention = "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention_of(config))
     separate_experts(model.model.layers, architecture)
     for scale in [name for name in tensors if name.endswith(".weight_scale")]:
         linear = scale.removesuffix(".weight_scale")
         parent, _, child = linear.rpartition(".")
         bias = tensors.pop(f"{linear}.bias", None)
-        module = W8A8Linear(tensors.pop(f"{linear}.weight"), tensors.pop(scale), bias)
+        # llm-compressor stores scales in the model's dtype
+        module = W8A8Linear(tensors.pop(f"{linear}.weight"), tensors.pop(scale).float(), bias)
         setattr(model.get_submodule(parent), child, module)
     left = model.load_state_dict({n: t.float() for n, t in tensors.items()}, strict=False)
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()

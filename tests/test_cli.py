@@ -83,7 +83,14 @@ def interrupt(source: Path, out: Path, recipe: Recipe) -> None:
         convert(source, out, recipe, progress=interrupted)
 
 
-@pytest.mark.parametrize("options", [(), ("--group-size", "32", "--group-layers", "layers.0.*down_proj")])
+@pytest.mark.parametrize(
+    "options",
+    [
+        (),
+        ("--group-size", "32", "--group-layers", "layers.0.*down_proj"),
+        ("--ignore", r"layers\.1\.self_attn\.v|layers\.2.*down"),
+    ],
+)
 def test_dry_run_is_the_plan_of_the_run(make_checkpoint, tmp_path, calibration_text, monkeypatch, options):
     monkeypatch.setattr("vllm_w8a8_bismooth.writer.SHARD_SIZE", "40KB")
     source, out = make_checkpoint(), tmp_path / "new" / "out"
@@ -95,6 +102,8 @@ def test_dry_run_is_the_plan_of_the_run(make_checkpoint, tmp_path, calibration_t
     assert code == 0 and plan["written_bytes"] == report["written_bytes"] == sum(plan["shards"].values())
     assert plan["shards"].keys() == {path.name for path in out.glob("*.safetensors")} and len(plan["shards"]) > 2
     assert plan["grouped"] == [n for n, entry in report["linears"].items() if entry["group_size"]]
+    assert plan["ignored"] == report["ignored"] and len(report["linears"]) == 21 - len(report["ignored"])
+    assert len(plan["ignored"]) == (4 if "--ignore" in options else 0)
     assert plan["tokens"] == 256 and plan["blocks"] == 3 and plan["resumed"] == 0 and plan["seconds"] > 0
     assert dry_run(source, out, *options)["reused"]
 

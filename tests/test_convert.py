@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from benchmarks import emulate
-from tests.conftest import MODEL_TYPES, edit_json
+from tests.conftest import MODEL_TYPES, edit_json, tiny_model, write_checkpoint
 from tests.test_moments import moments
 from vllm_w8a8_bismooth.architectures import BLOCK
 from vllm_w8a8_bismooth.calibrate import Calibration, read_text, tokenize
@@ -22,6 +22,7 @@ from vllm_w8a8_bismooth.errors import BismoothError
 from vllm_w8a8_bismooth.moments import Moments
 from vllm_w8a8_bismooth.quantize import ALONE, dequantize_weight
 from vllm_w8a8_bismooth.recipe import Recipe
+from vllm_w8a8_bismooth.smooth import smooth_block
 from vllm_w8a8_bismooth.source import Source
 
 RTN = Recipe.of("rtn")
@@ -181,6 +182,87 @@ def test_per_group_checkpoint(make_checkpoint, tmp_path, model_type):
     tensors = tensors_of(tmp_path / "out")
     assert tensors["model.layers.1.mlp.down_proj.weight_scale"].shape == (64, 3)
     assert tensors["model.layers.0.mlp.down_proj.weight_scale"].shape == (64, 1)
+
+
+ATTENTION, EXPERTS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), range(4)
+# Model type -> --ignore, and what it leaves in float: name inside a block -> blocks.
+IGNORED = {
+    "llama": (r"layers\.1\.self_attn\.v_proj|down", dict.fromkeys(ATTENTION, [1]) | {"mlp.down_proj": [0, 1, 2]}),
+    "gemma2": (r"layers\.[02]\.mlp\.up_proj", dict.fromkeys(("mlp.gate_proj", "mlp.up_proj"), [0, 2])),
+    "phi3": (r"layers\.2\.self_attn", dict.fromkeys(("self_attn.qkv_proj", "self_attn.o_proj"), [2])),
+    "mixtral": (
+        r"layers\.1\.(self_attn\.k|.*experts)",
+        dict.fromkeys((*ATTENTION, *(f"block_sparse_moe.experts.{e}.w{w}" for e in EXPERTS for w in (1, 2, 3))), [1]),
+    ),
+    "qwen2_moe": (
+        r"shared_expert\.up|layers\.2\.mlp\.experts\.",
+        dict.fromkeys(("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"), [1, 2])
+        | dict.fromkeys((f"mlp.experts.{e}.{p}_proj" for e in EXPERTS for p in ("gate", "up", "down")), [2]),
+    ),
+}
+
+
+@pytest.mark.parametrize("model_type", IGNORED)
+def test_ignored_linears_keep_their_dtype(make_checkpoint, tmp_path, calibration_text, model_type, monkeypatch):
+    """They hold the folded source, all else is as without the option, and compressed-tensors' matcher agrees."""
+    from compressed_tensors.utils.match import is_match
+
+    folds = []
+
+    def recorded(*arguments):
+        folds.append(smooth_block(*arguments))
+        return folds[-1]
+
+    monkeypatch.setattr("vllm_w8a8_bismooth.convert.smooth_block", recorded)
+    source, text = make_checkpoint(model_type), read_text(calibration_text)
+    pattern, names = IGNORED[model_type]
+    report = convert(source, tmp_path / "out", Recipe.of("bismooth", calibration_tokens=500, ignore=pattern), text)
+    whole = convert(source, tmp_path / "whole", Recipe.of("bismooth", calibration_tokens=500), text)
+    ignored = {BLOCK.format(i) + name for name, blocks in names.items() for i in blocks}
+    assert set(report.ignored) == ignored and whole.ignored == []
+    assert report.linears == {name: entry for name, entry in whole.linears.items() if name not in ignored}
+    before, after, without = (tensors_of(folder) for folder in (source, tmp_path / "out", tmp_path / "whole"))
+    assert without.keys() - after.keys() == {f"{name}.weight_scale" for name in ignored}
+    for name, tensor in after.items():
+        linear = name.removesuffix(".weight")
+        if linear not in ignored:
+            assert torch.equal(tensor, without[name])
+            continue
+        _, _, block, inside = linear.split(".", 3)
+        fold, expected = folds[int(block)].fold(inside), before[name].float()
+        expected = expected if fold.rows is None else expected / fold.rows[:, None]
+        assert tensor.dtype == torch.bfloat16
+        assert torch.equal(tensor, (expected if fold.columns is None else expected * fold.columns).bfloat16())
+
+    tokens = torch.randint(2, 160, (2, 64), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        expected, found = (emulate.load(folder)(tokens).logits for folder in (source, tmp_path / "out"))
+    error = (found - expected).norm(dim=-1) / expected.norm(dim=-1)
+    assert error.median() < 0.03  # of the tokens: rounding may send one to another expert
+
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    candidates, expected = {"lm_head"}, {"lm_head", *ignored}
+    for i in range(12):
+        block, layer = BLOCK.format(i), Source(source).layers[min(i, 2)]
+        candidates |= {block + name for name in (*layer.linears, *layer.fused)}
+        expected |= {block + fused for fused, parts in layer.fused.items() if block + parts[0] in ignored}
+    linear = torch.nn.Identity()
+    assert {n for n in candidates if any(is_match(n, linear, target) for target in config["ignore"])} == expected
+
+
+def test_ignored_linears_are_neither_vulnerable_nor_per_group(tmp_path):
+    model, name = tiny_model("llama"), "model.layers.1.self_attn.q_proj.weight"
+    model.state_dict()[name][:, 5] *= 1000
+    source = write_checkpoint(tmp_path / "source", model)
+    assert convert(source, tmp_path / "all", RTN).vulnerable() == [name.removesuffix(".weight")]
+    for method in ("rtn", "mixed"):
+        options = {"group_size": 32} if method == "mixed" else {}
+        report = convert(source, tmp_path / method, Recipe.of(method, ignore=r"layers\.1\.self_attn\.k", **options))
+        assert report.vulnerable() == [] and not any(entry["group_size"] for entry in report.linears.values())
+        written = json.loads((tmp_path / method / "report.json").read_text())
+        assert written["ignored"] == [f"model.layers.1.self_attn.{p}_proj" for p in "kqv"]
+        assert len(written["linears"]) == 18
+        assert torch.equal(tensors_of(tmp_path / method)[name], tensors_of(source)[name])
 
 
 def test_config_is_read_as_meant_by_compressed_tensors(make_checkpoint, tmp_path):

@@ -11,6 +11,9 @@ README = (Path(__file__).parents[1] / "README.md").read_text()
 TABLES = (
     plot.demo_table,
     plot.accuracy_table,
+    plot.plants_table,
+    plot.served_table,
+    plot.accuracy_targets_table,
     plot.gemm_table,
     plot.throughput_table,
     plot.conversions_table,

@@ -58,6 +58,7 @@ def test_card_is_read_back(make_checkpoint, tmp_path, calibration_text):
         "need the plugin `vllm-w8a8-bismooth`" in card.text
         and "| of these with per-group scales | 3 (14.3%) |" in card.text
     )
+    assert "| further linears, left in float | 0 |" in card.text and "Exempt" not in card.text
     assert card.text.count("\n| `model.layers.") == 10 and "up to 500 tokens" in card.text
     stored = json.loads(card.text.split("```json\n")[1].split("```\n")[0])
     assert stored == json.loads((out / "recipe.json").read_text())["recipe"]
@@ -191,6 +192,21 @@ def test_last_words(make_checkpoint, tmp_path):
     worst = lines.index(next(line for line in lines if "the worst five" in line))
     assert lines[worst + 1].endswith(name.removesuffix(".weight")) and lines[worst + 5].startswith("  0.0")
     assert "Warning: 1 linears lose their weights" in output
+
+
+def test_last_words_on_ignored_linears(make_checkpoint, tmp_path):
+    source, out = make_checkpoint(), tmp_path / "out"
+    name = "model.layers.1.self_attn.q_proj.weight"
+    edit_shard(source, lambda tensors: tensors[name][:, 5].mul_(1000), name)
+    options = ("--method", "rtn", "--ignore", r"layers\.1\.self_attn\.q")
+    code, output = run("convert", source, out, *options, "--dry-run")
+    assert code == 0 and f"3 linears left in float:\n  {name.replace('q_proj.weight', 'k_proj')}\n" in output
+    code, output = run("convert", source, out, *options)
+    assert code == 0 and "18 linears per-channel, 0 per-group, 3 left in float." in output and "Warning" not in output
+    card = (out / "README.md").read_text()
+    for part in ("18 linears of its decoder blocks\nhold", "Exempt are", "left in float | 3 |", "No linear is above"):
+        assert part in card
+    assert "| `q_proj` | 2 |" in card
 
 
 def test_wide_figures(tmp_path):

@@ -2,6 +2,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from tests.test_bad_input import INDEX, edit_shard, run, shard_of
 from vllm_w8a8_bismooth.calibrate import read_text
 from vllm_w8a8_bismooth.convert import convert
 from vllm_w8a8_bismooth.errors import BismoothError
+from vllm_w8a8_bismooth.quantize import quantize_weight
 from vllm_w8a8_bismooth.recipe import Recipe
 from vllm_w8a8_bismooth.verify import Verification, verify
 
@@ -23,6 +25,7 @@ Q, V, OUT, UP, DOWN = (
 NORM, EMBEDDING = f"{BLOCK}input_layernorm.weight", "model.embed_tokens.weight"
 MIXED = Recipe.of("mixed", group_size=32, group_layers=r"layers\.1\.(self_attn\.v_proj|mlp\.down_proj)")
 BISMOOTH = Recipe.of("bismooth", calibration_tokens=200)
+IGNORED = replace(BISMOOTH, ignore=r"layers\.1\.(self_attn\.v_proj|mlp\.down_proj)")
 
 
 def lines(found: Verification) -> list[str]:
@@ -70,8 +73,12 @@ def test_odd_weights_are_no_faults(tmp_path, calibration_text, model_type, dtype
     grouped = {"group_size": 32, "group_layers": r"layers\.1\.(self_attn|mlp\.down)"}
     recipes = {"rtn": Recipe.of("rtn"), "data-free": Recipe.of("bismooth"), "mixed": Recipe.of("mixed", **grouped)}
     recipes["calibrated"] = Recipe.of("bismooth", calibration_tokens=200, **grouped)
+    recipes["ignored"] = replace(
+        BISMOOTH, ignore=r"layers\.1\.(self_attn|mlp\.(down|experts))|layers\.2\..*(n\.k|p\.up)_proj"
+    )
     for name, recipe in recipes.items():
-        convert(source, tmp_path / name, recipe, read_text(calibration_text) if name == "calibrated" else None)
+        calibrated = recipe.calibration_tokens and name != "data-free"
+        convert(source, tmp_path / name, recipe, read_text(calibration_text) if calibrated else None)
         found = verify(tmp_path / name, source, engine=False)
         assert found.ok, (name, lines(found))
 
@@ -96,7 +103,7 @@ def pairs(tmp_path_factory) -> Callable[[str], tuple[Path, Path]]:
                 convert(
                     source,
                     folder / "out",
-                    MIXED if kind == "mixed" else BISMOOTH,
+                    {"mixed": MIXED, "ignored": IGNORED}.get(kind, BISMOOTH),
                     None if kind == "mixed" else read_text(text),
                 )
         copy = tmp_path_factory.mktemp("copy")
@@ -112,6 +119,14 @@ def test_mixed_is_clean_and_told_apart(pairs):
     assert found.ok and not found.notes, lines(found)
     grouped = {name for name, entry in found.linears.items() if entry["group_size"] == 32}
     assert grouped == {f"{BLOCK}self_attn.{p}_proj" for p in "qkv"} | {DOWN.removesuffix(".weight")}
+
+
+def test_ignored_is_clean_and_told_apart(pairs):
+    source, out = pairs("ignored")
+    found = verify(out, source, engine=False)
+    assert found.ok and not found.notes, lines(found)
+    assert set(found.ignored) == set(report_of(out)["ignored"]) and len(found.ignored) == 4
+    assert found.linears.keys() == report_of(out)["linears"].keys()
 
 
 def change(name: str, action: Callable[[torch.Tensor], torch.Tensor | None]):
@@ -161,6 +176,32 @@ def scaled(tensor: torch.Tensor, place, factor: float) -> None:
 
 def flip_bit(tensor: torch.Tensor) -> None:
     tensor.view(torch.int16)[7, 7] ^= 1
+
+
+def in_int8(name: str):
+    """Store a linear that is float as INT8, with scales."""
+
+    def damage(out: Path) -> None:
+        def edit(tensors):
+            tensors[name], tensors[f"{name}_scale"] = quantize_weight(tensors[name].float())
+
+        edit_shard(out, edit, name)
+        file = shard_of(out, name).name
+        edit_json(out / INDEX, lambda index: index["weight_map"].update({f"{name}_scale": file}))
+
+    return damage
+
+
+def float_expert(out: Path) -> None:
+    name = f"{BLOCK}block_sparse_moe.experts.2.w3"
+    change(f"{name}.weight", lambda t: t.bfloat16())(out)
+    drop(f"{name}.weight_scale")(out)
+    quantization(lambda c: c["ignore"].append(name))(out)
+
+
+def ignoring(old: str, new: str):
+    """Replace a part of each expression under ``ignore``."""
+    return quantization(lambda c: c.update(ignore=[pattern.replace(old, new) for pattern in c["ignore"]]))
 
 
 def quantization(action: Callable[[dict], None]):
@@ -259,6 +300,28 @@ ALONE = {
         quantization(lambda c: c["ignore"].append(Q.removesuffix(".weight"))),
         [Q.removesuffix(".weight"), "stored as INT8", "leaves it in float"],
     ),
+    "ignored with a scale": ("ignored", add(f"{V}_scale"), [f"{V}_scale", "no INT8 weight"]),
+    "ignored in INT8": (
+        "ignored",
+        in_int8(DOWN),
+        [DOWN.removesuffix(".weight"), "stored as INT8", "leaves it in float"],
+    ),
+    "ignored, and not by the config": ("ignored", ignoring("mlp", "x"), [DOWN, "stored as BF16, not INT8"]),
+    "fused name not ignored": (
+        "ignored",
+        ignoring(r"|self_attn\.qkv_proj", ""),
+        [f"{BLOCK}self_attn.qkv_proj", "another granularity"],
+    ),
+    "half a fused linear ignored": (
+        "ignored",
+        lambda out: (in_int8(V)(out), ignoring(r"|self_attn\.v_proj", "")(out)),
+        [f"{BLOCK}self_attn.qkv_proj", "its parts differ"],
+    ),
+    "one expert in float": (
+        "mixtral",
+        float_expert,
+        [f"{BLOCK}block_sparse_moe.experts.2.w3", "1 of its block's 12 experts' linears", "alike"],
+    ),
     "no quantization_config": (
         "llama",
         lambda out: edit_json(out / "config.json", lambda c: c.pop("quantization_config")),
@@ -337,6 +400,20 @@ BESIDE_THE_SOURCE = {
         change(f"{DOWN}_scale", lambda t: scaled(t, (3, 1), 1.5)),
         [DOWN.removesuffix(".weight"), "columns"],
     ),
+    "ignored v": ("ignored", put(V, (3, 5), 1.0), [V.removesuffix(".weight"), "1 of 48 rows", "number 3"]),
+    "ignored down": ("ignored", put(DOWN, (3, 5), 1.0), [DOWN.removesuffix(".weight"), "1 of 96 columns", "number 5"]),
+    "ignored row doubled": (
+        "ignored",
+        change(V, lambda t: scaled(t, 7, 2)),
+        ["block 1, v->o", "do not cancel", "self_attn.v_proj"],
+    ),
+    "ignored column halved": (
+        "ignored",
+        change(DOWN, lambda t: scaled(t, (slice(None), 7), 0.5)),
+        ["block 1, up->down", "do not cancel", "number 7"],
+    ),
+    "ignored q doubled": ("ignored", change(Q, lambda t: t.mul_(2)), ["block 1, norm->qkv", "q_proj"]),
+    "ignored in fp16": ("ignored", change(DOWN, lambda t: t.half()), [DOWN, "F16", "BF16"]),
     "embedding": ("llama", change(EMBEDDING, flip_bit), [EMBEDDING, "1 of 10240 values"]),
     "embedding in fp32": ("llama", change(EMBEDDING, lambda t: t.float()), [EMBEDDING, "F32 [160, 64]", "BF16"]),
     "extra tensor": ("llama", add("model.extra.weight"), ["model.extra.weight", "is not in the source"]),
@@ -429,6 +506,9 @@ def test_command(pairs, monkeypatch):
     code, text = run("verify", out, "--against", source)
     assert code == 0 and "21 INT8 linears, nothing wrong" in text and "vLLM is not installed" in text
     assert "Worst linears" in text and text.count("per-channel") == 5
+    ignoring_source, ignoring_out = pairs("ignored")
+    code, text = run("verify", ignoring_out, "--against", ignoring_source)
+    assert code == 0 and "17 INT8 linears, 4 left in float, nothing wrong" in text
     put(Q, (4, 9), -128)(out)
     code, text = run("verify", out)
     assert code == 1 and "codes outside" in text and "SHA-256" in text and "2 faults found" in text
@@ -439,7 +519,7 @@ def test_command(pairs, monkeypatch):
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize("kind", ["mixtral", "mixed"])
+@pytest.mark.parametrize("kind", ["mixtral", "mixed", "ignored"])
 def test_vllm_reads_it_as_meant(pairs, kind):
     _, out = pairs(kind)
     found = verify(out)

@@ -45,30 +45,55 @@ def by_error(activation: Moments, weight: Moments) -> torch.Tensor:
     Returns:
         As :func:`by_range`.
     """
-    sides = [(_logs(side.high / side.rows), _logs(side.square / side.rows)) for side in (activation, weight)]
-    # From the balance of typical magnitudes on, the search has little left to do.
-    start = (sides[0][0] - sides[1][0]) / (2 * ORDER)
-    offset = torch.zeros_like(start, requires_grad=True)
-    search = torch.optim.LBFGS(
-        [offset], max_iter=200, tolerance_grad=1e-8, tolerance_change=1e-11, line_search_fn="strong_wolfe"
-    )
+    logs = [_logs(values / side.rows) for side in (activation, weight) for values in (side.high, side.square)]
+    log_s = (logs[0] - logs[2]) / (2 * ORDER)  # typical magnitudes are balanced: the search has little left to do
+    value, slope, curvature = _error(logs, log_s)
+    for _ in range(_STEPS):
+        step = _solve(*curvature, slope)
+        promised, length = float(slope @ step), 1.0
+        if promised < 1e-14:
+            break
+        while length > 2**-20:
+            trial = _error(logs, log_s - length * step)
+            if trial[0] <= value - length * promised / 4:
+                break
+            length /= 2
+        else:  # nothing is left to gain that fp64 can tell
+            break
+        log_s = log_s - length * step
+        value, slope, curvature = trial
+    return _factors(log_s)
 
-    def error() -> torch.Tensor:
-        log_s, terms = start + offset, []
-        for (step, _), (_, energy), sign in ((*sides, 1), (*sides[::-1], -1)):
-            largest = torch.logsumexp(step - sign * ORDER * log_s, 0) * (2 / ORDER)
-            terms.append(largest + torch.logsumexp(energy + sign * 2 * log_s, 0))
-        return torch.logaddexp(*terms)
 
-    def evaluate() -> torch.Tensor:
-        search.zero_grad()
-        with torch.enable_grad():
-            value = error()
-        value.backward()
-        return value
+_STEPS = 50  # Newton's method takes about five
 
-    search.step(evaluate)
-    return _factors(start + offset.detach())
+Curvature = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def _error(logs: list[torch.Tensor], log_s: torch.Tensor) -> tuple[float, torch.Tensor, Curvature]:
+    """log J, its gradient ``[K]``, and its second derivative as ``diag(d) + U diag(c) U^T``: d, U ``[K, 5]``, c."""
+    x_high, x_square, w_high, w_square = logs
+    # Each factor of J is a sum of exponentials: its logarithm's gradient is a softmax, times the exponent's slope.
+    terms = [x_high - ORDER * log_s, w_square + 2 * log_s, w_high + ORDER * log_s, x_square - 2 * log_s]
+    shares = [torch.softmax(term, 0) for term in terms]
+    sums = [torch.logsumexp(term, 0) for term in terms]
+    parts = torch.stack([sums[0] * (2 / ORDER) + sums[1], sums[2] * (2 / ORDER) + sums[3]])
+    of_activations, of_weights = torch.softmax(parts, 0)
+    slopes = [2 * (shares[1] - shares[0]), 2 * (shares[2] - shares[3])]
+    c = torch.stack([of_activations * 2 * ORDER, of_activations * 4, of_weights * 2 * ORDER, of_weights * 4])
+    diagonal = (c.unsqueeze(1) * torch.stack(shares)).sum(dim=0)
+    between = of_activations * of_weights
+    low_rank = torch.stack([*shares, slopes[0] - slopes[1]], dim=1)
+    gradient = of_activations * slopes[0] + of_weights * slopes[1]
+    return float(torch.logsumexp(parts, 0)), gradient, (diagonal, low_rank, torch.cat([-c, between.view(1)]))
+
+
+def _solve(d: torch.Tensor, u: torch.Tensor, c: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
+    """Newton's step (Woodbury). log J is flat along a common factor of all s; a unit curvature there keeps it out."""
+    u, c = torch.cat([u, u.new_full((len(u), 1), len(u) ** -0.5)], dim=1), torch.cat([c, c.new_ones(1)])
+    inverse = 1 / (d + 1e-12 * d.max())
+    weighted = c.unsqueeze(1) * u.T * inverse
+    return inverse * (slope - u @ torch.linalg.solve(torch.eye(len(c)).to(c) + weighted @ u, weighted @ slope))
 
 
 Rule = Callable[[Moments, Moments], torch.Tensor]

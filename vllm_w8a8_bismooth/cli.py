@@ -125,6 +125,7 @@ def convert(
         float | None,
         typer.Option(help="With auto: share of the linears that may get per-group scales.", show_default="0.03"),
     ] = None,
+    ignore: Annotated[str | None, typer.Option(metavar="REGEX", help="Linears to leave in the source's dtype.")] = None,
     device: Annotated[str, typer.Option(help="Where blocks are worked on: cpu, cuda, cuda:1.")] = "cpu",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything and print the plan; write nothing.")
@@ -158,6 +159,7 @@ def convert(
         group_size=group_size,
         group_layers=group_layers,
         group_budget=group_budget,
+        ignore=ignore,
     )
     if dry_run:
         if (folder := hub.cached(source)) is None:
@@ -194,16 +196,26 @@ def analyze(
             show_default="256, 128, 64, 32 on vulnerable linears, until one repairs",
         ),
     ] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE", help="Also measure on this text which linears' errors come from weights or activations."
+        ),
+    ] = None,
+    calibration_tokens: Annotated[int, typer.Option(min=1, help="Tokens taken from it.")] = 16384,
     figures: Annotated[Path | None, typer.Option(metavar="DIR", help="Draw the weights and errors as SVG.")] = None,
     top: Annotated[int, typer.Option(min=1, help="Rows of the table.")] = 20,
     device: Annotated[str, typer.Option(help="Where weights are worked on: cpu, cuda, cuda:1.")] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="Print everything measured as JSON on stdout.")] = False,
 ) -> None:
-    """Measure what INT8 does to each linear, from the weights alone, and say which are vulnerable and why."""
+    """Measure what INT8 does to each linear, from the weights alone, and say which are vulnerable and why.
+
+    With --calibration also how far each linear moves its block's output, before and after smoothing.
+    """
     from rich.console import Console
 
+    from vllm_w8a8_bismooth import balance, calibrate, hub, perturb
     from vllm_w8a8_bismooth import figures as drawing
-    from vllm_w8a8_bismooth import hub
     from vllm_w8a8_bismooth.analyze import survey
     from vllm_w8a8_bismooth.convert import device_of
     from vllm_w8a8_bismooth.recipe import Recipe
@@ -213,13 +225,20 @@ def analyze(
         Recipe.of("mixed", group_size=group_size)  # the same bounds
     if figures is not None:
         drawing.require()
-    console = Console(stderr=True, soft_wrap=True)
+    text = calibrate.read_text(Path(calibration)) if calibration is not None else None
+    console, where, moved = Console(stderr=True, soft_wrap=True), device_of(device), None
     with display.Progress(console) as progress:
-        found = survey(Source(hub.fetch(source)), device_of(device), group_size, progress)
+        checkpoint = Source(hub.fetch(source))
+        found = survey(checkpoint, where, group_size, progress)
+        if text is not None:
+            tokens = calibrate.tokenize(text, checkpoint.checkpoint, calibration_tokens)
+            moved = perturb.survey(checkpoint, tokens, where, balance.by_error, progress)
     if as_json:
-        print(json.dumps({"source": source, **display.analysis_json(found)}, indent=2))
+        print(json.dumps({"source": source, **display.analysis_json(found), "perturbation": moved}, indent=2))
     else:
         display.analysis(found, source, group_size, top)
+        if moved is not None:
+            display.perturbation(moved, top)
     for path in drawing.of_survey(found, figures) if figures is not None else []:
         console.print(f"Drew {path}", markup=False)
 

@@ -16,7 +16,7 @@ from vllm_w8a8_bismooth.checkpoint import AHEAD, CONFIG, Folder, ReadAhead, read
 from vllm_w8a8_bismooth.errors import BismoothError
 from vllm_w8a8_bismooth.journal import Journal, disk_errors, partial_folder
 from vllm_w8a8_bismooth.moments import Moments
-from vllm_w8a8_bismooth.plan import Plan, check_group_size, check_space, chosen_by_name
+from vllm_w8a8_bismooth.plan import Plan, check_group_size, check_space, chosen_by_name, full_names, ignored_by_name
 from vllm_w8a8_bismooth.prior import Prior
 from vllm_w8a8_bismooth.quantize import Threads, quantize_folded
 from vllm_w8a8_bismooth.recipe import Recipe
@@ -41,6 +41,7 @@ class Report:
         source_bytes, written_bytes: sizes of all tensors.
         linears: full linear name -> ``group_size`` (``None`` = per-channel), ``column_error`` and ``sqnr`` in dB of
             what was written.
+        ignored: full names of the linears that were left in float.
         sites: block index -> what was folded at each site.
         files: shard -> SHA-256.
         resumed: blocks that an earlier, interrupted run had done.
@@ -51,6 +52,7 @@ class Report:
     source_bytes: int = 0
     written_bytes: int = 0
     linears: dict[str, dict[str, Any]] = field(default_factory=dict)
+    ignored: list[str] = field(default_factory=list)
     sites: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
     granularity: list[perturb.Evidence] = field(default_factory=list)
     files: dict[str, str] = field(default_factory=dict)
@@ -73,9 +75,10 @@ class Preparation:
         recipe: complete but for the source's fingerprint.
         device: where blocks are worked on.
         named: per block, the per-group linears; ``None`` if the weights have to tell.
+        ignored: per block, the linears that stay in float.
         tokens: int64 ``[windows, length]`` for calibration; ``None`` is data-free.
         identity: what an unfinished run must have in common with this one to be continued.
-        reused: the destination already holds the result; then ``named`` and ``tokens`` are not known.
+        reused: the destination already holds the result; then ``named``, ``ignored`` and ``tokens`` are not known.
     """
 
     target: Path
@@ -83,6 +86,7 @@ class Preparation:
     recipe: Recipe
     device: torch.device
     named: list[set[str]] | None
+    ignored: list[set[str]]
     tokens: torch.Tensor | None
     identity: dict[str, Any]
     reused: bool = False
@@ -112,12 +116,13 @@ def prepare(
         "versions": {"vllm_w8a8_bismooth": __version__, "torch": torch.__version__},
     }
     if already_converted(target, recipe, source):
-        return Preparation(target, source, recipe, where, None, None, identity, reused=True)
+        return Preparation(target, source, recipe, where, None, [], None, identity, reused=True)
     if recipe.method == "auto" and text is None:
         raise BismoothError("--method auto measures what quantization does to activations: give it --calibration FILE")
-    named = chosen_by_name(source, recipe)
+    ignored = ignored_by_name(source, recipe)
+    named = chosen_by_name(source, recipe, ignored)
     tokens = calibrate.tokenize(text, source.checkpoint, recipe.calibration_tokens) if text is not None else None
-    return Preparation(target, source, recipe, where, named, tokens, identity)
+    return Preparation(target, source, recipe, where, named, ignored, tokens, identity)
 
 
 def convert(
@@ -150,10 +155,11 @@ def convert(
         journal.clear(ready.target)  # of a run that was killed right after its last step
         return Report(destination, reused=True)
     folder, signature = source.checkpoint.folder, ready.identity["source"]
-    run = _Run(source, recipe, ready.device, ready.tokens, progress)
-    done = Report(destination, source_bytes=source.nbytes())
+    run = _Run(ready, progress)
+    done = Report(destination, source_bytes=source.nbytes(), ignored=full_names(ready.ignored))
     with Journal(ready.target, ready.identity) as diary:
-        plan = Plan(source, recipe, ready.named if ready.named is not None else run.granularity(diary))
+        grouped = ready.named if ready.named is not None else run.granularity(diary)
+        plan = Plan(source, recipe, grouped, ready.ignored)
         tensors = plan.tensors()
         with ShardWriter(diary.partial, destination, tensors) as writer:
             check_space(diary.partial, writer.nbytes - diary.nbytes())
@@ -182,11 +188,9 @@ def convert(
 class _Run:
     """The stages of one conversion, each of which goes on from what the journal says is done."""
 
-    def __init__(
-        self, source: Source, recipe: Recipe, device: torch.device, tokens: torch.Tensor | None, progress: Progress
-    ):
-        self.source, self.recipe, self.device, self.progress = source, recipe, device, progress
-        self.tokens = tokens
+    def __init__(self, ready: Preparation, progress: Progress):
+        self.source, self.recipe, self.device, self.progress = ready.source, ready.recipe, ready.device, progress
+        self.tokens, self.ignored = ready.tokens, ready.ignored
 
     def granularity(self, diary: Journal) -> list[set[str]]:
         """Per block, the linears that get per-group scales because weights, or measured errors, call for them."""
@@ -203,7 +207,7 @@ class _Run:
         known = []
         for index, measured in analyze.blocks(self.source, self.device):
             errors = {linear: measure.column_error for linear, measure in measured.items()}
-            known.append(sorted(analyze.vulnerable(errors, self.source.layers[index])))
+            known.append(sorted(analyze.vulnerable(errors, self.source.layers[index]) - self.ignored[index]))
             self.progress("analyze", index + 1, len(self.source.layers), 0)
         return known
 
@@ -216,9 +220,9 @@ class _Run:
         with self.reader(first) as reader, Threads() as threads:
             for index in range(first, len(source.layers)):
                 block = _Lent(reader, BLOCK.format(index), source.blocks[index], self.device)
-                sample = activity.hidden[: max(1, perturb.SAMPLE // activity.hidden.shape[1])].clone()
+                hidden = perturb.sample(activity)
                 smoothing = self.smooth(diary, activity, index, block, threads)
-                errors = perturb.measure(activity, index, block, smoothing, sample, variants)
+                errors = perturb.measure(activity, index, block, smoothing, hidden, variants)
                 for name in block:
                     block.drop(name)
                 diary.finish(_measured(index), errors)
@@ -242,7 +246,12 @@ class _Run:
         """What was measured of every unit and made of it. Empty where granularity is not chosen by it."""
         if self.recipe.method != "auto":
             return []
-        return perturb.choose(list(self.measured(diary)), self.source.layers, self.recipe.group_budget)
+        layers = self.source.layers
+        open_units = [
+            {unit: found for unit, found in errors.items() if not set(perturb.units(layer)[unit]) & ignored}
+            for errors, layer, ignored in zip(self.measured(diary), layers, self.ignored, strict=True)
+        ]
+        return perturb.choose(open_units, layers, self.recipe.group_budget)
 
     def activity(self, diary: Journal, first: int) -> calibrate.Calibration | Prior | None:
         """What tells of the activations from block ``first`` on; ``None`` if nothing has to, or the journal knows.
@@ -301,7 +310,7 @@ class _Run:
             for index in range(first, len(source.layers)):
                 block = _Lent(reader, BLOCK.format(index), source.blocks[index], self.device)
                 smoothing = self.smooth(diary, activity, index, block, threads)
-                record = self.convert_block(index, block, smoothing, plan.grouped[index], writer, threads)
+                record = self.convert_block(index, block, smoothing, plan, writer, threads)
                 record["digests"] = {name: reader.digests.pop(name) for name in block.full_names()}
                 writer.then(partial(diary.finish, _unit(index), record))
                 for done in (_unit(index), _stream(index - 1)):  # a run would go on from this block's stream
@@ -342,7 +351,7 @@ class _Run:
         index: int,
         block: "_Lent",
         smoothing: Smoothing,
-        grouped: set[str],
+        plan: Plan,
         writer: ShardWriter,
         threads: Threads,
     ) -> dict[str, Any]:
@@ -351,8 +360,8 @@ class _Run:
         linears = {}
         for name in source.blocks[index]:
             linear, fold = layer.linear_of(name), smoothing.fold(name.removesuffix(".weight"))
-            if linear is not None:
-                group_size = self.recipe.group_size if linear in grouped else None
+            if linear is not None and linear not in plan.ignored[index]:
+                group_size = self.recipe.group_size if linear in plan.grouped[index] else None
                 take = partial(self.take, writer, prefix + name)
                 loss = quantize_folded(block[name], fold, group_size, take, threads)
                 self.check_range(prefix + name, loss.power)

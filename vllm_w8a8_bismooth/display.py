@@ -57,6 +57,31 @@ def analysis(found, source: str, group_size: int | None, top: int) -> None:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
+def perturbation(found, top: int) -> None:
+    """The table of ``analyze --calibration`` on stdout: where output error comes from, worst units first."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("linear as served", overflow="fold")
+    variants = list(next(iter(found.values())))
+    for variant in variants:
+        table.add_column(variant.replace("_", "\n"), justify="right", no_wrap=True)
+    totals = {variant: sum(errors[variant] for errors in found.values()) for variant in variants}
+    for unit in sorted(found, key=lambda unit: -found[unit][variants[-1]])[:top]:
+        table.add_row(unit, *(f"{found[unit][variant]:.2e}" for variant in variants))
+    table.add_section()
+    table.add_row(f"sum of {len(found)}", *(f"{totals[variant]:.2e}" for variant in variants), style="bold")
+    console.print(table)
+    console.print(
+        "Squared change of the block's output relative to its size when the linear alone is quantized (weights, "
+        "activations, or both), before and after smoothing.",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
 def _advice(found, source: str, group_size: int | None):
     from vllm_w8a8_bismooth.analyze import VULNERABLE
 
@@ -215,6 +240,10 @@ def preview(console, plan, recipe) -> None:
         console.print(f"{len(plan.grouped)} linears per-group (g = {recipe.group_size}):")
         for name in plan.grouped:
             console.print(f"  {escape(name)}")
+    if plan.ignored:
+        console.print(f"{len(plan.ignored)} linears left in float:")
+        for name in plan.ignored:
+            console.print(f"  {escape(name)}")
     if plan.resumed:
         console.print(f"{plan.resumed} of {plan.blocks} blocks are done and will be skipped")
     console.print(f"About {_duration(plan.seconds)}, {_gb(plan.memory_bytes)} of memory, {_gb(plan.free_bytes)} free")
@@ -229,7 +258,9 @@ def report_json(report) -> dict:
         "written_bytes": report.written_bytes,
         "vulnerable": report.vulnerable(),
         "linears": report.linears,
+        "ignored": report.ignored,
         "sites": report.sites,
+        "granularity": [asdict(entry) for entry in report.granularity],
     }
 
 
@@ -244,8 +275,14 @@ def summary(console, report, recipe) -> None:
     share = report.written_bytes / report.source_bytes
     console.print(
         f"Wrote [bold]{where}[/bold]: {report.source_bytes / 1e9:.3f} GB -> {report.written_bytes / 1e9:.3f} GB "
-        f"({share:.0%}), {len(report.linears) - grouped} linears per-channel, {grouped} per-group."
+        f"({share:.0%}), {len(report.linears) - grouped} linears per-channel, {grouped} per-group"
+        + (f", {len(report.ignored)} left in float." if report.ignored else ".")
     )
+    for entry in report.granularity:
+        if entry.chosen:
+            console.print(f"  per-group: {escape(entry.unit)} {entry.reason}", highlight=False)
+    if report.granularity and not grouped:
+        console.print(f"  no per-group scales: the best, {report.granularity[0].unit}, {report.granularity[0].reason}")
     console.print("Mean relative error that is left in a column (healthy is about 0.01), the worst five linears:")
     for name in sorted(report.linears, key=lambda name: (-report.linears[name]["column_error"], name))[:5]:
         console.print(f"  {report.linears[name]['column_error']:.4f}  {escape(name)}", highlight=False)
@@ -269,6 +306,7 @@ def verification_json(found) -> dict:
         "findings": [vars(finding) for finding in found.findings],
         "notes": found.notes,
         "linears": found.linears,
+        "ignored": found.ignored,
     }
 
 
@@ -294,4 +332,5 @@ def verification(console, found) -> None:
     if count:
         console.print(f"[bold]{where}[/bold]: {count} fault{'s' if count > 1 else ''} found.")
     else:
-        console.print(f"[bold]{where}[/bold]: {len(found.linears)} INT8 linears, nothing wrong.")
+        ignored = f"{len(found.ignored)} left in float, " if found.ignored else ""
+        console.print(f"[bold]{where}[/bold]: {len(found.linears)} INT8 linears, {ignored}nothing wrong.")

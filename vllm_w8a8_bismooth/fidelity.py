@@ -55,7 +55,7 @@ class Range:
 
 @dataclass
 class Match:
-    """How one INT8 ``[N, K]`` linear relates to its source's weight times the column factors that are claimed.
+    """How one ``[N, K]`` linear, INT8 or float, relates to its source's weight times the column factors claimed.
 
     Attributes:
         rows: factors of the free rows, ``[n]``.
@@ -83,7 +83,6 @@ def match(
         free: the rows that may have been divided by factors yet unknown.
     """
     rows, width = source.headers[name].shape
-    groups = result.headers[f"{name}_scale"].shape[1]
     silent = (columns == 0).nonzero().view(-1)
     step = max(1, _PIECE // width)
     found = Match(Range.unknown(free.stop - free.start), torch.ones(free.stop - free.start), Range.unknown(width), None)
@@ -92,10 +91,8 @@ def match(
         """Columns' factors, power and error of some rows; the rows' own factors go to their places."""
         count, possible = min(step, rows - start), Range.unknown(width)
         claimed = source.rows(name, start, count).float() * columns
-        scale = result.rows(f"{name}_scale", start, count).float()
-        stored = dequantize_weight(result.rows(name, start, count), scale)
+        stored, half = _stored(result, name, start, count)
         stored[:, silent] = 0
-        half = (scale * _HALF).repeat_interleave(width // groups, dim=1) if groups > 1 else scale * _HALF
         inverse = claimed.reciprocal()
         middle, reach = stored * inverse, half * inverse.abs()
         low, high = middle - reach, middle.add_(reach)
@@ -123,13 +120,24 @@ def match(
     return found
 
 
+def _stored(result: Checkpoint, name: str, start: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Some rows of a linear, fp32 ``[n, K]``, and how far from each value may lie what was rounded to it."""
+    rows = result.rows(name, start, count)
+    if rows.is_floating_point():
+        dtype, stored = torch.finfo(rows.dtype), rows.float()
+        return stored, stored.abs() * (dtype.eps / 2 + _ROOM) + dtype.eps * dtype.smallest_normal
+    scale = result.rows(f"{name}_scale", start, count).float()
+    half, width = scale * _HALF, rows.shape[1] // scale.shape[1]
+    return dequantize_weight(rows, scale), half.repeat_interleave(width, dim=1) if scale.shape[1] > 1 else half
+
+
 class Comparison:
     """A converted checkpoint beside its source.
 
     Args:
         source: what it was made from.
         result: what was made.
-        linears: its sound INT8 linears -> their entry of the report, to which ``sqnr`` is added.
+        linears: its sound linears, INT8 or float -> their entry of the report, to which ``sqnr`` is added.
         unreadable: its tensors whose values cannot be worked with.
         fault: called with where, what and remedy for each difference.
     """
@@ -273,9 +281,11 @@ class _Block:
 
     def _match(self, threads: Threads, linears: list[str]) -> None:
         for linear in linears:
-            columns = self.claims.get(linear)
+            name = f"{self.prefix}{linear}.weight"
+            if self.result.headers[name].dtype != "I8" and not self.all.both(name):
+                continue
+            columns, free = self.claims.get(linear), self.free.get(linear, slice(0, 0))
             columns = torch.ones(self._columns(linear)) if columns is None else columns
-            free, name = self.free.get(linear, slice(0, 0)), f"{self.prefix}{linear}.weight"
             found = self.matches[linear] = match(threads, self.source, self.result, name, columns, free)
             self.all.linears[self.prefix + linear]["sqnr"] = found.sqnr
 

@@ -5,16 +5,19 @@ of the calibration's hidden states. What counts is the change of the residual st
 later blocks get to see: an error of a linear that hardly adds to the stream does no harm, however large it is.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
 from vllm_w8a8_bismooth.architectures import BLOCK, Layer
+from vllm_w8a8_bismooth.balance import Rule
 from vllm_w8a8_bismooth.calibrate import Calibration
-from vllm_w8a8_bismooth.quantize import Fold, dequantize_weight, quantize_weight
-from vllm_w8a8_bismooth.smooth import Smoothing
+from vllm_w8a8_bismooth.checkpoint import AHEAD, ReadAhead
+from vllm_w8a8_bismooth.quantize import Fold, Threads, dequantize_weight, quantize_weight
+from vllm_w8a8_bismooth.smooth import Smoothing, smooth_block
+from vllm_w8a8_bismooth.source import Source
 
 SAMPLE = 1024  # tokens of the calibration
 WORTH = 3.0
@@ -36,6 +39,11 @@ def units(layer: Layer) -> dict[str, tuple[str, ...]]:
     fused = {part for parts in layer.fused.values() for part in parts}
     alone = {linear: (linear,) for linear in layer.linears if linear not in fused | layer.experts}
     return {**layer.fused, **alone}
+
+
+def sample(calibration: Calibration) -> torch.Tensor:
+    """``[windows, length, hidden]``: a copy of some of what the next block will read, about :data:`SAMPLE` tokens."""
+    return calibration.hidden[: max(1, SAMPLE // calibration.hidden.shape[1])].clone()
 
 
 @torch.no_grad()
@@ -136,6 +144,50 @@ class Evidence:
 
 CHANNEL, GROUP = "per_channel", "per_group"
 
+VIEW = {
+    f"{when}_{what}": Variant(weights=what != "activations", activations=what != "weights", smoothed=when == "after")
+    for when in ("before", "after")
+    for what in ("weights", "activations", "both")
+}
+"""What ``analyze`` shows: which side an error comes from, before and after smoothing."""
+
+
+def survey(
+    source: Source,
+    tokens: torch.Tensor,
+    device: torch.device,
+    rule: Rule,
+    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+) -> dict[str, dict[str, float]]:
+    """:func:`measure` every unit of a checkpoint in the ways of :data:`VIEW`.
+
+    Args:
+        source: the checkpoint.
+        tokens: int64 ``[windows, length]``.
+        device: where blocks are worked on.
+        rule: for the smoothing.
+        progress: called as ``progress("perturb", blocks_done, blocks)``.
+
+    Returns:
+        Full name of the unit -> variant -> error.
+    """
+    calibration, found = Calibration(source, tokens, device), {}
+    names = [BLOCK.format(i) + name for i, names in enumerate(source.blocks) for name in names]
+    with ReadAhead(source.checkpoint, names, source.block_nbytes() + AHEAD) as reader, Threads() as threads:
+        for index, layer in enumerate(source.layers):
+            prefix = BLOCK.format(index)
+            block = {name: reader.take(prefix + name).to(device) for name in source.blocks[index]}
+            hidden = sample(calibration)
+            moments = calibration.advance(index, block, threads)
+            offset = source.architecture.offset
+            smoothing = smooth_block(block, moments, layer, source.sizes, rule, offset, threads)
+            errors = measure(calibration, index, block, smoothing, hidden, VIEW)
+            found |= {prefix + unit: by_variant for unit, by_variant in errors.items()}
+            for name in source.blocks[index]:
+                reader.release(prefix + name)
+            progress("perturb", index + 1, len(source.layers))
+    return found
+
 
 def choose(
     errors: Sequence[Mapping[str, Mapping[str, float]]], layers: Sequence[Layer], budget: float
@@ -154,8 +206,7 @@ def choose(
     total = sum(found[CHANNEL] for block in errors for found in block.values()) or 1.0
     candidates = []
     for index, (block, layer) in enumerate(zip(errors, layers, strict=True)):
-        for unit, parts in units(layer).items():
-            candidates.append((BLOCK.format(index), unit, parts, block[unit]))
+        candidates += [(BLOCK.format(index), unit, units(layer)[unit], found) for unit, found in block.items()]
 
     def share(found: Mapping[str, float]) -> float:
         return (found[CHANNEL] - found.get(GROUP, found[CHANNEL])) / total

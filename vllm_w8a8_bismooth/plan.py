@@ -22,11 +22,15 @@ _GROUP_SIZES = (32, 64, 128, 256, 512, 1024)
 
 @dataclass(frozen=True)
 class Plan:
-    """A source, what to do with it, and the per-group linears of each block (by name inside it)."""
+    """A source, what to do with it, and each block's per-group linears, and ignored ones (by name inside it).
+
+    Ignored linears are not quantized; smoothing folds into them all the same.
+    """
 
     source: Layout
     recipe: Recipe
     grouped: Sequence[set[str]]
+    ignored: Sequence[set[str]]
 
     def tensors(self) -> dict[str, Any]:
         """Every tensor of the result, without data, in the order in which they come."""
@@ -42,7 +46,7 @@ class Plan:
                 for name in names:
                     full = BLOCK.format(index) + name
                     header, linear = headers[full], layer.linear_of(name)
-                    if linear is None:
+                    if linear is None or linear in self.ignored[index]:
                         tensors[full] = torch.empty(header.shape, dtype=torch_dtype(header.dtype))
                         continue
                     rows, columns = header.shape
@@ -53,27 +57,69 @@ class Plan:
 
     def config(self) -> dict[str, Any]:
         """The ``quantization_config`` to write."""
-        return quantization_config(self.recipe, self.grouped, self.source.layers, __version__)
+        return quantization_config(self.recipe, self.grouped, self.ignored, self.source.layers, __version__)
 
 
-def chosen_by_name(source: Layout, recipe: Recipe) -> list[set[str]] | None:
+def full_names(chosen: Sequence[set[str]]) -> list[str]:
+    """Full names of linears that are chosen in each block, in order."""
+    return [BLOCK.format(i) + name for i, names in enumerate(chosen) for name in sorted(names)]
+
+
+def _named(source: Layout, option: str, expression: str) -> list[set[str]]:
+    """Per block, the linears that an option's regular expression finds, with siblings.
+
+    Raises:
+        BismoothError: there are none.
+    """
+    from vllm_w8a8_bismooth import analyze  # which imports torch
+
+    pattern = re.compile(expression)
+    chosen = [analyze.named(pattern, BLOCK.format(i), layer) for i, layer in enumerate(source.layers)]
+    if not any(chosen):
+        raise BismoothError(
+            f"{option} {expression!r} names no linear; "
+            f"they are called like {BLOCK.format(0)}{next(iter(source.layers[0].linears))}"
+        )
+    return chosen
+
+
+def ignored_by_name(source: Layout, recipe: Recipe) -> list[set[str]]:
+    """Per block, the linears that the recipe leaves in float.
+
+    Raises:
+        BismoothError: ``ignore`` names no linear, all of them, or some of a block's experts and not the others.
+    """
+    if recipe.ignore is None:
+        return [set() for _ in source.layers]
+    chosen = _named(source, "--ignore", recipe.ignore)
+    if all(names == layer.linears.keys() for names, layer in zip(chosen, source.layers, strict=True)):
+        raise BismoothError(f"--ignore {recipe.ignore!r} names every linear; nothing would be left to quantize")
+    for i, layer in enumerate(source.layers):
+        experts = sorted(chosen[i] & layer.experts)
+        if experts and (others := sorted(layer.experts - chosen[i])):
+            raise BismoothError(
+                f"--ignore {recipe.ignore!r} names {BLOCK.format(i)}{experts[0]} and not {others[0]}: "
+                "vLLM serves all experts of a block alike; name all their linears or none"
+            )
+    return chosen
+
+
+def chosen_by_name(source: Layout, recipe: Recipe, ignored: Sequence[set[str]]) -> list[set[str]] | None:
     """Per block, the per-group linears that the recipe names; ``None`` if the weights have to tell.
 
     Raises:
-        BismoothError: ``group_layers`` names no linear, an expert, or one whose K is not a multiple of ``group_size``.
+        BismoothError: ``group_layers`` names no linear, an expert, an ignored one, or one whose K is not a multiple of
+            ``group_size``.
     """
     if recipe.group_size is None:
         return [set() for _ in source.layers]
     if recipe.group_layers is None:
         return None
-    from vllm_w8a8_bismooth import analyze  # which imports torch
-
-    pattern = re.compile(recipe.group_layers)
-    chosen = [analyze.named(pattern, BLOCK.format(i), layer) for i, layer in enumerate(source.layers)]
-    if not any(chosen):
+    chosen = _named(source, "--group-layers", recipe.group_layers)
+    if both := full_names([chosen[i] & names for i, names in enumerate(ignored)]):
         raise BismoothError(
-            f"--group-layers {recipe.group_layers!r} names no linear; "
-            f"they are called like {BLOCK.format(0)}{next(iter(source.layers[0].linears))}"
+            f"--group-layers {recipe.group_layers!r} and --ignore {recipe.ignore!r} both name {both[0]}, "
+            "or a sibling that vLLM fuses with it; leave it out of one"
         )
     for i, layer in enumerate(source.layers):
         if experts := sorted(chosen[i] & layer.experts):
@@ -147,12 +193,13 @@ _BASE_MEMORY = 6e8
 _ROW_BYTES = 4  # of scales
 
 
-def needs(source: Layout, calibration_tokens: int | None, cores: int | None = None) -> Needs:
+def needs(source: Layout, calibration_tokens: int | None, measured_tokens: int = 0, cores: int | None = None) -> Needs:
     """An estimate from headers alone, for a per-channel conversion on a CPU.
 
     Args:
         source: the checkpoint.
         calibration_tokens: ``None`` is data-free.
+        measured_tokens: that pass through each block in fp32, to measure what quantization does there.
         cores: of the CPU; ``None`` is those that this process may use.
     """
     cores = cores or len(os.sched_getaffinity(0))
@@ -177,6 +224,10 @@ def needs(source: Layout, calibration_tokens: int | None, cores: int | None = No
         state = widest * calibration_tokens * source.sizes["hidden"]
         memory += state + widest * 3 * 1024 * source.sizes["intermediate"]
         seconds += 2 * work * calibration_tokens / _FLOP_PER_CORE_SECOND / cores
+    if measured_tokens:
+        memory += 2 * source.block_nbytes()
+        seconds += source.nbytes() / _BYTES_PER_CORE_SECOND / cores
+        seconds += 2 * work * measured_tokens / (_FLOP_PER_CORE_SECOND / 3) / cores
     return Needs(source.nbytes(), written, int(memory), written + 2 * state, seconds)
 
 

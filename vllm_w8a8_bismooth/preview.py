@@ -3,12 +3,11 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from vllm_w8a8_bismooth import calibrate
-from vllm_w8a8_bismooth.architectures import BLOCK
+from vllm_w8a8_bismooth import calibrate, perturb
 from vllm_w8a8_bismooth.checkpoint import Folder
 from vllm_w8a8_bismooth.convert import done_before, prepare
 from vllm_w8a8_bismooth.journal import Journal
-from vllm_w8a8_bismooth.plan import Plan, check_space, free_space, needs
+from vllm_w8a8_bismooth.plan import Plan, check_space, free_space, full_names, needs
 from vllm_w8a8_bismooth.recipe import Recipe
 from vllm_w8a8_bismooth.writer import split
 
@@ -23,6 +22,7 @@ class Preview:
         source_bytes, written_bytes: sizes of all tensors.
         shards: file -> bytes of its tensors.
         grouped: full names of per-group linears; ``None`` if the weights have to tell, and sizes are those of none.
+        ignored: full names of linears that stay in float.
         tokens: of calibration text.
         blocks, resumed: how many the model has, and how many of them an interrupted run has done.
         memory_bytes, seconds: see :class:`plan.Needs`; the time is that of the blocks to do.
@@ -35,6 +35,7 @@ class Preview:
     written_bytes: int = 0
     shards: dict[str, int] | None = None
     grouped: list[str] | None = None
+    ignored: list[str] | None = None
     tokens: int | None = None
     blocks: int = 0
     resumed: int = 0
@@ -58,7 +59,7 @@ def preview(
     diary.look()
     found, resumed = done_before(diary, source)
     grouped = found if ready.named is None else ready.named
-    tensors = Plan(source, ready.recipe, grouped or [set()] * len(source.layers)).tensors()
+    tensors = Plan(source, ready.recipe, grouped or [set()] * len(source.layers), ready.ignored).tensors()
     shards = {
         file: sum(tensors[name].nbytes for name in names) for file, names in split(tensors).filename_to_tensors.items()
     }
@@ -68,14 +69,18 @@ def preview(
     if ready.tokens is not None:
         calibrate.Calibration(source, ready.tokens, ready.device)  # transformers may refuse the config
         tokens = ready.tokens.numel()
-    need = needs(source, tokens)
+    measured = 0
+    if ready.recipe.method == "auto":
+        measured = perturb.SAMPLE * (1 + 2 * max(len(perturb.units(layer)) for layer in source.layers))
+    need = needs(source, tokens, measured)
     return Preview(
         destination=destination,
         reused=False,
         source_bytes=source.nbytes(),
         written_bytes=written,
         shards=shards,
-        grouped=None if grouped is None else [BLOCK.format(i) + n for i, g in enumerate(grouped) for n in sorted(g)],
+        grouped=None if grouped is None else full_names(grouped),
+        ignored=full_names(ready.ignored),
         tokens=tokens,
         blocks=len(source.layers),
         resumed=resumed,

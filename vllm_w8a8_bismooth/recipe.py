@@ -12,21 +12,23 @@ from vllm_w8a8_bismooth.errors import BismoothError
 SMOOTHINGS = ("balanced", "alpha")
 ALPHA = 0.5
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
-    "rtn": {},
+    "rtn": {"ignore": None},
     "bismooth": {
         "smoothing": "balanced",
         "alpha": None,
         "calibration_tokens": 16384,
         "group_size": None,
         "group_layers": None,
+        "ignore": None,
     },
-    "mixed": {"group_size": 128, "group_layers": None},
+    "mixed": {"group_size": 128, "group_layers": None, "ignore": None},
     "auto": {
         "smoothing": "balanced",
         "alpha": None,
         "calibration_tokens": 16384,
         "group_size": 128,
         "group_budget": 0.03,
+        "ignore": None,
     },
 }
 """Method -> the options that go with it and their defaults."""
@@ -45,6 +47,7 @@ class Recipe:
         group_size: columns per scale in per-group linears.
         group_layers: regular expression on full linear names; ``None`` lets the weights decide (``mixed``).
         group_budget: share of the linears that may get per-group scales, 0 to 1 (``auto``).
+        ignore: regular expression on full names of linears that keep the source's dtype; ``None`` is none.
         source: fingerprint of the source checkpoint, once it is open.
         calibration: SHA-256 of the calibration file; ``None`` is data-free.
 
@@ -59,6 +62,7 @@ class Recipe:
     group_size: int | None = None
     group_layers: str | None = None
     group_budget: float | None = None
+    ignore: str | None = None
     source: str | None = None
     calibration: str | None = None
 
@@ -93,11 +97,11 @@ class Recipe:
             raise BismoothError(f"--group-size {self.group_size} must be a positive multiple of 32")
         if self.group_budget is not None and not 0 <= self.group_budget <= 1:
             raise BismoothError(f"--group-budget {self.group_budget} is outside 0 to 1")
-        if self.group_layers is not None:
+        for option, pattern in {"--group-layers": self.group_layers, "--ignore": self.ignore}.items():
             try:
-                re.compile(self.group_layers)
+                re.compile(pattern or "")
             except re.error as error:
-                raise BismoothError(f"--group-layers {self.group_layers!r} is no regular expression: {error}") from None
+                raise BismoothError(f"{option} {pattern!r} is no regular expression: {error}") from None
 
     def differences(self, other: Mapping[str, Any]) -> list[str]:
         """Fields in which a stored recipe (a dict from recipe.json) differs from this one, as readable lines."""
@@ -130,48 +134,51 @@ def _group(targets: list[str], group_size: int | None) -> dict[str, Any]:
     }
 
 
-def group_targets(grouped: Sequence[set[str]], layers: Sequence[Layer]) -> list[str]:
-    """Regular expressions for compressed-tensors that name per-group linears, fused names included.
+def expressions(chosen: Sequence[set[str]], layers: Sequence[Layer]) -> list[str]:
+    """Regular expressions for compressed-tensors that name some of the linears, fused names included.
 
     Readers match either the parts (transformers) or the fused linear (vLLM before 0.32 only the latter), so the
     expression of a fused linear names both. Unanchored names would be wrong: ``v_proj`` is the end of ``qkv_proj``.
+    Experts are named by any number, as a block's are chosen together.
 
     Args:
-        grouped: names of each block's per-group linears, closed under fusion.
+        chosen: names of linears inside each block, closed under fusion.
         layers: of the same blocks, for the fused names.
     """
-    where: dict[tuple[str, ...], list[int]] = {}
-    for index, (names, layer) in enumerate(zip(grouped, layers, strict=True)):
+    where: dict[str, list[int]] = {}
+    for index, (names, layer) in enumerate(zip(chosen, layers, strict=True)):
         unit_of = {part: (fused, *parts) for fused, parts in layer.fused.items() for part in parts}
-        for unit in {unit_of.get(name, (name,)) for name in names}:
+        units = {"|".join(map(re.escape, sorted(unit_of.get(name, (name,))))) for name in names}
+        for unit in {re.sub(r"\\\.\d+\\\.", r"\\.\\d+\\.", unit) for unit in units}:
             where.setdefault(unit, []).append(index)
-    targets = []
-    for unit, indices in sorted(where.items()):
-        alternatives = "|".join(re.escape(name) for name in sorted(unit))
-        targets.append(rf"re:.*\.layers\.({'|'.join(map(str, indices))})\.({alternatives})$")
-    return targets
+    return [rf"re:.*\.layers\.({'|'.join(map(str, indices))})\.({unit})$" for unit, indices in sorted(where.items())]
 
 
-def ignored(layers: Sequence[Layer]) -> list[str]:
-    """What stays in float: the head, and the routers of mixtures by regular expression."""
+def float_modules(ignored: Sequence[set[str]], layers: Sequence[Layer]) -> list[str]:
+    """What stays in float: the head, the routers of mixtures, and ``ignored``, see :func:`expressions`."""
     routers = sorted({router for layer in layers for router in layer.routers})
-    return ["lm_head", *(rf"re:.*\.layers\.\d+\.{re.escape(router)}$" for router in routers)]
+    return [
+        "lm_head",
+        *(rf"re:.*\.layers\.\d+\.{re.escape(router)}$" for router in routers),
+        *expressions(ignored, layers),
+    ]
 
 
 def quantization_config(
-    recipe: Recipe, grouped: Sequence[set[str]], layers: Sequence[Layer], version: str
+    recipe: Recipe, grouped: Sequence[set[str]], ignored: Sequence[set[str]], layers: Sequence[Layer], version: str
 ) -> dict[str, Any]:
     """The ``quantization_config`` of the written ``config.json``: compressed-tensors ``int-quantized`` plus our marker.
 
     Args:
         recipe: the run.
         grouped: each block's per-group linears.
+        ignored: each block's linears that stay in float.
         layers: of the same blocks.
         version: of this package.
     """
-    targets = group_targets(grouped, layers)
+    targets = expressions(grouped, layers)
     groups = [_group(targets, recipe.group_size)] if targets else []
-    if any(names != set(layer.linears) for names, layer in zip(grouped, layers, strict=True)):
+    if any(g | i != set(layer.linears) for g, i, layer in zip(grouped, ignored, layers, strict=True)):
         groups.append(_group(["Linear"], None))
     return {
         "quant_method": "compressed-tensors",
@@ -179,7 +186,7 @@ def quantization_config(
         "quantization_status": "compressed",
         # Specific targets come first: readers stop at the first group that matches.
         "config_groups": {f"group_{i}": group for i, group in enumerate(groups)},
-        "ignore": ignored(layers),
+        "ignore": float_modules(ignored, layers),
         "kv_cache_scheme": None,
         MARKER: {"version": version, "method": recipe.method},
     }

@@ -56,7 +56,9 @@ def write(folder: Path, source: Source, recipe: Recipe, done: Any, base_model: s
             "written_bytes": done.written_bytes,
             "vulnerable": done.vulnerable(),
             "linears": done.linears,
+            "ignored": done.ignored,
             "sites": {str(index): sites for index, sites in done.sites.items()},
+            "granularity": [asdict(entry) for entry in done.granularity],
             "sha256": done.files,
         },
     )
@@ -111,9 +113,10 @@ def _card(source: Source, recipe: Recipe, done: Any, base_model: str | None, dra
         model=f"[{name}](https://huggingface.co/{name})" if base_model else name,
         version=__version__,
         original=f"\nThe original's own card is [{ORIGINAL_CARD}]({ORIGINAL_CARD}).\n" if original.is_file() else "",
-        method=_method(recipe),
+        method=_method(recipe) + (_EXEMPT if recipe.ignore else ""),
         recipe=json.dumps(asdict(recipe), indent=2),
         linears=len(done.linears),
+        ignored=len(done.ignored),
         grouped=f"{grouped} ({grouped / len(done.linears):.1%})",
         plugin=_NEEDS_PLUGIN if grouped else _NEEDS_NOTHING,
         before=f"{done.source_bytes / 1e9:.3f}",
@@ -146,10 +149,13 @@ def _method(recipe: Recipe) -> str:
         else "estimated from the weights alone, without calibration text (data-free)"
     )
     rule = f"alpha = {recipe.alpha}" if recipe.smoothing == "alpha" else "for the least expected error of the outputs"
-    grouped = f" Linears that match `group_layers` have one scale per group of {size} columns." if size else ""
+    which = (
+        "whose output error it reduced most, as measured," if recipe.method == "auto" else "that match `group_layers`"
+    )
+    grouped = f" Linears {which} have one scale per group of {size} columns." if size else ""
     return (
         f"Bi-smoothing moved magnitude between weights and activations, in either direction, before rounding "
-        f"(`bismooth`, {rule}). The activations' ranges were {ranges}.{grouped}"
+        f"(`{recipe.method}`, {rule}). The activations' ranges were {ranges}.{grouped}"
     )
 
 
@@ -194,6 +200,9 @@ _NEEDS_PLUGIN = (
     "The per-group linears need the plugin `vllm-w8a8-bismooth` in vLLM's environment; vLLM without it refuses the\n"
     "checkpoint. vLLM detects the quantization by itself; `--quantization` need not be given."
 )
+_EXEMPT = (
+    " Exempt are linears that match `ignore`, with those that vLLM fuses with them: they keep the original's dtype."
+)
 _CAPTIONS = {
     figures.ERRORS: "Column error of each linear by block",
     figures.WEIGHTS: "Largest weights of the input columns before and after smoothing, by block",
@@ -201,9 +210,9 @@ _CAPTIONS = {
 _BODY = """\
 # {name}, INT8 W8A8
 
-{model}, converted by `bismooth` {version} for [vLLM](https://docs.vllm.ai): the linears of its decoder blocks hold
-8-bit integer weights and get 8-bit integer activations, which are quantized while serving; everything else keeps its
-dtype. The format is compressed-tensors `int-quantized`.
+{model}, converted by `bismooth` {version} for [vLLM](https://docs.vllm.ai): {linears} linears of its decoder blocks
+hold 8-bit integer weights and get 8-bit integer activations, which are quantized while serving; everything else keeps
+its dtype. The format is compressed-tensors `int-quantized`.
 {original}
 ## Serve
 
@@ -225,6 +234,7 @@ vllm serve PATH_TO_THIS_FOLDER
 |---|--:|
 | linears | {linears} |
 | of these with per-group scales | {grouped} |
+| further linears, left in float | {ignored} |
 | size before, GB | {before} |
 | size after, GB | {after} ({share}) |
 

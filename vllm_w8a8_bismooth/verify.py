@@ -11,7 +11,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,12 +67,14 @@ class Verification:
         notes: what could not be checked, or is unusual without being wrong.
         linears: INT8 linear -> ``group_size`` (``None`` = per-channel) and ``sqnr`` in dB against the folded source
             (``None`` without a source, or where nothing was lost).
+        ignored: linears that are float, as config.json says.
     """
 
     folder: Path
     findings: list[Finding] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     linears: dict[str, dict[str, Any]] = field(default_factory=dict)
+    ignored: list[str] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
@@ -125,7 +127,8 @@ def verify(
     digests, unreadable = _contents(found, checkpoint, marked, progress)
     _hashes(found, digests)
     if source is not None:
-        comparison = fidelity.Comparison(source, checkpoint, found.linears, unreadable, found.fault)
+        linears = found.linears | {name: {} for name in found.ignored}
+        comparison = fidelity.Comparison(source, checkpoint, linears, unreadable, found.fault)
         comparison.files()
         comparison.outside()
         comparison.blocks(marked, progress)
@@ -287,7 +290,10 @@ def _names(
     schemes: _Schemes | None,
     marked: bool,
 ) -> None:
-    """Check that INT8 is what should be, that float is what config.json leaves in float, and that siblings agree."""
+    """Check that INT8 is what should be, that float is what config.json leaves in float, and that siblings agree.
+
+    Notes the linears that are float.
+    """
     headers = checkpoint.headers
     linears = {BLOCK.format(i) + n: n in layer.experts for i, layer in enumerate(layers) for n in layer.linears}
     modules = {*linears, *(BLOCK.format(i) + n for i, layer in enumerate(layers) for n in layer.routers)}
@@ -301,9 +307,12 @@ def _names(
         elif header.dtype == "I8" and layers and not (name.endswith(".weight") and module in modules):
             found.fault(name, "is INT8, but no linear", "convert the source again")
         elif header.dtype != "I8" and name.endswith(".weight") and module in modules:
-            if marked and module in linears:
+            if schemes is not None and not _is_quantized(schemes, module):
+                if module in linears:
+                    found.ignored.append(module)
+            elif marked and module in linears:
                 found.fault(name, f"is stored as {header.dtype}, not INT8", "convert the source again")
-            elif schemes is not None and _is_quantized(schemes, module):
+            elif schemes is not None:
                 found.fault(
                     module,
                     f"is stored as {header.dtype}, but {CONFIG} says INT8",
@@ -312,6 +321,13 @@ def _names(
     for i, layer in enumerate(layers):
         for fused, parts in layer.fused.items():
             _check_siblings(found, BLOCK.format(i), fused, parts, schemes if marked else None)
+        experts = {BLOCK.format(i) + n for n in layer.experts}
+        if 0 < len(floats := sorted(experts.intersection(found.ignored))) < len(experts):
+            found.fault(
+                floats[0],
+                f"is float as {len(floats)} of its block's {len(experts)} experts' linears; vLLM serves all alike",
+                "convert again",
+            )
     for linear, entry in found.linears.items():
         if entry["group_size"] is not None and linears.get(linear):
             found.fault(linear, "is an expert with per-group scales, which vLLM does not serve", "convert again")
@@ -328,17 +344,18 @@ def _check_siblings(
     found: Verification, block: str, fused: str, parts: Sequence[str], schemes: _Schemes | None
 ) -> None:
     """vLLM merges ``parts`` into ``fused``: they must have one granularity, which that name must be given too."""
-    sizes = {part: found.linears[block + part]["group_size"] for part in parts if block + part in found.linears}
-    if len(sizes) < len(parts):
+    kinds = {part: (True, found.linears[block + part]["group_size"]) for part in parts if block + part in found.linears}
+    kinds |= {part: (False, None) for part in parts if block + part in found.ignored}
+    if len(kinds) < len(parts):
         return
-    if len(set(sizes.values())) > 1:
-        found.fault(block + fused, f"its parts differ in group_size ({sizes}); vLLM fuses them", "convert again")
+    if len(set(kinds.values())) > 1:
+        found.fault(block + fused, f"its parts differ in (INT8, group_size): {kinds}; vLLM fuses them", "convert again")
     elif schemes is not None:
         try:
             answer = schemes.of(block + fused)
         except ValueError as error:
             answer = error
-        if answer != (True, next(iter(sizes.values()))):
+        if answer != next(iter(kinds.values())):
             found.fault(
                 block + fused,
                 f"{CONFIG} gives the name under which vLLM fuses {', '.join(parts)} another granularity ({answer})",
@@ -454,12 +471,13 @@ def _ask_vllm(found: Verification, config: Mapping[str, Any], layers: Sequence[L
         found.notes.append("vLLM was not asked, because of the faults found before")
         return
     grouped = any(entry["group_size"] is not None for entry in found.linears.values())
+    routers = (BLOCK.format(i) + n for i, layer in enumerate(layers) for n in layer.routers)
     request = {
         "config": config,
         "marked": marked,
         "methods": ["w8a8_bismooth"] if grouped else ["compressed-tensors", "w8a8_bismooth"],
-        "linears": dict(_served(found, layers)),
-        "float": sorted({"lm_head", *(BLOCK.format(i) + n for i, layer in enumerate(layers) for n in layer.routers)}),
+        "linears": {name: found.linears[stored]["group_size"] for name, stored in _served(found.linears, layers)},
+        "float": sorted({"lm_head", *routers, *(name for name, _ in _served(found.ignored, layers))}),
         "fused": {_last(f): [_last(p) for p in parts] for layer in layers for f, parts in layer.fused.items()},
     }
     with tempfile.TemporaryDirectory() as scratch:
@@ -481,14 +499,14 @@ def _ask_vllm(found: Verification, config: Mapping[str, Any], layers: Sequence[L
             found.fault(where, what, "mend config.json, or use a vLLM from 0.26 to 0.33")
 
 
-def _served(found: Verification, layers: Sequence[Layer]) -> Iterator[tuple[str, int | None]]:
-    """Linears by the names that they have in vLLM, with group sizes; of experts, the first, as vLLM asks it."""
+def _served(linears: Collection[str], layers: Sequence[Layer]) -> Iterator[tuple[str, str]]:
+    """Linears by the names that they have in vLLM, and by their own; of experts, the first, as vLLM asks it."""
     for i, layer in enumerate(layers):
         block = BLOCK.format(i)
         name_of = {part: fused for fused, parts in layer.fused.items() for part in parts}
         for linear in layer.linears:
-            if block + linear in found.linears and (linear not in layer.experts or ".experts.0." in linear):
-                yield block + name_of.get(linear, linear), found.linears[block + linear]["group_size"]
+            if (linear not in layer.experts or ".experts.0." in linear) and block + linear in linears:
+                yield block + name_of.get(linear, linear), block + linear
 
 
 def _last(name: str) -> str:
