@@ -65,6 +65,13 @@ def test_a_row_counts_as_much_as_any_other(seed, exponent):
     assert torch.equal(found.largest, louder.abs().amax(dim=0))
 
 
+def test_a_channel_a_billion_times_smaller_is_seen():
+    rows = noise(20) * torch.tensor([1e-9, *[1.0] * (CHANNELS - 1)])
+    found, expected = moments(rows), moments(noise(20)).scaled(torch.tensor([1e-9, *[1.0] * (CHANNELS - 1)]))
+    assert found.high[0] > 0
+    torch.testing.assert_close(found.high[:1], expected.high[:1], rtol=0.5, atol=0)  # the rows' sizes lack a channel
+
+
 def test_rows_of_zeros_count_and_add_nothing():
     found = moments(torch.zeros(3, 4))
     assert found.rows == 3 and not any(t.any() for t in (found.largest, found.square, found.high))
