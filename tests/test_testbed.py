@@ -119,6 +119,26 @@ def healthy_rtn(tmp_path_factory) -> float:
     return {row["arm"]: row["kl"] for row in rows}["rtn"]
 
 
+SMOOTHED = {
+    "rtn": ({"method": "rtn"}, False),
+    "data-free": ({"method": "bismooth"}, False),
+    "alpha": ({"method": "bismooth", "smoothing": "alpha", "calibration_tokens": 4096}, True),
+    "balanced": ({"method": "bismooth", "calibration_tokens": 4096}, True),
+}
+
+
+@beds
+def test_balancing_is_better_than_ranges_and_than_nothing(tmp_path, bed):
+    """On sound models, too. Ranges are moved by their usual share, one half."""
+    windows, kl = bed.heldout_windows(8), {}
+    reference = emulate.log_probabilities(emulate.load(bed.model), windows)
+    for arm, (options, calibrated) in SMOOTHED.items():
+        convert(bed.model, tmp_path / arm, Recipe.of(**options), read_text(bed.calibration) if calibrated else None)
+        kl[arm] = distance(reference, emulate.log_probabilities(emulate.load(tmp_path / arm), windows), windows).kl
+    assert kl["balanced"] < 1.02 * kl["alpha"] and kl["balanced"] < 0.9 * kl["rtn"] < 1e-3, kl
+    assert kl["data-free"] < 1.05 * kl["rtn"], kl
+
+
 @pytest.mark.parametrize("kind, k", [("norm", 1000.0), ("norm", 100.0), ("residual", 1000.0)])
 def test_collapse_and_repairs(healthy_rtn, tmp_path: Path, kind, k):
     setting = accuracy.Setting("python", kind, k, seed=11)
