@@ -85,8 +85,7 @@ def test_what_is_planted_goes_into_the_factors(seed, other, alone):
     c = 10.0 ** (torch.where(torch.arange(CHANNELS) == other % CHANNELS, c, 0) if alone else c)
     healthy = by_error(activation, weight)
     planted = by_error(activation.scaled(1 / c), weight.scaled(c)) * c
-    # As exact as the search is where a channel hardly matters: a hundredth of a code.
-    torch.testing.assert_close(planted / planted.log().mean().exp(), healthy, rtol=1e-3, atol=0)
+    torch.testing.assert_close(planted / planted.log().mean().exp(), healthy, rtol=1e-6, atol=0)
 
 
 @quick
@@ -94,12 +93,12 @@ def test_what_is_planted_goes_into_the_factors(seed, other, alone):
 def test_common_scales_are_ignored(seed, c, d):
     both = sides(seed)
     scaled = [side.scaled(torch.full((CHANNELS,), factor)) for side, factor in zip(both, (c, d), strict=True)]
-    torch.testing.assert_close(by_error(*scaled), by_error(*both), rtol=1e-3, atol=0)
+    torch.testing.assert_close(by_error(*scaled), by_error(*both), rtol=1e-6, atol=0)
     torch.testing.assert_close(by_range(*scaled, 0.3), by_range(*both, 0.3), rtol=1e-5, atol=0)
 
 
 @quick
-@given(seeds, seeds, st.floats(0, 4))
+@given(seeds, seeds, st.floats(0, 8))
 def test_no_other_factors_have_less_error(seed, other, decades):
     both = sides(seed, decades)
     s = by_error(*both)
@@ -108,8 +107,7 @@ def test_no_other_factors_have_less_error(seed, other, decades):
     changes = torch.cat([change * size for change in changes for size in (1e-3, 1e-2, 0.1, 1.0)])
     rivals = [torch.ones(CHANNELS), by_range(*both, 0.5), (both[0].rms() / both[1].rms()).sqrt()]
     errors = expected_errors(*both, torch.cat([torch.stack(rivals), s * changes.exp()]))
-    # The search ends where steps gain next to nothing.
-    assert errors.min() >= expected_errors(*both, s) * (1 - 1e-6)
+    assert errors.min() >= expected_errors(*both, s) * (1 - 1e-9)
 
 
 @quick
@@ -178,14 +176,15 @@ def codes_of(k: float, measured: bool) -> dict[str, torch.Tensor]:
     return {name: torch.cat([c[:, :at], c[:, at + 1 :]], dim=1) for name, c in codes.items()}
 
 
-@pytest.mark.parametrize(("measured", "share"), [(False, 1e-3), (True, 0.05)])
-def test_an_outlier_column_does_not_change_the_other_codes(measured, share):
+@pytest.mark.parametrize(("measured", "k"), [(False, 1e-3), (False, 1e3), (True, 1e3), (True, 1e7)])
+def test_an_outlier_column_does_not_change_the_other_codes(measured, k):
     """Codes at a rounding edge may differ by one.
 
-    Held, the factors agree to some 1e-5, times a code of up to 127: of the codes at most 1 in 1000. Measured, every
+    Held, the factors agree to some 1e-6, times a code of up to 127: of the codes at most 1 in 1000. Measured, every
     token's size lacks one channel in 64, which moves factors by up to 1 / 64 and codes (some 30) by a fraction of one.
     """
-    healthy, planted = codes_of(1.0, measured), codes_of(1000.0, measured)
+    share = 0.05 if measured else 1e-3
+    healthy, planted = codes_of(1.0, measured), codes_of(k, measured)
     for name, codes in healthy.items():
         difference = (codes - planted[name]).abs()
         assert difference.max() <= 1 and (difference > 0).float().mean() <= share

@@ -65,6 +65,15 @@ def test_a_row_counts_as_much_as_any_other(seed, exponent):
     assert torch.equal(found.largest, louder.abs().amax(dim=0))
 
 
+@pytest.mark.parametrize("size", [1e-3, 1e-6, 1e-9])
+def test_small_channels_are_seen(size):
+    """Also where fp32 could not hold their powers."""
+    rows = noise(20)
+    rows[:, 5] *= size
+    unit = rows.double() / rows.double().square().mean(dim=1, keepdim=True).sqrt()
+    torch.testing.assert_close(moments(rows).high, (unit**ORDER).sum(dim=0), rtol=1e-4, atol=0)
+
+
 def test_rows_of_zeros_count_and_add_nothing():
     found = moments(torch.zeros(3, 4))
     assert found.rows == 3 and not any(t.any() for t in (found.largest, found.square, found.high))

@@ -47,7 +47,8 @@ class Moments:
         square = rows.square_()
         square /= square.mean(dim=1, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny)
         self.square += square.sum(dim=0)
-        self.high += square.square_().square_().sum(dim=0)
+        # In fp64, because in fp32 the power of a channel a million times smaller than the others would be 0: not seen.
+        self.high += square.square_().double().square_().sum(dim=0)
 
     def merge(self, other: "Moments") -> None:
         """Count the rows of another one, too."""
