@@ -9,13 +9,13 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks import emulate
 from tests.conftest import MODEL_TYPES, edit_json, tiny_model, write_checkpoint
 from tests.test_moments import moments
 from vllm_w8a8_bismooth.architectures import BLOCK
-from vllm_w8a8_bismooth.calibrate import Calibration, read_text, tokenize
+from vllm_w8a8_bismooth.calibrate import Calibration, CalibrationText, read_text, tokenize
 from vllm_w8a8_bismooth.checkpoint import Checkpoint
 from vllm_w8a8_bismooth.convert import convert
 from vllm_w8a8_bismooth.errors import BismoothError
@@ -365,11 +365,88 @@ def test_streamed_calibration_equals_the_whole_model(
         torch.testing.assert_close(calibration.hidden, model(tokens).last_hidden_state, rtol=1e-4, atol=1e-4)
 
 
-def test_long_documents_are_tokenized_in_pieces(make_checkpoint, calibration_text, monkeypatch):
-    source, text = Checkpoint(make_checkpoint()), read_text(calibration_text)
-    whole = tokenize(text, source, 1000)
-    monkeypatch.setattr("vllm_w8a8_bismooth.calibrate._PIECE", 100)
-    assert torch.equal(tokenize(text, source, 1000), whole)
+def written(folder: Path, *documents: str) -> CalibrationText:
+    path = folder / "text.jsonl"
+    path.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
+    return read_text(path)
+
+
+def said(folder: Path, tokens: torch.Tensor) -> str:
+    """The characters of a window, which the tests' tokenizer has one token for each."""
+    return "".join(AutoTokenizer.from_pretrained(folder).convert_ids_to_tokens(tokens.tolist()))
+
+
+def counted(start: int, end: int) -> str:
+    """Text in which every place is known from the eight characters there."""
+    return "".join(f"{i:07d}," for i in range(start, end))
+
+
+TEXTS = {
+    "one long document": [counted(0, 20000)],
+    "many short documents": [counted(10 * i, 10 * i + 10) for i in range(2000)],
+    "documents of all lengths": [counted(n * n, (n + 1) ** 2) for n in range(141)],
+}
+
+
+@pytest.mark.parametrize("budget", [1, 100, 1000, 5000])
+@pytest.mark.parametrize("case", TEXTS)
+def test_windows_are_spread_over_the_text(make_checkpoint, tmp_path, case, budget):
+    """Whole pieces of the text in its order, from beginning to end at even distances, no more than the budget."""
+    source, text = Checkpoint(make_checkpoint()), written(tmp_path, *TEXTS[case])
+    tokens = tokenize(text, source, budget)
+    assert torch.equal(tokens, tokenize(text, source, budget)), "the same every time"
+    length = min(128, budget)  # the model's longest position
+    assert tokens.dtype == torch.int64 and tokens.shape == (budget // length, length)
+    whole, starts = "".join(text.documents), []
+    for window in tokens:
+        at = [whole.index(piece) for piece in re.findall(r"\d{7},", said(source.folder, window))]
+        assert len(at) >= (length - 14) // 8
+        starts += at[:1]
+        steps = [b - a for a, b in zip(at, at[1:], strict=False)]
+        assert all(step > 0 for step in steps)
+        assert sum(step != 8 for step in steps) <= 1 or len(text.documents) > 1, "a seam only between pieces"
+    assert starts == sorted(set(starts))
+    if len(starts) > 5:
+        distances = [b - a for a, b in zip(starts, starts[1:], strict=False)]
+        assert max(distances) < 2.5 * len(whole) / len(starts) and starts[-1] > 0.7 * len(whole)
+
+
+@pytest.mark.parametrize(("characters", "shape"), [(1, (1, 1)), (127, (1, 127)), (128, (1, 128)), (300, (2, 128))])
+def test_short_texts(make_checkpoint, tmp_path, characters, shape):
+    """Shorter than one window, all of it is one."""
+    documents = [piece for piece in ("x" * (characters // 2), "y" * (characters - characters // 2)) if piece]
+    source = make_checkpoint()
+    tokens = tokenize(written(tmp_path, *documents), Checkpoint(source), 10000)
+    assert tokens.shape == shape
+    assert said(source, tokens.flatten()) == "".join(documents)[: tokens.numel()]
+
+
+def test_every_window_begins_as_the_model_is_used_to(make_checkpoint, tmp_path):
+    source = make_checkpoint()
+    tokenizer = json.loads((source / "tokenizer.json").read_text())
+    begin = [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    special = {"<s>": {"id": "<s>", "ids": [0], "tokens": ["<s>"]}}
+    tokenizer["post_processor"] = {"type": "TemplateProcessing", "single": begin, "pair": begin}
+    tokenizer["post_processor"]["special_tokens"] = special
+    (source / "tokenizer.json").write_text(json.dumps(tokenizer))
+    for budget, shape in ((1000, (7, 128)), (2, (1, 2)), (1, (1, 2))):  # a window has a token beside BOS
+        tokens = tokenize(written(tmp_path, *TEXTS["one long document"]), Checkpoint(source), budget)
+        assert tokens.shape == shape and (tokens[:, 0] == 0).all() and (tokens[:, 1:] != 0).all()
+
+
+def test_a_large_text_is_not_all_tokenized(make_checkpoint, tmp_path, monkeypatch):
+    from transformers import PreTrainedTokenizerFast
+
+    source, text = Checkpoint(make_checkpoint()), written(tmp_path, *TEXTS["one long document"] * 10)
+    asked, call = [], PreTrainedTokenizerFast.__call__
+
+    def counting(self, piece, *arguments, **options):
+        asked.append(len(piece))
+        return call(self, piece, *arguments, **options)
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "__call__", counting)
+    tokens = tokenize(text, source, 1000)
+    assert tokens.numel() == 7 * 128 and sum(asked) < 0.02 * sum(map(len, text.documents)) + 4096
 
 
 def test_offline_half_never_imports_vllm(make_checkpoint, tmp_path, calibration_text):
