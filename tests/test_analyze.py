@@ -139,6 +139,25 @@ def test_planted_linears_are_named_with_the_reason(planted, tmp_path):
         assert (tmp_path / "figures" / name).read_text().startswith("<?xml")
 
 
+def test_perturbation_tells_weights_from_activations(planted):
+    options = ("--calibration", PYTHON.calibration, "--calibration-tokens", 2048)
+    code, output = run("analyze", planted, "--json", *options)
+    found = json.loads(output[: output.rindex("}") + 1][output.index("{") :])["perturbation"]
+    assert code == 0 and len(found) == 24, "four fused linears in each of six blocks"
+    for block in (0, 1, 3):
+        for unit in ("self_attn.qkv_proj", "mlp.gate_up_proj"):
+            errors = found[f"model.layers.{block}.{unit}"]
+            assert errors["before_weights"] > 100 * errors["after_weights"], "the outlier columns are in the weights"
+            assert errors["before_both"] > 100 * errors["after_both"]
+    for unit, errors in found.items():
+        assert set(errors) == {f"{w}_{x}" for w in ("before", "after") for x in ("weights", "activations", "both")}
+        sides = errors["after_weights"] + errors["after_activations"]
+        assert errors["after_both"] == pytest.approx(sides, rel=0.15), f"{unit}: two independent sources of error"
+    assert max(found, key=lambda unit: found[unit]["after_both"]).endswith("down_proj")
+    code, output = run("analyze", PYTHON.model, "--top", 3, *options)
+    assert code == 0 and "sum of 24" in output and output.count("down_proj") >= 3
+
+
 def test_table_says_why_and_what_to_do(planted):
     code, output = run("analyze", planted, "--group-size", 32, "--top", 4)
     assert code == 0
