@@ -294,6 +294,8 @@ OPTIONS = {
     "auto without text": (["--method", "auto"], ["--method auto", "activations", "--calibration FILE"]),
     "auto with no text": (["--method", "auto", "--calibration", "none"], ["--method auto", "--calibration FILE"]),
     "group budget": (["--method", "auto", "--group-budget", "1.5"], ["--group-budget 1.5", "0 to 1"]),
+    "budget in per cent": (["--method", "auto", "--group-budget", "300%"], ["--group-budget 3.0", "0 to 1"]),
+    "budget in words": (["--method", "auto", "--group-budget", "few"], ["'few' is no share", "3% or 0.03"]),
     "negative budget": (["--method", "auto", "--group-budget", "-0.1"], ["--group-budget -0.1", "0 to 1"]),
     "no budget": (["--method", "auto", "--group-budget", "nan"], ["--group-budget nan", "0 to 1"]),
     "useless budget": (["--group-budget", "0.1"], ["--group-budget has no effect", "leave it out"]),

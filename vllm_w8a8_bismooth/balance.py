@@ -35,9 +35,10 @@ def by_error(activation: Moments, weight: Moments) -> torch.Tensor:
         J(s) = E_t[max_k (x_tk / s_k)^2] * E_n[sum_k (w_nk s_k)^2] + E_n[max_k (w_nk s_k)^2] * E_t[sum_k (x_tk / s_k)^2]
 
     where the norm of order :data:`moments.ORDER` takes the place of the maximum, and tokens and output channels count
-    relative to their size. Its logarithm is convex in ``log s``, so that there is one solution, and it does not depend
-    on where the search starts: multiplying a channel's weights and dividing its activations by anything (an outlier
-    column) changes the factors, but not what is quantized.
+    relative to their size. Its logarithm is convex in ``log s``, so that there is one solution, wherever the search
+    starts: multiplying a channel's weights and dividing its activations by anything (an outlier column) changes the
+    factors, but not what is quantized, as long as the tokens' sizes stay: a channel whose activations dwarf all others
+    sets them, and so how much each token counts.
 
     Args:
         activation, weight: as for :func:`by_range`.

@@ -41,6 +41,14 @@ _SourceArgument = Annotated[
 ]
 
 
+def _share(text: str) -> float:
+    """``3%`` or ``0.03``."""
+    try:
+        return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is no share; write 3% or 0.03") from None
+
+
 def _version(asked: bool) -> None:
     if asked:
         print(f"bismooth {__version__}")
@@ -123,7 +131,12 @@ def convert(
     ] = None,
     group_budget: Annotated[
         float | None,
-        typer.Option(help="With auto: share of the linears that may get per-group scales.", show_default="0.03"),
+        typer.Option(
+            parser=_share,
+            metavar="SHARE",
+            help="With auto: share of the linears that may get per-group scales, 3% or 0.03.",
+            show_default="3%",
+        ),
     ] = None,
     ignore: Annotated[str | None, typer.Option(metavar="REGEX", help="Linears to leave in the source's dtype.")] = None,
     device: Annotated[str, typer.Option(help="Where blocks are worked on: cpu, cuda, cuda:1.")] = "cpu",

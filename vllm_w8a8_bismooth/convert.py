@@ -142,7 +142,7 @@ def convert(
         folder: of a checkpoint in safetensors, of a model type in :data:`architectures.ARCHITECTURES`.
         destination: must be absent, an empty folder, or hold the result of the same conversion.
         recipe: what to do.
-        text: calibration text for ``bismooth``; without it the norm gains stand in for the activation ranges.
+        text: calibration text; without it ``bismooth`` estimates the activations from the weights.
         device: torch's name of where blocks are worked on.
         progress: see :data:`Progress`.
 
