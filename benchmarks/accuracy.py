@@ -32,6 +32,7 @@ from benchmarks.compare import distance
 from benchmarks.testbed import BEDS, Bed
 from benchmarks.testbed.plant import plant
 from benchmarks.testbed.split import split
+from benchmarks.testbed.train import VOCAB
 from vllm_w8a8_bismooth.calibrate import CalibrationText, read_text, tokenize
 from vllm_w8a8_bismooth.convert import convert
 from vllm_w8a8_bismooth.recipe import Recipe
@@ -224,7 +225,8 @@ def texts(bed: str) -> dict[str, str]:
 
     other = {"python": "docstrings", "headers": "python", "docstrings": "headers"}[bed]
     tokenizer = AutoTokenizer.from_pretrained(BEDS[bed].model)
-    random = np.random.default_rng(0).integers(2, len(tokenizer), size=2**17)
+    # Of the model's own vocabulary: transformers may add special tokens to a tokenizer.
+    random = np.random.default_rng(0).integers(2, VOCAB, size=2**17)
     return {
         "own text": BEDS[bed].calibration.read_text(),
         f"text of {other}": BEDS[other].calibration.read_text(),
