@@ -154,6 +154,8 @@ def test_perturbation_tells_weights_from_activations(planted):
         sides = errors["after_weights"] + errors["after_activations"]
         assert errors["after_both"] == pytest.approx(sides, rel=0.15), f"{unit}: two independent sources of error"
     assert max(found, key=lambda unit: found[unit]["after_both"]).endswith("down_proj")
+    code, output = run("analyze", planted, "--calibration-tokens", 2048)
+    assert code == 2 and "--calibration-tokens has no effect without --calibration FILE" in output
     code, output = run("analyze", PYTHON.model, "--top", 3, *options)
     assert code == 0 and "sum of 24" in output and output.count("down_proj") >= 3
 

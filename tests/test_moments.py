@@ -148,5 +148,5 @@ def test_of_a_folded_weight(columns, monkeypatch):
     monkeypatch.setattr("vllm_w8a8_bismooth.quantize._SLAB", 9 * CHANNELS)
     with Threads() as threads:
         assert_close(fold.moments(weight, basis, threads), found, rtol=1e-6)
-        rms = fold.row_rms(weight, threads)
+        rms = fold.row_norms(weight, threads)
     torch.testing.assert_close(rms, fold.apply(weight).norm(dim=1), rtol=1e-6, atol=0)

@@ -215,7 +215,9 @@ def analyze(
             metavar="FILE", help="Also measure on this text which linears' errors come from weights or activations."
         ),
     ] = None,
-    calibration_tokens: Annotated[int, typer.Option(min=1, help="Tokens taken from it.")] = 16384,
+    calibration_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens taken from it.", show_default="16384")
+    ] = None,
     figures: Annotated[Path | None, typer.Option(metavar="DIR", help="Draw the weights and errors as SVG.")] = None,
     top: Annotated[int, typer.Option(min=1, help="Rows of the table.")] = 20,
     device: Annotated[str, typer.Option(help="Where weights are worked on: cpu, cuda, cuda:1.")] = "cpu",
@@ -238,13 +240,15 @@ def analyze(
         Recipe.of("mixed", group_size=group_size)  # the same bounds
     if figures is not None:
         drawing.require()
+    if calibration_tokens is not None and calibration is None:
+        raise BismoothError("--calibration-tokens has no effect without --calibration FILE; leave it out")
     text = calibrate.read_text(Path(calibration)) if calibration is not None else None
     console, where, moved = Console(stderr=True, soft_wrap=True), device_of(device), None
     with display.Progress(console) as progress:
         checkpoint = Source(hub.fetch(source))
         found = survey(checkpoint, where, group_size, progress)
         if text is not None:
-            tokens = calibrate.tokenize(text, checkpoint.checkpoint, calibration_tokens)
+            tokens = calibrate.tokenize(text, checkpoint.checkpoint, calibration_tokens or 16384)
             moved = perturb.survey(checkpoint, tokens, where, balance.by_error, progress)
     if as_json:
         print(json.dumps({"source": source, **display.analysis_json(found), "perturbation": moved}, indent=2))

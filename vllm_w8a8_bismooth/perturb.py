@@ -74,7 +74,7 @@ def measure(
     with calibration.lend(index, tensors, torch.float32) as (block, run):
         hidden = hidden.float()
         true = run(hidden)
-        size = true.square().sum(dim=-1)
+        size = true.square().sum(dim=-1).clamp_(min=torch.finfo(torch.float32).tiny)
         for unit, parts in units(layer).items():
             found[unit] = {}
             for name, variant in variants.items():

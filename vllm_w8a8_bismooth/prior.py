@@ -86,7 +86,7 @@ class Prior:
         """Variances that one half of a block adds to the stream; notes the sites inside it in ``found``."""
 
         def rows(linear: str, columns: torch.Tensor, part: slice = slice(None)) -> torch.Tensor:
-            size = Fold(columns=columns).row_rms(tensors[f"{linear}.weight"][part], threads)
+            size = Fold(columns=columns).row_norms(tensors[f"{linear}.weight"][part], threads)
             bias = tensors.get(f"{linear}.bias")
             return size if bias is None else torch.hypot(size, bias[part].float())
 

@@ -147,7 +147,7 @@ class Fold:
             total.merge(part)
         return total.scaled(1 / basis)
 
-    def row_rms(self, weight: torch.Tensor, threads: Threads = ALONE) -> torch.Tensor:
+    def row_norms(self, weight: torch.Tensor, threads: Threads = ALONE) -> torch.Tensor:
         """fp32 ``[N]``: Euclidean norm of each row of the folded weight, the size of what it makes of unit noise."""
         found = torch.empty(len(weight), device=weight.device)
 
