@@ -1,5 +1,7 @@
 """The model of activations that knows the weights alone."""
 
+import re
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,7 +9,7 @@ from hypothesis import strategies as st
 
 from benchmarks.testbed.plant import plant
 from tests.conftest import MODEL_TYPES
-from tests.test_bad_input import edit_shard
+from tests.test_bad_input import edit_shard, run
 from vllm_w8a8_bismooth import prior
 from vllm_w8a8_bismooth.architectures import BLOCK, EMBEDDING
 from vllm_w8a8_bismooth.balance import by_error
@@ -144,6 +146,17 @@ def test_dead_weights_are_no_harm(make_checkpoint):
     edit_shard(source, lambda tensors: tensors[EMBEDDING].zero_(), EMBEDDING)
     for smoothing in smoothed(Source(source)):
         assert all(fold.columns is None or fold.columns.isfinite().all() for fold in smoothing.folds.values())
+
+
+@pytest.mark.parametrize("name", ["embed_tokens", "layers.0.input_layernorm", "layers.1.post_attention_layernorm"])
+def test_sizes_beyond_fp32_are_refused(make_checkpoint, tmp_path, name):
+    """Neither weights nor norms are too large themselves, but what they make is."""
+    source = make_checkpoint(num_hidden_layers=2)
+    tensor = f"model.{name}.weight"
+    edit_shard(source, lambda tensors: tensors[tensor].fill_(3e38), tensor)
+    code, message = run("convert", source, tmp_path / "out", "--method", "bismooth")
+    assert code == 2 and re.search(r"model.layers.\d.\*: what the weights .* overflows at .* repair", message), message
+    assert not (tmp_path / "out").exists()
 
 
 def test_of_a_large_embedding_some_runs_are_read(make_checkpoint, monkeypatch):

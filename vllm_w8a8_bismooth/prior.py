@@ -4,7 +4,8 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from vllm_w8a8_bismooth.architectures import EMBEDDING, Layer, Site
+from vllm_w8a8_bismooth.architectures import BLOCK, EMBEDDING, Layer, Site
+from vllm_w8a8_bismooth.errors import BismoothError
 from vllm_w8a8_bismooth.moments import ORDER, Moments
 from vllm_w8a8_bismooth.quantize import Fold, Threads
 from vllm_w8a8_bismooth.smooth import rows_of, spread
@@ -58,6 +59,9 @@ class Prior:
 
         Returns:
             Site name -> moments of its K input channels.
+
+        Raises:
+            BismoothError: the weights are so large that fp32 cannot hold what they make.
         """
         layer, offset = self._source.layers[index], self._source.architecture.offset
         sites = [site for site in layer.sites if site.producer in layer.vectors]
@@ -72,6 +76,13 @@ class Prior:
             if posts:
                 written = (tensors[f"{posts[half]}.weight"].float() + offset).square()
             self.hidden = self.hidden + written
+        seen = {"the residual stream": self.hidden} | {f"site {name}": moments.high for name, moments in found.items()}
+        for place, sizes in seen.items():
+            if not sizes.isfinite().all():
+                raise BismoothError(
+                    f"{BLOCK.format(index)}*: what the weights up to here make of the embedding overflows at {place}; "
+                    "no sound model has such weights, repair them"
+                )
         return found
 
     def _write(
