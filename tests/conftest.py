@@ -10,6 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from safetensors.torch import save_file
+
+from benchmarks.testbed import PYTHON
+from benchmarks.testbed.plant import plant
+from vllm_w8a8_bismooth.calibrate import read_text
+from vllm_w8a8_bismooth.convert import convert
+from vllm_w8a8_bismooth.recipe import Recipe
 
 # No deadline: machines are shared. On CI the examples are the same every time, elsewhere new ones are searched.
 settings.register_profile(
@@ -141,3 +148,45 @@ def edit_json(path: Path, change: Callable[[dict], None]) -> None:
     value = json.loads(path.read_text())
     change(value)
     path.write_text(json.dumps(value))
+
+
+def write_adapter(folder: Path, config: dict, seed: int = 0) -> dict[int, torch.Tensor]:
+    """A LoRA adapter of rank 8 on every down_proj, as PEFT writes it; block -> what it adds to the weight."""
+    generator, tensors, updates = torch.Generator().manual_seed(seed), {}, {}
+    for block in range(config["num_hidden_layers"]):
+        down = torch.randn(8, config["intermediate_size"], generator=generator) / config["intermediate_size"] ** 0.5
+        up = torch.randn(config["hidden_size"], 8, generator=generator) * 0.05
+        name = f"base_model.model.model.layers.{block}.mlp.down_proj"
+        tensors |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
+        updates[block] = up @ down
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": 8, "lora_alpha": 8, "target_modules": ["down_proj"], "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    return updates
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory) -> dict[str, Path]:
+    """The planted test bed, mixed and bi-smoothed, and the latter, with two linears left in float, also unmarked."""
+    folder = tmp_path_factory.mktemp("serving")
+    names = {name: folder / name for name in ("planted", "bismooth", "mixed", "unmarked")}
+    plant(PYTHON.model, names["planted"])
+    text = read_text(Path(PYTHON.model).parent / "calibration.txt")
+    bismooth = Recipe.of("bismooth", calibration_tokens=4096, ignore=r"layers\.0\.(self_attn\.q|mlp\.down)_proj")
+    convert(names["planted"], names["bismooth"], bismooth, text)
+    convert(names["planted"], names["mixed"], Recipe.of("mixed", group_size=32))
+    convert(names["planted"], names["unmarked"], bismooth, text)
+    edit_json(names["unmarked"] / "config.json", lambda c: c["quantization_config"].pop("bismooth"))
+    return names
+
+
+@pytest.fixture
+def on_rank(monkeypatch):
+    """``on_rank(rank, size)``: vLLM parameters made from now on believe to be there."""
+
+    def be(rank: int, size: int) -> None:
+        for name, value in {"rank": rank, "world_size": size}.items():
+            monkeypatch.setattr(f"vllm.model_executor.parameter.get_tensor_model_parallel_{name}", lambda v=value: v)
+
+    return be

@@ -13,6 +13,13 @@ from pathlib import Path
 
 from benchmarks.score import engine_environment
 
+PROMPTS = [
+    "import os\n\ndef main():\n    ",
+    "class Node:\n    def __init__(self, ",
+    "for i in range(",
+    '"""Return the ',
+]
+
 
 def run(folder: Path, plugins: str | None = None, **request) -> tuple[dict | None, str]:
     """Start the process; returns its result (``None`` if it failed) and everything that it printed.
@@ -38,6 +45,14 @@ def run(folder: Path, plugins: str | None = None, **request) -> tuple[dict | Non
     log = done.stdout.decode(errors="replace")
     # Not the exit code: vLLM 0.32 sometimes aborts in the interpreter's teardown, after all work is done.
     return (json.loads(answer.read_text()) if answer.exists() else None), log
+
+
+def ask(folder: Path, model: Path, plugins: str | None = None, lora: Path | None = None, **options) -> dict:
+    """Greedy answers to all prompts; fails with the engine's log if there are none."""
+    request = {"options": {"model": model, **options}, "prompts": PROMPTS, "max_tokens": 24, "lora": lora}
+    result, log = run(folder, plugins, **request)
+    assert result is not None, log[-3000:]
+    return result | {"log": log, "first_steps": [steps[0] for steps in result["logprobs"]]}
 
 
 def main(request: dict) -> dict:

@@ -1,35 +1,24 @@
 import json
 import subprocess
 import sys
-from collections.abc import Mapping
 from importlib.metadata import entry_points
-from pathlib import Path
-from types import MappingProxyType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import save_file
 
-from benchmarks import emulate
 from benchmarks.demo import serve
-from benchmarks.testbed import PYTHON
-from benchmarks.testbed.plant import plant
 from tests import engine
-from tests.conftest import edit_json, tiny_model, write_checkpoint
+from tests.agreement import assert_close_to_emulation, assert_same_up_to_near_ties
+from tests.conftest import tiny_model, write_adapter, write_checkpoint
+from tests.engine import PROMPTS, ask
 from vllm_w8a8_bismooth import ops, register
-from vllm_w8a8_bismooth.calibrate import read_text
 from vllm_w8a8_bismooth.convert import convert
 from vllm_w8a8_bismooth.quantize import quantize_weight
 from vllm_w8a8_bismooth.recipe import Recipe
 
-PROMPTS = [
-    "import os\n\ndef main():\n    ",
-    "class Node:\n    def __init__(self, ",
-    "for i in range(",
-    '"""Return the ',
-]
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
     lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
@@ -133,17 +122,6 @@ def test_schemes_that_are_left_to_compressed_tensors():
     assert not isinstance(scheme_of(W8A8, TOKEN | {"symmetric": False}), W8A8Scheme)
     with pytest.raises(NotImplementedError, match="No compressed-tensors compatible scheme"):
         scheme_of(W8A8 | group, TOKEN | {"strategy": "group", "group_size": 64})
-
-
-@pytest.fixture
-def on_rank(monkeypatch):
-    """``on_rank(rank, size)``: vLLM parameters made from now on believe to be there."""
-
-    def be(rank: int, size: int) -> None:
-        for name, value in {"rank": rank, "world_size": size}.items():
-            monkeypatch.setattr(f"vllm.model_executor.parameter.get_tensor_model_parallel_{name}", lambda v=value: v)
-
-    return be
 
 
 @pytest.mark.parametrize(
@@ -252,72 +230,6 @@ def test_shapes_without_a_kernel_are_refused_at_load(on_rank, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory) -> dict[str, Path]:
-    """The planted test bed, mixed and bi-smoothed, and the latter, with two linears left in float, also unmarked."""
-    folder = tmp_path_factory.mktemp("serving")
-    names = {name: folder / name for name in ("planted", "bismooth", "mixed", "unmarked")}
-    plant(PYTHON.model, names["planted"])
-    text = read_text(Path(PYTHON.model).parent / "calibration.txt")
-    bismooth = Recipe.of("bismooth", calibration_tokens=4096, ignore=r"layers\.0\.(self_attn\.q|mlp\.down)_proj")
-    convert(names["planted"], names["bismooth"], bismooth, text)
-    convert(names["planted"], names["mixed"], Recipe.of("mixed", group_size=32))
-    convert(names["planted"], names["unmarked"], bismooth, text)
-    edit_json(names["unmarked"] / "config.json", lambda c: c["quantization_config"].pop("bismooth"))
-    return names
-
-
-CLOSE = 0.1
-"""Nats between log-probabilities of one model through different kernels: a bf16 logit near 10 has steps of 0.06."""
-CLOSE_THROUGHOUT = 0.15
-"""The same for each of a hundred steps: 0.125 was the largest between stock's kernels and ours,
-with two linears in float and with none."""
-
-
-def assert_same_up_to_near_ties(first: dict, second: dict) -> None:
-    """Tokens agree with close log-probabilities, until in a prompt two choices are closer than the noise."""
-    for prompt, (tokens, others) in enumerate(zip(first["tokens"], second["tokens"], strict=True)):
-        for step, (token, other) in enumerate(zip(tokens, others, strict=True)):
-            mine, theirs = (result["logprobs"][prompt][step] for result in (first, second))
-            assert mine[str(token)] == pytest.approx(theirs[str(other)], abs=CLOSE_THROUGHOUT)
-            if token != other:
-                assert mine[str(token)] - mine[str(other)] < CLOSE_THROUGHOUT
-                break
-
-
-def assert_close_to_emulation(
-    model: Path,
-    prompts: list[str],
-    first_steps: list[dict[str, float]],
-    updates: Mapping[int, torch.Tensor] = MappingProxyType({}),
-) -> None:
-    """The first step of each prompt has the log-probabilities that fp32 with our ops gives its tokens.
-
-    ``updates`` are added to the weights of the blocks' down_proj, in fp32.
-    """
-    from transformers import AutoTokenizer
-
-    emulated, encode = emulate.load(model), AutoTokenizer.from_pretrained(model)
-    for block, update in updates.items():
-        emulated.model.layers[block].mlp.down_proj.register_forward_hook(
-            lambda _, inputs, output, update=update: output + inputs[0] @ update.t()
-        )
-    for prompt, step in zip(prompts, first_steps, strict=True):
-        with torch.no_grad():
-            logits = emulated(encode(prompt, return_tensors="pt").input_ids).logits[0, -1].log_softmax(-1)
-        assert len(step) >= 5
-        for token, logprob in step.items():
-            assert logprob == pytest.approx(logits[int(token)].item(), abs=CLOSE)
-
-
-def ask(folder: Path, model: Path, plugins: str | None = None, lora: Path | None = None, **options) -> dict:
-    """Greedy answers to all prompts; fails with the engine's log if there are none."""
-    request = {"options": {"model": model, **options}, "prompts": PROMPTS, "max_tokens": 24, "lora": lora}
-    result, log = engine.run(folder, plugins, **request)
-    assert result is not None, log[-3000:]
-    return result | {"log": log, "first_steps": [steps[0] for steps in result["logprobs"]]}
-
-
-@pytest.fixture(scope="module")
 def stock(checkpoints, tmp_path_factory) -> dict:
     """The bi-smoothed checkpoint in vLLM without plugins."""
     return ask(tmp_path_factory.mktemp("stock"), checkpoints["bismooth"], plugins="", enforce_eager=True)
@@ -346,22 +258,6 @@ def test_stock_vllm_refuses_the_mixed_checkpoint(checkpoints, tmp_path):
     options = {"model": checkpoints["mixed"], "enforce_eager": True}
     result, log = engine.run(tmp_path, "", options=options, prompts=PROMPTS[:1], max_tokens=1)
     assert result is None and "No compressed-tensors compatible scheme was found" in log
-
-
-def write_adapter(folder: Path, config: dict, seed: int = 0) -> dict[int, torch.Tensor]:
-    """A LoRA adapter of rank 8 on every down_proj, as PEFT writes it; block -> what it adds to the weight."""
-    generator, tensors, updates = torch.Generator().manual_seed(seed), {}, {}
-    for block in range(config["num_hidden_layers"]):
-        down = torch.randn(8, config["intermediate_size"], generator=generator) / config["intermediate_size"] ** 0.5
-        up = torch.randn(config["hidden_size"], 8, generator=generator) * 0.05
-        name = f"base_model.model.model.layers.{block}.mlp.down_proj"
-        tensors |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
-        updates[block] = up @ down
-    folder.mkdir()
-    save_file(tensors, folder / "adapter_model.safetensors")
-    settings = {"peft_type": "LORA", "r": 8, "lora_alpha": 8, "target_modules": ["down_proj"], "bias": "none"}
-    (folder / "adapter_config.json").write_text(json.dumps(settings))
-    return updates
 
 
 @pytest.mark.engine
