@@ -70,7 +70,7 @@ class BiSmoothConfig(CompressedTensorsConfig):
         if plain and _is_int8(weight_quant, dynamic=False) and _is_int8(input_quant, dynamic=True):
             strategies = (weight_quant.strategy, input_quant.strategy)
             if strategies == (CHANNEL, TOKEN):
-                if reason := _reason_for_stock():
+                if reason := reason_for_stock():
                     logger.info_once("w8a8_bismooth: per-channel linears run on vLLM's own kernel, because %s", reason)
                 else:
                     return W8A8Scheme(None, None, self.packed_modules_mapping)
@@ -81,7 +81,7 @@ class BiSmoothConfig(CompressedTensorsConfig):
         return super()._get_scheme_from_parts(weight_quant, input_quant, *args, **kwargs)
 
 
-def _reason_for_stock() -> str | None:
+def reason_for_stock() -> str | None:
     """Why vLLM's own kernel, which is faster than the torch reference, should serve per-channel linears, if it should.
 
     Not on CUDA of compute capability 10 and above, for which vLLM picks an INT8 kernel that fails (vLLM issue 54311).
