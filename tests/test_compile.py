@@ -140,7 +140,9 @@ def test_engine_eager_and_compiled(checkpoints, tmp_path):
     convert(checkpoints["planted"], model, Recipe.of("bismooth", calibration_tokens=4096, **grouped), read_text(TEXT))
     environment = engine_environment() | {"VLLM_CACHE_ROOT": str(tmp_path), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     command = [sys.executable, "-m", "tests.compiled", model, TEXT, answer]
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    done = subprocess.run(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600
+    )
     assert answer.exists(), done.stdout[-3000:]
     found = json.loads(answer.read_text())
     assert found["rows_at_registration"] == 0
