@@ -81,9 +81,9 @@ def _load_kernels() -> None:
 _load_kernels()
 
 
-def has_kernel(device_type: str) -> bool:
-    """Whether a compiled kernel, rather than the reference, multiplies on this device (``cpu``, ``cuda``)."""
-    return torch._C._dispatch_has_kernel_for_dispatch_key("w8a8_bismooth::scaled_mm", device_type.upper())
+def has_kernel(device_type: str, op: str = "scaled_mm") -> bool:
+    """Whether a compiled kernel, rather than the reference, does this on this device (``cpu``, ``cuda``)."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"w8a8_bismooth::{op}", device_type.upper())
 
 
 def cpu_level() -> str:

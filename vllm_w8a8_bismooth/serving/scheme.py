@@ -12,6 +12,7 @@ from vllm.model_executor.layers.quantization.utils import replace_parameter
 from vllm.model_executor.parameter import ChannelQuantScaleParameter, GroupQuantScaleParameter, ModelWeightParameter
 
 from vllm_w8a8_bismooth import ops
+from vllm_w8a8_bismooth.serving import fusion
 
 logger = init_logger("vllm.w8a8_bismooth")
 
@@ -116,10 +117,17 @@ class W8A8Scheme(CompressedTensorsScheme):
             if device == "cpu":
                 packed = ops.pack_weight(weight, groups=scale.shape[1])
                 replace_parameter(layer, "weight", torch.nn.Parameter(packed, requires_grad=False))
+        fusion.accept_quantized(layer, self.activation_group_size)
 
-    def apply_weights(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """``[..., K]`` to ``[..., N]`` in x's dtype."""
-        return ops.linear(x, layer.weight, layer.weight_scale, self.activation_group_size or x.shape[-1], bias)
+    def apply_weights(
+        self, layer: torch.nn.Module, x: "torch.Tensor | fusion.QuantizedActivation", bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """``[..., K]``, in floats or quantized by what precedes the layer, to ``[..., N]`` in the floats' dtype."""
+        if (given := fusion.as_quantized(layer, x)) is None:
+            return ops.linear(x, layer.weight, layer.weight_scale, self.activation_group_size or x.shape[-1], bias)
+        codes, scale = given.data.flatten(0, -2), given.scale.flatten(0, -2)
+        out = ops.scaled_mm(codes, layer.weight, scale, layer.weight_scale, given.orig_dtype, bias, constant_b=True)
+        return out.view(*given.orig_shape[:-1], out.shape[1])
 
     def _checking(self, weight_loader: Callable, layer: torch.nn.Module) -> Callable:
         """The same loader for tensors of the right shape only; others raise a ValueError that names them.
