@@ -23,14 +23,25 @@ def schemes(model) -> Counter:
     return Counter(str(scheme.weight_group_size) for scheme in found if isinstance(scheme, W8A8Scheme))
 
 
-def main(windows: np.ndarray, folder: Path, models: list[str]) -> None:
+def meet(model: str) -> None:
+    """Registers the model's type as a class: vLLM starts a process for each of its own types to look at the class."""
     from vllm import ModelRegistry
+
+    (name,) = json.loads(Path(model, "config.json").read_text())["architectures"]
+    ModelRegistry.register_model(name, ModelRegistry.models[name].load_model_cls())
+
+
+def clean_up() -> None:
+    """What an engine that nothing refers to any more leaves in the process."""
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
+    gc.collect()
+    cleanup_dist_env_and_memory()
+
+
+def main(windows: np.ndarray, folder: Path, models: list[str]) -> None:
     for model in models:
-        (name,) = json.loads(Path(model, "config.json").read_text())["architectures"]
-        # As a class, because vLLM would start a process for each of its own types to look at the class.
-        ModelRegistry.register_model(name, ModelRegistry.models[name].load_model_cls())
+        meet(model)
         engine = start(model, windows.shape[1])
         answer = {
             "quantization": engine.llm_engine.model_config.quantization,
@@ -39,8 +50,7 @@ def main(windows: np.ndarray, folder: Path, models: list[str]) -> None:
         np.save(folder / f"{Path(model).name}.npy", score(engine, windows))
         (folder / f"{Path(model).name}.json").write_text(json.dumps(answer))
         del engine
-        gc.collect()
-        cleanup_dist_env_and_memory()
+        clean_up()
 
 
 if __name__ == "__main__":
