@@ -57,9 +57,11 @@ def test_overrides_take_what_vllm_gives():
             continue  # called by us alone; says nothing of what it takes
         owner = [given.pop(0)] if inspect.isfunction(inspect.getattr_static(base, name)) else []
         by_place = [p for p in given if p.kind == p.POSITIONAL_OR_KEYWORD]
-        by_name = {p.name: p for p in given if p not in by_place}  # with **more, that name stands for more
+        by_name = {p.name: p for p in given if p not in by_place}
+        if any(p.kind == p.VAR_KEYWORD for p in given):  # what else we name is among those
+            by_name |= {n: p for n, p in mine.parameters.items() if n not in theirs.parameters}
         try:
             mine.bind(*owner, *by_place, **by_name)
-            mine.bind(*owner, **{p.name: p for p in given})
+            mine.bind(*owner, **{p.name: p for p in by_place}, **by_name)
         except TypeError as error:
             raise AssertionError(f"{ours.__name__}.{name}{mine} for {base.__name__}.{name}{theirs}") from error
