@@ -1,5 +1,6 @@
 """W8A8 INT8 by bi-smoothing: an offline converter and a vLLM plugin (``--quantization w8a8_bismooth``)."""
 
+import functools
 import logging
 
 __version__ = "0.1.0"
@@ -9,6 +10,7 @@ MARKER = "bismooth"
 """The key of ``quantization_config`` by which the plugin claims our checkpoints; other readers ignore it."""
 
 
+@functools.cache
 def register() -> None:
     """Entry point of ``vllm.general_plugins``: make the quantization method known to vLLM.
 

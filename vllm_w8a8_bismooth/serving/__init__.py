@@ -1,31 +1,22 @@
-"""The online half: the only place that imports vLLM. Tested with vLLM 0.32; written for 0.26 to 0.33."""
+"""The online half: the only place that imports vLLM. :mod:`versions` has the releases that it is made for."""
 
-import logging
-
-WRITTEN_FOR = ((0, 26), (0, 33))
-_registered = False
+import functools
 
 
+@functools.cache
 def register() -> None:
     """Add ``w8a8_bismooth`` to vLLM's quantization methods, once; patches nothing.
 
+    Cheap, because vLLM calls it in every process that it starts, whatever the model: by then, it has imported itself
+    what this imports of it.
+
     Raises:
-        Exception: whatever a vLLM that differs too much raises on import; the caller logs it.
+        Exception: whatever a vLLM that differs too much raises; the caller logs it.
     """
-    global _registered
-    if _registered:
-        return
-    import vllm
     from vllm.model_executor.layers.quantization import register_quantization_config
 
-    from vllm_w8a8_bismooth.serving.config import NAME, BiSmoothConfig
+    from vllm_w8a8_bismooth.serving import versions
+    from vllm_w8a8_bismooth.serving.claim import NAME, Claim
 
-    release = tuple(vllm.__version_tuple__[:2])
-    if not WRITTEN_FOR[0] <= release <= WRITTEN_FOR[1]:
-        logging.getLogger("vllm.w8a8_bismooth").warning(
-            "vLLM %s is outside the range this package was made for (%s to %s)",
-            vllm.__version__,
-            *(".".join(map(str, v)) for v in WRITTEN_FOR),
-        )
-    register_quantization_config(NAME)(BiSmoothConfig)
-    _registered = True
+    register_quantization_config(NAME)(Claim)
+    versions.warn_if_untested()

@@ -12,11 +12,11 @@ from vllm.platforms import current_platform
 
 from vllm_w8a8_bismooth import FORMAT, MARKER, ops
 from vllm_w8a8_bismooth.serving import guard
+from vllm_w8a8_bismooth.serving.claim import NAME
 from vllm_w8a8_bismooth.serving.scheme import W8A8Scheme
 
 logger = init_logger("vllm.w8a8_bismooth")
 
-NAME = "w8a8_bismooth"
 CHANNEL, GROUP, TOKEN = (QuantizationStrategy(s).value for s in ("channel", "group", "token"))
 
 
@@ -25,20 +25,6 @@ class BiSmoothConfig(CompressedTensorsConfig):
 
     def get_name(self) -> str:
         return NAME
-
-    @classmethod
-    def override_quantization_method(
-        cls, hf_quant_cfg: Any, user_quant: str | None, hf_config: Any = None
-    ) -> str | None:
-        """Claim a checkpoint: with our marker always, any W8A8 INT8 compressed-tensors one when asked by name.
-
-        vLLM calls this for every model that it loads, so any input is tolerated.
-        """
-        if not isinstance(hf_quant_cfg, Mapping) or hf_quant_cfg.get("quant_method") != "compressed-tensors":
-            return None
-        asked = user_quant == NAME and _all_w8a8(hf_quant_cfg)
-        marked = user_quant in (None, NAME) and MARKER in hf_quant_cfg
-        return NAME if asked or marked else None
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "BiSmoothConfig":
@@ -104,16 +90,3 @@ def _is_int8(quant: QuantizationArgs | None, dynamic: bool) -> bool:
         and bool(quant.symmetric)
         and bool(quant.dynamic) == dynamic
     )
-
-
-def _all_w8a8(config: Mapping) -> bool:
-    """Whether a raw ``quantization_config`` stores plain int8 and all its groups have 8-bit weights and activations."""
-    groups = config.get("config_groups")
-    if config.get("format") != FORMAT or not isinstance(groups, Mapping) or not groups:
-        return False
-    sides = [
-        group.get(side) if isinstance(group, Mapping) else None
-        for group in groups.values()
-        for side in ("weights", "input_activations")
-    ]
-    return all(isinstance(s, Mapping) and s.get("num_bits") == 8 and s.get("type") == "int" for s in sides)

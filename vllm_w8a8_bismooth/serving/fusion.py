@@ -1,22 +1,20 @@
 """Quantized activations handed from one layer to the next, through vLLM's own hook for it.
 
-Since 0.32 a linear of vLLM may say which quantized input it takes (``_input_quant_key``), and models that ask
+Since 0.30 a linear of vLLM may say which quantized input it takes (``_input_quant_key``), and models that ask
 (``maybe_fused_act_quant``: Llama's MLP, and so all models built of it, Pixtral's, Nemotron-H's) then compute activation
-and quantization in one kernel, if the registry has one. Before 0.32, in other models, and where a LoRA adapter also
+and quantization in one kernel, if the registry has one. Before, in other models, and where a LoRA adapter also
 needs the input, nothing changes: the linear quantizes its own input.
 """
 
 import torch
 from vllm.model_executor.layers.activation import SiluAndMul
+from vllm.model_executor.layers.fusion.quant_activation import QuantizedActivation, as_quantized_activation
 from vllm.model_executor.layers.quantization.utils.quant_utils import GroupShape, QuantKey, ScaleDesc
 
 from vllm_w8a8_bismooth import ops
+from vllm_w8a8_bismooth.serving import versions
 
-try:
-    from vllm.model_executor.layers.fusion.fused_act_quant import _FUSED_ACT_QUANT as REGISTRY
-    from vllm.model_executor.layers.fusion.quant_activation import QuantizedActivation, as_quantized_activation
-except ImportError:
-    REGISTRY = None
+REGISTRY = versions.find("_FUSED_ACT_QUANT")
 
 
 class Key(QuantKey):
@@ -37,7 +35,7 @@ def accept_quantized(layer: torch.nn.Module, group_size: int | None) -> None:
     REGISTRY[SiluAndMul, layer._input_quant_key] = _silu_mul
 
 
-def as_quantized(layer: torch.nn.Module, x: "torch.Tensor | QuantizedActivation") -> "QuantizedActivation | None":
+def as_quantized(layer: torch.nn.Module, x: torch.Tensor | QuantizedActivation) -> QuantizedActivation | None:
     """``x`` if it is quantized: int8 data ``[..., K]``, fp32 scale ``[..., 1]`` or ``[..., G]``.
 
     Raises:
@@ -46,7 +44,7 @@ def as_quantized(layer: torch.nn.Module, x: "torch.Tensor | QuantizedActivation"
     return None if REGISTRY is None else as_quantized_activation(x, getattr(layer, "_input_quant_key", None))
 
 
-def _silu_mul(x: torch.Tensor, layer: torch.nn.Module) -> "QuantizedActivation":
+def _silu_mul(x: torch.Tensor, layer: torch.nn.Module) -> QuantizedActivation:
     """``x [..., 2 K]``, gate then up, as the layer's input."""
     channels = x.shape[-1] // 2
     shape = x.shape[:-1] + (channels,)

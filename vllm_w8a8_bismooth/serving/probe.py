@@ -15,7 +15,7 @@ import torch
 from vllm.model_executor.layers.quantization import get_quantization_config
 
 from vllm_w8a8_bismooth.serving import register
-from vllm_w8a8_bismooth.serving.config import NAME, BiSmoothConfig
+from vllm_w8a8_bismooth.serving.claim import NAME, Claim
 
 
 def problems(request: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -28,7 +28,7 @@ def problems(request: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             parts.
     """
     register()
-    claimed = BiSmoothConfig.override_quantization_method(request["config"], None if request["marked"] else NAME)
+    claimed = Claim.override_quantization_method(request["config"], None if request["marked"] else NAME)
     if claimed != NAME:
         yield "config.json", f"{NAME} does not claim this quantization_config"
     linear = torch.nn.Linear(1, 1, bias=False, device="meta")
