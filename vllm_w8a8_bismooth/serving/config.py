@@ -15,11 +15,32 @@ from vllm_w8a8_bismooth.serving.scheme import W8A8Scheme
 logger = init_logger("vllm.w8a8_bismooth")
 
 NAME = "w8a8_bismooth"
-CHANNEL, GROUP, TOKEN = (QuantizationStrategy(s).value for s in ("channel", "group", "token"))
+CHANNEL, GROUP, TENSOR, TOKEN = (QuantizationStrategy(s).value for s in ("channel", "group", "tensor", "token"))
+SERVED = {
+    (CHANNEL, TOKEN, True),
+    (CHANNEL, TENSOR, False),
+    (TENSOR, TOKEN, True),
+    (TENSOR, TENSOR, False),
+    (GROUP, TOKEN, True),
+    (GROUP, GROUP, True),
+}
+"""What :class:`W8A8Scheme` serves: strategy of the weights, of the activations, whether the latter are dynamic."""
 
 
 class BiSmoothConfig(CompressedTensorsConfig):
-    """Symmetric dynamic W8A8 linears run on this package's ops; everything else stays with compressed-tensors."""
+    """Symmetric W8A8 linears run on this package's ops; what else there is stays with compressed-tensors."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        """As compressed-tensors'; vLLM calls it without arguments where it finds no ``quantization_config``.
+
+        Raises:
+            ValueError: without arguments.
+        """
+        if not (args or kwargs):
+            raise ValueError(
+                f"{NAME} serves quantized checkpoints, and this one is not: convert it with `bismooth convert`"
+            )
+        super().__init__(*args, **kwargs)
 
     def get_name(self) -> str:
         return NAME
@@ -28,35 +49,45 @@ class BiSmoothConfig(CompressedTensorsConfig):
     def override_quantization_method(
         cls, hf_quant_cfg: Any, user_quant: str | None, hf_config: Any = None
     ) -> str | None:
-        """Claim a checkpoint: with our marker always, any W8A8 INT8 compressed-tensors one when asked by name.
+        """Claim a compressed-tensors checkpoint: with our marker, or asked for by name.
 
         vLLM calls this for every model that it loads, so any input is tolerated.
         """
         if not isinstance(hf_quant_cfg, Mapping) or hf_quant_cfg.get("quant_method") != "compressed-tensors":
             return None
-        asked = user_quant == NAME and _all_w8a8(hf_quant_cfg)
-        marked = user_quant in (None, NAME) and MARKER in hf_quant_cfg
-        return NAME if asked or marked else None
+        return NAME if user_quant == NAME or (user_quant is None and MARKER in hf_quant_cfg) else None
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "BiSmoothConfig":
+        """Read a ``quantization_config``.
+
+        Raises:
+            ValueError: linears are quantized in a way that this package has no kernels for, or none is.
+        """
+        groups = {name: group for name, group in config.get("config_groups", {}).items() if group.get("weights")}
+        found = {name: _unfit(group, config.get("format")) for name, group in groups.items()}
+        reasons = [f"its config group {name!r} has {reason}" for name, reason in found.items() if reason]
+        if reasons or not groups:
+            raise ValueError(
+                f"{NAME} cannot serve this checkpoint, because {' and '.join(reasons) or 'no linear is quantized'}; it "
+                "serves symmetric INT8 weights and activations. Try vLLM's own kernels with --quantization "
+                "compressed-tensors, or convert the model again, with `bismooth convert` or as llm-compressor's W8A8"
+            )
+        return super().from_config(config)
 
     def _get_scheme_from_parts(
-        self, weight_quant: QuantizationArgs, input_quant: QuantizationArgs | None, *args: Any, **kwargs: Any
+        self, weight_quant: QuantizationArgs, input_quant: QuantizationArgs, *args: Any, **kwargs: Any
     ) -> CompressedTensorsScheme:
-        """Ours where :class:`W8A8Scheme` fits, the stock scheme otherwise."""
-        plain = (kwargs.get("format") or self.quant_format) == FORMAT and kwargs.get("output_quant") is None
-        if plain and _is_int8(weight_quant, dynamic=False) and _is_int8(input_quant, dynamic=True):
-            strategies = (weight_quant.strategy, input_quant.strategy)
-            if strategies == (CHANNEL, TOKEN):
-                if reason := _reason_for_stock():
-                    logger.info_once("w8a8_bismooth: per-channel linears run on vLLM's own kernel, because %s", reason)
-                else:
-                    return W8A8Scheme(weight_group_size=None, activation_group_size=None)
-            if strategies == (GROUP, TOKEN):
-                return W8A8Scheme(weight_group_size=weight_quant.group_size, activation_group_size=None)
-            if strategies == (GROUP, GROUP) and weight_quant.group_size == input_quant.group_size:
-                return W8A8Scheme(
-                    weight_group_size=weight_quant.group_size, activation_group_size=input_quant.group_size
-                )
-        return super()._get_scheme_from_parts(weight_quant, input_quant, *args, **kwargs)
+        """Ours, unless vLLM's own kernel is the faster one."""
+        if weight_quant.strategy != GROUP and (reason := _reason_for_stock()):
+            logger.info_once("w8a8_bismooth: per-channel linears run on vLLM's own kernel, because %s", reason)
+            return super()._get_scheme_from_parts(weight_quant, input_quant, *args, **kwargs)
+        return W8A8Scheme(
+            weight_group_size=weight_quant.group_size if weight_quant.strategy == GROUP else None,
+            activation_group_size=input_quant.group_size if input_quant.strategy == GROUP else None,
+            per_tensor=weight_quant.strategy == TENSOR,
+            static=not input_quant.dynamic,
+        )
 
 
 def _reason_for_stock() -> str | None:
@@ -74,24 +105,30 @@ def _reason_for_stock() -> str | None:
     return None
 
 
-def _is_int8(quant: QuantizationArgs | None, dynamic: bool) -> bool:
-    return (
-        quant is not None
-        and quant.num_bits == 8
-        and quant.type == QuantizationType.INT
-        and bool(quant.symmetric)
-        and bool(quant.dynamic) == dynamic
-    )
+def _unfit(group: Mapping[str, Any], stored: str | None) -> str:
+    """What about a config group of linears no kernel here is made for, or ``""``.
 
-
-def _all_w8a8(config: Mapping) -> bool:
-    """Whether a raw ``quantization_config`` stores plain int8 and all its groups have 8-bit weights and activations."""
-    groups = config.get("config_groups")
-    if config.get("format") != FORMAT or not isinstance(groups, Mapping) or not groups:
-        return False
-    sides = [
-        group.get(side) if isinstance(group, Mapping) else None
-        for group in groups.values()
-        for side in ("weights", "input_activations")
-    ]
-    return all(isinstance(s, Mapping) and s.get("num_bits") == 8 and s.get("type") == "int" for s in sides)
+    Args:
+        group: of a raw ``quantization_config``.
+        stored: the format of groups that do not say theirs.
+    """
+    sides = {}
+    for side, raw in (("weights", group["weights"]), ("activations", group.get("input_activations"))):
+        if not raw:
+            return f"{side} in float"
+        quant = sides[side] = QuantizationArgs.model_validate(raw)
+        if (quant.type, quant.num_bits) != (QuantizationType.INT, 8):
+            return f"{side} in {QuantizationType(quant.type).value}{quant.num_bits}"
+        if not quant.symmetric:
+            return f"asymmetric {side}, with zero points"
+    if group.get("output_activations"):
+        return "quantized outputs"
+    if (stored := group.get("format") or stored) != FORMAT:
+        return f"the format {stored}"
+    weights, inputs = sides.values()
+    if (weights.strategy, inputs.strategy, inputs.dynamic) not in SERVED or weights.dynamic:
+        ways = ["dynamically " if quant.dynamic else "" for quant in (weights, inputs)]
+        return f"weights quantized {ways[0]}per {weights.strategy} and activations {ways[1]}per {inputs.strategy}"
+    if inputs.strategy == GROUP and weights.group_size != inputs.group_size:
+        return f"groups of {weights.group_size} weights and of {inputs.group_size} activations"
+    return ""
