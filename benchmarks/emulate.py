@@ -18,14 +18,23 @@ from vllm_w8a8_bismooth.calibrate import separate_experts
 class W8A8Linear(torch.nn.Module):
     """A linear of the checkpoint: int8 ``weight`` ``[N, K]``, fp32 ``weight_scale`` ``[N, 1]`` or ``[N, G]``.
 
-    Activations are quantized with as many groups as the weights have, as our converter's checkpoints say.
+    Activations are quantized by ``input_scale``, fp32 ``[1]``, or, where there is none, with as many groups as the
+    weights have, as our converter's checkpoints say.
     """
 
-    def __init__(self, weight: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor | None):
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        weight_scale: torch.Tensor,
+        bias: torch.Tensor | None,
+        input_scale: torch.Tensor | None,
+    ):
         super().__init__()
-        self.weight, self.weight_scale, self.bias = weight, weight_scale, bias
+        self.weight, self.weight_scale, self.bias, self.input_scale = weight, weight_scale, bias, input_scale
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.input_scale is not None:
+            return ops.static_linear(x, self.weight, self.weight_scale, self.input_scale.reshape(1, 1), self.bias)
         group_size = self.weight.shape[1] // self.weight_scale.shape[1]
         return ops.linear(x, self.weight, self.weight_scale, group_size, self.bias)
 
@@ -53,9 +62,12 @@ def load(folder: Path) -> torch.nn.Module:
     for scale in [name for name in tensors if name.endswith(".weight_scale")]:
         linear = scale.removesuffix(".weight_scale")
         parent, _, child = linear.rpartition(".")
-        bias = tensors.pop(f"{linear}.bias", None)
-        # llm-compressor stores scales in the model's dtype
-        module = W8A8Linear(tensors.pop(f"{linear}.weight"), tensors.pop(scale).float(), bias)
+        bias, weight = tensors.pop(f"{linear}.bias", None), tensors.pop(f"{linear}.weight")
+        # llm-compressor stores scales in the model's dtype, and one a tensor as [1]
+        weight_scale, input_scale = tensors.pop(scale).float(), tensors.pop(f"{linear}.input_scale", None)
+        if weight_scale.numel() == 1:
+            weight_scale = weight_scale.expand(len(weight), 1)
+        module = W8A8Linear(weight, weight_scale, bias, None if input_scale is None else input_scale.float())
         setattr(model.get_submodule(parent), child, module)
     left = model.load_state_dict({n: t.float() for n, t in tensors.items()}, strict=False)
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()

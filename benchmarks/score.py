@@ -50,12 +50,13 @@ def log_probabilities(model: Path, windows: np.ndarray, log: Path) -> np.ndarray
         return np.load(output)
 
 
-def start(model: str, length: int):
-    """An engine in this process that can score windows of ``length`` tokens."""
+def start(model: str, length: int, quantization: str | None = None):
+    """An engine in this process that can score windows of ``length`` tokens; ``quantization`` as vLLM's flag."""
     from vllm import LLM
 
     return LLM(
         model,
+        quantization=quantization,
         max_logprobs=-1,
         enforce_eager=True,
         max_model_len=length + 1,

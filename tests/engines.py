@@ -1,19 +1,38 @@
 """Several vLLM engines, one after the other in one process: ``python -m tests.engines WINDOWS.npy FOLDER MODEL...``.
 
-For each model, ``FOLDER/<its name>.npy`` gets the log-probabilities of the windows' tokens as in
-:mod:`benchmarks.score`, and ``FOLDER/<its name>.json`` the quantization method that vLLM settled on, and how many
-linears run on which group size of ours (``"None"`` = per-channel).
+MODEL is a checkpoint folder, or ``folder@quantization`` for that ``--quantization``. For each, ``FOLDER/<name>.npy``
+gets the log-probabilities of the windows' tokens as in :mod:`benchmarks.score`, and ``FOLDER/<name>.json`` the
+quantization method that vLLM settled on, and how many linears run on which group size of ours (``"None"`` =
+per-channel); the name is MODEL's, without the folders above it.
 """
 
 import gc
 import json
+import subprocess
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from benchmarks.score import score, start
+from benchmarks.score import engine_environment, score, start
+
+
+def run(folder: Path, windows: np.ndarray, models: Sequence[str]) -> list[tuple[dict, np.ndarray]]:
+    """Start the process; returns for each of ``models`` what the two files in ``folder`` hold."""
+    np.save(folder / "windows.npy", windows)
+    environment = engine_environment() | {
+        "VLLM_CACHE_ROOT": str(folder / "cache"),
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # to look at the model that the engine built
+    }
+    command = [sys.executable, "-m", "tests.engines", folder / "windows.npy", folder, *models]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=600)
+    found = [folder / Path(model).name for model in models]
+    for path in found:  # not the exit code: see tests.engine
+        assert Path(f"{path}.json").exists(), f"{path}: {done.stdout.decode(errors='replace')[-3000:]}"
+    return [(json.loads(Path(f"{path}.json").read_text()), np.load(f"{path}.npy")) for path in found]
 
 
 def schemes(model) -> Counter:
@@ -41,8 +60,9 @@ def clean_up() -> None:
 
 def main(windows: np.ndarray, folder: Path, models: list[str]) -> None:
     for model in models:
-        meet(model)
-        engine = start(model, windows.shape[1])
+        checkpoint, _, quantization = model.partition("@")
+        meet(checkpoint)
+        engine = start(checkpoint, windows.shape[1], quantization or None)
         answer = {
             "quantization": engine.llm_engine.model_config.quantization,
             "schemes": engine.apply_model(schemes)[0],

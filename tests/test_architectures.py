@@ -1,8 +1,5 @@
 """Every model type through the whole pipeline and on to what reads the result: vLLM, transformers, an emulation."""
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from benchmarks import emulate
-from benchmarks.score import engine_environment
 from tests.conftest import MODEL_TYPES, tiny_model, write_checkpoint
+from tests.engines import run
 from vllm_w8a8_bismooth.calibrate import read_text
 from vllm_w8a8_bismooth.checkpoint import Checkpoint
 from vllm_w8a8_bismooth.convert import convert
@@ -66,26 +63,13 @@ def test_dense_types_in_vllm(tmp_path, calibration_text):
     convert(tmp_path / "sources" / "phi3", tmp_path / "phi3-mixed", mixed)
     expected["phi3-mixed"] = expected["phi3"]
 
-    np.save(tmp_path / "windows.npy", WINDOWS)
-    models = [tmp_path / name for name in expected]
-    environment = engine_environment() | {
-        "VLLM_CACHE_ROOT": str(tmp_path / "cache"),
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # to look at the model that the engine built
-    }
-    command = [sys.executable, "-m", "tests.engines", tmp_path / "windows.npy", tmp_path, *models]
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=600)
-    log = done.stdout.decode(errors="replace")[-3000:]
-    for model in models:
-        found = model.with_name(f"{model.name}.json")
-        assert found.exists(), f"{model.name}: {log}"
-        answer = json.loads(found.read_text())
+    answers = run(tmp_path, WINDOWS, [str(tmp_path / name) for name in expected])
+    for (name, (reference, yardstick)), (answer, predicted) in zip(expected.items(), answers, strict=True):
         assert answer["quantization"] == "w8a8_bismooth"
         # qkv, o, gate_up and down of three blocks
-        assert answer["schemes"] == ({"32": 4, "None": 8} if "mixed" in model.name else {"None": 12}), model.name
-        reference, yardstick = expected[model.name]
-        cost = divergence(reference, np.load(model.with_name(f"{model.name}.npy"))).mean()
-        assert cost < 0.01 * yardstick, (model.name, cost, yardstick)
+        assert answer["schemes"] == ({"32": 4, "None": 8} if "mixed" in name else {"None": 12}), name
+        cost = divergence(reference, predicted).mean()
+        assert cost < 0.01 * yardstick, (name, cost, yardstick)
 
 
 @pytest.mark.parametrize("model_type", SPARSE)

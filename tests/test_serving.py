@@ -36,8 +36,6 @@ STOCK = {
     "format": "int-quantized",
     "config_groups": {"g": {"weights": W8A8, "input_activations": TOKEN}},
 }
-W4 = STOCK | {"config_groups": {"g": {"weights": W8A8 | {"num_bits": 4}, "input_activations": TOKEN}}}
-W8A16 = STOCK | {"config_groups": {"g": {"weights": W8A8, "input_activations": None}}}
 
 
 @pytest.mark.parametrize(
@@ -48,9 +46,8 @@ W8A16 = STOCK | {"config_groups": {"g": {"weights": W8A8, "input_activations": N
         (STOCK | {"bismooth": {}}, "compressed-tensors", False),
         (STOCK, None, False),
         (STOCK, "w8a8_bismooth", True),
-        (STOCK | {"format": "pack-quantized"}, "w8a8_bismooth", False),
-        (W4, "w8a8_bismooth", False),
-        (W8A16, "w8a8_bismooth", False),
+        (STOCK, "fp8", False),
+        (STOCK | {"format": "pack-quantized"}, "w8a8_bismooth", True),  # to say why it is refused
         ({"quant_method": "gptq", "bismooth": {}}, None, False),
         (None, "w8a8_bismooth", False),
     ],
@@ -71,27 +68,22 @@ def test_any_config_is_tolerated(groups, whole, flag):
         config_class().override_quantization_method(checkpoint, flag, hf_config=None)
 
 
-def test_schemes_that_are_left_to_compressed_tensors():
-    """Packed or static or asymmetric: the stock scheme, or the stock refusal."""
+def test_schemes():
     from vllm_w8a8_bismooth.serving.scheme import W8A8Scheme
 
     def scheme_of(weights: dict, inputs: dict, **changes):
         groups = {"g": {"targets": ["Linear"], "weights": weights, "input_activations": inputs}}
         parsed = config_class().from_config(STOCK | {"config_groups": groups} | changes)
-        (parts,) = parsed.target_scheme_map.values()
-        return parsed._get_scheme_from_parts(
-            weight_quant=parts["weights"], input_quant=parts["input_activations"], output_quant=None, format=None
-        )
+        return parsed.get_scheme(torch.nn.Linear(1, 1, device="meta"), "model.layers.0.mlp.down_proj")
 
     group = {"strategy": "group", "group_size": 32}
     assert isinstance(scheme_of(W8A8, TOKEN), W8A8Scheme)
     assert scheme_of(W8A8 | group, TOKEN | group).activation_group_size == 32
     assert scheme_of(W8A8 | group, TOKEN).activation_group_size is None
-    assert not isinstance(scheme_of(W8A8, TOKEN, format="pack-quantized"), W8A8Scheme)
-    assert not isinstance(scheme_of(W8A8, W8A8 | {"strategy": "tensor"}), W8A8Scheme)
-    assert not isinstance(scheme_of(W8A8, TOKEN | {"symmetric": False}), W8A8Scheme)
-    with pytest.raises(NotImplementedError, match="No compressed-tensors compatible scheme"):
-        scheme_of(W8A8 | group, TOKEN | {"strategy": "group", "group_size": 64})
+    with pytest.raises(ValueError, match="'g' has the format pack-quantized"):
+        scheme_of(W8A8, TOKEN, format="pack-quantized")
+    with pytest.raises(ValueError, match="'g' has groups of 32 weights and of 64 activations"):
+        scheme_of(W8A8 | group, TOKEN | group | {"group_size": 64})
 
 
 @pytest.mark.parametrize(

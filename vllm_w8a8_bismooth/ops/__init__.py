@@ -22,6 +22,7 @@ __all__ = [
     "rms_norm_quantize",
     "scaled_mm",
     "silu_mul_quantize",
+    "static_linear",
     "unpack_weight",
     "unsupported",
 ]
@@ -187,5 +188,37 @@ def linear(
         ValueError: the shapes do not fit together.
     """
     codes, scale = quantize_activations(x.reshape(-1, x.shape[-1]), group_size)
+    out = scaled_mm(codes, weight, scale, weight_scale, x.dtype, bias, constant_b=True)
+    return out.view(*x.shape[:-1], weight_scale.shape[0])
+
+
+def static_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    input_scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """:func:`linear` with one scale for all activations, known beforehand, so that nothing is to be reduced.
+
+    The quantization is plain torch, for torch.compile to fuse with what computes x:
+    ``q = round_half_even(x * (1 / scale))`` in fp32, clamped to [-128, 127]. The code of a NaN is unspecified.
+
+    Args:
+        x: ``[..., K]`` float.
+        weight: as in :func:`linear`.
+        weight_scale: fp32 ``[N, 1]``.
+        input_scale: fp32 ``[1, 1]``.
+        bias: ``[N]``.
+
+    Returns:
+        ``[..., N]`` in x's dtype.
+
+    Raises:
+        ValueError: the shapes do not fit together.
+    """
+    tokens = x.reshape(-1, x.shape[-1])
+    codes = (tokens.float() * input_scale.reciprocal()).round().clamp(-128, 127).to(torch.int8)
+    scale = input_scale.expand(tokens.shape[0], 1)
     out = scaled_mm(codes, weight, scale, weight_scale, x.dtype, bias, constant_b=True)
     return out.view(*x.shape[:-1], weight_scale.shape[0])

@@ -6,7 +6,7 @@ from typing import Any
 
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
-from vllm_w8a8_bismooth import FORMAT, MARKER
+from vllm_w8a8_bismooth import MARKER
 
 NAME = "w8a8_bismooth"
 
@@ -21,16 +21,14 @@ class Claim(QuantizationConfig):
     def override_quantization_method(
         cls, hf_quant_cfg: Any, user_quant: str | None, hf_config: Any = None
     ) -> str | None:
-        """Claim a checkpoint: with our marker always, any W8A8 INT8 compressed-tensors one when asked by name.
+        """Claim a compressed-tensors checkpoint: with our marker, or asked for by name.
 
         vLLM calls this for every model that it loads, so any input is tolerated. On a vLLM that lacks what
         :mod:`config` builds on, it logs why and claims none; vLLM then serves the checkpoint by itself, or refuses.
         """
         if not isinstance(hf_quant_cfg, Mapping) or hf_quant_cfg.get("quant_method") != "compressed-tensors":
             return None
-        asked = user_quant == NAME and _all_w8a8(hf_quant_cfg)
-        marked = user_quant in (None, NAME) and MARKER in hf_quant_cfg
-        if not (asked or marked):
+        if user_quant != NAME and (user_quant is not None or MARKER not in hf_quant_cfg):
             return None
         try:
             from vllm_w8a8_bismooth.serving import config  # noqa: F401
@@ -59,16 +57,3 @@ class Claim(QuantizationConfig):
             f"--quantization {NAME} serves INT8 checkpoints, but this one's config.json has no quantization_config: "
             "convert the model with `bismooth convert`, or leave the flag out"
         )
-
-
-def _all_w8a8(config: Mapping) -> bool:
-    """Whether a raw ``quantization_config`` stores plain int8 and all its groups have 8-bit weights and activations."""
-    groups = config.get("config_groups")
-    if config.get("format") != FORMAT or not isinstance(groups, Mapping) or not groups:
-        return False
-    sides = [
-        group.get(side) if isinstance(group, Mapping) else None
-        for group in groups.values()
-        for side in ("weights", "input_activations")
-    ]
-    return all(isinstance(s, Mapping) and s.get("num_bits") == 8 and s.get("type") == "int" for s in sides)

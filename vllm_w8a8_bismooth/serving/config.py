@@ -17,11 +17,20 @@ from vllm_w8a8_bismooth.serving.scheme import W8A8Scheme
 
 logger = init_logger("vllm.w8a8_bismooth")
 
-CHANNEL, GROUP, TOKEN = (QuantizationStrategy(s).value for s in ("channel", "group", "token"))
+CHANNEL, GROUP, TENSOR, TOKEN = (QuantizationStrategy(s).value for s in ("channel", "group", "tensor", "token"))
+SERVED = {
+    (CHANNEL, TOKEN, True),
+    (CHANNEL, TENSOR, False),
+    (TENSOR, TOKEN, True),
+    (TENSOR, TENSOR, False),
+    (GROUP, TOKEN, True),
+    (GROUP, GROUP, True),
+}
+"""What :class:`W8A8Scheme` serves: strategy of the weights, of the activations, whether the latter are dynamic."""
 
 
 class BiSmoothConfig(CompressedTensorsConfig):
-    """Symmetric dynamic W8A8 linears run on this package's ops; everything else stays with compressed-tensors."""
+    """Symmetric W8A8 linears run on this package's ops; what else there is stays with compressed-tensors."""
 
     def get_name(self) -> str:
         return NAME
@@ -31,9 +40,19 @@ class BiSmoothConfig(CompressedTensorsConfig):
         """From a raw ``quantization_config``.
 
         Raises:
-            ValueError: see :func:`guard.check_patterns`; or compressed-tensors does not understand the config.
+            ValueError: linears are quantized in a way that this package has no kernels for, or none is; see also
+                :func:`guard.check_patterns`; or compressed-tensors does not understand the config.
         """
         guard.check_patterns(config)
+        groups = {name: group for name, group in config.get("config_groups", {}).items() if group.get("weights")}
+        found = {name: _unfit(group, config.get("format")) for name, group in groups.items()}
+        reasons = [f"its config group {name!r} has {reason}" for name, reason in found.items() if reason]
+        if reasons or not groups:
+            raise ValueError(
+                f"{NAME} cannot serve this checkpoint, because {' and '.join(reasons) or 'no linear is quantized'}; it "
+                "serves symmetric INT8 weights and activations. Try vLLM's own kernels with --quantization "
+                "compressed-tensors, or convert the model again, with `bismooth convert` or as llm-compressor's W8A8"
+            )
         parsed = super().from_config(config)
         parsed.marked = MARKER in config
         return parsed
@@ -49,22 +68,19 @@ class BiSmoothConfig(CompressedTensorsConfig):
             guard.check_files(Path(model_name))
 
     def _get_scheme_from_parts(
-        self, weight_quant: QuantizationArgs, input_quant: QuantizationArgs | None, *args: Any, **kwargs: Any
+        self, weight_quant: QuantizationArgs, input_quant: QuantizationArgs, *args: Any, **kwargs: Any
     ) -> CompressedTensorsScheme:
-        """Ours where :class:`W8A8Scheme` fits, the stock scheme otherwise."""
-        plain = (kwargs.get("format") or self.quant_format) == FORMAT and kwargs.get("output_quant") is None
-        if plain and _is_int8(weight_quant, dynamic=False) and _is_int8(input_quant, dynamic=True):
-            strategies = (weight_quant.strategy, input_quant.strategy)
-            if strategies == (CHANNEL, TOKEN):
-                if reason := reason_for_stock():
-                    logger.info_once("w8a8_bismooth: per-channel linears run on vLLM's own kernel, because %s", reason)
-                else:
-                    return W8A8Scheme(None, None, self.packed_modules_mapping)
-            if strategies == (GROUP, TOKEN):
-                return W8A8Scheme(weight_quant.group_size, None, self.packed_modules_mapping)
-            if strategies == (GROUP, GROUP) and weight_quant.group_size == input_quant.group_size:
-                return W8A8Scheme(weight_quant.group_size, input_quant.group_size, self.packed_modules_mapping)
-        return super()._get_scheme_from_parts(weight_quant, input_quant, *args, **kwargs)
+        """Ours, unless vLLM's own kernel is the faster one."""
+        if weight_quant.strategy != GROUP and (reason := reason_for_stock()):
+            logger.info_once("w8a8_bismooth: per-channel linears run on vLLM's own kernel, because %s", reason)
+            return super()._get_scheme_from_parts(weight_quant, input_quant, *args, **kwargs)
+        return W8A8Scheme(
+            weight_group_size=weight_quant.group_size if weight_quant.strategy == GROUP else None,
+            activation_group_size=input_quant.group_size if input_quant.strategy == GROUP else None,
+            per_tensor=weight_quant.strategy == TENSOR,
+            static=not input_quant.dynamic,
+            fused=self.packed_modules_mapping,
+        )
 
 
 def reason_for_stock() -> str | None:
@@ -82,11 +98,30 @@ def reason_for_stock() -> str | None:
     return None
 
 
-def _is_int8(quant: QuantizationArgs | None, dynamic: bool) -> bool:
-    return (
-        quant is not None
-        and quant.num_bits == 8
-        and quant.type == QuantizationType.INT
-        and bool(quant.symmetric)
-        and bool(quant.dynamic) == dynamic
-    )
+def _unfit(group: Mapping[str, Any], stored: str | None) -> str:
+    """What about a config group of linears no kernel here is made for, or ``""``.
+
+    Args:
+        group: of a raw ``quantization_config``.
+        stored: the format of groups that do not say theirs.
+    """
+    sides = {}
+    for side, raw in (("weights", group["weights"]), ("activations", group.get("input_activations"))):
+        if not raw:
+            return f"{side} in float"
+        quant = sides[side] = QuantizationArgs.model_validate(raw)
+        if (quant.type, quant.num_bits) != (QuantizationType.INT, 8):
+            return f"{side} in {QuantizationType(quant.type).value}{quant.num_bits}"
+        if not quant.symmetric:
+            return f"asymmetric {side}, with zero points"
+    if group.get("output_activations"):
+        return "quantized outputs"
+    if (stored := group.get("format") or stored) != FORMAT:
+        return f"the format {stored}"
+    weights, inputs = sides.values()
+    if (weights.strategy, inputs.strategy, inputs.dynamic) not in SERVED or weights.dynamic:
+        ways = ["dynamically " if quant.dynamic else "" for quant in (weights, inputs)]
+        return f"weights quantized {ways[0]}per {weights.strategy} and activations {ways[1]}per {inputs.strategy}"
+    if inputs.strategy == GROUP and weights.group_size != inputs.group_size:
+        return f"groups of {weights.group_size} weights and of {inputs.group_size} activations"
+    return ""

@@ -9,7 +9,12 @@ import torch
 from vllm.logger import init_logger
 from vllm.model_executor.layers.quantization.compressed_tensors.schemes import CompressedTensorsScheme
 from vllm.model_executor.layers.quantization.utils import replace_parameter
-from vllm.model_executor.parameter import ChannelQuantScaleParameter, GroupQuantScaleParameter, ModelWeightParameter
+from vllm.model_executor.parameter import (
+    ChannelQuantScaleParameter,
+    GroupQuantScaleParameter,
+    ModelWeightParameter,
+    PerTensorScaleParameter,
+)
 
 from vllm_w8a8_bismooth import ops
 from vllm_w8a8_bismooth.serving import fusion
@@ -20,11 +25,13 @@ _QKV = {"q": 0, "k": 1, "v": 2}  # how vLLM's loader calls the parts of a merged
 
 
 class W8A8Scheme(CompressedTensorsScheme):
-    """INT8 weights per channel or per group, dynamic INT8 activations per token or per token and group.
+    """INT8 weights per channel or per group, INT8 activations per token, per token and group, or by a fixed scale.
 
     Args:
         weight_group_size: columns that share a weight scale; ``None`` is per-channel.
         activation_group_size: channels that share an activation scale; ``None`` is per token.
+        per_tensor: the checkpoint has one weight scale a linear; it becomes per-channel on loading.
+        static: the checkpoint has an activation scale for each linear, ``input_scale``.
         fused: last part of a merged linear's name -> of its parts as the checkpoint has them, for messages.
     """
 
@@ -32,10 +39,14 @@ class W8A8Scheme(CompressedTensorsScheme):
         self,
         weight_group_size: int | None,
         activation_group_size: int | None,
+        per_tensor: bool = False,
+        static: bool = False,
         fused: Mapping[str, Sequence[str]] = MappingProxyType({}),
     ):
         self.weight_group_size = weight_group_size
         self.activation_group_size = activation_group_size
+        self.per_tensor = per_tensor
+        self.static = static
         self._fused = fused
 
     @classmethod
@@ -53,6 +64,8 @@ class W8A8Scheme(CompressedTensorsScheme):
     ) -> None:
         """Register int8 ``weight [N, K]`` and fp32 ``weight_scale [N, 1]`` or ``[N, K / g]``; N and K are this rank's.
 
+        What is one of each linear has one of each fused linear here: ``weight_scale`` per tensor, and ``input_scale``.
+
         Raises:
             ValueError: this rank's share of K is not a multiple of the group size.
         """
@@ -63,7 +76,15 @@ class W8A8Scheme(CompressedTensorsScheme):
         layer.register_parameter(
             "weight", ModelWeightParameter(data=weight, input_dim=1, output_dim=0, weight_loader=weight_loader)
         )
-        if self.weight_group_size is None:
+
+        def scale_of_each() -> PerTensorScaleParameter:
+            return PerTensorScaleParameter(data=_unset(len(output_partition_sizes)), weight_loader=weight_loader)
+
+        if self.static:
+            layer.register_parameter("input_scale", scale_of_each())
+        if self.per_tensor:
+            scale = scale_of_each()
+        elif self.weight_group_size is None:
             scale = ChannelQuantScaleParameter(data=_unset(rows, 1), output_dim=0, weight_loader=weight_loader)
         else:
             if columns % self.weight_group_size:
@@ -83,46 +104,51 @@ class W8A8Scheme(CompressedTensorsScheme):
         """Check that scales arrived, and lay weights and scales out for the kernels.
 
         On CPU, ``weight`` becomes what :func:`ops.pack_weight` makes of it, in the same amount of memory, and
-        :func:`ops.unpack_weight` gives the logical ``[N, K]``; vLLM's reloading packs anew. Scales keep their shape;
-        per-group ones are stored group by group.
+        :func:`ops.unpack_weight` gives the logical ``[N, K]``; vLLM's reloading packs anew. ``weight_scale`` becomes or
+        stays ``[N, 1]`` or ``[N, K / g]``, the latter stored group by group. Of fused linears' ``input_scale``, which
+        calibration makes equal, the largest is kept, as fp32 ``[1, 1]``.
 
         Raises:
-            ValueError: a scale is missing from the checkpoint, or is not finite; the device's kernel does not take this
-                rank's shape.
+            ValueError: a scale is missing from the checkpoint, or is not finite, or that of activations not positive;
+                the device's kernel does not take this rank's shape.
         """
         weight, scale = layer.weight.data, layer.weight_scale.data
         device = weight.device.type
         compiled = ops.has_kernel(device)
         logger.info_once(
-            "w8a8_bismooth: %s linears run on %s",
+            "w8a8_bismooth: %s linears%s run on %s",
             "per-channel" if self.weight_group_size is None else f"per-group ({self.weight_group_size})",
+            " with static activations" if self.static else "",
             f"the {device} kernel" if compiled else "the torch reference",
         )
-        if len(bad := (~scale.isfinite()).any(dim=1).nonzero()):
-            ends = torch.tensor(layer.logical_widths).cumsum(0)
-            part = int(torch.searchsorted(ends, int(bad[0]), right=True))
-            raise ValueError(
-                f"{self._stored_name(layer, 'weight_scale', part)} holds values that are missing or not finite; "
-                "the checkpoint is incomplete or corrupt, convert it again"
-            )
+        self._check_arrived(layer, "weight_scale", scale.isfinite(), "not finite")
+        if self.per_tensor:
+            widths = torch.tensor(layer.logical_widths, device=scale.device)
+            scale = scale.repeat_interleave(widths).unsqueeze(1)
+        replace_parameter(layer, "weight_scale", torch.nn.Parameter(scale.t().contiguous().t(), requires_grad=False))
+        if self.static:
+            input_scale = layer.input_scale.data
+            self._check_arrived(layer, "input_scale", input_scale.isfinite() & (input_scale > 0), "not positive")
+            largest = torch.nn.Parameter(input_scale.max().reshape(1, 1), requires_grad=False)
+            replace_parameter(layer, "input_scale", largest)
         if compiled:
             if reason := ops.unsupported(*weight.shape, groups=scale.shape[1], device=weight.device):
                 raise ValueError(
                     f"{getattr(layer, 'prefix', 'linear')}: {reason}; use a smaller tensor parallel size, or install "
                     "without the CUDA kernels (BISMOOTH_CUDA=0)"
                 )
-            replace_parameter(
-                layer, "weight_scale", torch.nn.Parameter(scale.t().contiguous().t(), requires_grad=False)
-            )
             if device == "cpu":
                 packed = ops.pack_weight(weight, groups=scale.shape[1])
                 replace_parameter(layer, "weight", torch.nn.Parameter(packed, requires_grad=False))
-        fusion.accept_quantized(layer, self.activation_group_size)
+        if not self.static:
+            fusion.accept_quantized(layer, self.activation_group_size)
 
     def apply_weights(
         self, layer: torch.nn.Module, x: "torch.Tensor | fusion.QuantizedActivation", bias: torch.Tensor | None
     ) -> torch.Tensor:
         """``[..., K]``, in floats or quantized by what precedes the layer, to ``[..., N]`` in the floats' dtype."""
+        if self.static:
+            return ops.static_linear(x, layer.weight, layer.weight_scale, layer.input_scale, bias)
         if (given := fusion.as_quantized(layer, x)) is None:
             return ops.linear(x, layer.weight, layer.weight_scale, self.activation_group_size or x.shape[-1], bias)
         codes, scale = given.data.flatten(0, -2), given.scale.flatten(0, -2)
@@ -139,10 +165,10 @@ class W8A8Scheme(CompressedTensorsScheme):
         def load(parameter: torch.Tensor, loaded: torch.Tensor, *shard, **more) -> None:
             own = next(name for name, known in layer.named_parameters() if known is parameter)
             part = next(iter((*shard, *more.values())), None)
-            rows = _rows(layer, part)
+            rows, one = _rows(layer, part), own == "input_scale" or (own == "weight_scale" and self.per_tensor)
             groups = 1 if self.weight_group_size is None else layer.input_size // self.weight_group_size
-            expected = [rows, groups if own == "weight_scale" else layer.input_size]
-            if rows is not None and list(loaded.shape) != expected:
+            expected = [1] if one else [rows, groups if own == "weight_scale" else layer.input_size]
+            if rows is not None and list(loaded.shape) != expected and not (one and loaded.dim() == 0):
                 raise ValueError(
                     f"{self._stored_name(layer, own, part)} has shape {list(loaded.shape)}, but config.json makes it "
                     f"{expected}; they are not of one model, convert it again"
@@ -150,6 +176,21 @@ class W8A8Scheme(CompressedTensorsScheme):
             return weight_loader(parameter, loaded, *shard, **more)
 
         return load
+
+    def _check_arrived(self, layer: torch.nn.Module, parameter: str, good: torch.Tensor, fault: str) -> None:
+        """Raise a ValueError that names the first tensor of the checkpoint with a value that is not ``good``.
+
+        ``good`` is bool ``[N, ...]`` with a value for each row, or ``[parts]`` for each part of a merged linear.
+        """
+        bad = (~good).reshape(len(good), -1).any(dim=1).nonzero()
+        if not len(bad):
+            return
+        ends = torch.tensor(layer.logical_widths).cumsum(0) if good.dim() > 1 else torch.arange(1, len(good) + 1)
+        part = int(torch.searchsorted(ends, int(bad[0]), right=True))
+        raise ValueError(
+            f"{self._stored_name(layer, parameter, part)} holds values that are missing or {fault}; "
+            "the checkpoint is incomplete or corrupt, convert it again"
+        )
 
     def _stored_name(self, layer: torch.nn.Module, parameter: str, part: int | str | None) -> str:
         """What the checkpoint calls a parameter, or that part of a merged one."""
