@@ -1,19 +1,46 @@
-"""Several vLLM engines, one after the other in one process: ``python -m tests.engines WINDOWS.npy FOLDER MODEL...``.
+"""Several vLLM engines, one after the other in one process: ``python -m tests.engines WINDOWS.npy MODELS.json FOLDER``.
 
-For each model, ``FOLDER/<its name>.npy`` gets the log-probabilities of the windows' tokens as in
-:mod:`benchmarks.score`, and ``FOLDER/<its name>.json`` the quantization method that vLLM settled on, and how many
-linears run on which group size of ours (``"None"`` = per-channel).
+``MODELS.json`` holds a name for each engine -> ``model``, a checkpoint's folder, perhaps ``options`` for ``vllm.LLM``,
+and ``reload``, whether to load the weights again in the end. ``FOLDER/<name>.npy`` gets the log-probabilities of the
+windows' tokens as in :mod:`benchmarks.score`, ``FOLDER/<name>-reloaded.npy`` those afterwards, and
+``FOLDER/<name>.json`` the quantization method that vLLM settled on, how many linears run on which group size of ours
+(``"None"`` = per-channel), and how many layers of experts on ours; or the error that the engine ended in.
 """
 
 import gc
 import json
+import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 
-from benchmarks.score import score, start
+from benchmarks.score import engine_environment, score, start
+
+
+def run(folder: Path, windows: np.ndarray, models: dict[str, dict]) -> tuple[dict[str, dict], str]:
+    """Start the process; returns name -> answer, with ``logprobs`` (and ``reloaded``) in it, and all that was printed.
+
+    Engines that the process did not come to have no answer.
+    """
+    question = folder / "windows.npy", folder / "models.json"
+    np.save(question[0], windows)
+    question[1].write_text(json.dumps(models, default=str))
+    environment = engine_environment() | {
+        "VLLM_CACHE_ROOT": str(folder / "cache"),
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # to look at the model that the engine built
+    }
+    command = [sys.executable, "-m", "tests.engines", *question, folder]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=900)
+    answers = {}
+    for name in models:
+        if (answer := folder / f"{name}.json").exists():
+            arrays = {"logprobs": folder / f"{name}.npy", "reloaded": folder / f"{name}-reloaded.npy"}
+            answers[name] = json.loads(answer.read_text())
+            answers[name] |= {key: np.load(path) for key, path in arrays.items() if path.exists()}
+    return answers, done.stdout.decode(errors="replace")
 
 
 def schemes(model) -> Counter:
@@ -23,25 +50,42 @@ def schemes(model) -> Counter:
     return Counter(str(scheme.weight_group_size) for scheme in found if isinstance(scheme, W8A8Scheme))
 
 
-def main(windows: np.ndarray, folder: Path, models: list[str]) -> None:
+def experts(model) -> int:
+    from vllm_w8a8_bismooth.serving.moe import Experts
+
+    return sum(isinstance(getattr(module, "quant_method", None), Experts) for module in model.modules())
+
+
+def ask(windows: np.ndarray, output: Path, model: str, options: dict | None = None, reload: bool = False) -> dict:
     from vllm import ModelRegistry
+
+    (name,) = json.loads(Path(model, "config.json").read_text())["architectures"]
+    # As a class, because vLLM would start a process for each of its own types to look at the class.
+    ModelRegistry.register_model(name, ModelRegistry.models[name].load_model_cls())
+    try:
+        engine = start(model, windows.shape[1], **options or {})
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}"}
+    np.save(output, score(engine, windows))
+    if reload:
+        engine.collective_rpc("reload_weights")
+        np.save(output.with_name(f"{output.stem}-reloaded.npy"), score(engine, windows))
+    return {
+        "quantization": engine.llm_engine.model_config.quantization,
+        "schemes": engine.apply_model(schemes)[0],
+        "experts": engine.apply_model(experts)[0],
+    }
+
+
+def main(windows: np.ndarray, models: dict[str, dict], folder: Path) -> None:
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
-    for model in models:
-        (name,) = json.loads(Path(model, "config.json").read_text())["architectures"]
-        # As a class, because vLLM would start a process for each of its own types to look at the class.
-        ModelRegistry.register_model(name, ModelRegistry.models[name].load_model_cls())
-        engine = start(model, windows.shape[1])
-        answer = {
-            "quantization": engine.llm_engine.model_config.quantization,
-            "schemes": engine.apply_model(schemes)[0],
-        }
-        np.save(folder / f"{Path(model).name}.npy", score(engine, windows))
-        (folder / f"{Path(model).name}.json").write_text(json.dumps(answer))
-        del engine
+    for name, request in models.items():
+        answer = ask(windows, folder / f"{name}.npy", **request)
+        (folder / f"{name}.json").write_text(json.dumps(answer))
         gc.collect()
         cleanup_dist_env_and_memory()
 
 
 if __name__ == "__main__":
-    main(np.load(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])
+    main(np.load(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text()), Path(sys.argv[3]))

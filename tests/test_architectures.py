@@ -1,8 +1,5 @@
 """Every model type through the whole pipeline and on to what reads the result: vLLM, transformers, an emulation."""
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from benchmarks import emulate
-from benchmarks.score import engine_environment
+from tests import engines
 from tests.conftest import MODEL_TYPES, tiny_model, write_checkpoint
 from vllm_w8a8_bismooth.calibrate import read_text
 from vllm_w8a8_bismooth.checkpoint import Checkpoint
@@ -66,31 +63,20 @@ def test_dense_types_in_vllm(tmp_path, calibration_text):
     convert(tmp_path / "sources" / "phi3", tmp_path / "phi3-mixed", mixed)
     expected["phi3-mixed"] = expected["phi3"]
 
-    np.save(tmp_path / "windows.npy", WINDOWS)
-    models = [tmp_path / name for name in expected]
-    environment = engine_environment() | {
-        "VLLM_CACHE_ROOT": str(tmp_path / "cache"),
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # to look at the model that the engine built
-    }
-    command = [sys.executable, "-m", "tests.engines", tmp_path / "windows.npy", tmp_path, *models]
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=600)
-    log = done.stdout.decode(errors="replace")[-3000:]
-    for model in models:
-        found = model.with_name(f"{model.name}.json")
-        assert found.exists(), f"{model.name}: {log}"
-        answer = json.loads(found.read_text())
-        assert answer["quantization"] == "w8a8_bismooth"
+    answers, log = engines.run(tmp_path, WINDOWS, {name: {"model": tmp_path / name} for name in expected})
+    for name, (reference, yardstick) in expected.items():
+        assert name in answers, f"{name}: {log[-3000:]}"
+        answer = answers[name]
+        assert answer.get("quantization") == "w8a8_bismooth", (name, answer)
         # qkv, o, gate_up and down of three blocks
-        assert answer["schemes"] == ({"32": 4, "None": 8} if "mixed" in model.name else {"None": 12}), model.name
-        reference, yardstick = expected[model.name]
-        cost = divergence(reference, np.load(model.with_name(f"{model.name}.npy"))).mean()
-        assert cost < 0.01 * yardstick, (model.name, cost, yardstick)
+        assert answer["schemes"] == ({"32": 4, "None": 8} if "mixed" in name else {"None": 12}), name
+        cost = divergence(reference, answer["logprobs"]).mean()
+        assert cost < 0.01 * yardstick, (name, cost, yardstick)
 
 
 @pytest.mark.parametrize("model_type", SPARSE)
 def test_experts_keep_their_accuracy(tmp_path, calibration_text, model_type):
-    """By emulation, because vLLM serves INT8 experts on a CPU only with AMX.
+    """By emulation, which test_moe.py holds vLLM to.
 
     The median over the tokens: one whose router hesitates may be sent to another expert by any rounding at all.
     """

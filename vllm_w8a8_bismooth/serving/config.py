@@ -3,13 +3,17 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy, QuantizationType
 from vllm.logger import init_logger
+from vllm.model_executor.layers.fused_moe import RoutedExperts
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
 from vllm.model_executor.layers.quantization.compressed_tensors.schemes import CompressedTensorsScheme
 from vllm.platforms import current_platform
 
 from vllm_w8a8_bismooth import FORMAT, MARKER, ops
+from vllm_w8a8_bismooth.serving import moe
 from vllm_w8a8_bismooth.serving.scheme import W8A8Scheme
 
 logger = init_logger("vllm.w8a8_bismooth")
@@ -19,7 +23,7 @@ CHANNEL, GROUP, TOKEN = (QuantizationStrategy(s).value for s in ("channel", "gro
 
 
 class BiSmoothConfig(CompressedTensorsConfig):
-    """Symmetric dynamic W8A8 linears run on this package's ops; everything else stays with compressed-tensors."""
+    """Symmetric dynamic W8A8 linears and experts run on this package's ops; the rest stays with compressed-tensors."""
 
     def get_name(self) -> str:
         return NAME
@@ -37,6 +41,11 @@ class BiSmoothConfig(CompressedTensorsConfig):
         asked = user_quant == NAME and _all_w8a8(hf_quant_cfg)
         marked = user_quant in (None, NAME) and MARKER in hf_quant_cfg
         return NAME if asked or marked else None
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        """:func:`moe.method_of` has the first word on experts."""
+        ours = moe.method_of(self, layer, prefix) if isinstance(layer, RoutedExperts) else None
+        return ours or super().get_quant_method(layer, prefix)
 
     def _get_scheme_from_parts(
         self, weight_quant: QuantizationArgs, input_quant: QuantizationArgs | None, *args: Any, **kwargs: Any
