@@ -10,8 +10,7 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe.compressed_tensors_moe_w8a8_int8 import (  # noqa: E501
     CompressedTensorsW8A8Int8MoEMethod,
 )
-from vllm.model_executor.layers.quantization.utils import replace_parameter
-from vllm.model_executor.utils import set_weight_attrs
+from vllm.model_executor.utils import replace_parameter, set_weight_attrs
 from vllm.platforms import current_platform
 
 from vllm_w8a8_bismooth import FORMAT, ops
@@ -110,8 +109,7 @@ class Experts(FusedMoEMethodBase):
         check_scales(layer)
         if compiled:
             for name in ("w13_weight", "w2_weight"):
-                packed = _packed(getattr(layer, name).data)
-                replace_parameter(layer, name, torch.nn.Parameter(packed, requires_grad=False))
+                replace_parameter(layer, name, _packed(getattr(layer, name).data))
 
     def get_fused_moe_quant_config(self, layer: RoutedExperts) -> None:
         """``None``: that description is for vLLM's own kernels."""
