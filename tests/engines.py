@@ -1,10 +1,10 @@
 """Several vLLM engines, one after the other in one process: ``python -m tests.engines WINDOWS.npy MODELS.json FOLDER``.
 
 ``MODELS.json`` holds a name for each engine -> ``model``, a checkpoint's folder, perhaps ``options`` for ``vllm.LLM``,
-and ``reload``, whether to load the weights again in the end. ``FOLDER/<name>.npy`` gets the log-probabilities of the
-windows' tokens as in :mod:`benchmarks.score`, ``FOLDER/<name>-reloaded.npy`` those afterwards, and
-``FOLDER/<name>.json`` the quantization method that vLLM settled on, how many linears run on which group size of ours
-(``"None"`` = per-channel), and how many layers of experts on ours; or the error that the engine ended in.
+and ``reload``, whether to lose the INT8 weights in the end and load them again. ``FOLDER/<name>.npy`` gets the
+log-probabilities of the windows' tokens as in :mod:`benchmarks.score`, ``FOLDER/<name>-reloaded.npy`` those afterwards,
+and ``FOLDER/<name>.json`` the quantization method that vLLM settled on, how many linears run on which group size of
+ours (``"None"`` = per-channel), and how many layers of experts on ours; or the error that the engine ended in.
 """
 
 import gc
@@ -56,6 +56,13 @@ def experts(model) -> int:
     return sum(isinstance(getattr(module, "quant_method", None), Experts) for module in model.modules())
 
 
+def erase(model) -> None:
+    """Overwrite what the INT8 linears and experts hold, so that only reloading brings it back."""
+    for name, parameter in model.named_parameters():
+        if not parameter.is_floating_point() or name.endswith("weight_scale"):
+            parameter.data.zero_()
+
+
 def ask(windows: np.ndarray, output: Path, model: str, options: dict | None = None, reload: bool = False) -> dict:
     from vllm import ModelRegistry
 
@@ -68,6 +75,7 @@ def ask(windows: np.ndarray, output: Path, model: str, options: dict | None = No
         return {"error": f"{type(error).__name__}: {error}"}
     np.save(output, score(engine, windows))
     if reload:
+        engine.apply_model(erase)
         engine.collective_rpc("reload_weights")
         np.save(output.with_name(f"{output.stem}-reloaded.npy"), score(engine, windows))
     return {

@@ -1,6 +1,7 @@
 """Experts in vLLM's own layer, which needs no engine, and three kinds of mixtures in real ones."""
 
 import json
+import re
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -246,6 +247,24 @@ def test_scales_must_have_arrived(linear, value):
     with pytest.raises(ValueError, match=rf"{PREFIX}.{scale} holds values .* missing .*\(0 more experts"):
         loaded(tensors, rank=(1, 2), expert_parallel=True)
     loaded(tensors, rank=(0, 2), expert_parallel=True)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "shape"),
+    [
+        ("2.gate_proj.weight", (64, 64)),
+        ("2.up_proj.weight", (96, 128)),
+        ("2.down_proj.weight", (64, 48)),
+        ("2.gate_proj.weight_scale", (96, 2)),
+        ("2.down_proj.weight_scale", (64,)),
+    ],
+)
+def test_shapes_must_be_those_of_the_model(tensor, shape):
+    """A smaller one would leave the rest of the expert to chance."""
+    tensors = stored(4, 64, 96)
+    tensors[tensor] = torch.ones(shape, dtype=tensors[tensor].dtype)
+    with pytest.raises(ValueError, match=re.escape(f"{PREFIX}.{tensor} has shape {list(shape)}, but config.json")):
+        loaded(tensors, rank=(1, 2))
 
 
 def test_vllms_own_method_gets_the_same_check(monkeypatch):
