@@ -1,7 +1,6 @@
 """The routed experts of mixtures in vLLM: on a CPU by our ops, elsewhere by vLLM's own method with a check added."""
 
-import functools
-from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 import torch
@@ -77,7 +76,6 @@ class Experts(FusedMoEMethodBase):
         hidden_size: int,
         intermediate_size_per_partition: int,
         params_dtype: torch.dtype,
-        weight_loader: Callable,
         **attributes: Any,
     ) -> None:
         """Register int8 ``w13_weight [E, 2 I, H]``, ``w2_weight [E, H, I]``, fp32 ``*_weight_scale [E, rows, 1]``.
@@ -86,7 +84,7 @@ class Experts(FusedMoEMethodBase):
             ValueError: the model wants of its experts what :func:`ops.experts` does not do.
         """
         _check_served(layer)
-        attributes["weight_loader"] = _checking(weight_loader, layer)
+        attributes["weight_loader"] = MethodType(_load, layer)
         for name, rows, columns in (
             ("w13", 2 * intermediate_size_per_partition, hidden_size),
             ("w2", hidden_size, intermediate_size_per_partition),
@@ -150,8 +148,8 @@ class Experts(FusedMoEMethodBase):
 class StockExperts(CompressedTensorsW8A8Int8MoEMethod):
     """vLLM's own method, which takes a scale that the checkpoint lacks for 1, with checks of what it loads."""
 
-    def create_weights(self, layer: RoutedExperts, *args: Any, weight_loader: Callable, **kwargs: Any) -> None:
-        super().create_weights(layer, *args, weight_loader=_checking(weight_loader, layer), **kwargs)
+    def create_weights(self, layer: RoutedExperts, *args: Any, **attributes: Any) -> None:
+        super().create_weights(layer, *args, **attributes | {"weight_loader": MethodType(_load, layer)})
         layer.w13_weight_scale.data.fill_(float("nan"))
         # Some all-to-all backends pad the hidden size; no checkpoint fills those rows.
         layer.w2_weight_scale.data[:, : self.moe.hidden_dim_unpadded].fill_(float("nan"))
@@ -180,28 +178,29 @@ def check_scales(layer: RoutedExperts) -> None:
             )
 
 
-def _checking(weight_loader: Callable, layer: RoutedExperts) -> Callable:
-    """The same loader for matrices of the right shape only; others raise a ValueError that names them.
+def _load(layer: RoutedExperts, param, loaded_weight, weight_name, shard_id, expert_id, return_success=False):
+    """What the layer's own ``weight_loader`` does, for matrices of the right shape only.
 
-    vLLM's own fills a part of an expert with a smaller tensor, and of a larger one does not say which it was.
+    That one fills a part of an expert with a smaller tensor, and of a larger one does not say which it was.
+
+    Raises:
+        ValueError: names the tensor.
     """
-    gate, *up, down = _linears(layer)
-    names = {"w1": gate, "w2": down, "w3": next(iter(up), gate)}
+    rows, columns = layer.moe_config.intermediate_size, layer.moe_config.hidden_dim_unpadded
+    rows, columns = (columns, rows) if shard_id == "w2" else (rows, columns)
+    kind = "weight_scale" if weight_name.endswith("_weight_scale") else weight_name.rpartition("_")[2]
+    expected = {"weight": [rows, columns], "weight_scale": [rows, 1]}.get(kind)
+    if expected and loaded_weight.dim() < 3 and list(loaded_weight.shape) != expected:  # 3: of all experts at once
+        gate, *up, down = _linears(layer)
+        linear = {"w1": gate, "w2": down, "w3": next(iter(up), gate)}[shard_id]
+        raise ValueError(
+            f"{layer.layer_name}.{expert_id}.{linear}.{kind} has shape {list(loaded_weight.shape)}, but config.json "
+            f"makes it {expected}; they are not of one model, convert it again"
+        )
+    return layer.weight_loader(param, loaded_weight, weight_name, shard_id, expert_id, return_success)
 
-    @functools.wraps(weight_loader)
-    def load(param, loaded_weight, weight_name, shard_id, expert_id, **more):
-        rows, columns = layer.moe_config.intermediate_size, layer.moe_config.hidden_dim_unpadded
-        rows, columns = (columns, rows) if shard_id == "w2" else (rows, columns)
-        kind = "weight_scale" if weight_name.endswith("_weight_scale") else weight_name.rpartition("_")[2]
-        expected = {"weight": [rows, columns], "weight_scale": [rows, 1]}.get(kind)
-        if expected and loaded_weight.dim() < 3 and list(loaded_weight.shape) != expected:  # 3: of all experts at once
-            raise ValueError(
-                f"{layer.layer_name}.{expert_id}.{names[shard_id]}.{kind} has shape {list(loaded_weight.shape)}, but "
-                f"config.json makes it {expected}; they are not of one model, convert it again"
-            )
-        return weight_loader(param, loaded_weight, weight_name, shard_id, expert_id, **more)
 
-    return load
+_load.supports_moe_loading = RoutedExperts.weight_loader.supports_moe_loading  # some models' loaders ask for it
 
 
 def _check_served(layer: RoutedExperts) -> None:
