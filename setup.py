@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 
 # One compilation of csrc/cpu/kernels.cpp per instruction-set level, the fastest first. The last runs everywhere.
-AVX2 = ["-mavx2", "-mf16c"]
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mf16c", "-mprefer-vector-width=512"]
 CPU_LEVELS = {
     "amx": [*AVX512, "-mamx-tile", "-mamx-int8"],
@@ -39,8 +39,8 @@ CPU_LEVELS = {
 }
 if platform.machine() != "x86_64":
     CPU_LEVELS = {"portable": []}
-# -ffp-contract=off: the numerics contract rounds products and sums separately.
-CPU_FLAGS = ["-O3", "-ffp-contract=off", "-fno-math-errno"]
+# -ffp-contract=off: the numerics contract rounds products and sums separately. The other two let loops become vectors.
+CPU_FLAGS = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 
 CUDA_ARCHES = ["8.0", "8.9", "9.0a", "10.0", "12.0+PTX"]
 CUDA_FLAGS = ["-O3", "-DNDEBUG", "--expt-relaxed-constexpr", "-Xptxas=-v", "-Xcompiler=-fPIC", "-diag-suppress=177"]

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from benchmarks.testbed import PYTHON
 from benchmarks.testbed.plant import plant
 from vllm_w8a8_bismooth.calibrate import read_text
+from vllm_w8a8_bismooth.checkpoint import Checkpoint
 from vllm_w8a8_bismooth.convert import convert
 from vllm_w8a8_bismooth.recipe import Recipe
 
@@ -150,18 +151,21 @@ def edit_json(path: Path, change: Callable[[dict], None]) -> None:
     path.write_text(json.dumps(value))
 
 
-def write_adapter(folder: Path, config: dict, seed: int = 0) -> dict[int, torch.Tensor]:
-    """A LoRA adapter of rank 8 on every down_proj, as PEFT writes it; block -> what it adds to the weight."""
+def write_adapter(folder: Path, model: Path, seed: int = 0) -> dict[str, torch.Tensor]:
+    """A LoRA adapter of rank 8 on every INT8 linear, as PEFT writes it; linear -> what it adds to the weight."""
+    headers = Checkpoint(model, dtypes=("BF16", "F32", "I8")).headers
     generator, tensors, updates = torch.Generator().manual_seed(seed), {}, {}
-    for block in range(config["num_hidden_layers"]):
-        down = torch.randn(8, config["intermediate_size"], generator=generator) / config["intermediate_size"] ** 0.5
-        up = torch.randn(config["hidden_size"], 8, generator=generator) * 0.05
-        name = f"base_model.model.model.layers.{block}.mlp.down_proj"
-        tensors |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
-        updates[block] = up @ down
+    for linear in (name.removesuffix(".weight_scale") for name in headers if name.endswith(".weight_scale")):
+        rows, columns = headers[f"{linear}.weight"].shape
+        down = torch.randn(8, columns, generator=generator) / columns**0.5
+        up = torch.randn(rows, 8, generator=generator) * 0.05
+        lora = f"base_model.model.{linear}"
+        tensors |= {f"{lora}.lora_A.weight": down, f"{lora}.lora_B.weight": up}
+        updates[linear] = up @ down
     folder.mkdir()
     save_file(tensors, folder / "adapter_model.safetensors")
-    settings = {"peft_type": "LORA", "r": 8, "lora_alpha": 8, "target_modules": ["down_proj"], "bias": "none"}
+    targets = sorted({linear.rpartition(".")[2] for linear in updates})
+    settings = {"peft_type": "LORA", "r": 8, "lora_alpha": 8, "target_modules": targets, "bias": "none"}
     (folder / "adapter_config.json").write_text(json.dumps(settings))
     return updates
 

@@ -1,9 +1,8 @@
 """One vLLM engine in a process of its own: ``python -m tests.engine REQUEST.json RESULT.json``.
 
 The request holds ``options`` for ``vllm.LLM``, ``prompts``, ``max_tokens`` and perhaps ``lora``, an adapter folder. The
-result holds the quantization method that vLLM settled on, the greedy tokens, and at each step the log-probabilities of
-the best tokens; with an adapter the latter two also with it (``adapted``) and, after the engine reloaded its weights,
-without it (``reloaded``).
+result holds the quantization method that vLLM settled on, and what :func:`answers` gives; with an adapter the latter
+also with it (``adapted``) and, after the engine reloaded its weights, without it (``reloaded``).
 """
 
 import json
@@ -21,12 +20,13 @@ PROMPTS = [
 ]
 
 
-def run(folder: Path, plugins: str | None = None, **request) -> tuple[dict | None, str]:
+def run(folder: Path, plugins: str | None = None, module: str = "tests.engine", **request) -> tuple[dict | None, str]:
     """Start the process; returns its result (``None`` if it failed) and everything that it printed.
 
     Args:
         folder: scratch.
         plugins: value of ``VLLM_PLUGINS``; ``None`` leaves it unset.
+        module: what the process runs.
         request: see above.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -40,7 +40,7 @@ def run(folder: Path, plugins: str | None = None, **request) -> tuple[dict | Non
     }
     if plugins is not None:
         environment["VLLM_PLUGINS"] = plugins
-    command = [sys.executable, "-m", "tests.engine", str(question), str(answer)]
+    command = [sys.executable, "-m", module, str(question), str(answer)]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=400)
     log = done.stdout.decode(errors="replace")
     # Not the exit code: vLLM 0.32 sometimes aborts in the interpreter's teardown, after all work is done.
@@ -55,26 +55,31 @@ def ask(folder: Path, model: Path, plugins: str | None = None, lora: Path | None
     return result | {"log": log, "first_steps": [steps[0] for steps in result["logprobs"]]}
 
 
+def answers(engine, request: dict, **options) -> dict:
+    """Each prompt's greedy tokens, at each step the log-probabilities of the best, and how much of it was cached."""
+    from vllm import SamplingParams
+
+    asked = SamplingParams(max_tokens=request["max_tokens"], temperature=0, logprobs=5)
+    found = engine.generate(request["prompts"], asked, use_tqdm=False, **options)
+    outputs = [answer.outputs[0] for answer in found]
+    return {
+        "tokens": [list(o.token_ids) for o in outputs],
+        "logprobs": [[{str(t): lp.logprob for t, lp in step.items()} for step in o.logprobs] for o in outputs],
+        "cached": [answer.num_cached_tokens for answer in found],
+    }
+
+
 def main(request: dict) -> dict:
-    from vllm import LLM, SamplingParams
+    from vllm import LLM
 
     engine = LLM(**{"max_model_len": 256, "disable_log_stats": True} | request["options"])
-    asked = SamplingParams(max_tokens=request["max_tokens"], temperature=0, logprobs=5)
-
-    def answers(**options) -> dict:
-        outputs = [o.outputs[0] for o in engine.generate(request["prompts"], asked, use_tqdm=False, **options)]
-        return {
-            "tokens": [list(o.token_ids) for o in outputs],
-            "logprobs": [[{str(t): lp.logprob for t, lp in step.items()} for step in o.logprobs] for o in outputs],
-        }
-
-    result = {"quantization": engine.llm_engine.model_config.quantization, **answers()}
+    result = {"quantization": engine.llm_engine.model_config.quantization, **answers(engine, request)}
     if adapter := request.get("lora"):
         from vllm.lora.request import LoRARequest
 
-        result["adapted"] = answers(lora_request=LoRARequest("adapter", 1, adapter))
+        result["adapted"] = answers(engine, request, lora_request=LoRARequest("adapter", 1, adapter))
         engine.collective_rpc("reload_weights")
-        result["reloaded"] = answers()
+        result["reloaded"] = answers(engine, request)
     return result
 
 

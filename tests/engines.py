@@ -63,12 +63,24 @@ def erase(model) -> None:
             parameter.data.zero_()
 
 
-def ask(windows: np.ndarray, output: Path, model: str, options: dict | None = None, reload: bool = False) -> dict:
+def meet(model: str) -> None:
+    """Registers the model's type as a class: vLLM starts a process for each of its own types to look at the class."""
     from vllm import ModelRegistry
 
     (name,) = json.loads(Path(model, "config.json").read_text())["architectures"]
-    # As a class, because vLLM would start a process for each of its own types to look at the class.
     ModelRegistry.register_model(name, ModelRegistry.models[name].load_model_cls())
+
+
+def clean_up() -> None:
+    """What an engine that nothing refers to any more leaves in the process."""
+    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+    gc.collect()
+    cleanup_dist_env_and_memory()
+
+
+def ask(windows: np.ndarray, output: Path, model: str, options: dict | None = None, reload: bool = False) -> dict:
+    meet(model)
     try:
         engine = start(model, windows.shape[1], **options or {})
     except Exception as error:
@@ -86,13 +98,10 @@ def ask(windows: np.ndarray, output: Path, model: str, options: dict | None = No
 
 
 def main(windows: np.ndarray, models: dict[str, dict], folder: Path) -> None:
-    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
-
     for name, request in models.items():
         answer = ask(windows, folder / f"{name}.npy", **request)
         (folder / f"{name}.json").write_text(json.dumps(answer))
-        gc.collect()
-        cleanup_dist_env_and_memory()
+        clean_up()
 
 
 if __name__ == "__main__":

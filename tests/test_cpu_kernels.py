@@ -36,6 +36,7 @@ def test_the_best_level_is_in_use():
     flags = Path("/proc/cpuinfo").read_text()
     expected = next(name for name in LEVELS if {"amx": "amx_int8", "portable": ""}.get(name, name) in flags)
     assert ops.has_kernel("cpu") and level("") == expected
+    assert ops.has_kernel("cpu", "silu_mul_quantize") and not ops.has_kernel("cpu", "rms_norm_quantize")
     with pytest.raises(RuntimeError, match="no level 'sse9'"):
         level("sse9")
 
@@ -101,6 +102,38 @@ def test_quantization_equals_the_reference(at_level):
     check_quantization()
 
 
+@settings(max_examples=60)
+@given(
+    tokens=st.integers(0, 9),
+    groups=st.integers(1, 3),
+    width=st.one_of(st.integers(1, 200), st.integers(255, 520)),
+    dtype=st.sampled_from(DTYPES),
+    exponent=st.integers(-8, 8),
+    seed=st.integers(0, 2**31),
+)
+def check_silu_mul(tokens, groups, width, dtype, exponent, seed):
+    x = torch.randn(tokens, 2 * groups * width, generator=torch.Generator().manual_seed(seed)) * 2.0**exponent
+    (codes, scale), expected = (
+        ops.silu_mul_quantize(x.to(dtype), width),
+        reference.silu_mul_quantize(x.to(dtype), width),
+    )
+    assert torch.equal(codes, expected[0]) and torch.equal(scale, expected[1])
+
+
+def test_silu_and_quantization_equal_the_reference(at_level):
+    check_silu_mul()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_silu_of_every_half(at_level, dtype):
+    """Each a group of its own, whose scale is then its magnitude; NaN and infinity included."""
+    gate = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(1, -1).view(dtype)
+    x = torch.cat([gate, torch.ones_like(gate)], dim=1)
+    _, scale = ops.silu_mul_quantize(x, 1)
+    _, expected = reference.silu_mul_quantize(x, 1)
+    assert torch.equal(scale.nan_to_num(-1), expected.nan_to_num(-1))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_every_half_is_quantized_and_rounded_as_in_torch(at_level, dtype):
     halves = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
@@ -139,6 +172,8 @@ def test_a_wrong_operand_is_refused():
             ops.scaled_mm(a, b, one, b_scale, torch.bfloat16)
     with pytest.raises(RuntimeError, match="fp32, bf16 or fp16"):
         ops.quantize_activations(torch.zeros(2, 64, dtype=torch.float64), 64)
+    with pytest.raises(RuntimeError, match="fp32, bf16 or fp16"):
+        ops.silu_mul_quantize(torch.zeros(2, 64, dtype=torch.float64), 32)
 
 
 def test_only_stable_symbols_are_needed():

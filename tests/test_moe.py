@@ -192,10 +192,11 @@ def test_ranks_add_up(expert_parallel, ranks):
         assert (sum(parts) - whole).abs().max() < 0.05 * whole.abs().max()
 
 
-def test_a_token_does_not_see_the_others():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_token_does_not_see_the_others(dtype):
     """Alone, in other company, and with its experts in another order: the same bits."""
     layer = loaded(stored(6, 64, 96), experts=6, top=3)
-    x = torch.randn(50, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    x = torch.randn(50, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
     shares, chosen = routing(50, 6, 3, 0)
     whole = run(layer, x, shares, chosen)
     for token in range(50):

@@ -6,6 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounter
+from torch._subclasses import FakeTensorMode
+from torch.utils._pytree import tree_leaves
 
 from vllm_w8a8_bismooth import ops
 from vllm_w8a8_bismooth.ops import reference
@@ -184,18 +186,20 @@ def test_linear_keeps_shape_and_dtype(dtype):
     assert out.shape == (3, 5, 12) and out.dtype == dtype
 
 
-def test_opcheck():
-    a, b, a_scale, b_scale, bias = operands(4, 8, 64, 2, 2)
+@pytest.mark.parametrize("m", [4, 1, 0])
+def test_opcheck(m):
+    """Schemas, fakes with their strides, and tracing with sizes as symbols."""
+    a, b, a_scale, b_scale, bias = operands(m, 8, 64, 2, 2)
     for group_size in (32, 64):
-        torch.library.opcheck(torch.ops.w8a8_bismooth.quantize_activations.default, (torch.randn(4, 64), group_size))
-        torch.library.opcheck(torch.ops.w8a8_bismooth.silu_mul_quantize.default, (torch.randn(4, 128), group_size))
-        for residual in (None, torch.randn(4, 64)):
-            arguments = (torch.randn(4, 64), residual, torch.randn(64), 1e-6, group_size)
+        torch.library.opcheck(torch.ops.w8a8_bismooth.quantize_activations.default, (torch.randn(m, 64), group_size))
+        torch.library.opcheck(torch.ops.w8a8_bismooth.silu_mul_quantize.default, (torch.randn(m, 128), group_size))
+        for residual in (None, torch.randn(m, 64)):
+            arguments = (torch.randn(m, 64), residual, torch.randn(64), 1e-6, group_size)
             torch.library.opcheck(torch.ops.w8a8_bismooth.rms_norm_quantize.default, arguments)
     for arguments in (
         (a, b, a_scale, b_scale, torch.bfloat16, bias),
         (a, b, a_scale[:, :1], b_scale, torch.float32),
-        (a, b, a_scale, b_scale, torch.float32, None, True),
+        (a, b, a_scale, b_scale.t().contiguous().t(), torch.float32, None, True),
     ):
         torch.library.opcheck(torch.ops.w8a8_bismooth.scaled_mm.default, arguments)
     for dtype in (torch.float32, torch.bfloat16):
@@ -238,6 +242,24 @@ def test_experts_compile_for_any_number_of_tokens():
         arguments = (x.repeat(times, 1), shares.repeat(times, 1), chosen.repeat(times, 1), *rest)
         assert torch.equal(compiled(*arguments), ops.experts(*arguments))
     assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("m", [5, 1])
+def test_fakes_have_the_strides_of_the_outputs(m):
+    """Also of what is not contiguous itself, or packed."""
+    a, b, a_scale, b_scale, _ = operands(m, 16, 64, 2, 2)
+    x = torch.randn(m, 256)[:, :128]
+    namespace, calls = torch.ops.w8a8_bismooth, []
+    calls += [(namespace.quantize_activations, (x, 32)), (namespace.silu_mul_quantize, (x.t().contiguous().t(), 32))]
+    calls += [(namespace.rms_norm_quantize, (x, None, torch.randn(128), 1e-6, 128))]
+    calls += [(namespace.scaled_mm, (a.t().contiguous().t(), b, a_scale, b_scale, torch.bfloat16))]
+    if ops.has_kernel("cpu"):
+        calls += [(namespace.scaled_mm, (a, ops.pack_weight(b, 2), a_scale, b_scale, torch.bfloat16))]
+    for op, arguments in calls:
+        with FakeTensorMode() as mode:
+            faked = op(*(mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for v in arguments))
+        for fake, real in zip(tree_leaves(faked), tree_leaves(op(*arguments)), strict=True):
+            assert (fake.shape, fake.stride(), fake.dtype) == (real.shape, real.stride(), real.dtype)
 
 
 def test_only_linear_promises_constant_weights(monkeypatch):

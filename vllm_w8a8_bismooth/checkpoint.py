@@ -16,11 +16,13 @@ from typing import Any, Protocol
 from vllm_w8a8_bismooth.errors import BismoothError, Interrupted
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
+REPORT = "report.json"
+"""Of a conversion, beside the weights; its `sha256` has every shard's."""
 FLOAT_DTYPES = ("BF16", "F16", "F32")
 # safetensors' name -> torch's; I8 is what we write.
 _DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "I8": "int8"}
 _JSON_LIMIT = 100 * 2**20  # the same bound that safetensors puts on a header
-_WEIGHT_SUFFIXES = {
+WEIGHT_SUFFIXES = {
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".pkl", ".pickle", ".npz",
 }  # fmt: skip
 _PIECE = 2**25
@@ -170,7 +172,7 @@ class Folder:
             relative = path.relative_to(self.path)
             if any(part.startswith(".") for part in relative.parts):
                 continue
-            if path.suffix in _WEIGHT_SUFFIXES or path.name.endswith(".index.json") or relative == Path(CONFIG):
+            if path.suffix in WEIGHT_SUFFIXES or path.name.endswith(".index.json") or relative == Path(CONFIG):
                 continue
             if path.is_symlink() and not path.exists():
                 raise BismoothError(f"{path}: a link that leads nowhere; download the file again or remove the link")

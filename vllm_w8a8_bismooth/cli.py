@@ -288,6 +288,27 @@ def verify(
     raise typer.Exit(0 if found.ok else 1)
 
 
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+) -> None:
+    """Say which kernels would serve which layers here, and why: versions, machine, vLLM, and what is missing.
+
+    The first thing to paste into a bug report. Exit codes: 0 nothing is missing, 1 something is.
+    """
+    from rich.console import Console
+
+    from vllm_w8a8_bismooth.doctor import diagnose
+
+    with Console(stderr=True).status("asking vLLM"):
+        found = diagnose()
+    if as_json:
+        print(json.dumps(asdict(found), indent=2))
+    else:
+        display.diagnosis(Console(soft_wrap=True), found)
+    raise typer.Exit(1 if found.problems else 0)
+
+
 def main() -> None:
     """Console entry point: bad input ends with one message on stderr and exit code 2."""
     # torch reads it when it is imported: huge pages, because faulting in small ones takes longer than the work on them

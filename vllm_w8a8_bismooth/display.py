@@ -334,3 +334,26 @@ def verification(console, found) -> None:
     else:
         ignored = f"{len(found.ignored)} left in float, " if found.ignored else ""
         console.print(f"[bold]{where}[/bold]: {len(found.linears)} INT8 linears, {ignored}nothing wrong.")
+
+
+def diagnosis(console, found) -> None:
+    """Plain lines, made to be pasted."""
+
+    def section(title: str, values: dict) -> None:
+        console.print(f"[bold]{title}[/bold]")
+        width = max(map(len, values), default=0)
+        for name, value in values.items():
+            console.print(f"  {name:<{width}}  {'-' if value is None else value}", markup=False, highlight=False)
+
+    section("versions", found.versions)
+    section("machine", found.machine)
+    section("compiled kernels", found.kernels)
+    section("environment", found.environment)
+    if found.serving is not None:
+        section("vLLM", {name: found.serving[name] for name in ("platform", "device", "capability", "registered")})
+        section("layers", {kind: f"{kernel} ({why})" for kind, (kernel, why) in found.serving["layers"].items()})
+    for problem in found.problems:
+        console.print("[red]Problem:[/red] ", end="")
+        console.print(f"{problem}.", markup=False, highlight=False)
+    if not found.problems:
+        console.print("Nothing is missing: w8a8_bismooth checkpoints are served on this package's kernels.")

@@ -11,11 +11,12 @@ from typing import Any
 from vllm_w8a8_bismooth import __version__, figures
 from vllm_w8a8_bismooth.analyze import VULNERABLE
 from vllm_w8a8_bismooth.architectures import kind_of
+from vllm_w8a8_bismooth.checkpoint import REPORT
 from vllm_w8a8_bismooth.recipe import Recipe
 from vllm_w8a8_bismooth.source import Source
 from vllm_w8a8_bismooth.writer import write_json
 
-REPORT, CARD, ORIGINAL_CARD, FIGURES = "report.json", "README.md", "ORIGINAL_README.md", "figures"
+CARD, ORIGINAL_CARD, FIGURES = "README.md", "ORIGINAL_README.md", "figures"
 OURS = (REPORT, ORIGINAL_CARD, f"{FIGURES}/{figures.ERRORS}", f"{FIGURES}/{figures.WEIGHTS}")
 """Files that we write beside the model, and that a source must therefore not have."""
 

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 
 from vllm_w8a8_bismooth import FORMAT, MARKER, fidelity
-from vllm_w8a8_bismooth import report as written_report
 from vllm_w8a8_bismooth.architectures import (
     BLOCK,
     EMBEDDING,
@@ -31,7 +30,7 @@ from vllm_w8a8_bismooth.architectures import (
     layers_of,
     sizes_of,
 )
-from vllm_w8a8_bismooth.checkpoint import CONFIG, FLOAT_DTYPES, INDEX, Checkpoint, Folder, read_json, sha256
+from vllm_w8a8_bismooth.checkpoint import CONFIG, FLOAT_DTYPES, INDEX, REPORT, Checkpoint, Folder, read_json, sha256
 from vllm_w8a8_bismooth.errors import BismoothError, Interrupted
 from vllm_w8a8_bismooth.quantize import Threads
 from vllm_w8a8_bismooth.source import Source
@@ -442,7 +441,7 @@ def _values(checkpoint: Checkpoint, name: str, digest, marked: bool) -> Iterator
 
 def _hashes(found: Verification, digests: Mapping[str, str]) -> None:
     """Compare each shard's SHA-256 with the one that the conversion noted."""
-    path = found.folder / written_report.REPORT
+    path = found.folder / REPORT
     if not path.exists():
         found.notes.append(f"{path.name} is absent: no hashes to compare the shards with")
         return

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <cmath>
 #include <memory>
 #include <utility>
 #include <vector>
@@ -47,26 +48,45 @@ struct Bf16 {
 struct Fp16 {
     using Storage = uint16_t;
     static constexpr uint16_t magnitude = 0x7fff;
-#if defined(__F16C__)
-    static float widen(Storage bits) { return _cvtsh_ss(bits); }
-    static Storage narrow(float f) { return _cvtss_sh(f, _MM_FROUND_TO_NEAREST_INT); }
-#else
+    // Without branches, so that loops become vectors.
     static float widen(Storage bits) {
-        uint32_t sign = (uint32_t)(bits & 0x8000) << 16, rest = bits & 0x7fff;
-        if (rest >= 0x7c00) return as_float(sign | 0x7f800000 | (rest & 0x3ff) << 13);
+        const uint32_t sign = (uint32_t)(bits & 0x8000) << 16, rest = bits & 0x7fff;
         // The exponent's bias differs by 112; the product also normalizes denormals.
-        return as_float(sign | as_bits(as_float(rest << 13) * 0x1p112f));
+        const uint32_t finite = as_bits(as_float(rest << 13) * 0x1p112f);
+        return as_float(sign | finite | (rest >= 0x7c00 ? 0x7f800000 : 0));
     }
     static Storage narrow(float f) {
-        uint32_t bits = as_bits(f), sign = bits >> 16 & 0x8000, rest = bits & 0x7fffffff;
-        if (rest > 0x7f800000) return sign | 0x7e00;
-        if (rest >= 0x477ff000) return sign | 0x7c00;
-        if (rest < 0x38800000)  // denormal: adding 0.5 rounds to its last place, 2^-24
-            return sign | (as_bits(as_float(rest) + 0.5f) - 0x3f000000);
-        return sign | ((rest + 0xfff + (rest >> 13 & 1) - 0x38000000) >> 13);
+        const uint32_t bits = as_bits(f), sign = bits >> 16 & 0x8000, rest = bits & 0x7fffffff;
+        const uint32_t normal = (rest + 0xfff + (rest >> 13 & 1) - 0x38000000) >> 13;
+        const uint32_t denormal = as_bits(as_float(rest) + 0.5f) - 0x3f000000;  // rounded to its last place, 2^-24
+        const uint32_t special = rest > 0x7f800000 ? 0x7e00 : 0x7c00;
+        return sign | (rest >= 0x477ff000 ? special : rest < 0x38800000 ? denormal : normal);
     }
-#endif
 };
+
+template <class T>
+void widen(const typename T::Storage* from, float* to, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) to[i] = T::widen(from[i]);
+}
+template <class T>
+void narrow(const float* from, typename T::Storage* to, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) to[i] = T::narrow(from[i]);
+}
+#if defined(__F16C__)  // which compilers do not find by themselves
+template <>
+inline void widen<Fp16>(const uint16_t* from, float* to, int64_t count) {
+    int64_t i = 0;
+    for (; i + 8 <= count; i += 8) _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(from + i))));
+    for (; i < count; ++i) to[i] = Fp16::widen(from[i]);
+}
+template <>
+inline void narrow<Fp16>(const float* from, uint16_t* to, int64_t count) {
+    int64_t i = 0;
+    for (; i + 8 <= count; i += 8)
+        _mm_storeu_si128((__m128i*)(to + i), _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT));
+    for (; i < count; ++i) to[i] = Fp16::narrow(from[i]);
+}
+#endif
 
 // Calls f with the type of a Float.
 template <class F>
@@ -100,6 +120,48 @@ void quantize(const Quantize& q, const Parallel& parallel) {
         parallel(q.rows, 1 + 32768 / std::max<int64_t>(q.width, 1), [&](int64_t begin, int64_t end) {
             for (int64_t r = begin; r < end; ++r)
                 quantize_row<T>(x + r * q.width, q.width, q.codes + r * q.width, q.scale + r);
+        });
+    });
+}
+
+// x / (1 + exp(-x)); reference.silu says why and how.
+inline float silu(float x) {
+    const float low = 87.0f < x ? 87.0f : x;
+    const float shifted = std::fma(low, -1.44269502162933349609375f, kMagic), n = shifted - kMagic;
+    const float r = std::fma(n, 1.9046542121259336e-09f, std::fma(n, -0.693147182464599609375f, -low));
+    float power = std::fma(0.0013814539415761828f, r, 0.00836874544620514f);
+    power = std::fma(power, r, 0.04166838899254799f);
+    power = std::fma(power, r, 0.1666652113199234f);
+    power = std::fma(power, r, 0.4999999403953552f);
+    power = std::fma(std::fma(power, r, 1.0f), r, 1.0f);
+    const float exponential = as_float(as_bits(power) + (as_bits(shifted) << 23));
+    return x * (1.0f / (1.0f + (x < -87.0f ? INFINITY : exponential)));
+}
+
+constexpr int64_t kChunk = 256;  // channels that stay in the L1 cache as floats
+
+void silu_mul_quantize(const SiluMul& q, const Parallel& parallel) {
+    with_float(q.dtype, [&](auto type) {
+        using T = decltype(type);
+        const auto* x = static_cast<const typename T::Storage*>(q.x);
+        parallel(q.tokens, 1 + 4096 / std::max<int64_t>(q.channels, 1), [&](int64_t begin, int64_t end) {
+            std::vector<typename T::Storage> row(q.channels);
+            for (int64_t t = begin; t < end; ++t) {
+                const auto *gate = x + t * 2 * q.channels, *up = gate + q.channels;
+                for (int64_t i = 0; i < q.channels; i += kChunk) {
+                    const int64_t count = std::min(kChunk, q.channels - i);
+                    float left[kChunk], right[kChunk];
+                    widen<T>(gate + i, left, count), widen<T>(up + i, right, count);
+                    for (int64_t j = 0; j < count; ++j) left[j] = silu(left[j]);
+                    narrow<T>(left, row.data() + i, count), widen<T>(row.data() + i, left, count);
+                    for (int64_t j = 0; j < count; ++j) left[j] *= right[j];
+                    narrow<T>(left, row.data() + i, count);
+                }
+                for (int64_t i = 0; i < q.channels; i += q.width) {
+                    const int64_t at = t * q.channels + i;
+                    quantize_row<T>(row.data() + i, q.width, q.codes + at, q.scale + at / q.width);
+                }
+            }
         });
     });
 }
@@ -297,14 +359,14 @@ bool supported() {
     return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 #elif defined(__AVXVNNI__)
-    return __builtin_cpu_supports("avxvnni") && __builtin_cpu_supports("f16c");
+    return __builtin_cpu_supports("avxvnni") && __builtin_cpu_supports("f16c") && __builtin_cpu_supports("fma");
 #elif defined(__AVX2__)
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c") && __builtin_cpu_supports("fma");
 #else
     return true;
 #endif
 }
 
-extern const Level level{W8A8_STRING(W8A8_LEVEL), supported, quantize, gemm};
+extern const Level level{W8A8_STRING(W8A8_LEVEL), supported, quantize, silu_mul_quantize, gemm};
 
 }  // namespace w8a8::cpu::W8A8_LEVEL

@@ -34,6 +34,14 @@ struct Quantize {
     float* scale;   // [rows]
 };
 
+struct SiluMul {
+    const void* x;  // [tokens, 2 * channels], contiguous: gate, then up
+    Float dtype;
+    int64_t tokens, channels, width;  // width divides channels: what shares a scale
+    int8_t* codes;  // [tokens, channels]
+    float* scale;   // [tokens, channels / width]
+};
+
 struct Gemm {
     int64_t m, n, groups, width;  // K = groups * width
     const int8_t* a;              // [M, K]
@@ -53,6 +61,7 @@ struct Level {
     const char* name;
     bool (*supported)();
     void (*quantize)(const Quantize&, const Parallel&);
+    void (*silu_mul_quantize)(const SiluMul&, const Parallel&);
     void (*gemm)(const Gemm&, const Parallel&);
 };
 

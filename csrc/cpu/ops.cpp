@@ -68,6 +68,19 @@ std::tuple<Tensor, Tensor> quantize_activations(Tensor x, int64_t group_size) {
     return {codes, scale};
 }
 
+std::tuple<Tensor, Tensor> silu_mul_quantize(Tensor x, int64_t group_size) {
+    STD_TORCH_CHECK(x.dim() == 2 && group_size > 0 && x.size(1) % (2 * group_size) == 0,
+                    "silu_mul_quantize: x must be [M, 2 K] with K a multiple of group_size");
+    const int64_t m = x.size(0), k = x.size(1) / 2;
+    x = torch::stable::contiguous(x);
+    Tensor codes = torch::stable::new_empty(x, {m, k}, ScalarType::Char);
+    Tensor scale = torch::stable::new_empty(x, {m, k / group_size}, ScalarType::Float);
+    active->silu_mul_quantize({x.const_data_ptr(), float_of(x.scalar_type()), m, k, group_size,
+                               (int8_t*)codes.mutable_data_ptr(), (float*)scale.mutable_data_ptr()},
+                              torch_threads());
+    return {codes, scale};
+}
+
 // constant_b speaks of work still under way on a device: here there is none.
 Tensor scaled_mm(Tensor a, Tensor b, Tensor a_scale, Tensor b_scale, ScalarType out_dtype, std::optional<Tensor> bias,
                  bool /* constant_b */) {
@@ -119,6 +132,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(w8a8_bismooth, m) { m.def("_cpu_level(str name) ->
 STABLE_TORCH_LIBRARY_IMPL(w8a8_bismooth, CompositeExplicitAutograd, m) { m.impl("_cpu_level", TORCH_BOX(&level)); }
 STABLE_TORCH_LIBRARY_IMPL(w8a8_bismooth, CPU, m) {
     m.impl("quantize_activations", TORCH_BOX(&quantize_activations));
+    m.impl("silu_mul_quantize", TORCH_BOX(&silu_mul_quantize));
     m.impl("scaled_mm", TORCH_BOX(&scaled_mm));
 }
 

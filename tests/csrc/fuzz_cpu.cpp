@@ -136,11 +136,46 @@ void fuzz_quantize(const Level* level) {
     }
 }
 
+// Within the rounding of the quantization, of silu and of the product; the bits are compared in Python.
+void fuzz_silu_mul(const Level* level) {
+    SiluMul q{};
+    const int64_t groups = pick(1, 3);
+    q.dtype = pick(0, 1) ? Float::fp32 : Float::bf16;
+    q.tokens = pick(0, 20), q.width = pick(1, 300), q.channels = groups * q.width;
+    const int size = q.dtype == Float::fp32 ? 4 : 2;
+    std::vector<uint8_t> x(q.tokens * 2 * q.channels * size);
+    std::vector<double> y(q.tokens * q.channels);
+    for (int64_t t = 0; t < q.tokens; ++t)
+        for (int64_t c = 0; c < q.channels; ++c) {
+            double value[2];
+            for (int side : {0, 1}) {
+                const float drawn = real(4);
+                uint32_t bits;
+                std::memcpy(&bits, &drawn, 4);
+                if (q.dtype == Float::bf16) bits >>= 16;
+                std::memcpy(x.data() + ((2 * t + side) * q.channels + c) * size, &bits, size);
+                value[side] = widen(q.dtype, bits);
+            }
+            y[t * q.channels + c] = value[0] / (1 + std::exp(-value[0])) * value[1];
+        }
+    std::vector<int8_t> codes(q.tokens * q.channels);
+    std::vector<float> scale(q.tokens * groups);
+    q.x = x.data(), q.codes = codes.data(), q.scale = scale.data();
+    level->silu_mul_quantize(q, three_threads);
+    const double epsilon = q.dtype == Float::fp32 ? 1e-6 : 0.01;
+    for (size_t i = 0; i < y.size(); ++i) {
+        const double step = scale[i / q.width];
+        if (!(std::fabs(codes[i] * step - y[i]) <= 0.501 * step + epsilon * std::fabs(y[i]) + 1e-12))
+            fail(level, "silu", i, codes[i] * step, y[i]);
+    }
+}
+
 int main(int, char** arguments) {
     rng.seed(std::atoll(arguments[1]));
     for (const Level* level : kLevels)
         if (level->supported()) {
-            for (int round = std::atoi(arguments[2]); round > 0; --round) fuzz_gemm(level), fuzz_quantize(level);
+            for (int round = std::atoi(arguments[2]); round > 0; --round)
+                fuzz_gemm(level), fuzz_quantize(level), fuzz_silu_mul(level);
             std::printf("%s\n", level->name);
         }
 }

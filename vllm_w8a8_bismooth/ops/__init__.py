@@ -16,6 +16,7 @@ from vllm_w8a8_bismooth.ops.packing import pack_weight, unpack_weight
 
 __all__ = [
     "ACTIVATIONS",
+    "cpu_level",
     "experts",
     "has_kernel",
     "linear",
@@ -93,9 +94,14 @@ def _load_kernels() -> None:
 _load_kernels()
 
 
-def has_kernel(device_type: str) -> bool:
-    """Whether a compiled kernel, rather than the reference, multiplies on this device (``cpu``, ``cuda``)."""
-    return torch._C._dispatch_has_kernel_for_dispatch_key("w8a8_bismooth::scaled_mm", device_type.upper())
+def has_kernel(device_type: str, op: str = "scaled_mm") -> bool:
+    """Whether a compiled kernel, rather than the reference, does this on this device (``cpu``, ``cuda``)."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"w8a8_bismooth::{op}", device_type.upper())
+
+
+def cpu_level() -> str:
+    """Which instructions the compiled CPU kernels use here: ``amx``, ``avx512_vnni``, ``avx_vnni``, ``avx2``, ..."""
+    return torch.ops.w8a8_bismooth._cpu_level("")
 
 
 def unsupported(rows: int, columns: int, groups: int, device: torch.device) -> str:

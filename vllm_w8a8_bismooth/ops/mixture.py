@@ -4,14 +4,26 @@ from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
-from torch.nn.functional import gelu, silu
+from torch.nn.functional import gelu
 
-ACTIVATIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "silu": silu,
-    "gelu": gelu,
-    "gelu_tanh": partial(gelu, approximate="tanh"),
+Quantized = tuple[torch.Tensor, torch.Tensor]
+
+
+def _silu(inner: torch.Tensor) -> Quantized:
+    return torch.ops.w8a8_bismooth.silu_mul_quantize(inner, inner.shape[1] // 2)
+
+
+def _gelu(inner: torch.Tensor, approximate: str) -> Quantized:
+    gate, up = inner.chunk(2, dim=1)
+    return torch.ops.w8a8_bismooth.quantize_activations(gelu(gate, approximate=approximate) * up, up.shape[1])
+
+
+ACTIVATIONS: Mapping[str, Callable[[torch.Tensor], Quantized]] = {
+    "silu": _silu,
+    "gelu": partial(_gelu, approximate="none"),
+    "gelu_tanh": partial(_gelu, approximate="tanh"),
 }
-"""vLLM's names of the functions that the gate goes through."""
+"""vLLM's names of the functions that the gate goes through -> ``[M, 2 I]``, gate then up, to codes and scales."""
 
 
 def experts(
@@ -26,13 +38,13 @@ def experts(
 ) -> torch.Tensor:
     """The sum over a token's experts of ``share * down(activation(gate(x)) * up(x))``.
 
-    Every expert is two W8A8 linears, per-channel and per token. Roundings are those of a dense MLP in vLLM, and of
-    ``silu_mul_quantize`` but for the last bit of an exponential: gate and up, the activation, and its product with up
-    are rounded to x's dtype. What down makes stays fp32, also in the sum, whose terms are added in the order of the
-    experts' numbers; the sum is rounded to x's dtype. Each token is quantized once, whoever reads it.
+    Every expert is two W8A8 linears, per-channel and per token. Roundings are those of a dense MLP, see
+    ``silu_mul_quantize``: gate and up, the activation, and its product with up are rounded to x's dtype. What down
+    makes stays fp32, also in the sum, whose terms are added in the order of the experts' numbers; the sum is rounded to
+    x's dtype. Each token is quantized once, whoever reads it.
 
     So a token's result depends neither on the other tokens nor on the order in which it names its experts. (That of
-    torch's GELU, and of its SiLU in fp32, may differ in the last bit with a value's place in the batch.)
+    torch's GELU may differ in the last bit with a value's place in the batch.)
 
     Args:
         x: ``[T, H]`` float.
@@ -47,9 +59,8 @@ def experts(
     Returns:
         ``[T, H]`` in x's dtype.
     """
-    quantize, multiply = torch.ops.w8a8_bismooth.quantize_activations, torch.ops.w8a8_bismooth.scaled_mm
-    function = ACTIVATIONS[activation]
-    codes, scale = quantize(x, x.shape[1])
+    multiply = torch.ops.w8a8_bismooth.scaled_mm
+    codes, scale = torch.ops.w8a8_bismooth.quantize_activations(x, x.shape[1])
     flat = chosen.flatten()
     order = flat.argsort(stable=True)
     tokens, shares = order // chosen.shape[1], shares.float().flatten()[order, None]
@@ -61,9 +72,7 @@ def experts(
         mine = slice(done, done + load)
         rows = tokens[mine]
         inner = multiply(codes[rows], w13[expert], scale[rows], w13_scale[expert], x.dtype, None, True)
-        gate, up = inner.chunk(2, dim=1)
-        inner = function(gate) * up
-        inner_codes, inner_scale = quantize(inner, inner.shape[1])
+        inner_codes, inner_scale = ACTIVATIONS[activation](inner)
         product = multiply(inner_codes, w2[expert], inner_scale, w2_scale[expert], torch.float32, None, True)
         out.index_add_(0, rows, product.mul_(shares[mine]))
         done += load

@@ -1,6 +1,7 @@
 """How vLLM meets our checkpoints: compressed-tensors' own config with one more scheme."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from vllm.model_executor.layers.quantization.compressed_tensors.schemes import C
 from vllm.platforms import current_platform
 
 from vllm_w8a8_bismooth import FORMAT, MARKER, ops
-from vllm_w8a8_bismooth.serving import moe
+from vllm_w8a8_bismooth.serving import guard, moe
 from vllm_w8a8_bismooth.serving.scheme import W8A8Scheme
 
 logger = init_logger("vllm.w8a8_bismooth")
@@ -42,6 +43,28 @@ class BiSmoothConfig(CompressedTensorsConfig):
         marked = user_quant in (None, NAME) and MARKER in hf_quant_cfg
         return NAME if asked or marked else None
 
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "BiSmoothConfig":
+        """From a raw ``quantization_config``.
+
+        Raises:
+            ValueError: see :func:`guard.check_patterns`; or compressed-tensors does not understand the config.
+        """
+        guard.check_patterns(config)
+        parsed = super().from_config(config)
+        parsed.marked = MARKER in config
+        return parsed
+
+    def maybe_update_config(self, model_name: str, *args: Any, **kwargs: Any) -> None:
+        """Check the files of our own checkpoints; vLLM calls this once, before its workers load anything.
+
+        Raises:
+            ValueError: see :func:`guard.check_files`.
+        """
+        super().maybe_update_config(model_name, *args, **kwargs)
+        if self.marked:
+            guard.check_files(Path(model_name))
+
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """:func:`moe.method_of` has the first word on experts."""
         ours = moe.method_of(self, layer, prefix) if isinstance(layer, RoutedExperts) else None
@@ -55,20 +78,18 @@ class BiSmoothConfig(CompressedTensorsConfig):
         if plain and _is_int8(weight_quant, dynamic=False) and _is_int8(input_quant, dynamic=True):
             strategies = (weight_quant.strategy, input_quant.strategy)
             if strategies == (CHANNEL, TOKEN):
-                if reason := _reason_for_stock():
+                if reason := reason_for_stock():
                     logger.info_once("w8a8_bismooth: per-channel linears run on vLLM's own kernel, because %s", reason)
                 else:
-                    return W8A8Scheme(weight_group_size=None, activation_group_size=None)
+                    return W8A8Scheme(None, None, self.packed_modules_mapping)
             if strategies == (GROUP, TOKEN):
-                return W8A8Scheme(weight_group_size=weight_quant.group_size, activation_group_size=None)
+                return W8A8Scheme(weight_quant.group_size, None, self.packed_modules_mapping)
             if strategies == (GROUP, GROUP) and weight_quant.group_size == input_quant.group_size:
-                return W8A8Scheme(
-                    weight_group_size=weight_quant.group_size, activation_group_size=input_quant.group_size
-                )
+                return W8A8Scheme(weight_quant.group_size, input_quant.group_size, self.packed_modules_mapping)
         return super()._get_scheme_from_parts(weight_quant, input_quant, *args, **kwargs)
 
 
-def _reason_for_stock() -> str | None:
+def reason_for_stock() -> str | None:
     """Why vLLM's own kernel, which is faster than the torch reference, should serve per-channel linears, if it should.
 
     Not on CUDA of compute capability 10 and above, for which vLLM picks an INT8 kernel that fails (vLLM issue 54311).

@@ -1,6 +1,9 @@
 """W8A8 linears in vLLM: parameters that its loader can shard, and a forward on our ops."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from vllm.logger import init_logger
@@ -9,8 +12,11 @@ from vllm.model_executor.layers.quantization.utils import replace_parameter
 from vllm.model_executor.parameter import ChannelQuantScaleParameter, GroupQuantScaleParameter, ModelWeightParameter
 
 from vllm_w8a8_bismooth import ops
+from vllm_w8a8_bismooth.serving import fusion
 
 logger = init_logger("vllm.w8a8_bismooth")
+
+_QKV = {"q": 0, "k": 1, "v": 2}  # how vLLM's loader calls the parts of a merged attention projection
 
 
 class W8A8Scheme(CompressedTensorsScheme):
@@ -19,11 +25,18 @@ class W8A8Scheme(CompressedTensorsScheme):
     Args:
         weight_group_size: columns that share a weight scale; ``None`` is per-channel.
         activation_group_size: channels that share an activation scale; ``None`` is per token.
+        fused: last part of a merged linear's name -> of its parts as the checkpoint has them, for messages.
     """
 
-    def __init__(self, weight_group_size: int | None, activation_group_size: int | None):
+    def __init__(
+        self,
+        weight_group_size: int | None,
+        activation_group_size: int | None,
+        fused: Mapping[str, Sequence[str]] = MappingProxyType({}),
+    ):
         self.weight_group_size = weight_group_size
         self.activation_group_size = activation_group_size
+        self._fused = fused
 
     @classmethod
     def get_min_capability(cls) -> int:
@@ -45,6 +58,7 @@ class W8A8Scheme(CompressedTensorsScheme):
         """
         rows, columns = sum(output_partition_sizes), input_size_per_partition
         layer.logical_widths = output_partition_sizes
+        weight_loader = self._checking(weight_loader, layer)
         weight = torch.empty(rows, columns, dtype=torch.int8)
         layer.register_parameter(
             "weight", ModelWeightParameter(data=weight, input_dim=1, output_dim=0, weight_loader=weight_loader)
@@ -84,9 +98,11 @@ class W8A8Scheme(CompressedTensorsScheme):
             "per-channel" if self.weight_group_size is None else f"per-group ({self.weight_group_size})",
             f"the {device} kernel" if compiled else "the torch reference",
         )
-        if not bool(scale.isfinite().all()):
+        if len(bad := (~scale.isfinite()).any(dim=1).nonzero()):
+            ends = torch.tensor(layer.logical_widths).cumsum(0)
+            part = int(torch.searchsorted(ends, int(bad[0]), right=True))
             raise ValueError(
-                f"{getattr(layer, 'prefix', 'linear')}.weight_scale holds values that are missing or not finite; "
+                f"{self._stored_name(layer, 'weight_scale', part)} holds values that are missing or not finite; "
                 "the checkpoint is incomplete or corrupt, convert it again"
             )
         if compiled:
@@ -101,10 +117,60 @@ class W8A8Scheme(CompressedTensorsScheme):
             if device == "cpu":
                 packed = ops.pack_weight(weight, groups=scale.shape[1])
                 replace_parameter(layer, "weight", torch.nn.Parameter(packed, requires_grad=False))
+        fusion.accept_quantized(layer, self.activation_group_size)
 
-    def apply_weights(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """``[..., K]`` to ``[..., N]`` in x's dtype."""
-        return ops.linear(x, layer.weight, layer.weight_scale, self.activation_group_size or x.shape[-1], bias)
+    def apply_weights(
+        self, layer: torch.nn.Module, x: "torch.Tensor | fusion.QuantizedActivation", bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """``[..., K]``, in floats or quantized by what precedes the layer, to ``[..., N]`` in the floats' dtype."""
+        if (given := fusion.as_quantized(layer, x)) is None:
+            return ops.linear(x, layer.weight, layer.weight_scale, self.activation_group_size or x.shape[-1], bias)
+        codes, scale = given.data.flatten(0, -2), given.scale.flatten(0, -2)
+        out = ops.scaled_mm(codes, layer.weight, scale, layer.weight_scale, given.orig_dtype, bias, constant_b=True)
+        return out.view(*given.orig_shape[:-1], out.shape[1])
+
+    def _checking(self, weight_loader: Callable, layer: torch.nn.Module) -> Callable:
+        """The same loader for tensors of the right shape only; others raise a ValueError that names them.
+
+        vLLM's own takes the part of a larger tensor that it has room for, and otherwise fails a bare assertion.
+        """
+
+        @functools.wraps(weight_loader)
+        def load(parameter: torch.Tensor, loaded: torch.Tensor, *shard, **more) -> None:
+            own = next(name for name, known in layer.named_parameters() if known is parameter)
+            part = next(iter((*shard, *more.values())), None)
+            rows = _rows(layer, part)
+            groups = 1 if self.weight_group_size is None else layer.input_size // self.weight_group_size
+            expected = [rows, groups if own == "weight_scale" else layer.input_size]
+            if rows is not None and list(loaded.shape) != expected:
+                raise ValueError(
+                    f"{self._stored_name(layer, own, part)} has shape {list(loaded.shape)}, but config.json makes it "
+                    f"{expected}; they are not of one model, convert it again"
+                )
+            return weight_loader(parameter, loaded, *shard, **more)
+
+        return load
+
+    def _stored_name(self, layer: torch.nn.Module, parameter: str, part: int | str | None) -> str:
+        """What the checkpoint calls a parameter, or that part of a merged one."""
+        module, _, last = getattr(layer, "prefix", "linear").rpartition(".")
+        parts = self._fused.get(last, ())
+        index = _QKV.get(part, part)
+        if isinstance(index, int) and index < len(parts):
+            last = parts[index]
+        return f"{module}.{last}.{parameter}"
+
+
+def _rows(layer: torch.nn.Module, part: Any) -> int | None:
+    """Rows that the checkpoint has of a vLLM linear, or of that part of it; ``None`` for several parts at once."""
+    sizes = getattr(layer, "output_sizes", [layer.output_size])
+    if hasattr(layer, "total_num_kv_heads"):  # whose output_sizes count each replica of a key or value head
+        heads = (layer.total_num_heads, layer.total_num_kv_heads, layer.total_num_kv_heads)
+        sizes = [n * size for n, size in zip(heads, (layer.head_size, layer.head_size, layer.v_head_size), strict=True)]
+    if part is None:
+        return sum(sizes)
+    index = _QKV.get(part, part)
+    return sizes[index] if isinstance(index, int) else None
 
 
 def _unset(*shape: int) -> torch.Tensor:

