@@ -50,13 +50,11 @@ def log_probabilities(model: Path, windows: np.ndarray, log: Path) -> np.ndarray
         return np.load(output)
 
 
-def start(model: str, length: int, quantization: str | None = None):
-    """An engine in this process that can score windows of ``length`` tokens; ``quantization`` as vLLM's flag."""
+def start(model: str, length: int, **options):
+    """An engine in this process that can score windows of ``length`` tokens."""
     from vllm import LLM
 
-    return LLM(
-        model,
-        quantization=quantization,
+    settings = dict(
         max_logprobs=-1,
         enforce_eager=True,
         max_model_len=length + 1,
@@ -65,6 +63,7 @@ def start(model: str, length: int, quantization: str | None = None):
         disable_log_stats=True,
         dtype="bfloat16",
     )
+    return LLM(model, **settings | options)
 
 
 def score(engine, windows: np.ndarray) -> np.ndarray:

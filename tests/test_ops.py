@@ -202,6 +202,46 @@ def test_opcheck(m):
         (a, b, a_scale, b_scale.t().contiguous().t(), torch.float32, None, True),
     ):
         torch.library.opcheck(torch.ops.w8a8_bismooth.scaled_mm.default, arguments)
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.library.opcheck(torch.ops.w8a8_bismooth.experts.default, mixture(dtype))
+
+
+def mixture(dtype: torch.dtype) -> tuple:
+    """Four experts, two of them for each of three tokens; the last is idle, and one lives elsewhere."""
+    w13, w2 = (torch.randint(-127, 128, shape, dtype=torch.int8) for shape in ((4, 96, 64), (4, 64, 48)))
+    scales = torch.full((4, 96, 1), 1e-3), torch.full((4, 64, 1), 1e-3)
+    chosen = torch.tensor([[0, 2], [2, 1], [-1, 0]])
+    return torch.randn(3, 64).to(dtype), torch.rand(3, 2), chosen, w13, scales[0], w2, scales[1], "silu"
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "message"),
+    [
+        (0, torch.randn(3, 32), r"x \[3, 32\]"),
+        (1, torch.rand(3, 1), r"shares \[3, 1\]"),
+        (2, torch.zeros(2, 2, dtype=torch.long), r"chosen \[2, 2\]"),
+        (4, torch.ones(4, 96, 2), r"w13_scale \[4, 96, 2\]"),
+        (6, torch.ones(4, 64, 3), r"w2_scale \[4, 64, 3\]"),
+        (7, "relu", "activation = 'relu' is unknown; expected one of silu"),
+    ],
+)
+def test_experts_that_do_not_fit_together(argument, value, message):
+    arguments = list(mixture(torch.float32))
+    assert ops.experts(*arguments).shape == (3, 64)
+    arguments[argument] = value
+    with pytest.raises(ValueError, match=message):
+        ops.experts(*arguments)
+
+
+def test_experts_compile_for_any_number_of_tokens():
+    """In one graph: which experts work is only known to the operation."""
+    counter = CompileCounter()
+    compiled = torch.compile(ops.experts, backend=counter, fullgraph=True, dynamic=True)
+    x, shares, chosen, *rest = mixture(torch.bfloat16)
+    for times in (1, 3):
+        arguments = (x.repeat(times, 1), shares.repeat(times, 1), chosen.repeat(times, 1), *rest)
+        assert torch.equal(compiled(*arguments), ops.experts(*arguments))
+    assert counter.frame_count == 1
 
 
 @pytest.mark.parametrize("m", [5, 1])

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounter
 
 from benchmarks.testbed import PYTHON
-from tests import others
-from tests.engines import run
+from tests import engines, others
 from vllm_w8a8_bismooth import ops, register
 
 CONFIGS = json.loads((others.DATA / "configs.json").read_text())
@@ -206,10 +205,17 @@ def test_ranks_of_a_static_linear_add_up(on_rank):
 def answers(folder: Path, windows: np.ndarray, checkpoints: list[Path]) -> list[tuple[np.ndarray, np.ndarray]]:
     """Log-probabilities of stock vLLM and of ours for each, all in one process."""
     flags = ("compressed-tensors", "w8a8_bismooth")
-    found = run(folder, windows, [f"{path}@{flag}" for path in checkpoints for flag in flags])
-    for (answer, _), flag in zip(found, flags * len(checkpoints), strict=True):
-        assert answer["quantization"] == flag and bool(answer["schemes"]) == (flag == "w8a8_bismooth")
-    scores = [score for _, score in found]
+    requests = {
+        f"{path.name}-{flag}": {"model": path, "options": {"quantization": flag}}
+        for path in checkpoints
+        for flag in flags
+    }
+    found, log = engines.run(folder, windows, requests)
+    assert found.keys() == requests.keys(), log[-3000:]
+    for name, answer in found.items():
+        flag = requests[name]["options"]["quantization"]
+        assert answer.get("quantization") == flag and bool(answer["schemes"]) == (flag == "w8a8_bismooth"), answer
+    scores = [answer["logprobs"] for answer in found.values()]
     return list(zip(scores[::2], scores[1::2], strict=True))
 
 

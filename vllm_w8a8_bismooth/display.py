@@ -351,7 +351,7 @@ def diagnosis(console, found) -> None:
     section("environment", found.environment)
     if found.serving is not None:
         section("vLLM", {name: found.serving[name] for name in ("platform", "device", "capability", "registered")})
-        section("layers", {kind: f"{kernel} ({why})" for kind, (kernel, why) in found.serving["layers"].items()})
+        section("layers", {kind: f"{kernel} ({why})" for kind, (kernel, why, _) in found.serving["layers"].items()})
     for problem in found.problems:
         console.print("[red]Problem:[/red] ", end="")
         console.print(f"{problem}.", markup=False, highlight=False)

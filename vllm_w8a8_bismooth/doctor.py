@@ -125,6 +125,6 @@ def _ask_vllm(found: Diagnosis) -> None:
         found.problems.append(f"the plugin does not fit this vLLM ({found.serving['problem']}); use 0.26 to 0.33")
     elif not found.serving["registered"]:
         found.problems.append("vLLM did not register the plugin; see the problems above")
-    for kind, (kernel, reason) in found.serving["layers"].items():
-        if kernel != "our kernel":
+    for kind, (kernel, reason, fine) in found.serving["layers"].items():
+        if not fine:
             found.problems.append(f"{kind} layers would run on {kernel}: {reason}")

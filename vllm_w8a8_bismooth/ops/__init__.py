@@ -10,11 +10,14 @@ from pathlib import Path
 
 import torch
 
-from vllm_w8a8_bismooth.ops import reference
+from vllm_w8a8_bismooth.ops import mixture, reference
+from vllm_w8a8_bismooth.ops.mixture import ACTIVATIONS
 from vllm_w8a8_bismooth.ops.packing import pack_weight, unpack_weight
 
 __all__ = [
+    "ACTIVATIONS",
     "cpu_level",
+    "experts",
     "has_kernel",
     "linear",
     "pack_weight",
@@ -38,6 +41,11 @@ _LIBRARY.define(
     "scaled_mm(Tensor a, Tensor b, Tensor a_scale, Tensor b_scale, ScalarType out_dtype, Tensor? bias=None, "
     "bool constant_b=False) -> Tensor"
 )
+_LIBRARY.define(
+    "experts(Tensor x, Tensor shares, Tensor chosen, Tensor w13, Tensor w13_scale, Tensor w2, Tensor w2_scale, "
+    "str activation) -> Tensor"
+)
+_LIBRARY.impl("experts", mixture.experts, "CompositeExplicitAutograd")
 for _op in ("quantize_activations", "rms_norm_quantize", "silu_mul_quantize", "scaled_mm"):
     _LIBRARY.impl(_op, getattr(reference, _op), "CompositeExplicitAutograd")
 
@@ -65,6 +73,11 @@ def _(x, group_size) -> tuple[torch.Tensor, torch.Tensor]:
 @torch.library.register_fake("w8a8_bismooth::scaled_mm", lib=_LIBRARY)
 def _(a, b, a_scale, b_scale, out_dtype, bias=None, constant_b=False) -> torch.Tensor:
     return a.new_empty((a.shape[0], b_scale.shape[0]), dtype=out_dtype)
+
+
+@torch.library.register_fake("w8a8_bismooth::experts", lib=_LIBRARY)
+def _(x, shares, chosen, w13, w13_scale, w2, w2_scale, activation) -> torch.Tensor:
+    return x.new_empty(x.shape)
 
 
 def _load_kernels() -> None:
@@ -222,3 +235,35 @@ def static_linear(
     scale = input_scale.expand(tokens.shape[0], 1)
     out = scaled_mm(codes, weight, scale, weight_scale, x.dtype, bias, constant_b=True)
     return out.view(*x.shape[:-1], weight_scale.shape[0])
+
+
+def experts(
+    x: torch.Tensor,
+    shares: torch.Tensor,
+    chosen: torch.Tensor,
+    w13: torch.Tensor,
+    w13_scale: torch.Tensor,
+    w2: torch.Tensor,
+    w2_scale: torch.Tensor,
+    activation: str,
+) -> torch.Tensor:
+    """See :func:`mixture.experts`.
+
+    One operation, because how many tokens an expert gets is in the data, which torch.compile cannot trace.
+
+    Raises:
+        ValueError: the shapes do not fit together, or the activation is unknown.
+    """
+    (count, width, _), inner = w2_scale.shape, w13_scale.shape[1] // 2
+    if x.dim() != 2 or x.shape[1] != width or w13_scale.shape != (count, 2 * inner, 1) or w2_scale.shape[2] != 1:
+        raise ValueError(
+            f"x {list(x.shape)}, w13_scale {list(w13_scale.shape)}, w2_scale {list(w2_scale.shape)}: "
+            "expected [T, H], [E, 2 I, 1], [E, H, 1]"
+        )
+    if chosen.dim() != 2 or chosen.shape != shares.shape or chosen.shape[0] != x.shape[0]:
+        raise ValueError(
+            f"x {list(x.shape)}, shares {list(shares.shape)}, chosen {list(chosen.shape)}: expected [T, k]"
+        )
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation = {activation!r} is unknown; expected one of {', '.join(ACTIVATIONS)}")
+    return torch.ops.w8a8_bismooth.experts(x, shares, chosen, w13, w13_scale, w2, w2_scale, activation)

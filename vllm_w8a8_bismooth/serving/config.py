@@ -4,14 +4,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy, QuantizationType
 from vllm.logger import init_logger
+from vllm.model_executor.layers.fused_moe import RoutedExperts
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
 from vllm.model_executor.layers.quantization.compressed_tensors.schemes import CompressedTensorsScheme
 from vllm.platforms import current_platform
 
 from vllm_w8a8_bismooth import FORMAT, MARKER, ops
-from vllm_w8a8_bismooth.serving import guard
+from vllm_w8a8_bismooth.serving import guard, moe
 from vllm_w8a8_bismooth.serving.claim import NAME
 from vllm_w8a8_bismooth.serving.scheme import W8A8Scheme
 
@@ -30,7 +33,7 @@ SERVED = {
 
 
 class BiSmoothConfig(CompressedTensorsConfig):
-    """Symmetric W8A8 linears run on this package's ops; what else there is stays with compressed-tensors."""
+    """Symmetric W8A8 linears and experts run on this package's ops; the rest stays with compressed-tensors."""
 
     def get_name(self) -> str:
         return NAME
@@ -66,6 +69,11 @@ class BiSmoothConfig(CompressedTensorsConfig):
         super().maybe_update_config(model_name, *args, **kwargs)
         if self.marked:
             guard.check_files(Path(model_name))
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        """:func:`moe.method_of` has the first word on experts."""
+        ours = moe.method_of(self, layer, prefix) if isinstance(layer, RoutedExperts) else None
+        return ours or super().get_quant_method(layer, prefix)
 
     def _get_scheme_from_parts(
         self, weight_quant: QuantizationArgs, input_quant: QuantizationArgs, *args: Any, **kwargs: Any

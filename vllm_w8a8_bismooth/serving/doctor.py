@@ -16,7 +16,7 @@ def answer() -> dict[str, Any]:
 
     Returns:
         ``platform`` (``cpu``, ``cuda``, ...), ``device`` (its name), ``capability`` (``9.0``, or ``None``),
-        ``registered``, ``problem`` (why not, or ``None``), and ``layers``, kind of layer -> ``[kernel, reason]``.
+        ``registered``, ``problem`` (why not, or ``None``), and ``layers``, see :func:`_layers`.
     """
     from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
     from vllm.platforms import current_platform
@@ -42,18 +42,20 @@ def answer() -> dict[str, Any]:
     return found
 
 
-def _layers(device: str) -> dict[str, tuple[str, str]]:
+def _layers(device: str) -> dict[str, tuple[str, str, bool]]:
+    """Kind of layer -> its kernel, why that one, and whether it is the one that is meant to serve it."""
     from vllm_w8a8_bismooth import ops
     from vllm_w8a8_bismooth.serving.config import reason_for_stock
 
-    ours = ("our kernel", f"compiled for {device}")
-    reference = ("the torch reference", f"this package was installed without its kernels for {device}: slow")
+    ours = ("our kernel", f"compiled for {device}", True)
+    reference = ("the torch reference", f"this package was installed without its kernels for {device}: slow", False)
     per_group = ours if ops.has_kernel(device) else reference
     refused = ops.has_kernel(device) and ops.unsupported(4096, 4096, groups=32, device=torch.device(device))
     stock = reason_for_stock()
     return {
-        "per-channel": ("vLLM's own kernel", stock) if stock else per_group,
-        "per-group": ("none, refused at load", refused) if refused else per_group,
+        "per-channel": ("vLLM's own kernel", stock, False) if stock else per_group,
+        "per-group": ("none, refused at load", refused, False) if refused else per_group,
+        "experts": per_group if device == "cpu" else ("vLLM's own method", "ours is for CPUs", True),
     }
 
 

@@ -32,6 +32,7 @@ def problems(request: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if claimed != NAME:
         yield "config.json", f"{NAME} does not claim this quantization_config"
     linear = torch.nn.Linear(1, 1, bias=False, device="meta")
+    experts = type("RoutedExperts", (torch.nn.Module,), {})()  # all that vLLM matches of them is this name
     for method in request["methods"]:
         try:
             config = get_quantization_config(method).from_config(copy.deepcopy(request["config"]))
@@ -39,9 +40,10 @@ def problems(request: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             yield "config.json", f"vLLM's {method} refuses quantization_config ({_text(error)})"
             continue
         config.packed_modules_mapping = request["fused"]
+        config._add_fused_moe_to_target_scheme_map()
         for name in (*request["linears"], *request["float"]):
             try:
-                scheme = config.get_scheme(linear, name)
+                scheme = config.get_scheme(experts if ".experts." in name else linear, name)
             except Exception as error:
                 yield name, f"vLLM's {method} has no scheme for it ({_text(error)})"
                 continue
