@@ -1,4 +1,4 @@
-.PHONY: demo test clean
+.PHONY: demo test soak clean
 
 demo: .venv/ready
 	.venv/bin/python -m benchmarks.demo
@@ -7,6 +7,9 @@ test: .venv/ready
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/python -m pytest
+
+soak: .venv/ready
+	.venv/bin/python -m benchmarks.soak --json benchmarks/results/soak-cpu.json
 
 .venv/ready: pyproject.toml setup.py .ci/setup .ci/vllm-metadata/pyproject.toml $(shell find csrc -type f)
 	.ci/setup

@@ -39,6 +39,7 @@ def with_scaled_cache(folder: Path, source: Path) -> Path:
     }
     shard = folder / "model.safetensors"
     save_file(load_file(shard) | scales, shard, metadata={"format": "pt"})
+    (folder / "report.json").unlink()  # which notes the shard's hash
     return folder
 
 
