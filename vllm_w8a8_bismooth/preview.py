@@ -5,10 +5,11 @@ from pathlib import Path
 
 from vllm_w8a8_bismooth import calibrate, perturb
 from vllm_w8a8_bismooth.checkpoint import Folder
-from vllm_w8a8_bismooth.convert import done_before, prepare
+from vllm_w8a8_bismooth.convert import prepare
 from vllm_w8a8_bismooth.journal import Journal
 from vllm_w8a8_bismooth.plan import Plan, check_space, free_space, full_names, needs
 from vllm_w8a8_bismooth.recipe import Recipe
+from vllm_w8a8_bismooth.stages import done_before
 from vllm_w8a8_bismooth.writer import split
 
 
