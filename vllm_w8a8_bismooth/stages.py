@@ -1,6 +1,6 @@
 """The stages of a conversion, block after block: choose granularity, calibrate, smooth, quantize, write."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from vllm_w8a8_bismooth.quantize import Threads, quantize_folded
 from vllm_w8a8_bismooth.recipe import Recipe
 from vllm_w8a8_bismooth.smooth import Smoothing, smooth_block
 from vllm_w8a8_bismooth.source import Source
-from vllm_w8a8_bismooth.writer import ShardWriter
+from vllm_w8a8_bismooth.writer import PARTIAL, WHOLE, ShardWriter
 
 _OUTSIDE, _GRANULARITY = "outside", "granularity"
 
@@ -42,6 +42,7 @@ class Preparation:
         ignored: per block, the linears that stay in float.
         tokens: int64 ``[windows, length]`` for calibration; ``None`` is data-free.
         identity: what an unfinished run must have in common with this one to be continued.
+        part: the blocks to convert, if the result is to be a part of a checkpoint; ``None`` is all, and the whole.
         reused: the destination already holds the result; then ``named``, ``ignored`` and ``tokens`` are not known.
     """
 
@@ -53,7 +54,22 @@ class Preparation:
     ignored: list[set[str]]
     tokens: torch.Tensor | None
     identity: dict[str, Any]
+    part: range | None = None
     reused: bool = False
+
+    @property
+    def blocks(self) -> range:
+        """The blocks to convert."""
+        return range(len(self.source.layers)) if self.part is None else self.part
+
+    def within(self, names: Sequence[set[str]]) -> list[set[str]]:
+        """Linears of each block, without those of blocks that are not to be converted."""
+        return [chosen if index in self.blocks else set() for index, chosen in enumerate(names)]
+
+    @property
+    def stem(self) -> str:
+        """What the names of the shards begin with."""
+        return WHOLE if self.part is None else PARTIAL
 
 
 class Stages:
@@ -61,7 +77,7 @@ class Stages:
 
     def __init__(self, ready: Preparation, progress: Progress):
         self.source, self.recipe, self.device, self.progress = ready.source, ready.recipe, ready.device, progress
-        self.tokens, self.ignored = ready.tokens, ready.ignored
+        self.tokens, self.ignored, self.chosen = ready.tokens, ready.ignored, ready.blocks
 
     def granularity(self, diary: Journal) -> list[set[str]]:
         """Per block, the linears that get per-group scales because weights, or measured errors, call for them."""
@@ -75,11 +91,11 @@ class Stages:
 
     def vulnerable(self) -> list[list[str]]:
         """Per block, the linears whose weights INT8 would lose."""
-        known = []
-        for index, measured in analyze.blocks(self.source, self.device):
+        known: list[list[str]] = [[] for _ in self.source.layers]
+        for done, (index, measured) in enumerate(analyze.blocks(self.source, self.device, chosen=self.chosen), 1):
             errors = {linear: measure.column_error for linear, measure in measured.items()}
-            known.append(sorted(analyze.vulnerable(errors, self.source.layers[index]) - self.ignored[index]))
-            self.progress("analyze", index + 1, len(self.source.layers), 0)
+            known[index] = sorted(analyze.vulnerable(errors, self.source.layers[index]) - self.ignored[index])
+            self.progress("analyze", done, len(self.chosen), 0)
         return known
 
     def worth(self, diary: Journal) -> list[list[str]]:
@@ -88,7 +104,7 @@ class Stages:
         group_size = self.recipe.group_size
         variants = {perturb.CHANNEL: perturb.Variant(), perturb.GROUP: perturb.Variant(group_size=group_size)}
         activity = self.activity(diary, first)
-        with self.reader(first) as reader, Threads() as threads:
+        with self.reader(range(first, len(source.layers))) as reader, Threads() as threads:
             for index in range(first, len(source.layers)):
                 block = _Lent(reader, BLOCK.format(index), source.blocks[index], self.device)
                 hidden = perturb.sample(activity)
@@ -108,10 +124,7 @@ class Stages:
 
     def measured(self, diary: Journal) -> Iterator[dict[str, dict[str, float]]]:
         """What quantization does to the units of each block, as far as an earlier pass got."""
-        for index in range(len(self.source.layers)):
-            if (errors := diary.record(_measured(index))) is None:
-                return
-            yield errors
+        return _records(diary, map(_measured, range(len(self.source.layers))))
 
     def evidence(self, diary: Journal) -> list[perturb.Evidence]:
         """What was measured of every unit and made of it. Empty where granularity is not chosen by it."""
@@ -130,8 +143,8 @@ class Stages:
         Raises:
             BismoothError: its state behind an earlier run's last block is gone.
         """
-        source, last = self.source, len(self.source.layers) - 1
-        if self.recipe.smoothing is None or diary.record(_GRANULARITY) is not None or first > last:
+        source = self.source
+        if self.recipe.smoothing is None or diary.record(_GRANULARITY) is not None or first == self.chosen.stop:
             return None
         if self.tokens is None:
             activity = Prior(source, self.device)
@@ -151,34 +164,52 @@ class Stages:
             )
         return state
 
-    def reader(self, first: int) -> ReadAhead:
-        """Reads the blocks from ``first`` on."""
+    def reader(self, blocks: range) -> ReadAhead:
+        """Reads these blocks."""
         source = self.source
-        names = [BLOCK.format(i) + name for i in range(first, len(source.layers)) for name in source.blocks[i]]
+        names = [BLOCK.format(i) + name for i in blocks for name in source.blocks[i]]
         return ReadAhead(source.checkpoint, names, source.block_nbytes() + AHEAD)
 
+    def carried(self, diary: Journal) -> dict[str, str]:
+        """Carry activations through the blocks before a part, which other parts hold; returns their checksums."""
+        before = range(self.chosen.start if self.recipe.smoothing else 0)
+        records = list(_records(diary, map(_carried, before)))
+        first = len(records)
+        if first < len(before):
+            activity = self.activity(diary, first)
+            with self.reader(before[first:]) as reader, Threads() as threads:
+                for index in before[first:]:
+                    block = _Lent(reader, BLOCK.format(index), self.source.blocks[index], self.device)
+                    activity.advance(index, block, threads)
+                    for name in block:
+                        block.drop(name)
+                    records.append({name: reader.digests.pop(name) for name in block.full_names()})
+                    diary.keep(_stream(index), {"hidden": activity.hidden.cpu()})
+                    diary.finish(_carried(index), records[-1])
+                    diary.forget(_stream(index - 1))
+                    self.progress("carry", index + 1, len(before), 0)
+        return {name: digest for record in records for name, digest in record.items()}
+
     def outside(self, diary: Journal, writer: ShardWriter) -> dict[str, str]:
-        """Pass everything outside the blocks through, in pieces; returns the tensors' checksums."""
+        """Pass what is outside the blocks through, in pieces; returns the tensors' checksums."""
         digests = diary.record(_OUTSIDE)
         if digests is None:
             digests = {}
-            for name in self.source.outside:
+            for name in self.source.outside_with(self.chosen):
                 digests[name] = writer.copy_tensor(name, self.source.checkpoint)
             writer.then(partial(diary.finish, _OUTSIDE, digests))
         return digests
 
     def blocks(self, diary: Journal, writer: ShardWriter, plan: Plan) -> Iterator[tuple[int, dict[str, Any]]]:
         """Convert block after block; yields each one's index and record: linears, sites, digests of its tensors."""
-        source = self.source
-        records = []
-        while len(records) < len(source.layers) and (record := diary.record(_unit(len(records)))) is not None:
-            records.append(record)
-            yield len(records) - 1, {**record, "resumed": True}
-        first = len(records)
-        self.progress("convert", first, len(source.layers), writer.written)
+        source, start = self.source, self.chosen.start
+        first = start
+        for first, record in enumerate(_records(diary, map(_unit, self.chosen)), start + 1):
+            yield first - 1, {**record, "resumed": True}
+        self.progress("convert", first - start, len(self.chosen), writer.written)
         activity = self.activity(diary, first)
-        with self.reader(first) as reader, Threads() as threads:
-            for index in range(first, len(source.layers)):
+        with self.reader(range(first, self.chosen.stop)) as reader, Threads() as threads:
+            for index in range(first, self.chosen.stop):
                 block = _Lent(reader, BLOCK.format(index), source.blocks[index], self.device)
                 smoothing = self.smooth(diary, activity, index, block, threads)
                 record = self.convert_block(index, block, smoothing, plan, writer, threads)
@@ -186,7 +217,7 @@ class Stages:
                 writer.then(partial(diary.finish, _unit(index), record))
                 for done in (_unit(index), _stream(index - 1)):  # a run would go on from this block's stream
                     writer.then(partial(diary.forget, done))
-                self.progress("convert", index + 1, len(source.layers), writer.written)
+                self.progress("convert", index + 1 - start, len(self.chosen), writer.written)
                 yield index, record
 
     def smooth(
@@ -307,9 +338,38 @@ def _measured(index: int) -> str:
     return f"measured-{index:05d}"
 
 
-def done_before(diary: Journal, source: Source) -> tuple[list[set[str]] | None, int]:
-    """What an earlier run left: the per-group linears that it chose, ``None`` if it did not, and blocks finished."""
-    known, blocks = diary.record(_GRANULARITY), 0
-    while blocks < len(source.layers) and diary.record(_unit(blocks)) is not None:
-        blocks += 1
-    return None if known is None else [set(names) for names in known], blocks
+def _carried(index: int) -> str:
+    return f"carried-{index:05d}"
+
+
+def _records(diary: Journal, units: Iterable[str]) -> Iterator[Any]:
+    """The records of consecutive units of work, as far as an earlier run got."""
+    for unit in units:
+        if (record := diary.record(unit)) is None:
+            return
+        yield record
+
+
+@dataclass(frozen=True)
+class Done:
+    """What an earlier run left.
+
+    Attributes:
+        grouped: the per-group linears that it chose; ``None`` if it did not.
+        carried: blocks before the part through which it carried activations.
+        blocks: blocks that it finished.
+    """
+
+    grouped: list[set[str]] | None
+    carried: int
+    blocks: int
+
+
+def done_before(diary: Journal, chosen: range) -> Done:
+    """What an earlier run left that was to convert these blocks."""
+    known = diary.record(_GRANULARITY)
+    return Done(
+        None if known is None else [set(names) for names in known],
+        len(list(_records(diary, map(_carried, range(chosen.start))))),
+        len(list(_records(diary, map(_unit, chosen)))),
+    )
