@@ -115,7 +115,7 @@ def deep(tmp_path_factory) -> Path:
     return outliers(tmp_path_factory.mktemp("deep") / "source", num_hidden_layers=6)
 
 
-@settings(max_examples=8)
+@settings(max_examples=6)
 @given(cuts=st.sets(st.integers(1, 5)), shard=st.integers(5, 80), arm=st.sampled_from(["mixed", "data-free"]))
 def test_any_cuts_and_any_shards(deep, tmp_path_factory, cuts, shard, arm):
     folder, recipe = tmp_path_factory.mktemp("cuts"), ARMS[arm][0]
@@ -190,7 +190,7 @@ def test_a_merge_that_fails_anywhere_is_resumed(make_checkpoint, tmp_path, monke
     with monkeypatch.context() as patch:
         counter = Failing(patch, 10**9)
         merge(made, tmp_path / "counted")
-    for last in sorted({1, 2, *range(3, counter.count, max(1, counter.count // 12)), counter.count}):
+    for last in sorted({1, 2, *range(3, counter.count, max(1, counter.count // 7)), counter.count}):
         out = tmp_path / f"out-{last}"
         with monkeypatch.context() as patch:
             Failing(patch, last, once=last % 2 == 0)

@@ -87,7 +87,7 @@ class Part:
         self.identity: dict[str, Any] = content["identity"]
         version = self.identity["versions"]["vllm_w8a8_bismooth"]
         if version != __version__:
-            raise BismoothError(f"{folder}: made by bismooth {version}, and this is {__version__}; use that one here")
+            raise BismoothError(f"{folder}: made by bismooth {version}, and this is {__version__}; merge with that one")
         self.blocks, self.recipe = range(*content["blocks"]), Recipe(**self.identity["recipe"])
         self.provenance: dict[str, Any] = content["provenance"]
         self.outline: dict[str, Any] = {key: content["source"][key] for key in ("files", "headers")}

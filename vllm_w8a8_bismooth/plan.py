@@ -212,7 +212,7 @@ _BYTES_PER_CORE_SECOND = 1.8e8
 _FLOP_PER_CORE_SECOND = 2.8e11
 _BASE_MEMORY = 6e8
 _ROW_BYTES = 4  # of scales
-_CARRIED = 0.25  # of the time of a byte that is converted, for one that only tells of activations
+_CARRIED = 0.25  # of a byte's time if it only tells of activations; measured on blocks of LLaMA 3 8B's size
 
 
 def needs(
