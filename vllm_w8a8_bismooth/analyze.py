@@ -127,18 +127,23 @@ def measure(
 
 
 def blocks(
-    source: Source, device: torch.device, group_size: int | None = None, search: bool = False
+    source: Source,
+    device: torch.device,
+    group_size: int | None = None,
+    search: bool = False,
+    chosen: range | None = None,
 ) -> Iterator[tuple[int, dict[str, Measure]]]:
-    """Measure block after block: index, and linear (by name inside the block) -> :func:`measure` of its weight."""
-    linears = [
-        [name for name in names if layer.linear_of(name)]
-        for names, layer in zip(source.blocks, source.layers, strict=True)
-    ]
-    order = [BLOCK.format(i) + name for i, names in enumerate(linears) for name in names]
+    """Measure block after block: index, and linear (by name inside the block) -> :func:`measure` of its weight.
+
+    ``chosen`` are the blocks; ``None`` is all.
+    """
+    chosen = range(len(source.layers)) if chosen is None else chosen
+    linears = {i: [name for name in source.blocks[i] if source.layers[i].linear_of(name)] for i in chosen}
+    order = [BLOCK.format(i) + name for i, names in linears.items() for name in names]
     # Two of the largest: one is worked on while the next is read.
     budget = 2 * max((source.checkpoint.headers[name].nbytes for name in order), default=0)
     with ReadAhead(source.checkpoint, order, max(AHEAD, budget)) as reader, Threads() as threads:
-        for index, names in enumerate(linears):
+        for index, names in linears.items():
             measured = {}
             for name in names:
                 full = BLOCK.format(index) + name

@@ -414,6 +414,10 @@ class Checkpoint(Headers):
             pass
         return digest.hexdigest()
 
+    def read_fingerprint(self) -> str:
+        """:meth:`fingerprint`, from every tensor read for this purpose."""
+        return self.fingerprint({name: self.digest(name) for name in self.headers})
+
     def fingerprint(self, digests: Mapping[str, str]) -> str:
         """Tells sources apart by everything that the conversion reads: config, tensors, side files, however sharded.
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +21,7 @@ class _Verbs(typer.core.TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            goes_on = "; the same command goes on from there" if ctx.invoked_subcommand == "convert" else ""
+            goes_on = "; the same command goes on from there" if ctx.invoked_subcommand in ("convert", "merge") else ""
             print(f"Interrupted{goes_on}", file=sys.stderr)
             raise typer.Exit(130) from None
 
@@ -47,6 +48,13 @@ def _share(text: str) -> float:
         return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
     except ValueError:
         raise typer.BadParameter(f"{text!r} is no share; write 3% or 0.03") from None
+
+
+def _blocks(text: str) -> slice:
+    """``42:84``, ``:42`` or ``84:``."""
+    if not (match := re.fullmatch(r"(?a:(\d*):(\d*))", text)):
+        raise typer.BadParameter(f"{text!r} are no blocks; write 42:84 for the blocks 42 to 83")
+    return slice(*(int(end) if end else None for end in match.groups()))
 
 
 def _version(asked: bool) -> None:
@@ -139,6 +147,14 @@ def convert(
         ),
     ] = None,
     ignore: Annotated[str | None, typer.Option(metavar="REGEX", help="Linears to leave in the source's dtype.")] = None,
+    blocks: Annotated[
+        slice | None,
+        typer.Option(
+            parser=_blocks,
+            metavar="FIRST:END",
+            help="Convert only these decoder blocks, 0:42 here and 42:84 elsewhere; bismooth merge joins the parts.",
+        ),
+    ] = None,
     device: Annotated[str, typer.Option(help="Where blocks are worked on: cpu, cuda, cuda:1.")] = "cpu",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything and print the plan; write nothing.")
@@ -182,7 +198,7 @@ def convert(
             )
         from vllm_w8a8_bismooth.preview import preview
 
-        plan = preview(folder, destination, recipe, text, device)
+        plan = preview(folder, destination, recipe, text, device, blocks)
         if as_json:
             print(json.dumps(asdict(plan) | {"destination": str(destination)}, indent=2))
         else:
@@ -192,11 +208,47 @@ def convert(
     from vllm_w8a8_bismooth.convert import convert as run
 
     with display.Progress(console) as progress:
-        report = run(folder, destination, recipe, text, device, progress)
+        report = run(folder, destination, recipe, text, device, progress, blocks)
     if as_json:
         print(json.dumps(display.report_json(report), indent=2))
     else:
         display.summary(console, report, recipe)
+
+
+@app.command()
+def merge(
+    destination: Annotated[Path, typer.Argument(metavar="DST", help="Folder to write; it must not exist yet.")],
+    parts: Annotated[
+        list[Path], typer.Argument(metavar="PART...", help="Folders of all parts, as convert --blocks wrote them.")
+    ],
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check that the parts fit together; read no tensors and write nothing.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report, or the plan, as JSON on stdout.")] = False,
+) -> None:
+    """Join the parts of a checkpoint that several machines converted. A merge that was interrupted goes on.
+
+    The result is what one machine would have written, byte for byte. The parts stay as they are.
+    """
+    from rich.console import Console
+
+    from vllm_w8a8_bismooth.merge import merge as run
+    from vllm_w8a8_bismooth.merge import prepare
+
+    ready = prepare(parts, destination)
+    if dry_run:
+        if as_json:
+            print(json.dumps(display.merger_json(ready), indent=2))
+        else:
+            display.merger(Console(soft_wrap=True, highlight=False), ready)
+        return
+    console = Console(stderr=True, soft_wrap=True)
+    with display.Progress(console) as progress:
+        report = run(ready, progress)
+    if as_json:
+        print(json.dumps(display.report_json(report), indent=2))
+    else:
+        display.summary(console, report, ready.recipe)
 
 
 @app.command()

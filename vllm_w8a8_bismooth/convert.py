@@ -1,34 +1,27 @@
-"""The conversion: open and audit -> choose granularity -> per block: calibrate, smooth, quantize, write."""
+"""The conversion: open and audit -> the stages, block after block -> the files beside the weights."""
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from vllm_w8a8_bismooth import __version__, analyze, calibrate, journal, perturb, report
-from vllm_w8a8_bismooth.architectures import BLOCK, inside
-from vllm_w8a8_bismooth.balance import rule_of
-from vllm_w8a8_bismooth.checkpoint import AHEAD, CONFIG, Folder, ReadAhead, read_json
+from vllm_w8a8_bismooth.checkpoint import CONFIG, Folder, read_json
 from vllm_w8a8_bismooth.errors import BismoothError
 from vllm_w8a8_bismooth.journal import Journal, disk_errors, partial_folder
-from vllm_w8a8_bismooth.moments import Moments
-from vllm_w8a8_bismooth.plan import Plan, check_group_size, check_space, chosen_by_name, full_names, ignored_by_name
-from vllm_w8a8_bismooth.prior import Prior
-from vllm_w8a8_bismooth.quantize import Threads, quantize_folded
+from vllm_w8a8_bismooth.part import PART, Part, outline_of
+from vllm_w8a8_bismooth.part import write as write_part
+from vllm_w8a8_bismooth.plan import Plan, blocks_of, check_space, chosen_by_name, full_names, ignored_by_name, span
 from vllm_w8a8_bismooth.recipe import Recipe
-from vllm_w8a8_bismooth.smooth import Smoothing, smooth_block
 from vllm_w8a8_bismooth.source import Source
+from vllm_w8a8_bismooth.stages import Preparation, Progress, Stages
 from vllm_w8a8_bismooth.writer import ShardWriter, copy, write_json
 
 RECIPE = "recipe.json"
-_OUTSIDE, _GRANULARITY = "outside", "granularity"
-
-Progress = Callable[[str, int, int, int], None]
-"""Called as ``progress(stage, blocks_done, blocks, bytes_written)``; the bytes are those of this run."""
+_MARKS = {RECIPE: "a whole checkpoint", PART: "a part of a checkpoint"}
 
 
 @dataclass
@@ -46,6 +39,8 @@ class Report:
         files: shard -> SHA-256.
         resumed: blocks that an earlier, interrupted run had done.
         reused: the destination already held this very conversion, and nothing was done.
+        part: its blocks, if a part was made; ``None`` is a whole checkpoint.
+        blocks: how many the model has.
     """
 
     destination: Path
@@ -58,6 +53,8 @@ class Report:
     files: dict[str, str] = field(default_factory=dict)
     resumed: int = 0
     reused: bool = False
+    part: range | None = None
+    blocks: int = 0
 
     def vulnerable(self) -> list[str]:
         """Linears whose weights did not survive what was done to them, worst first."""
@@ -65,35 +62,13 @@ class Report:
         return [name for error, name in sorted(bad) if -error > analyze.VULNERABLE]
 
 
-@dataclass(frozen=True)
-class Preparation:
-    """A conversion before its first write: all that can be checked without reading the weights is checked.
-
-    Attributes:
-        target: the resolved destination.
-        source: audited.
-        recipe: complete but for the source's fingerprint.
-        device: where blocks are worked on.
-        named: per block, the per-group linears; ``None`` if the weights have to tell.
-        ignored: per block, the linears that stay in float.
-        tokens: int64 ``[windows, length]`` for calibration; ``None`` is data-free.
-        identity: what an unfinished run must have in common with this one to be continued.
-        reused: the destination already holds the result; then ``named``, ``ignored`` and ``tokens`` are not known.
-    """
-
-    target: Path
-    source: Source
-    recipe: Recipe
-    device: torch.device
-    named: list[set[str]] | None
-    ignored: list[set[str]]
-    tokens: torch.Tensor | None
-    identity: dict[str, Any]
-    reused: bool = False
-
-
 def prepare(
-    folder: Path | Folder, destination: Path, recipe: Recipe, text: calibrate.CalibrationText | None, device: str
+    folder: Path | Folder,
+    destination: Path,
+    recipe: Recipe,
+    text: calibrate.CalibrationText | None,
+    device: str,
+    blocks: slice | None = None,
 ) -> Preparation:
     """Open, audit and check everything that :func:`convert` would, of which these are the arguments, and write nothing.
 
@@ -102,8 +77,12 @@ def prepare(
     """
     # realpath, because unlike Path.resolve it survives links in a circle
     place, target, where = Folder.of(folder), Path(os.path.realpath(destination)), device_of(device)
-    _refuse_overlap(place.path, target)
+    refuse_overlap(place.path, target)
+    for name in (RECIPE, *report.OURS):
+        if (place.path / name).exists():
+            raise BismoothError(f"{place.path / name}: our own {name} would take its place in the copy; rename it")
     source = Source(place)
+    part = None if blocks is None else blocks_of(blocks, len(source.layers))
     recipe = replace(
         recipe,
         calibration=text.sha256 if text is not None else None,
@@ -115,14 +94,24 @@ def prepare(
         "device": where.type,
         "versions": {"vllm_w8a8_bismooth": __version__, "torch": torch.__version__},
     }
-    if already_converted(target, recipe, source):
-        return Preparation(target, source, recipe, where, None, [], None, identity, reused=True)
+    if part is not None:
+        identity["blocks"] = span(part)
+        reused = _already_a_part(target, identity, part, source)
+    else:
+        reused = already_converted(target, recipe, source.checkpoint.read_fingerprint)
+    if reused:
+        return Preparation(target, source, recipe, where, None, [], None, identity, part, reused=True)
+    if recipe.method == "auto" and part is not None:
+        raise BismoothError(
+            "--method auto spends one budget on the blocks of the whole model, of which --blocks sees some: convert on "
+            "one machine, or name the linears with --method bismooth --group-size and --group-layers"
+        )
     if recipe.method == "auto" and text is None:
         raise BismoothError("--method auto measures what quantization does to activations: give it --calibration FILE")
     ignored = ignored_by_name(source, recipe)
     named = chosen_by_name(source, recipe, ignored)
     tokens = calibrate.tokenize(text, source.checkpoint, recipe.calibration_tokens) if text is not None else None
-    return Preparation(target, source, recipe, where, named, ignored, tokens, identity)
+    return Preparation(target, source, recipe, where, named, ignored, tokens, identity, part)
 
 
 def convert(
@@ -132,8 +121,11 @@ def convert(
     text: calibrate.CalibrationText | None = None,
     device: str = "cpu",
     progress: Progress = lambda stage, done, total, written: None,
+    blocks: slice | None = None,
 ) -> Report:
-    """Convert a checkpoint to INT8. The destination ends up whole or absent; the source is only read.
+    """Convert a checkpoint, or some of its blocks, to INT8.
+
+    The destination ends up whole or absent; the source is only read.
 
     A run that is killed leaves ``<destination>.partial``; the same call goes on from there, and the result is the same
     byte for byte.
@@ -145,25 +137,26 @@ def convert(
         text: calibration text; without it ``bismooth`` estimates the activations from the weights.
         device: torch's name of where blocks are worked on.
         progress: see :data:`Progress`.
+        blocks: makes a part of the checkpoint, see :class:`part.Part`, for :func:`merge.merge`.
 
     Raises:
         BismoothError: anything wrong with the input; see the modules that do the work.
     """
-    ready = prepare(folder, destination, recipe, text, device)
-    source, recipe = ready.source, ready.recipe
+    ready = prepare(folder, destination, recipe, text, device, blocks)
+    source, recipe, part = ready.source, ready.recipe, ready.part
     if ready.reused:
         journal.clear(ready.target)  # of a run that was killed right after its last step
-        return Report(destination, reused=True)
+        return Report(destination, reused=True, part=part, blocks=len(source.layers))
     folder, signature = source.checkpoint.folder, ready.identity["source"]
-    run = _Run(ready, progress)
-    done = Report(destination, source_bytes=source.nbytes(), ignored=full_names(ready.ignored))
+    run = Stages(ready, progress)
+    done = Report(destination, source.nbytes(part), part=part, blocks=len(source.layers))
+    done.ignored = full_names(ready.within(ready.ignored))
     with Journal(ready.target, ready.identity) as diary:
         grouped = ready.named if ready.named is not None else run.granularity(diary)
         plan = Plan(source, recipe, grouped, ready.ignored)
-        tensors = plan.tensors()
-        with ShardWriter(diary.partial, destination, tensors) as writer:
+        with ShardWriter(diary.partial, destination, plan.tensors(part), ready.stem) as writer:
             check_space(diary.partial, writer.nbytes - diary.nbytes())
-            digests = run.outside(diary, writer)
+            digests = run.carried(diary) | run.outside(diary, writer)
             for index, record in run.blocks(diary, writer, plan):
                 done.linears |= record["linears"]
                 done.sites[index] = record["sites"]
@@ -171,13 +164,13 @@ def convert(
                 done.resumed += record.get("resumed", False)
             done.files, done.written_bytes = writer.finish(), writer.nbytes
             done.granularity = run.evidence(diary)
-        recipe = replace(recipe, source=source.checkpoint.fingerprint(digests))
+        provenance = _provenance(source, text, device)
         with disk_errors(destination):
-            for relative in source.checkpoint.place.side_files():
-                copy(folder / relative, diary.partial / report.place_of(relative))
-            write_json(diary.partial / CONFIG, {**source.checkpoint.config, "quantization_config": plan.config()})
-            write_json(diary.partial / RECIPE, _record(recipe, source, text, device))
-            report.write(diary.partial, source, recipe, done, source.checkpoint.place.hub_id)
+            if part is not None:
+                write_part(diary.partial, source, ready.identity, provenance, digests, done)
+            else:
+                recipe = replace(recipe, source=source.checkpoint.fingerprint(digests))
+                complete(diary.partial, source, recipe, plan, done, provenance)
         now = source.checkpoint.signature()
         if changed := [name for name in sorted(now.keys() | signature.keys()) if now.get(name) != signature.get(name)]:
             raise BismoothError(f"{folder / changed[0]}: changed during the conversion; convert again, with it at rest")
@@ -185,214 +178,26 @@ def convert(
     return done
 
 
-class _Run:
-    """The stages of one conversion, each of which goes on from what the journal says is done."""
+def complete(
+    folder: Path, source: Source, recipe: Recipe, plan: Plan, done: Report, provenance: Mapping[str, Any]
+) -> None:
+    """Write everything that stands beside the shards of a whole checkpoint.
 
-    def __init__(self, ready: Preparation, progress: Progress):
-        self.source, self.recipe, self.device, self.progress = ready.source, ready.recipe, ready.device, progress
-        self.tokens, self.ignored = ready.tokens, ready.ignored
-
-    def granularity(self, diary: Journal) -> list[set[str]]:
-        """Per block, the linears that get per-group scales because weights, or measured errors, call for them."""
-        known = diary.record(_GRANULARITY)
-        if known is None:
-            known = self.worth(diary) if self.recipe.method == "auto" else self.vulnerable()
-            diary.finish(_GRANULARITY, known)
-        chosen = [set(names) for names in known]
-        check_group_size(self.source, self.recipe, chosen)
-        return chosen
-
-    def vulnerable(self) -> list[list[str]]:
-        """Per block, the linears whose weights INT8 would lose."""
-        known = []
-        for index, measured in analyze.blocks(self.source, self.device):
-            errors = {linear: measure.column_error for linear, measure in measured.items()}
-            known.append(sorted(analyze.vulnerable(errors, self.source.layers[index]) - self.ignored[index]))
-            self.progress("analyze", index + 1, len(self.source.layers), 0)
-        return known
-
-    def worth(self, diary: Journal) -> list[list[str]]:
-        """Per block, the linears whose per-group scales pay. What the sites read is kept for the conversion."""
-        source, first = self.source, len(list(self.measured(diary)))
-        group_size = self.recipe.group_size
-        variants = {perturb.CHANNEL: perturb.Variant(), perturb.GROUP: perturb.Variant(group_size=group_size)}
-        activity = self.activity(diary, first)
-        with self.reader(first) as reader, Threads() as threads:
-            for index in range(first, len(source.layers)):
-                block = _Lent(reader, BLOCK.format(index), source.blocks[index], self.device)
-                hidden = perturb.sample(activity)
-                smoothing = self.smooth(diary, activity, index, block, threads)
-                errors = perturb.measure(activity, index, block, smoothing, hidden, variants)
-                for name in block:
-                    block.drop(name)
-                diary.finish(_measured(index), errors)
-                diary.forget(_stream(index - 1))
-                self.progress("analyze", index + 1, len(source.layers), 0)
-        diary.forget(_stream(len(source.layers) - 1))
-        per_block: list[list[str]] = [[] for _ in source.layers]
-        for entry in self.evidence(diary):
-            for index, name in map(inside, entry.linears if entry.chosen else ()):
-                per_block[index].append(name)
-        return per_block
-
-    def measured(self, diary: Journal) -> Iterator[dict[str, dict[str, float]]]:
-        """What quantization does to the units of each block, as far as an earlier pass got."""
-        for index in range(len(self.source.layers)):
-            if (errors := diary.record(_measured(index))) is None:
-                return
-            yield errors
-
-    def evidence(self, diary: Journal) -> list[perturb.Evidence]:
-        """What was measured of every unit and made of it. Empty where granularity is not chosen by it."""
-        if self.recipe.method != "auto":
-            return []
-        layers = self.source.layers
-        open_units = [
-            {unit: found for unit, found in errors.items() if not set(perturb.units(layer)[unit]) & ignored}
-            for errors, layer, ignored in zip(self.measured(diary), layers, self.ignored, strict=True)
-        ]
-        return perturb.choose(open_units, layers, self.recipe.group_budget)
-
-    def activity(self, diary: Journal, first: int) -> calibrate.Calibration | Prior | None:
-        """What tells of the activations from block ``first`` on; ``None`` if nothing has to, or the journal knows.
-
-        Raises:
-            BismoothError: its state behind an earlier run's last block is gone.
-        """
-        source, last = self.source, len(self.source.layers) - 1
-        if self.recipe.smoothing is None or diary.record(_GRANULARITY) is not None or first > last:
-            return None
-        if self.tokens is None:
-            activity = Prior(source, self.device)
-        else:
-            activity = calibrate.Calibration(source, self.tokens, self.device)
-        if first:
-            activity.hidden = self.state(diary, _stream(first - 1))["hidden"].to(self.device)
-        return activity
-
-    @staticmethod
-    def state(diary: Journal, unit: str) -> dict[str, torch.Tensor]:
-        """A state that must be there."""
-        if (state := diary.state(unit)) is None:
-            raise BismoothError(
-                f"{diary.partial}: the state {unit} of an earlier run is gone, from which it would go on; "
-                "run the same command again, which starts anew"
-            )
-        return state
-
-    def reader(self, first: int) -> ReadAhead:
-        """Reads the blocks from ``first`` on."""
-        source = self.source
-        names = [BLOCK.format(i) + name for i in range(first, len(source.layers)) for name in source.blocks[i]]
-        return ReadAhead(source.checkpoint, names, source.block_nbytes() + AHEAD)
-
-    def outside(self, diary: Journal, writer: ShardWriter) -> dict[str, str]:
-        """Pass everything outside the blocks through, in pieces; returns the tensors' checksums."""
-        digests = diary.record(_OUTSIDE)
-        if digests is None:
-            digests = {}
-            for name in self.source.outside:
-                digests[name] = writer.copy_tensor(name, self.source.checkpoint)
-            writer.then(partial(diary.finish, _OUTSIDE, digests))
-        return digests
-
-    def blocks(self, diary: Journal, writer: ShardWriter, plan: Plan) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Convert block after block; yields each one's index and record: linears, sites, digests of its tensors."""
-        source = self.source
-        records = []
-        while len(records) < len(source.layers) and (record := diary.record(_unit(len(records)))) is not None:
-            records.append(record)
-            yield len(records) - 1, {**record, "resumed": True}
-        first = len(records)
-        self.progress("convert", first, len(source.layers), writer.written)
-        activity = self.activity(diary, first)
-        with self.reader(first) as reader, Threads() as threads:
-            for index in range(first, len(source.layers)):
-                block = _Lent(reader, BLOCK.format(index), source.blocks[index], self.device)
-                smoothing = self.smooth(diary, activity, index, block, threads)
-                record = self.convert_block(index, block, smoothing, plan, writer, threads)
-                record["digests"] = {name: reader.digests.pop(name) for name in block.full_names()}
-                writer.then(partial(diary.finish, _unit(index), record))
-                for done in (_unit(index), _stream(index - 1)):  # a run would go on from this block's stream
-                    writer.then(partial(diary.forget, done))
-                self.progress("convert", index + 1, len(source.layers), writer.written)
-                yield index, record
-
-    def smooth(
-        self,
-        diary: Journal,
-        activity: calibrate.Calibration | Prior | None,
-        index: int,
-        block: Mapping[str, torch.Tensor],
-        threads: Threads,
-    ) -> Smoothing:
-        """The smoothing of a block, by what its sites read, which is kept until the block is converted."""
-        if self.recipe.smoothing is None:
-            return Smoothing()
-        if activity is not None and diary.state(_stream(index)) is None:
-            moments = activity.advance(index, block, threads)
-            kept = {f"{site}/{name}": t for site, found in moments.items() for name, t in found.tensors().items()}
-            diary.keep(_unit(index), {name: tensor.cpu() for name, tensor in kept.items()})
-            diary.keep(_stream(index), {"hidden": activity.hidden.cpu()})
-        else:
-            sites: dict[str, dict[str, torch.Tensor]] = {}
-            for key, tensor in self.state(diary, _unit(index)).items():
-                site, _, name = key.rpartition("/")
-                sites.setdefault(site, {})[name] = tensor
-            moments = {site: Moments.of(tensors, self.device) for site, tensors in sites.items()}
-            if activity is not None:
-                activity.hidden = self.state(diary, _stream(index))["hidden"].to(self.device)
-        source = self.source
-        layer, offset = source.layers[index], source.architecture.offset
-        return smooth_block(block, moments, layer, source.sizes, rule_of(self.recipe), offset, threads)
-
-    def convert_block(
-        self,
-        index: int,
-        block: "_Lent",
-        smoothing: Smoothing,
-        plan: Plan,
-        writer: ShardWriter,
-        threads: Threads,
-    ) -> dict[str, Any]:
-        """Quantize one block and hand it to the writer; returns what is to be reported of it."""
-        source, layer, prefix = self.source, self.source.layers[index], BLOCK.format(index)
-        linears = {}
-        for name in source.blocks[index]:
-            linear, fold = layer.linear_of(name), smoothing.fold(name.removesuffix(".weight"))
-            if linear is not None and linear not in plan.ignored[index]:
-                group_size = self.recipe.group_size if linear in plan.grouped[index] else None
-                take = partial(self.take, writer, prefix + name)
-                loss = quantize_folded(block[name], fold, group_size, take, threads)
-                self.check_range(prefix + name, loss.power)
-                linears[prefix + linear] = {
-                    "group_size": group_size,
-                    "column_error": loss.column_error(),
-                    "sqnr": loss.sqnr(),
-                }
-            elif name in smoothing.vectors:
-                writer.add(prefix + name, smoothing.vectors[name].cpu())
-            else:
-                kept = fold.apply(block[name], threads) if fold else block[name]
-                self.check_range(prefix + name, kept)
-                writer.add(prefix + name, kept.cpu())
-            block.drop(name)
-        return {"linears": linears, "sites": [asdict(site) for site in smoothing.sites]}
-
-    @staticmethod
-    def take(writer: ShardWriter, name: str, start: int, codes: torch.Tensor, scale: torch.Tensor) -> None:
-        """Write some rows of a quantized weight."""
-        writer.add_rows(name, start, codes.cpu())
-        writer.add_rows(f"{name}_scale", start, scale.cpu())
-
-    def check_range(self, name: str, values: torch.Tensor) -> None:
-        """Raises :class:`BismoothError` if a tensor, or what was summed up of it, left the range of its dtype."""
-        if not values.isfinite().all():
-            smoothed = " after smoothing" if self.recipe.smoothing else ""
-            raise BismoothError(
-                f"tensor {name} holds values beyond 1e19{smoothed}, whose squares fp32 cannot hold; no sound model has "
-                "such weights, repair it"
-            )
+    Args:
+        folder: to write into.
+        source: what was converted; of its tensors only the headers count.
+        recipe: with the source's fingerprint.
+        plan: of the whole.
+        done: what was made of each block.
+        provenance: where the choices came from, for people.
+    """
+    place = source.checkpoint.place
+    for relative in place.side_files():
+        copy(place.path / relative, folder / report.place_of(relative))
+    write_json(folder / CONFIG, {**source.checkpoint.config, "quantization_config": plan.config()})
+    # the choices first, which are compared on a second run
+    write_json(folder / RECIPE, {"recipe": asdict(recipe), "provenance": provenance})
+    report.write(folder, source, recipe, done, place.hub_id)
 
 
 def device_of(name: str) -> torch.device:
@@ -411,102 +216,73 @@ def device_of(name: str) -> torch.device:
     return device
 
 
-class _Lent(Mapping[str, torch.Tensor]):
-    """The stored tensors of a block by name inside it, read when first asked for, on the device, until dropped."""
-
-    def __init__(self, reader: ReadAhead, prefix: str, names: list[str], device: torch.device):
-        self._reader, self._prefix, self._names, self._device = reader, prefix, names, device
-        self._tensors: dict[str, torch.Tensor] = {}
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        if name not in self._names:
-            raise KeyError(name)
-        if name not in self._tensors:
-            self._tensors[name] = self._reader.take(self._prefix + name).to(self._device)
-        return self._tensors[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def full_names(self) -> list[str]:
-        return [self._prefix + name for name in self._names]
-
-    def drop(self, name: str) -> None:
-        self[name]  # whoever drops without a look has still been given it
-        del self._tensors[name]
-        self._reader.release(self._prefix + name)
-
-
-def _unit(index: int) -> str:
-    return f"block-{index:05d}"
-
-
-def _stream(index: int) -> str:
-    return f"stream-{index:05d}"
-
-
-def _measured(index: int) -> str:
-    return f"measured-{index:05d}"
-
-
-def done_before(diary: Journal, source: Source) -> tuple[list[set[str]] | None, int]:
-    """What an earlier run left: the per-group linears that it chose, ``None`` if it did not, and blocks finished."""
-    known, blocks = diary.record(_GRANULARITY), 0
-    while blocks < len(source.layers) and diary.record(_unit(blocks)) is not None:
-        blocks += 1
-    return None if known is None else [set(names) for names in known], blocks
-
-
-def _refuse_overlap(folder: Path, destination: Path) -> None:
-    source = Path(os.path.realpath(folder))
+def refuse_overlap(folder: Path, destination: Path, what: str = "source") -> None:
+    """Raises :class:`BismoothError` if what is written would lie in a folder that is read, or around it."""
+    read = Path(os.path.realpath(folder))
     for written in (destination, partial_folder(destination)):
-        if written == source or written in source.parents or source in written.parents:
-            raise BismoothError(f"{written}: overlaps the source {folder}; choose a destination beside it")
-    for name in (RECIPE, *report.OURS):
-        if (source / name).exists():
-            raise BismoothError(f"{source / name}: our own {name} would take its place in the copy; rename it")
+        if written == read or written in read.parents or read in written.parents:
+            raise BismoothError(f"{written}: overlaps the {what} {folder}; choose a destination beside it")
 
 
-def already_converted(destination: Path, recipe: Recipe, source: Source) -> bool:
-    """Whether the destination holds the result of this recipe on this source already.
+def _is_free(destination: Path, mark: str) -> bool:
+    """Whether nothing is at the destination; raises if what is there lacks the file that marks what is to be there."""
+    if destination.is_symlink():
+        raise BismoothError(f"{destination}: a link in a circle; remove it or choose another folder")
+    if not destination.exists() or (destination.is_dir() and not any(destination.iterdir())):
+        return True
+    found = [name for name in _MARKS if (destination / name).is_file()]
+    if mark not in found:
+        what = f"holds {_MARKS[found[0]]}" if found else "exists and is no result of bismooth"
+        raise BismoothError(f"{destination}: {what}; remove it or choose another folder")
+    return False
+
+
+def _refuse_another(destination: Path, differences: Sequence[str]) -> None:
+    if differences:
+        more = ["..."] if len(differences) > 10 else []
+        raise BismoothError(
+            f"{destination}: holds another conversion ({'; '.join([*differences[:10], *more])}); "
+            "remove it or choose another folder"
+        )
+
+
+def _already_a_part(destination: Path, identity: Mapping[str, Any], blocks: range, source: Source) -> bool:
+    """Whether the destination holds just this part already; raises as :func:`already_converted`."""
+    if _is_free(destination, PART):
+        return False
+    found, outline = Part(destination), outline_of(source)
+    if found.blocks != blocks:
+        _refuse_another(destination, [f"blocks: {span(found.blocks)} there, {span(blocks)} now"])
+    _refuse_another(destination, found.unlike(identity, outline, {}))
+    checksums = {name: source.checkpoint.digest(name) for name in found.checksums}
+    _refuse_another(destination, found.unlike(identity, outline, checksums))
+    return True
+
+
+def already_converted(destination: Path, recipe: Recipe, fingerprint: Callable[[], str]) -> bool:
+    """Whether the destination holds the result of this recipe already, on the source with this fingerprint.
 
     Raises:
         BismoothError: it holds anything else.
     """
-    if destination.is_symlink():
-        raise BismoothError(f"{destination}: a link in a circle; remove it or choose another folder")
-    if not destination.exists() or (destination.is_dir() and not any(destination.iterdir())):
+    if _is_free(destination, RECIPE):
         return False
-    if not (destination / RECIPE).is_file():
-        raise BismoothError(f"{destination}: exists and is no result of bismooth; remove it or choose another folder")
     stored = read_json(destination / RECIPE).get("recipe")
     stored = stored if isinstance(stored, dict) else {}
     differences = replace(recipe, source=stored.get("source")).differences(stored)
     if not differences:  # only then is it worth reading every byte of the source
-        checkpoint = source.checkpoint
-        fingerprint = checkpoint.fingerprint({name: checkpoint.digest(name) for name in checkpoint.headers})
-        differences = replace(recipe, source=fingerprint).differences(stored)
-    if differences:
-        raise BismoothError(
-            f"{destination}: holds another conversion ({'; '.join(differences)}); remove it or choose another folder"
-        )
+        differences = replace(recipe, source=fingerprint()).differences(stored)
+    _refuse_another(destination, differences)
     return True
 
 
-def _record(recipe: Recipe, source: Source, text: calibrate.CalibrationText | None, device: str) -> dict[str, Any]:
-    """recipe.json: the choices first (compared on a second run), then where they came from."""
+def _provenance(source: Source, text: calibrate.CalibrationText | None, device: str) -> dict[str, Any]:
     place = source.checkpoint.place
     return {
-        "recipe": asdict(recipe),
-        "provenance": {
-            "vllm_w8a8_bismooth": __version__,
-            "torch": torch.__version__,
-            "source": place.hub_id or place.path.resolve().name,
-            "revision": place.revision,
-            "calibration": text.path.name if text is not None else None,
-            "device": device,
-        },
+        "vllm_w8a8_bismooth": __version__,
+        "torch": torch.__version__,
+        "source": place.hub_id or place.path.resolve().name,
+        "revision": place.revision,
+        "calibration": text.path.name if text is not None else None,
+        "device": device,
     }

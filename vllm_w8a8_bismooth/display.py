@@ -115,7 +115,7 @@ class Progress:
 
     PAUSE = 10.0
     """Seconds between lines of one stage."""
-    UNITS = {"read": "shards"}
+    UNITS = {"read": "shards", "merge": "shards"}
     """What a stage counts, if not blocks."""
 
     def __init__(self, console):
@@ -224,14 +224,15 @@ def preview(console, plan, recipe) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    where = escape(str(plan.destination))
     if plan.reused:
-        console.print(f"[bold]{where}[/bold] already holds this conversion; there is nothing to do.")
+        _nothing_to_do(console, plan.destination)
         return
     table = Table("shard", "GB")
     for file, size in plan.shards.items():
         table.add_row(file, f"{size / 1e9:.3f}")
     console.print(table)
+    if plan.part is not None:
+        console.print("A part: blocks {}:{}".format(*plan.part))
     tokens = "data-free" if plan.tokens is None else f"calibrated on {plan.tokens} tokens"
     console.print(f"{_gb(plan.source_bytes)} -> {_gb(plan.written_bytes)}, method {recipe.method}, {tokens}")
     if plan.grouped is None:
@@ -250,9 +251,40 @@ def preview(console, plan, recipe) -> None:
     console.print("Nothing was written. Next: the same command without --dry-run")
 
 
+def merger_json(ready) -> dict:
+    return {
+        "destination": str(ready.destination),
+        "reused": ready.reused,
+        "parts": {str(part.folder): [part.blocks.start, part.blocks.stop] for part in ready.parts},
+        "written_bytes": ready.nbytes(),
+        "free_bytes": ready.free_bytes,
+    }
+
+
+def merger(console, ready) -> None:
+    """The plan of a merge for people, on stdout."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    if ready.reused:
+        _nothing_to_do(console, ready.destination)
+        return
+    table = Table("part", "blocks")
+    for part in ready.parts:
+        table.add_row(escape(str(part.folder)), f"{part.blocks.start}:{part.blocks.stop}")
+    console.print(table)
+    console.print(
+        f"{len(ready.source.layers)} blocks, method {ready.recipe.method}: the parts fit together; merging compares "
+        "their SHA-256 too"
+    )
+    console.print(f"{_gb(ready.nbytes())} to write, {_gb(ready.free_bytes)} free")
+    console.print("Nothing was written. Next: the same command without --dry-run")
+
+
 def report_json(report) -> dict:
     return {
         "destination": str(report.destination),
+        "part": None if report.part is None else [report.part.start, report.part.stop],
         "reused": report.reused,
         "source_bytes": report.source_bytes,
         "written_bytes": report.written_bytes,
@@ -269,7 +301,7 @@ def summary(console, report, recipe) -> None:
 
     where = escape(str(report.destination))
     if report.reused:
-        console.print(f"[bold]{where}[/bold] already holds this conversion; nothing to do.")
+        _nothing_to_do(console, report.destination)
         return
     grouped = sum(entry["group_size"] is not None for entry in report.linears.values())
     share = report.written_bytes / report.source_bytes
@@ -297,7 +329,20 @@ def summary(console, report, recipe) -> None:
                 else "Try --method bismooth."
             )
         )
+    if report.part is not None:
+        console.print(
+            f"This is a part, blocks {report.part.start}:{report.part.stop} of {report.blocks}.\n"
+            f"Next, with the parts of the other blocks: bismooth merge DST {where} ...",
+            highlight=False,
+        )
+        return
     console.print(f"Next: bismooth verify {where}\n      vllm serve {where}", highlight=False)
+
+
+def _nothing_to_do(console, destination: Path) -> None:
+    from rich.markup import escape
+
+    console.print(f"[bold]{escape(str(destination))}[/bold] already holds this conversion; nothing to do.")
 
 
 def verification_json(found) -> dict:

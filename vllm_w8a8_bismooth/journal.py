@@ -120,7 +120,7 @@ class Journal:
         """Whether an earlier run is there; raises if it was another one."""
         if (before := self._read(_RUN)) is None:
             return False
-        lines = list(_differences(before, self._identity))
+        lines = list(differences(before, self._identity))
         if lines:
             raise BismoothError(
                 f"{self.partial}: an unfinished conversion of another kind ({'; '.join(lines[:4])}"
@@ -190,10 +190,10 @@ def clear(destination: Path) -> None:
     shutil.rmtree(destination / FOLDER, ignore_errors=True)
 
 
-def _differences(before: Any, now: Any, path: str = "") -> Iterator[str]:
+def differences(before: Any, now: Any, path: str = "") -> Iterator[str]:
     """Readable lines on where two JSON values differ."""
     if isinstance(before, dict) and isinstance(now, dict):
         for key in sorted(before.keys() | now.keys()):
-            yield from _differences(before.get(key), now.get(key), f"{path}.{key}" if path else key)
+            yield from differences(before.get(key), now.get(key), f"{path}.{key}" if path else key)
     elif before != now:
         yield f"{path}: {before!r} there, {now!r} now"

@@ -32,20 +32,22 @@ class Plan:
     grouped: Sequence[set[str]]
     ignored: Sequence[set[str]]
 
-    def tensors(self) -> dict[str, Any]:
-        """Every tensor of the result, without data, in the order in which they come."""
+    def tensors(self, blocks: range | None = None) -> dict[str, Any]:
+        """Every tensor of the result, or of a part with these blocks, without data, in the order in which they come."""
         import torch
 
         from vllm_w8a8_bismooth.checkpoint import torch_dtype
 
         source = self.source
         headers = source.checkpoint.headers
+        blocks = range(len(source.layers)) if blocks is None else blocks
+        outside = source.outside_with(blocks)
         with torch.device("meta"):
-            tensors = {n: torch.empty(headers[n].shape, dtype=torch_dtype(headers[n].dtype)) for n in source.outside}
-            for index, (names, layer) in enumerate(zip(source.blocks, source.layers, strict=True)):
-                for name in names:
+            tensors = {n: torch.empty(headers[n].shape, dtype=torch_dtype(headers[n].dtype)) for n in outside}
+            for index in blocks:
+                for name in source.blocks[index]:
                     full = BLOCK.format(index) + name
-                    header, linear = headers[full], layer.linear_of(name)
+                    header, linear = headers[full], source.layers[index].linear_of(name)
                     if linear is None or linear in self.ignored[index]:
                         tensors[full] = torch.empty(header.shape, dtype=torch_dtype(header.dtype))
                         continue
@@ -63,6 +65,25 @@ class Plan:
 def full_names(chosen: Sequence[set[str]]) -> list[str]:
     """Full names of linears that are chosen in each block, in order."""
     return [BLOCK.format(i) + name for i, names in enumerate(chosen) for name in sorted(names)]
+
+
+def span(blocks: range) -> str:
+    """Blocks as ``--blocks`` takes them."""
+    return f"{blocks.start}:{blocks.stop}"
+
+
+def blocks_of(chosen: slice, count: int) -> range:
+    """The blocks that ``--blocks`` names, of so many; an open end is the first or the last.
+
+    Raises:
+        BismoothError: there are no such blocks.
+    """
+    start, stop = chosen.start or 0, count if chosen.stop is None else chosen.stop
+    if not 0 <= start < stop <= count:
+        raise BismoothError(
+            f"--blocks {start}:{stop} names no blocks of this model, which are 0:{count}; the last is not included"
+        )
+    return range(start, stop)
 
 
 def _named(source: Layout, option: str, expression: str) -> list[set[str]]:
@@ -191,9 +212,17 @@ _BYTES_PER_CORE_SECOND = 1.8e8
 _FLOP_PER_CORE_SECOND = 2.8e11
 _BASE_MEMORY = 6e8
 _ROW_BYTES = 4  # of scales
+_CARRIED = 0.25  # of a byte's time if it only tells of activations; measured on blocks of LLaMA 3 8B's size
 
 
-def needs(source: Layout, calibration_tokens: int | None, measured_tokens: int = 0, cores: int | None = None) -> Needs:
+def needs(
+    source: Layout,
+    calibration_tokens: int | None,
+    measured_tokens: int = 0,
+    cores: int | None = None,
+    blocks: range | None = None,
+    carried: range = range(0),
+) -> Needs:
     """An estimate from headers alone, for a per-channel conversion on a CPU.
 
     Args:
@@ -201,24 +230,27 @@ def needs(source: Layout, calibration_tokens: int | None, measured_tokens: int =
         calibration_tokens: ``None`` is data-free.
         measured_tokens: that pass through each block in fp32, to measure what quantization does there.
         cores: of the CPU; ``None`` is those that this process may use.
+        blocks: to convert; ``None`` is all.
+        carried: blocks through which activations are only carried.
     """
+    blocks = range(len(source.layers)) if blocks is None else blocks
     cores = cores or len(os.sched_getaffinity(0))
     headers, item = source.checkpoint.headers, {"BF16": 2, "F16": 2, "F32": 4}
     chosen = source.checkpoint.config.get("num_experts_per_tok")
     share = min(1, chosen / source.sizes["experts"]) if type(chosen) is int and "experts" in source.sizes else 1
-    written = work = 0
-    for index, (names, layer) in enumerate(zip(source.blocks, source.layers, strict=True)):
-        for name in names:
+    written, work = sum(headers[name].nbytes for name in source.outside_with(blocks)), 0
+    for index in (*carried, *blocks):
+        layer, converted = source.layers[index], index in blocks
+        for name in source.blocks[index]:
             header, linear = headers[BLOCK.format(index) + name], layer.linear_of(name)
             if linear is None:
-                written += header.nbytes
+                written += header.nbytes * converted
             else:
                 elements = math.prod(header.shape)
                 work += elements * (share if linear in layer.experts else 1)
-                written += elements + math.prod(header.shape[:1]) * _ROW_BYTES
-    written += sum(headers[name].nbytes for name in source.outside)
+                written += (elements + math.prod(header.shape[:1]) * _ROW_BYTES) * converted
     memory, state = _BASE_MEMORY + source.block_nbytes() + AHEAD, 0
-    seconds = source.nbytes() / _BYTES_PER_CORE_SECOND / cores
+    seconds = (source.nbytes(blocks) + _CARRIED * source.nbytes(carried)) / _BYTES_PER_CORE_SECOND / cores
     if calibration_tokens is not None:
         widest = max((item.get(header.dtype, 0) for header in headers.values()), default=0)
         state = widest * calibration_tokens * source.sizes["hidden"]
@@ -228,7 +260,7 @@ def needs(source: Layout, calibration_tokens: int | None, measured_tokens: int =
         memory += 2 * source.block_nbytes()
         seconds += source.nbytes() / _BYTES_PER_CORE_SECOND / cores
         seconds += 2 * work * measured_tokens / (_FLOP_PER_CORE_SECOND / 3) / cores
-    return Needs(source.nbytes(), written, int(memory), written + 2 * state, seconds)
+    return Needs(source.nbytes(blocks), written, int(memory), written + 2 * state, seconds)
 
 
 def free_space(folder: Path) -> int:

@@ -5,10 +5,11 @@ from pathlib import Path
 
 from vllm_w8a8_bismooth import calibrate, perturb
 from vllm_w8a8_bismooth.checkpoint import Folder
-from vllm_w8a8_bismooth.convert import done_before, prepare
+from vllm_w8a8_bismooth.convert import prepare
 from vllm_w8a8_bismooth.journal import Journal
 from vllm_w8a8_bismooth.plan import Plan, check_space, free_space, full_names, needs
 from vllm_w8a8_bismooth.recipe import Recipe
+from vllm_w8a8_bismooth.stages import done_before
 from vllm_w8a8_bismooth.writer import split
 
 
@@ -24,8 +25,9 @@ class Preview:
         grouped: full names of per-group linears; ``None`` if the weights have to tell, and sizes are those of none.
         ignored: full names of linears that stay in float.
         tokens: of calibration text.
-        blocks, resumed: how many the model has, and how many of them an interrupted run has done.
-        memory_bytes, seconds: see :class:`plan.Needs`; the time is that of the blocks to do.
+        part: its first block, and the one behind the last, if a part would be made; ``None`` is a whole checkpoint.
+        blocks, resumed: how many are to be converted, and how many of them an interrupted run has done.
+        memory_bytes, seconds: see :class:`plan.Needs`; the time is that of what is still to do.
         free_bytes: on the destination's disk.
     """
 
@@ -37,6 +39,7 @@ class Preview:
     grouped: list[str] | None = None
     ignored: list[str] | None = None
     tokens: int | None = None
+    part: tuple[int, int] | None = None
     blocks: int = 0
     resumed: int = 0
     memory_bytes: int = 0
@@ -45,24 +48,29 @@ class Preview:
 
 
 def preview(
-    folder: Path | Folder, destination: Path, recipe: Recipe, text: calibrate.CalibrationText | None, device: str
+    folder: Path | Folder,
+    destination: Path,
+    recipe: Recipe,
+    text: calibrate.CalibrationText | None,
+    device: str,
+    blocks: slice | None = None,
 ) -> Preview:
     """Do everything that :func:`convert.convert` does before its first write; the arguments are the same.
 
     Raises:
         BismoothError: whatever the conversion would refuse before it reads the weights.
     """
-    ready = prepare(folder, destination, recipe, text, device)
+    ready = prepare(folder, destination, recipe, text, device, blocks)
+    part = None if ready.part is None else (ready.part.start, ready.part.stop)
     if ready.reused:
-        return Preview(destination, reused=True)
+        return Preview(destination, reused=True, part=part)
     source, diary = ready.source, Journal(ready.target, ready.identity)
     diary.look()
-    found, resumed = done_before(diary, source)
-    grouped = found if ready.named is None else ready.named
-    tensors = Plan(source, ready.recipe, grouped or [set()] * len(source.layers), ready.ignored).tensors()
-    shards = {
-        file: sum(tensors[name].nbytes for name in names) for file, names in split(tensors).filename_to_tensors.items()
-    }
+    done = done_before(diary, ready.blocks)
+    grouped = done.grouped if ready.named is None else ready.named
+    tensors = Plan(source, ready.recipe, grouped or [set()] * len(source.layers), ready.ignored).tensors(ready.part)
+    files = split(tensors, ready.stem).filename_to_tensors
+    shards = {file: sum(tensors[name].nbytes for name in names) for file, names in files.items()}
     written = sum(shards.values())
     check_space(diary.partial, written - diary.nbytes())
     tokens = None
@@ -72,19 +80,22 @@ def preview(
     measured = 0
     if ready.recipe.method == "auto":
         measured = perturb.SAMPLE * (1 + 2 * max(len(perturb.units(layer)) for layer in source.layers))
-    need = needs(source, tokens, measured)
+    left = ready.blocks[done.blocks :]
+    carried = range(done.carried, ready.blocks.start if ready.recipe.smoothing and not done.blocks else 0)
+    need = needs(source, tokens, measured, blocks=left, carried=carried)
     return Preview(
         destination=destination,
         reused=False,
-        source_bytes=source.nbytes(),
+        source_bytes=source.nbytes(ready.part),
         written_bytes=written,
         shards=shards,
-        grouped=None if grouped is None else full_names(grouped),
-        ignored=full_names(ready.ignored),
+        grouped=None if grouped is None else full_names(ready.within(grouped)),
+        ignored=full_names(ready.within(ready.ignored)),
         tokens=tokens,
-        blocks=len(source.layers),
-        resumed=resumed,
+        part=part,
+        blocks=len(ready.blocks),
+        resumed=done.blocks,
         memory_bytes=need.memory_bytes,
-        seconds=need.seconds * (len(source.layers) - resumed) / len(source.layers),
+        seconds=need.seconds,
         free_bytes=free_space(diary.partial),
     )

@@ -62,14 +62,21 @@ class Layout:
             else:
                 self.outside.append(name)
 
+    def outside_with(self, blocks: range) -> list[str]:
+        """What of the tensors outside the blocks goes with some of these: all with the first block, else nothing."""
+        return self.outside if blocks.start == 0 else []
+
     def refuse(self) -> None:
         """Raises :class:`BismoothError` with the problems, if there are any."""
         if self.problems:
             raise BismoothError(f"{self.checkpoint.place}: {self.problems[0]}", *self.problems[1:])
 
-    def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return self.checkpoint.nbytes()
+    def nbytes(self, blocks: range | None = None) -> int:
+        """Bytes of all tensors, or of a part with these blocks."""
+        headers = self.checkpoint.headers
+        blocks = range(len(self.blocks)) if blocks is None else blocks
+        names = [*self.outside_with(blocks), *(BLOCK.format(i) + n for i in blocks for n in self.blocks[i])]
+        return sum(headers[name].nbytes for name in names)
 
     def block_nbytes(self) -> int:
         """Bytes of the largest block."""

@@ -32,6 +32,7 @@ from vllm_w8a8_bismooth.architectures import (
 )
 from vllm_w8a8_bismooth.checkpoint import CONFIG, FLOAT_DTYPES, INDEX, REPORT, Checkpoint, Folder, read_json, sha256
 from vllm_w8a8_bismooth.errors import BismoothError, Interrupted
+from vllm_w8a8_bismooth.part import PART
 from vllm_w8a8_bismooth.quantize import Threads
 from vllm_w8a8_bismooth.source import Source
 
@@ -107,6 +108,8 @@ def verify(
     Raises:
         BismoothError: ``folder`` is no folder of a checkpoint, or ``against`` no checkpoint that could be converted.
     """
+    if (folder / PART).is_file():
+        raise BismoothError(f"{folder}: a part of a checkpoint; bismooth merge makes a checkpoint of all its parts")
     config = read_json(folder / CONFIG)
     source = Source(against) if against is not None else None
     found = Verification(folder)

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import torch
 
-from vllm_w8a8_bismooth.checkpoint import INDEX, Checkpoint, Checksum, sha256
+from vllm_w8a8_bismooth.checkpoint import Checkpoint, Checksum, sha256
 from vllm_w8a8_bismooth.journal import disk_errors
 
 SHARD_SIZE = "5GB"
-_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int8: "I8"}
+WHOLE, PARTIAL = "model", "part"
+"""What the names of shards begin with, of a checkpoint and of a part of one, which no reader shall take for one."""
+NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int8: "I8"}
 """safetensors' names, in the order in which its own writer lays tensors out: wide dtypes first, so that all align."""
 
 
@@ -27,14 +29,14 @@ def shard_header(tensors: Mapping[str, torch.Tensor]) -> tuple[bytes, dict[str, 
     Args:
         tensors: name -> tensor, of which shape and dtype count.
     """
-    rank = list(_NAMES)
+    rank = list(NAMES)
     order = sorted(tensors, key=lambda name: (rank.index(tensors[name].dtype), name))
     entries: dict[str, dict] = {"__metadata__": {"format": "pt"}}
     begin = 0
     for name in order:
         tensor = tensors[name]
         end = begin + tensor.nbytes
-        entries[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        entries[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
         begin = end
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
@@ -42,12 +44,12 @@ def shard_header(tensors: Mapping[str, torch.Tensor]) -> tuple[bytes, dict[str, 
     return head, {name: len(head) + entries[name]["data_offsets"][0] for name in order}
 
 
-def split(tensors: Mapping[str, torch.Tensor]):
+def split(tensors: Mapping[str, torch.Tensor], stem: str = WHOLE):
     """Which tensors go into which shard: a ``StateDictSplit`` of huggingface_hub. Only shapes and dtypes count."""
     from huggingface_hub import split_torch_state_dict_into_shards
 
     return split_torch_state_dict_into_shards(
-        dict(tensors), filename_pattern="model{suffix}.safetensors", max_shard_size=SHARD_SIZE
+        dict(tensors), filename_pattern=stem + "{suffix}.safetensors", max_shard_size=SHARD_SIZE
     )
 
 
@@ -58,6 +60,7 @@ class ShardWriter:
         folder: to write into.
         destination: as which errors call it.
         tensors: every tensor that will come, as meta tensors, in about the order in which they will come.
+        stem: what the names of the shards begin with.
 
     Attributes:
         files: shard -> the names in it.
@@ -68,9 +71,9 @@ class ShardWriter:
         Interrupted: from any call, when the disk refuses.
     """
 
-    def __init__(self, folder: Path, destination: Path, tensors: Mapping[str, torch.Tensor]):
+    def __init__(self, folder: Path, destination: Path, tensors: Mapping[str, torch.Tensor], stem: str = WHOLE):
         self._folder, self._destination = folder, destination
-        self._plan = split(tensors)
+        self._plan, self._stem = split(tensors, stem), stem
         self._tensors = tensors
         self.files: dict[str, list[str]] = self._plan.filename_to_tensors
         self.nbytes: int = self._plan.metadata["total_size"]
@@ -136,7 +139,8 @@ class ShardWriter:
                     self._lay_out(file)
             if self._plan.is_sharded:
                 weight_map = dict(sorted(self._plan.tensor_to_filename.items()))
-                write_json(self._folder / INDEX, {"metadata": {"total_size": self.nbytes}, "weight_map": weight_map})
+                index = {"metadata": {"total_size": self.nbytes}, "weight_map": weight_map}
+                write_json(self._folder / f"{self._stem}.safetensors.index.json", index)
             return dict(zip(self.files, pool.map(sha256, (self._folder / file for file in self.files)), strict=True))
 
     def _collect(self, only_done: bool = False) -> None:
@@ -146,13 +150,17 @@ class ShardWriter:
                 self._flushing.pop(0).result()
 
     def _write(self, name: str, first: int, values: torch.Tensor) -> None:
-        file = self._plan.tensor_to_filename[name]
         view = memoryview(values.contiguous().view(-1).view(torch.uint8).numpy())
+        self.add_bytes(name, first * values.element_size(), view)
+
+    def add_bytes(self, name: str, first: int, view: memoryview) -> None:
+        """Write some of a tensor's bytes, from number ``first`` on."""
+        file = self._plan.tensor_to_filename[name]
         # One at a time: a file takes one writer, and the kernel lets the others spin.
         with disk_errors(self._destination), self._turn:
             if file not in self._open:
                 self._lay_out(file)
-            start, done = self._offsets[name] + first * values.element_size(), 0
+            start, done = self._offsets[name] + first, 0
             while done < len(view):
                 done += os.pwrite(self._open[file], view[done:], start + done)
             self.written += len(view)
