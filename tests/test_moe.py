@@ -53,7 +53,6 @@ def vllms_layer(
         RoutingMethodType,
     )
     from vllm.model_executor.layers.fused_moe.expert_map_manager import ExpertMapManager
-    from vllm.utils.torch_utils import set_default_torch_dtype
 
     alone = (0, 1)
     (tp_rank, tp_size), (ep_rank, ep_size) = (alone, rank) if expert_parallel else (rank, alone)
@@ -84,8 +83,12 @@ def vllms_layer(
         **{key: more.pop(key) for key in ("has_bias", "swiglu_limit", "hidden_dim_unpadded") if key in more},
     )
     config = config_class().from_config(json.loads(json.dumps(checkpoint)))
-    with set_default_torch_dtype(torch.bfloat16):  # as vLLM does while it builds a model
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)  # as vLLM does while it builds a model
+    try:
         return RoutedExperts(PREFIX, torch.bfloat16, moe, config, expert_map_manager=placed, **more)
+    finally:  # which vLLM's own context lacks in 0.26
+        torch.set_default_dtype(default)
 
 
 def stored(experts: int, hidden: int, inner: int, seed: int = 0) -> dict[str, torch.Tensor]:
