@@ -163,16 +163,17 @@ class W8A8Scheme(CompressedTensorsScheme):
 
         @functools.wraps(weight_loader)
         def load(parameter: torch.Tensor, loaded: torch.Tensor, *shard, **more) -> None:
-            own = next(name for name, known in layer.named_parameters() if known is parameter)
+            own = next((name for name, known in layer.named_parameters() if known is parameter), None)
             part = next(iter((*shard, *more.values())), None)
-            rows, one = _rows(layer, part), own == "input_scale" or (own == "weight_scale" and self.per_tensor)
-            groups = 1 if self.weight_group_size is None else layer.input_size // self.weight_group_size
-            expected = [1] if one else [rows, groups if own == "weight_scale" else layer.input_size]
-            if rows is not None and list(loaded.shape) != expected and not (one and loaded.dim() == 0):
-                raise ValueError(
-                    f"{self._stored_name(layer, own, part)} has shape {list(loaded.shape)}, but config.json makes it "
-                    f"{expected}; they are not of one model, convert it again"
-                )
+            if own is not None and (rows := _rows(layer, part)) is not None:
+                one = own == "input_scale" or (own == "weight_scale" and self.per_tensor)
+                groups = 1 if self.weight_group_size is None else layer.input_size // self.weight_group_size
+                expected = [1] if one else [rows, groups if own == "weight_scale" else layer.input_size]
+                if list(loaded.shape) != expected and not (one and loaded.dim() == 0):
+                    raise ValueError(
+                        f"{self._stored_name(layer, own, part)} has shape {list(loaded.shape)}, but config.json makes "
+                        f"it {expected}; they are not of one model, convert it again"
+                    )
             return weight_loader(parameter, loaded, *shard, **more)
 
         return load
@@ -203,7 +204,9 @@ class W8A8Scheme(CompressedTensorsScheme):
 
 
 def _rows(layer: torch.nn.Module, part: Any) -> int | None:
-    """Rows that the checkpoint has of a vLLM linear, or of that part of it; ``None`` for several parts at once."""
+    """Rows that the checkpoint has of a vLLM linear, or of that part of it; ``None`` where that cannot be told."""
+    if not hasattr(layer, "output_size"):  # a head
+        return None
     sizes = getattr(layer, "output_sizes", [layer.output_size])
     if hasattr(layer, "total_num_kv_heads"):  # whose output_sizes count each replica of a key or value head
         heads = (layer.total_num_heads, layer.total_num_kv_heads, layer.total_num_kv_heads)
