@@ -188,6 +188,24 @@ def test_expressions_of_any_config(value):
             guard.check_patterns(config)
 
 
+def test_hashing_can_be_left_out(make_checkpoint, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    convert(make_checkpoint(), out, Recipe.of("rtn"))
+    guard.check_files(out)
+    content = bytearray((out / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (out / "model.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match="model.safetensors has SHA-256"):
+        guard.check_files(out)
+    monkeypatch.setenv(guard.SKIP, "1")
+    guard.check_files(out)
+
+
+def test_what_is_not_here_is_passed_over(tmp_path):
+    guard.check_files(Path("org/name"))
+    guard.check_files(tmp_path)
+
+
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory) -> dict[str, str | None]:
     """Fault -> what vLLM said of a checkpoint that has it."""
