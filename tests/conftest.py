@@ -112,6 +112,15 @@ def write_checkpoint(folder: Path, model: torch.nn.Module, dtype=torch.bfloat16,
     return folder
 
 
+@pytest.fixture(scope="module", autouse=True)
+def environment() -> Iterator[None]:
+    """What vLLM sets in a process that makes its configs (LD_PRELOAD, numbers of threads) ends with the module."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
 @pytest.fixture
 def make_checkpoint(tmp_path: Path) -> Callable[..., Path]:
     """``make_checkpoint("llama", dtype=..., sharded=..., **config)`` -> folder."""
