@@ -66,4 +66,4 @@ def test_a_vllm_that_does_not_start(monkeypatch, tmp_path):
     (tmp_path / "vllm").mkdir()
     (tmp_path / "vllm" / "__init__.py").write_text("raise ImportError('libtorch is too old')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
-    assert any("libtorch is too old); install it again" in problem for problem in doctor.diagnose().problems)
+    assert any("libtorch is too old), so nothing can be served" in problem for problem in doctor.diagnose().problems)

