@@ -17,7 +17,7 @@ from hypothesis import given
 from benchmarks.score import engine_environment
 from tests.conftest import SHARD, edit_json, patience, tiny_model, write_checkpoint
 from tests.test_bad_input import INDEX, edit_shard, shard_of
-from tests.test_serving import JSON
+from tests.test_serving import JSON, STOCK, config_class
 from vllm_w8a8_bismooth import writer
 from vllm_w8a8_bismooth.convert import convert
 from vllm_w8a8_bismooth.recipe import Recipe
@@ -204,6 +204,12 @@ def test_hashing_can_be_left_out(make_checkpoint, tmp_path, monkeypatch):
 def test_what_is_not_here_is_passed_over(tmp_path):
     guard.check_files(Path("org/name"))
     guard.check_files(tmp_path)
+
+
+@pytest.mark.parametrize("groups", [None, [], "x", [{}], {"g": None}, {"g": [1]}])
+def test_groups_that_are_none(groups):
+    with pytest.raises(ValueError, match="config_groups of quantization_config is no object of objects"):
+        config_class().from_config(STOCK | {"config_groups": groups})
 
 
 @pytest.fixture(scope="module")

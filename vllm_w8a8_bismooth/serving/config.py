@@ -1,4 +1,4 @@
-"""How vLLM meets our checkpoints: compressed-tensors' own config with one more scheme."""
+"""How vLLM meets our checkpoints: compressed-tensors' own config with our linears and experts."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -47,7 +47,12 @@ class BiSmoothConfig(CompressedTensorsConfig):
                 :func:`guard.check_patterns`; or compressed-tensors does not understand the config.
         """
         guard.check_patterns(config)
-        groups = {name: group for name, group in config.get("config_groups", {}).items() if group.get("weights")}
+        groups = config.get("config_groups")
+        if not isinstance(groups, Mapping) or not all(isinstance(group, Mapping) for group in groups.values()):
+            raise ValueError(
+                "config.json: config_groups of quantization_config is no object of objects; convert the model again"
+            )
+        groups = {name: group for name, group in groups.items() if group.get("weights")}
         found = {name: _unfit(group, config.get("format")) for name, group in groups.items()}
         reasons = [f"its config group {name!r} has {reason}" for name, reason in found.items() if reason]
         if reasons or not groups:
