@@ -9,7 +9,7 @@ test: .venv/ready
 	.venv/bin/python -m pytest
 
 soak: .venv/ready
-	.venv/bin/python -m benchmarks.soak --json benchmarks/results/soak-cpu.json
+	.venv/bin/python -m benchmarks.soak
 
 .venv/ready: pyproject.toml setup.py .ci/setup .ci/vllm-metadata/pyproject.toml $(shell find csrc -type f)
 	.ci/setup

@@ -7,9 +7,9 @@ import json
 from pathlib import Path
 from statistics import geometric_mean, mean, median, stdev
 
+from benchmarks.record import RESULTS
 from vllm_w8a8_bismooth.figures import BAD, GOOD, QUIET, drawing
 
-RESULTS = Path(__file__).parent / "results"
 FIGURES = Path(__file__).parents[1] / "docs" / "figures"
 
 
@@ -170,7 +170,7 @@ def study_spread() -> dict[str, float]:
 
 def gemm_table() -> str:
     """Speed relative to vLLM's INT8 kernel by number of tokens: geometric mean over the linears, with the range."""
-    rows = load("gemm-cpu.json")
+    rows = load("amd-epyc-2-cores/gemm.json")
     names = {"ours-channel": "per-channel", "ours-group128": "per-group, g = 128", "torch-bf16": "torch bf16"}
     lines = ["| tokens | " + " | ".join(names.values()) + " | per-channel, TOPS | GB/s |"]
     lines.append("|--:|" + "--:|" * (len(names) + 2))
@@ -186,7 +186,7 @@ def gemm_table() -> str:
 
 def throughput_table() -> str:
     """Whole engines: total tokens per second and seconds per request."""
-    rows = load("throughput-cpu.json")
+    rows = load("amd-epyc-2-cores/throughput.json")
     lines = ["| model | arm | tokens/s | x bf16 | latency, s | x bf16 |", "|---|---|--:|--:|--:|--:|"]
     for row in rows:
         bf16 = next(r for r in rows if r["model"] == row["model"] and r["arm"] == "bf16")
@@ -203,7 +203,7 @@ def conversions_table() -> str:
         "| conversion | blocks | seconds | less the peer's imports | CPU seconds | peak GB |",
         "|---|--:|--:|--:|--:|--:|",
     ]
-    for row in load("convert.json"):
+    for row in load("amd-epyc-2-cores/convert.json"):
         median = row["median"]
         inside = f"{median['inside_seconds']:.0f}" if "inside_seconds" in median else ""
         cells = (
@@ -219,7 +219,7 @@ def conversions_table() -> str:
 def conversion_targets_table() -> str:
     """What was promised of conversions, and what was measured."""
     lines = ["| target | at most | measured |", "|---|--:|--:|"]
-    for target in json.loads((RESULTS / "convert.json").read_text())["targets"]:
+    for target in json.loads((RESULTS / "amd-epyc-2-cores/convert.json").read_text())["targets"]:
         lines.append(f"| {target['name']} | {target['target']:g} | {target['measured']:.3g} |")
     return "\n".join(lines)
 

