@@ -9,13 +9,8 @@ checkpoint and its prompt log-probabilities give the table, and the last step ta
 import argparse
 import os
 import shutil
-import socket
 import subprocess
-import sys
 import time
-import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
@@ -23,7 +18,8 @@ from rich.table import Table
 
 from benchmarks import record
 from benchmarks.compare import Distance, distance
-from benchmarks.score import engine_environment, log_probabilities
+from benchmarks.score import log_probabilities
+from benchmarks.server import command_of, serve
 from benchmarks.testbed import PYTHON
 from benchmarks.testbed.plant import plant
 
@@ -47,11 +43,6 @@ SERVED = "bi-smooth"
 console = Console()
 
 
-def tool(name: str) -> str:
-    """A command of the environment that runs this script."""
-    return str(Path(sys.executable).with_name(name))
-
-
 def folder_of(arm: str) -> Path:
     return WORK / arm.replace(",", "").replace(" = ", "").replace(" ", "-")
 
@@ -63,9 +54,9 @@ def convert_arms() -> dict[str, Path]:
     for arm, source, options in ARMS:
         checkpoints[arm] = folder_of(arm) if options else source
         if options:
-            command = ["bismooth", "convert", str(source), str(folder_of(arm)), *options]
-            console.print(f"$ {' '.join(command)}", style="cyan", highlight=False, soft_wrap=True)
-            subprocess.run([tool("bismooth"), *command[1:]], check=True)
+            asked = ["convert", str(source), str(folder_of(arm)), *options]
+            console.print(f"$ bismooth {' '.join(asked)}", style="cyan", highlight=False, soft_wrap=True)
+            subprocess.run([*command_of("bismooth"), *asked], check=True)
     return checkpoints
 
 
@@ -96,44 +87,6 @@ def table(distances: dict[str, Distance]) -> Table:
         to_bf16 = ("", "") if arm.endswith("bf16") else (f"{d.kl:.2e} ± {d.kl_error:.0e}", f"{d.top1:.1%}")
         result.add_row(arm, f"{d.ppl:.3f}", *to_bf16, end_section=arm == "healthy RTN")
     return result
-
-
-@contextmanager
-def serve(model: Path, log: Path, *options: str) -> Iterator[str]:
-    """Run ``vllm serve`` on a free port until the block ends; yields the base URL.
-
-    Raises:
-        RuntimeError: the server ended or was not ready within four minutes.
-    """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    url = f"http://127.0.0.1:{port}"
-    command = [tool("vllm"), "serve", str(model), "--host", "127.0.0.1", "--port", str(port), *options]
-    with open(log, "wb") as sink:
-        server = subprocess.Popen(command, env=engine_environment(), stdout=sink, stderr=subprocess.STDOUT)
-        try:
-            deadline = time.monotonic() + 240
-            while not _healthy(url):
-                if server.poll() is not None or time.monotonic() > deadline:
-                    raise RuntimeError(f"vllm serve did not come up, see {log}:\n{log.read_text()[-3000:]}")
-                time.sleep(0.5)
-            yield url
-        finally:
-            server.terminate()
-            try:
-                server.wait(60)
-            except subprocess.TimeoutExpired:
-                server.kill()
-                server.wait()
-
-
-def _healthy(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"{url}/health", timeout=2) as answer:
-            return answer.status == 200
-    except OSError:
-        return False
 
 
 def ask(model: Path) -> str:

@@ -26,7 +26,7 @@ import psutil
 from openai import AsyncOpenAI
 
 from benchmarks import record
-from benchmarks.demo import serve, tool
+from benchmarks.server import command_of, serve
 from benchmarks.testbed import PYTHON
 
 WORK = Path("build/soak")
@@ -209,7 +209,7 @@ def main() -> int:
     shutil.rmtree(WORK, ignore_errors=True)
     WORK.mkdir(parents=True)
     converted, log = WORK / "mixed", WORK / "serve.log"
-    command = [tool("bismooth"), "convert", str(PYTHON.model), str(converted), "--method", "bismooth"]
+    command = [*command_of("bismooth"), "convert", str(PYTHON.model), str(converted), "--method", "bismooth"]
     command += ["--calibration", "none", "--group-size", "32", "--group-layers", "down_proj"]
     subprocess.run(command, check=True)
     os.environ.setdefault("VLLM_CACHE_ROOT", str(WORK.resolve() / "cache"))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from benchmarks.demo import serve
+from benchmarks.server import serve
 from benchmarks.testbed import PYTHON
 from tests import engine
 from tests.agreement import CLOSE_THROUGHOUT, assert_close_to_emulation, assert_same_up_to_near_ties

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.demo import serve
+from benchmarks.server import serve
 from tests import engine
 from tests.agreement import CLOSE_THROUGHOUT, assert_close_to_emulation, assert_same_up_to_near_ties
 from tests.conftest import tiny_model, write_adapter, write_checkpoint
