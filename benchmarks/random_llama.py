@@ -1,9 +1,14 @@
-"""Random LLaMA checkpoints of any size, written tensor by tensor: in little memory, and without torch."""
+"""Random LLaMA checkpoints of any size, written tensor by tensor: in little memory, and without torch.
+
+With the pathology of LLaMA3-70B, if asked for: see :func:`planted`.
+"""
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
+from io import BytesIO
 from math import prod
 from pathlib import Path
 from typing import BinaryIO
@@ -14,8 +19,8 @@ from benchmarks.testbed import PYTHON
 
 SHARD_BYTES = 5e9
 
-Fill = Callable[[BinaryIO, tuple[int, ...]], object]
-"""Called with an open file and a shape: writes that many bf16 numbers, or passes over their place."""
+Fill = Callable[[BinaryIO, str, tuple[int, ...]], object]
+"""Called with an open file, a tensor's name and shape: writes that many bf16 numbers, or passes over their place."""
 
 
 def tensors(config: dict) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -58,17 +63,12 @@ def noise() -> Fill:
     Numbers are drawn once and then taken from random places of that pool, as fast as a disk can write.
     """
     generator = np.random.default_rng(0)
-
-    def normal(mean: float, count: int) -> np.ndarray:
-        numbers = generator.normal(mean, 0.02, count).astype(np.float32)
-        return (numbers.view(np.uint32) >> 16).astype(np.uint16)  # cut to bf16
-
-    pool = normal(0.0, 1 << 23)
+    pool = _bf16(generator.normal(0.0, 0.02, 1 << 23))
     piece = len(pool) // 2
 
-    def fill(file: BinaryIO, shape: tuple[int, ...]) -> None:
+    def fill(file: BinaryIO, name: str, shape: tuple[int, ...]) -> None:
         if len(shape) == 1:
-            file.write(normal(1.0, *shape))
+            file.write(_bf16(generator.normal(1.0, 0.02, *shape)))
             return
         for done in range(0, prod(shape), piece):
             start = generator.integers(piece)
@@ -77,7 +77,44 @@ def noise() -> Fill:
     return fill
 
 
-def hole(file: BinaryIO, shape: tuple[int, ...]) -> None:
+READERS = {"input_layernorm": ("q_proj", "k_proj", "v_proj"), "post_attention_layernorm": ("gate_proj", "up_proj")}
+PLANTED_BLOCKS, OUTLIERS, DOUBLINGS = (0, 1, 3), 3, 10
+
+
+def planted() -> Fill:
+    """As :func:`noise`, with the outlier columns of LLaMA3-70B in blocks 0, 1 and 3.
+
+    There, three channels of each norm have a gain 1024 times smaller, and the columns that read them weights 1024 times
+    larger (``norm`` of :mod:`benchmarks.testbed.plant`). That only moves exponents: the model computes, to the last
+    bit, what it would without.
+    """
+    plain = noise()
+
+    def fill(file: BinaryIO, name: str, shape: tuple[int, ...]) -> None:
+        found = re.search(r"layers\.(\d+)\.(?:self_attn\.|mlp\.)?(\w+)\.weight", name)
+        block, kind = (int(found[1]), found[2]) if found else (-1, "")
+        norm = next((norm for norm, readers in READERS.items() if kind == norm or kind in readers), None)
+        if norm is None or block not in PLANTED_BLOCKS:
+            plain(file, name, shape)
+            return
+        plain(numbers := BytesIO(), name, shape)
+        bits = np.frombuffer(numbers.getbuffer(), np.uint16).reshape(shape)
+        chosen = np.random.default_rng([block, list(READERS).index(norm)]).permutation(shape[-1])[:OUTLIERS]
+        exponents = np.uint16(DOUBLINGS << 7)  # of bf16: behind 7 bits of mantissa
+        columns = bits[..., chosen]
+        moved = columns - exponents if kind == norm else columns + exponents
+        bits[..., chosen] = np.where(columns & 0x7F80, moved, columns)  # zeros stay zeros
+        file.write(bits)
+
+    return fill
+
+
+def _bf16(numbers: np.ndarray) -> np.ndarray:
+    """Cut to bf16: the upper halves of fp32, as ``uint16``."""
+    return (numbers.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
+
+
+def hole(file: BinaryIO, name: str, shape: tuple[int, ...]) -> None:
     """Leaves a sparse file's hole where the numbers would be."""
     file.seek(2 * prod(shape), os.SEEK_CUR)
 
@@ -114,6 +151,6 @@ def write_shard(path: Path, shapes: dict[str, tuple[int, ...]], fill: Fill) -> N
     encoded += b" " * (-len(encoded) % 8)
     with open(path, "wb") as file:
         file.write(len(encoded).to_bytes(8, "little") + encoded)
-        for shape in shapes.values():
-            fill(file, shape)
+        for name, shape in shapes.items():
+            fill(file, name, shape)
         file.truncate()  # a hole at the end belongs to the file

@@ -7,6 +7,7 @@ import platform
 import re
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
@@ -21,21 +22,23 @@ def _git(*arguments: str) -> str:
 
 
 # At the start of the run: the tree may change while it works. The variable is for machines that get no repository.
-_COMMIT = os.environ.get("BENCHMARK_COMMIT") or _git("describe", "--always", "--abbrev=40", "--dirty")
+COMMIT = os.environ.get("BENCHMARKCOMMIT") or _git("describe", "--always", "--abbrev=40", "--dirty")
 
 
 def write(path: Path, rows: list[dict], **more) -> None:
     """Write rows as JSON with command, commit, versions and machine; ``more`` are further top-level keys."""
     record = {
         "command": " ".join(["python -m", sys.modules["__main__"].__spec__.name, *sys.argv[1:]]),
-        "commit": _COMMIT,
-        "versions": {"python": platform.python_version(), **dict(_versions())},
+        "commit": COMMIT,
+        "versions": versions(),
         "machine": _machine(),
         **more,
         "rows": rows,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=2) + "\n")
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(record, indent=2) + "\n")
+    partial.replace(path)  # in one step: a run that is killed leaves the file before
 
 
 def here(name: str) -> Path:
@@ -45,12 +48,13 @@ def here(name: str) -> Path:
     return RESULTS / re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-") / f"{name}.json"
 
 
-def _versions():
+def versions() -> dict[str, str]:
+    """Distribution -> version, of what makes the figures."""
+    found = {"python": platform.python_version()}
     for name in _DISTRIBUTIONS:
-        try:
-            yield name, importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def _machine() -> dict:

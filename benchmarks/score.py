@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -22,13 +23,16 @@ def engine_environment() -> dict[str, str]:
     return {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", **os.environ}
 
 
-def log_probabilities(model: Path, windows: np.ndarray, log: Path) -> np.ndarray:
+def log_probabilities(
+    model: Path, windows: np.ndarray, log: Path, variables: Mapping[str, str] | None = None
+) -> np.ndarray:
     """Score windows in a fresh vLLM process.
 
     Args:
         model: checkpoint folder.
         windows: integer ``[n, length]`` token ids; each row is one prompt.
         log: file that receives the engine's output.
+        variables: of the engine's environment, over those of :func:`engine_environment`.
 
     Returns:
         fp32 ``[n, length - 1, vocab]``: log-probabilities of each next token.
@@ -41,7 +45,7 @@ def log_probabilities(model: Path, windows: np.ndarray, log: Path) -> np.ndarray
         np.save(inputs, windows)
         command = [sys.executable, "-m", "benchmarks.score", str(model), str(inputs), str(output)]
         # The engine core in the same process: two start-ups and a shutdown less, and the same computation.
-        environment = engine_environment() | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+        environment = engine_environment() | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", **(variables or {})}
         with open(log, "wb") as sink:
             done = subprocess.run(command, env=environment, stdout=sink, stderr=subprocess.STDOUT)
         if done.returncode:
