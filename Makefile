@@ -1,15 +1,38 @@
-.PHONY: demo test soak clean
+.PHONY: demo test results studies soak clean
+
+PYTHON = .venv/bin/python
+RESULTS = benchmarks/results
+# Of this machine: what depends on it has a folder of its own.
+HERE = $(RESULTS)/$(shell $(PYTHON) -m benchmarks.record)
+# PEER=PYTHON, of an environment with llm-compressor, measures that beside.
+BESIDE = $(if $(PEER),--peer $(PEER))
 
 demo: .venv/ready
-	.venv/bin/python -m benchmarks.demo
+	$(PYTHON) -m benchmarks.demo
 
 test: .venv/ready
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	.venv/bin/python -m pytest
+	$(PYTHON) -m pytest
+
+# Every figure of the README but the studies', from real runs: under an hour on two cores.
+results: .venv/ready
+	$(PYTHON) -m benchmarks.serve random:1b --json $(HERE)/serve-random-1b.json
+	$(PYTHON) -m benchmarks.gemm --device cpu --json $(HERE)/gemm.json
+	$(PYTHON) -m benchmarks.convert $(BESIDE) --json $(HERE)/convert.json
+	$(PYTHON) -m benchmarks.demo --json $(RESULTS)/demo.json
+	$(PYTHON) -m benchmarks.accuracy --through vllm $(BESIDE) --json $(RESULTS)/accuracy-vllm.json
+	$(PYTHON) -m benchmarks.plot
+	$(PYTHON) -m benchmarks.tables
+
+# Many seeds, plants and calibrations: half an hour more.
+studies: .venv/ready
+	$(PYTHON) -m benchmarks.accuracy $(BESIDE) --json $(RESULTS)/accuracy.json
+	$(PYTHON) -m benchmarks.accuracy --calibration-study --json $(RESULTS)/calibration.json
+	$(PYTHON) -m benchmarks.plot
 
 soak: .venv/ready
-	.venv/bin/python -m benchmarks.soak
+	$(PYTHON) -m benchmarks.soak
 
 .venv/ready: pyproject.toml setup.py .ci/setup .ci/vllm-metadata/pyproject.toml $(shell find csrc -type f)
 	.ci/setup

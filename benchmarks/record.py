@@ -67,3 +67,7 @@ def _machine() -> dict:
         "cores": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
+
+
+if __name__ == "__main__":  # the name of this machine's folder
+    print(here("").parent.name)

@@ -13,11 +13,12 @@ vLLM, on text that no conversion saw.
 Stock INT8 is plain rounding, what one has without this package, served by vLLM without the plugin; FP8 is vLLM's own,
 where the GPU computes in it. Options behind `--` go to every engine: `-- --tensor-parallel-size 4`.
 
-The JSON file is written after each run, and the same command goes on behind the last one. Rows are medians over the
-turns, with ranges. Exit code 1 if an arm failed, 2 if the input is bad.
+The JSON file is written after each run, and the same command, at the same commit, goes on behind the last one. Rows are
+medians over the turns, with ranges. Exit code 1 if an arm failed, 2 if the input is bad.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import re
@@ -176,24 +177,22 @@ class Failed(Exception):
 
 
 class Journal:
-    """The runs so far, in the file of the results."""
+    """The runs so far, kept in a file of the settings that they were made with."""
 
-    def __init__(self, path: Path, settings: dict[str, Any]):
-        """Go on from the file if there is one.
+    def __init__(self, work: Path, settings: dict[str, Any], results: Path):
+        """Go on where the same settings stopped.
 
-        Raises:
-            SystemExit: it holds runs of other settings.
+        Args:
+            work: folder for the journal.
+            settings: what is measured, with commit and versions.
+            results: file that shall hold the rows, and the runs so far.
         """
-        self.path, self.settings, self.runs, self.failed = path, settings, [], {}
-        if path.exists():
-            found = json.loads(path.read_text())
-            before = found["settings"] | {"commit": found["commit"], "versions": found["versions"]}
-            now = json.loads(json.dumps(settings)) | {"commit": record.COMMIT, "versions": record.versions()}
-            unlike = [name for name in now if before.get(name) != now[name]]
-            if unlike:
-                differences = "; ".join(f"{name} {before.get(name)} -> {now[name]}" for name in unlike)
-                refuse(f"{path} holds runs of other settings ({differences}); remove it or name another with --json")
-            self.runs = found["runs"]
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+        self.path, self.results, self.settings = work / f"runs-{digest[:12]}.json", results, settings
+        self.runs = json.loads(self.path.read_text())["runs"] if self.path.exists() else []
+        self.failed: dict[str, str] = {}
+        if self.runs:
+            console.print(f"going on behind {len(self.runs)} runs in {self.path}; remove it to start anew")
 
     def find(self, **key) -> list[dict]:
         return [run for run in self.runs if all(run.get(name) == value for name, value in key.items())]
@@ -205,6 +204,8 @@ class Journal:
     def write(self) -> None:
         more = {"settings": self.settings, "failed": self.failed, "runs": self.runs}
         record.write(self.path, self.rows(), **more)
+        self.results.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(self.path, self.results)
 
     def rows(self) -> list[dict]:
         """Medians over the turns, and ranges; runs that have no turns as they are."""
@@ -525,8 +526,10 @@ def main() -> int:
     path = arguments.json or (case.work / f"{name}.json" if arguments.quick else record.here(name))
     settings = {"model": arguments.model, "arms": arms, "turns": turns, "workload": asdict(workload)}
     settings |= {"calibration": arguments.calibration and str(arguments.calibration), "engine_options": options}
-    journal = Journal(path, settings)
+    settings |= {"commit": record.COMMIT, "versions": record.versions()}
+    journal = Journal(case.work, settings, path)
     measure(case, journal, turns)
+    journal.write()
     show(journal)
     console.print(f"written to {path}")
     return 1 if journal.failed else 0
