@@ -6,9 +6,10 @@
 Every arm is a checkpoint on disk, converted from a checkpoint on disk and scored on held-out tokens that neither
 training nor calibration saw, each window led by BOS in all arms. KL is to the same source in the same engine (bf16 in
 vLLM, fp32 elsewhere). ``bytes`` are those of the folder's safetensors, ``bits`` those that a weight of the blocks'
-linears takes, scales included (16 in the source). Healthy models are calibrated on five draws of the calibration text, planted ones planted with
-five seeds. Through vLLM or transformers, which take longer, there are fewer plants and one draw; ``--quick`` takes the
-first draw and the first plant of one bed. ``--peer`` is the Python of an environment with llm-compressor.
+linears takes, scales included (16 in the source). Healthy models are calibrated on five draws of the calibration text,
+planted ones planted with five seeds. Through vLLM or transformers, which take longer, there are fewer plants and one
+draw; ``--quick`` takes the first draw and the first plant of one bed. ``--peer`` is the Python of an environment with
+llm-compressor.
 """
 
 import argparse
