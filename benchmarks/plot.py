@@ -163,7 +163,7 @@ def accuracy(path: Path, out: Path) -> None:
         axes.axvline(1, color=BAD, label="RTN")
         axes.set_yticks(range(len(shown)), [ARMS[arm] for arm in shown])
         axes.set_xlabel("KL to the source, relative to RTN's (less is better)")
-        axes.set_title("INT8 checkpoints of three healthy models", loc="left")
+        axes.set_title("INT8 checkpoints of healthy models", loc="left")
         axes.legend(fontsize=9)
 
 
@@ -252,8 +252,9 @@ def kernels(path: Path, out: Path) -> None:
     ceilings = record["ceilings"]
     bf16, int8 = ceilings["bf16 TFLOP/s"], ceilings["int8 TOPS"]
     roofs = ((1, int8 or 2 * bf16, "-"), (2, bf16, "--"))
-    with drawing(out, 9, 6.8, layout="constrained") as figure:
-        panels = figure.subplots(2, 2, sharex=True, sharey=True).flat
+    down = math.ceil(min(4, len(layers[model])) / 2)
+    with drawing(out, 9, 1.6 + 2.6 * down, layout="constrained") as figure:
+        panels = figure.subplots(down, 2, sharex=True, sharey=True).flat
         lines, limits, reads = {}, {}, []
         for axes, (name, found) in zip(panels, layers[model].items(), strict=False):
             n, k = found[0]["N"], found[0]["K"]
@@ -323,7 +324,7 @@ def serve(path: Path, out: Path) -> None:
                 look = ARMS_SERVED.get(arm, OTHER)
                 xs, ys = [row[time] for row in found], [row[rate] for row in found]
                 axes.plot(xs, ys, lw=1.3, ms=6, label=arm, **look)
-                across, up = ([row[f"{figure}_range"] for row in found] for figure in (time, rate))
+                across, up = ([row[f"{name}_range"] for row in found] for name in (time, rate))
                 axes.hlines(ys, *zip(*across, strict=True), look["color"], lw=0.8, zorder=1)
                 axes.vlines(xs, *zip(*up, strict=True), look["color"], lw=0.8, zorder=1)
             axes.set_xscale("log")
@@ -336,10 +337,8 @@ def serve(path: Path, out: Path) -> None:
         first.set_ylabel("output tokens/s")
         figure.legend(*first.get_legend_handles_labels(), ncols=len(arms), **LEGEND)
         turns = max(row["turns"] for found in arms.values() for row in found)
-        title(
-            figure,
-            f"Serving {record['settings']['model']} on {machine(path)} by requests/s asked ({_turns(turns)})",
-        )
+        model = record["settings"]["model"]
+        title(figure, f"Serving {model} on {machine(path)} by requests/s asked ({_turns(turns)})")
         points = {
             axes: [(row[time], row[rate], *_asked(row)) for found in arms.values() for row in found]
             for time, axes in panels.items()

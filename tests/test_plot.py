@@ -298,6 +298,18 @@ def test_kernels_show_a_model_under_what_was_measured_with_it(results, drawn):
     assert shade.min() == pytest.approx(plot.roofline(1, 6144, 4096, 1, 2.0, 30.0))
 
 
+def test_kernels_of_a_run_that_was_cut_short(tmp_path):
+    rows = tables.rows(of_gemm(tmp_path / "gemm.json"))
+    ceilings = {"GB/s": 40.0, "bf16 TFLOP/s": 1.0, "int8 TOPS": 2.0}
+    for count, panels in ((1, 1), (30, 1), (60, 2)):
+        write(tmp_path / "gemm.json", rows[:count], measured="product", ceilings=ceilings)
+        with keeping() as found:
+            plot.kernels(tmp_path / "gemm.json", tmp_path / "out.svg")
+        (figure,) = found.values()
+        assert len(figure.axes) == panels
+        assert all("1" in [text.get_text() for text in axes.get_xticklabels()] for axes in figure.axes)
+
+
 def test_serve_draws_rates_in_order_and_ranges(results, drawn):
     figure = drawn[1]["cpu/serve-1b"]
     rows = tables.Served(results / "cpu/serve-1b.json").of("ours, mixed", "serve")
