@@ -5,9 +5,11 @@
 
 Every arm is a checkpoint on disk, converted from a checkpoint on disk and scored on held-out tokens that neither
 training nor calibration saw, each window led by BOS in all arms. KL is to the same source in the same engine (bf16 in
-vLLM, fp32 elsewhere). Healthy models are calibrated on five draws of the calibration text, planted ones planted with
-five seeds. Through vLLM or transformers, which take longer, there are fewer plants and one draw; ``--quick`` takes the
-first draw and the first plant of one bed. ``--peer`` is the Python of an environment with llm-compressor.
+vLLM, fp32 elsewhere). ``bytes`` are those of the folder's safetensors, ``bits`` those that a weight of the blocks'
+linears takes, scales included (16 in the source). Healthy models are calibrated on five draws of the calibration text,
+planted ones planted with five seeds. Through vLLM or transformers, which take longer, there are fewer plants and one
+draw; ``--quick`` takes the first draw and the first plant of one bed. ``--peer`` is the Python of an environment with
+llm-compressor.
 """
 
 import argparse
@@ -19,6 +21,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
+from math import prod
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -34,6 +37,7 @@ from benchmarks.testbed.plant import plant
 from benchmarks.testbed.split import split
 from benchmarks.testbed.train import VOCAB
 from vllm_w8a8_bismooth.calibrate import CalibrationText, read_text, tokenize
+from vllm_w8a8_bismooth.checkpoint import Folder, Header, Headers
 from vllm_w8a8_bismooth.convert import convert
 from vllm_w8a8_bismooth.recipe import Recipe
 from vllm_w8a8_bismooth.source import Source
@@ -167,6 +171,24 @@ ENGINES: dict[str, Callable[[Path, np.ndarray, Path], np.ndarray]] = {
 }
 
 
+def size(folder: Path, source: Path) -> dict[str, float]:
+    """Bytes of a checkpoint's safetensors, and bits for each weight that the linears of the source's blocks have."""
+    weights = sum(prod(header.shape) for name, header in linears(source).items() if name.endswith(".weight"))
+    return {
+        "bytes": sum(path.stat().st_size for path in folder.glob("*.safetensors")),
+        "bits": 8 * sum(header.nbytes for header in linears(folder).values()) / weights,
+    }
+
+
+def linears(folder: Path) -> dict[str, Header]:
+    """Weights and scales of the linears inside the blocks."""
+    return {
+        name: header
+        for name, header in Headers(Folder(folder)).headers.items()
+        if name.startswith("model.layers.") and name.endswith((".weight", ".weight_scale")) and len(header.shape) == 2
+    }
+
+
 def plan(through: str, quick: bool) -> Iterator[tuple[Setting, tuple[str, ...]]]:
     """What is measured: settings and their arms."""
     beds = list(BEDS)[: 1 if quick else None]
@@ -204,13 +226,15 @@ def measure(
     reference = run(case.source, heldout, work / "source.log")
     where = {"bed": setting.bed, "plant": setting.kind, "k": setting.k, "seed": setting.seed}
 
-    def add(arm: str, scores: np.ndarray) -> None:
-        rows.append({**where, "arm": arm, **distance(reference, scores, heldout).as_dict()})
+    def add(arm: str, folder: Path, scores: np.ndarray) -> None:
+        found = distance(reference, scores, heldout).as_dict()
+        rows.append({**where, "arm": arm, **found, **size(folder, case.source)})
 
-    add("source", reference)
+    add("source", case.source, reference)
     for arm in arms:
         if peer_python or not arm.startswith("smoothquant"):
-            add(arm, run(ARMS[arm](case), heldout, work / f"{arm}.log"))
+            folder = ARMS[arm](case)
+            add(arm, folder, run(folder, heldout, work / f"{arm}.log"))
     shutil.rmtree(work)
     return rows
 

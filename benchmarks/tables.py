@@ -1,0 +1,325 @@
+"""The tables of README.md and docs/results.md, from the JSON files under benchmarks/results/ and nothing else.
+
+python -m benchmarks.tables     # prints them all
+"""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from statistics import geometric_mean, mean, median, stdev
+
+from benchmarks.record import RESULTS
+
+
+def rows(path: Path) -> list[dict]:
+    """Of a file that :func:`benchmarks.record.write` wrote."""
+    return json.loads(path.read_text())["rows"]
+
+
+def markdown(header: Sequence[str], lines: Sequence[Sequence[str]], words: int = 1) -> str:
+    """A table whose first ``words`` columns are words, and the others numbers."""
+    rule = "---|" * words + "--:|" * (len(header) - words)
+    return "\n".join([f"| {' | '.join(header)} |", f"|{rule}", *(f"| {' | '.join(line)} |" for line in lines)])
+
+
+def demo(path: Path) -> str:
+    """The demo's checkpoints."""
+    lines = []
+    for row in rows(path):
+        model = "" if row["arm"].startswith("healthy") else "planted, "
+        kl, top1 = f"{row['kl']:.2e} ± {row['kl_error']:.0e}", f"{row['top1']:.1%}"
+        cells = ("", "") if row["arm"].endswith("bf16") else (kl, top1)
+        lines.append((f"{model}{row['arm']}", f"{row['ppl']:.3f}", *cells))
+    return markdown(("checkpoint", "perplexity", "KL to bf16, nats per token", "same first token"), lines)
+
+
+ARMS = {
+    "rtn": "RTN",
+    "smoothquant-0.5": "SmoothQuant 0.5 (llm-compressor)",
+    "smoothquant-0.8": "SmoothQuant 0.8 (llm-compressor)",
+    "alpha-0.5": "bi-smooth, alpha = 0.5",
+    "best alpha": "bi-smooth, the model's best alpha",
+    "balanced": "bi-smooth, balanced (default)",
+    "data-free": "bi-smooth, data-free",
+    "auto-g32": "auto, g = 32",
+    "auto-bf16": "the linears that auto chose in bf16 instead",
+    "split-32": "balanced, 32 columns split in two",
+    "group-everywhere": "RTN with groups everywhere",
+}
+
+
+class Accuracy:
+    """The rows of one accuracy file."""
+
+    def __init__(self, path: Path):
+        self.rows = rows(path)
+        self.beds = list(dict.fromkeys(row["bed"] for row in self.rows))
+        self.alphas = {row["arm"] for row in self.rows if row["arm"].startswith("alpha")}
+
+    def kl(self, bed: str, arm: str, kind: str = "healthy", k: float | None = None) -> list[float]:
+        """One value a seed. ``best alpha`` is the single alpha that is best on average on this bed."""
+        if arm == "best alpha":
+            return min((self.kl(bed, alpha, kind, k) for alpha in self.alphas), key=mean)
+        where = (bed, arm, kind, k)
+        return [row["kl"] for row in self.rows if (row["bed"], row["arm"], row["plant"], row["k"]) == where]
+
+    def has(self, arm: str) -> bool:
+        return len(self.alphas) > 1 if arm == "best alpha" else any(row["arm"] == arm for row in self.rows)
+
+    def ratios(self, arm: str, to: str) -> list[float]:
+        """A value a bed: mean over seeds, healthy."""
+        return [mean(self.kl(bed, arm)) / mean(self.kl(bed, to)) for bed in self.beds]
+
+    def planted(self, arm: str, to: str, kinds: tuple[str, ...] = ("norm", "residual")) -> list[float]:
+        """KL of an arm on each bed's plants, mean over seeds, to that of an arm on the healthy bed."""
+        return [
+            mean(self.kl(bed, arm, kind, k)) / mean(self.kl(bed, to))
+            for bed in self.beds
+            for kind in kinds
+            for k in (100.0, 1000.0)
+        ]
+
+
+def _spread(values: list[float]) -> str:
+    """In millionths, with the standard deviation over seeds where there are several."""
+    deviation = f" ± {stdev(values) * 1e6:.0f}" if len(values) > 1 else ""
+    return f"{mean(values) * 1e6:.0f}{deviation}"
+
+
+def accuracy(path: Path) -> str:
+    """Healthy beds: KL of every arm, and relative to RTN."""
+    data = Accuracy(path)
+    lines = [
+        (label, *(_spread(data.kl(bed, arm)) for bed in data.beds), f"{geometric_mean(data.ratios(arm, 'rtn')):.2f}")
+        for arm, label in ARMS.items()
+        if data.has(arm)
+    ]
+    return markdown(("arm", *data.beds, "x RTN"), lines)
+
+
+def plants(path: Path) -> str:
+    """Planted beds: KL relative to RTN on the healthy bed, by kind of plant: mean over beds and seeds, and range."""
+    data = Accuracy(path)
+    arms = ("rtn", "mixed-g32", "balanced", "data-free", "auto-g32")
+    names = {**ARMS, "mixed-g32": "mixed, g = 32"}
+    lines = []
+    for kind in ("norm", "residual"):
+        for k in (100.0, 1000.0):
+            cells = []
+            for arm in arms:
+                ratios = [kl / mean(data.kl(bed, "rtn")) for bed in data.beds for kl in data.kl(bed, arm, kind, k)]
+                cells.append(f"{geometric_mean(ratios):.3g} ({min(ratios):.3g} to {max(ratios):.3g})")
+            lines.append((f"{kind}, k = {k:.0f}", *cells))
+    return markdown(("plant", *(names[arm] for arm in arms)), lines)
+
+
+def accuracy_targets(path: Path) -> str:
+    """What was promised of accuracy, and what was measured; of calibration's size, in ``calibration.json`` beside."""
+    data = Accuracy(path)
+    smoothquant = [
+        mean(data.kl(bed, "balanced")) / min(mean(data.kl(bed, f"smoothquant-{a}")) for a in (0.5, 0.8))
+        for bed in data.beds
+    ]
+    change = [abs(ratio - 1) for ratio in data.planted("balanced", "balanced")]
+    spread = study_spread(rows(path.with_name("calibration.json")))
+    targets = (
+        ("balanced / RTN, healthy, geometric mean", 0.80, geometric_mean(data.ratios("balanced", "rtn"))),
+        ("balanced / best single alpha, geometric mean", 0.92, geometric_mean(data.ratios("balanced", "best alpha"))),
+        ("balanced / alpha = 0.5, worst model", 1.0, max(data.ratios("balanced", "alpha-0.5"))),
+        ("balanced: change by a plant, worst", 0.05, max(change)),
+        ("balanced / better SmoothQuant of llm-compressor, worst model", 1.0, max(smoothquant)),
+        ("data-free on norm plants / RTN healthy, worst", 1.0, max(data.planted("data-free", "rtn", ("norm",)))),
+        (
+            "data-free on residual plants / RTN healthy, worst",
+            3.0,
+            max(data.planted("data-free", "rtn", ("residual",))),
+        ),
+        *(
+            (f"auto / groups everywhere, {bed}", 1.0, ratio)
+            for bed, ratio in zip(data.beds, data.ratios("auto-g32", "group-everywhere"), strict=True)
+        ),
+        ("balanced: spread over 4k tokens and more of own text, worst model", 0.05, max(spread.values())),
+    )
+    return _targets((name, most, f"{found:.3f}") for name, most, found in targets)
+
+
+def _targets(lines: Iterable[tuple[str, float, str]]) -> str:
+    return markdown(("target", "at most", "measured"), [(name, f"{most:g}", found) for name, most, found in lines])
+
+
+def study_means(rows: list[dict], arm: str = "balanced", texts: str = "own text") -> dict[str, dict[int, float]]:
+    """Bed -> calibration tokens -> mean KL over draws."""
+    found: dict[str, dict[int, list[float]]] = {}
+    for row in rows:
+        if row["arm"] == arm and row["set"] == texts:
+            found.setdefault(row["bed"], {}).setdefault(row["tokens"], []).append(row["kl"])
+    return {bed: {size: mean(values) for size, values in sizes.items()} for bed, sizes in found.items()}
+
+
+def study_spread(rows: list[dict]) -> dict[str, float]:
+    """Bed -> (largest - smallest) / middle of the mean KL from 4096 tokens of its own text on."""
+    spread = {}
+    for bed, sizes in study_means(rows).items():
+        values = [value for size, value in sizes.items() if size >= 4096]
+        spread[bed] = (max(values) - min(values)) / median(values)
+    return spread
+
+
+KERNELS = {
+    "ours-channel": "per-channel",
+    "ours-group128": "per-group, g = 128",
+    "cutlass": "CUTLASS",
+    "torch-bf16": "torch bf16",
+}
+
+
+def kernels(path: Path) -> str:
+    """Speed relative to vLLM's INT8 kernel by number of tokens: geometric mean over the linears, with the range."""
+    found: dict[int, dict[str, list[dict]]] = {}
+    for row in rows(path):
+        found.setdefault(row["M"], {}).setdefault(row["impl"], []).append(row)
+    shown = [name for name in KERNELS if any("x stock" in r for by in found.values() for r in by.get(name, ()))]
+    lines = []
+    for m, by in found.items():
+        cells = []
+        for name in shown:
+            ratios = [row["x stock"] for row in by.get(name, ()) if "x stock" in row]
+            cells.append(f"{geometric_mean(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})" if ratios else "")
+        best = max(by["ours-channel"], key=lambda row: row["TOPS"])
+        lines.append((str(m), *cells, f"{best['TOPS']:.2f}", f"{best['GB/s']:.0f}"))
+    header = ("tokens", *(KERNELS[name] for name in shown), "per-channel, TOPS", "GB/s")
+    return markdown(header, lines, words=0)
+
+
+def conversions(path: Path) -> str:
+    """Conversions beside llm-compressor's: seconds, CPU seconds, peak memory; medians of the turns."""
+    lines = []
+    for row in rows(path):
+        median = row["median"]
+        cells = (
+            f"{median['seconds']:.0f}",
+            f"{median['inside_seconds']:.0f}" if "inside_seconds" in median else "",
+            f"{median['cpu_seconds']:.0f}",
+            f"{median['peak_rss_bytes'] / 1e9:.2f}",
+        )
+        lines.append((row["arm"], str(row["blocks"]), *cells))
+    header = ("conversion", "blocks", "seconds", "less the peer's imports", "CPU seconds", "peak GB")
+    return markdown(header, lines)
+
+
+def conversion_targets(path: Path) -> str:
+    """What was promised of conversions, and what was measured."""
+    targets = json.loads(path.read_text())["targets"]
+    return _targets(
+        (t["name"], t["target"], "missing" if t["measured"] is None else f"{t['measured']:.3g}") for t in targets
+    )
+
+
+class Served:
+    """The rows of one file of whole engines."""
+
+    def __init__(self, path: Path):
+        self.rows = rows(path)
+        self.arms = list(dict.fromkeys(row["arm"] for row in self.rows))
+
+    def of(self, arm: str, bench: str) -> list[dict]:
+        """An arm's rows; those of ``serve`` by rate, the one without a limit last."""
+        found = [row for row in self.rows if (row["arm"], row["bench"]) == (arm, bench)]
+        return sorted(found, key=lambda row: (row.get("rate") is None, row.get("rate")))
+
+    def one(self, arm: str, bench: str) -> dict:
+        """An arm's only row; empty if it was not measured."""
+        return next(iter(self.of(arm, bench)), {})
+
+
+def engines(path: Path) -> str:
+    """Whole engines: an arm's throughput, latency of a request alone, size and accuracy."""
+    data = Served(path)
+
+    def against(arm: str, bench: str, figure: str, digits: int, faster: Callable[[float, float], float]) -> tuple:
+        """The figure with its range over turns, and how much faster than bf16 that is."""
+        row, bf16 = data.one(arm, bench), data.one("bf16", bench)
+        if not row:
+            return "", ""
+        cell = f"{row[figure]:.{digits}f}"
+        if row["turns"] > 1:
+            cell += " ({:.{n}f} to {:.{n}f})".format(*row[f"{figure}_range"], n=digits)
+        return cell, f"{faster(row[figure], bf16[figure]):.2f}" if bf16 else ""
+
+    lines = []
+    for arm in data.arms:
+        row = data.one(arm, "accuracy")
+        lines.append(
+            (
+                arm,
+                *against(arm, "throughput", "tokens_per_second", 0, lambda mine, bf16: mine / bf16),
+                *against(arm, "latency", "seconds", 3, lambda mine, bf16: bf16 / mine),
+                f"{row['bytes'] / 1e9:.2f}" if row else "",
+                f"{row['kl']:.1e} ± {row['kl_error']:.0e}" if row and arm != "bf16" else "",
+                f"{row['top1']:.1%}" if row and arm != "bf16" else "",
+            )
+        )
+    header = ("arm", "tokens/s", "x bf16", "latency, s", "x bf16", "GB on disk", "KL to bf16", "same first token")
+    return markdown(header, lines)
+
+
+def rates(path: Path) -> str:
+    """A server under load: by arm and request rate, what it keeps up with and how long requests wait."""
+    data, lines = Served(path), []
+    for arm in data.arms:
+        for row in data.of(arm, "serve"):
+            lines.append(
+                (
+                    arm,
+                    "no limit" if row["rate"] is None else f"{row['rate']:.2f}",
+                    f"{row['requests_per_second']:.2f}",
+                    f"{row['output_tokens_per_second']:.0f}",
+                    *(f"{row[f'{time}_ms']:.0f} ({row[f'p99_{time}_ms']:.0f})" for time in ("ttft", "tpot")),
+                )
+            )
+    asked = ("arm", "requests/s asked", "served", "output tokens/s")
+    return markdown((*asked, "time to first token, ms: median (p99)", "per output token, ms: median (p99)"), lines)
+
+
+SHARED = (
+    ("demo.json", demo),
+    ("accuracy.json", accuracy),
+    ("accuracy.json", plants),
+    ("accuracy-vllm.json", accuracy),
+    ("accuracy.json", accuracy_targets),
+)
+OF_MACHINES = (
+    ("gemm.json", kernels),
+    ("convert.json", conversions),
+    ("convert.json", conversion_targets),
+    ("serve-*.json", engines),
+    ("serve-*.json", rates),
+)
+
+
+def files(results: Path, shared: Sequence[tuple], of_machines: Sequence[tuple]) -> Iterator[tuple]:
+    """What is to be made of which file.
+
+    Args:
+        results: a folder as ``benchmarks/results``, with one folder in it for each machine.
+        shared, of_machines: tuples that begin with a pattern of names, in ``results`` and in the folders of machines.
+
+    Yields:
+        The path of a file, and the rest of the tuple whose pattern it fits; if none does, the path that the pattern is.
+    """
+    machines = [(folder, of_machines) for folder in sorted(results.iterdir()) if folder.is_dir()]
+    for folder, wanted in [(results, shared), *machines]:
+        for pattern, *what in wanted:
+            for path in sorted(folder.glob(pattern)) or [folder / pattern]:
+                yield path, *what
+
+
+def every(results: Path = RESULTS) -> dict[str, str]:
+    """All tables that there are files for, by what they are."""
+    found = files(results, SHARED, OF_MACHINES)
+    return {f"{table.__name__} of {path.relative_to(results)}": table(path) for path, table in found if path.exists()}
+
+
+if __name__ == "__main__":
+    for name, table in every().items():
+        print(f"<!-- {name} -->\n\n{table}\n")
