@@ -267,7 +267,8 @@ def main() -> None:
     promised = targets(rows, compared)
     show(rows, compared, promised)
     if arguments.json:
-        record.write(arguments.json, rows, ratios=compared, targets=promised, peer_versions=versions)
+        settings = {"hidden_size": scale.sizes["hidden_size"], "intermediate_size": scale.sizes["intermediate_size"]}
+        record.write(arguments.json, rows, settings=settings, ratios=compared, targets=promised, peer_versions=versions)
 
 
 if __name__ == "__main__":

@@ -411,7 +411,9 @@ def conversions(path: Path, out: Path) -> None:
         figure.axes[0].invert_yaxis()
         figure.axes[0].tick_params(axis="y", length=0)
         turns = max(len(row["seconds"]) for row in places.values())
-        title(figure, f"Converting {least} decoder blocks to INT8 on {machine(path)} ({_turns(turns)})")
+        hidden = json.loads(path.read_text())["settings"]["hidden_size"]
+        what = f"Converting {least} decoder blocks (hidden size {hidden}) to INT8"
+        title(figure, f"{what} on {machine(path)} ({_turns(turns)})")
 
 
 SHARED = (

@@ -105,7 +105,7 @@ def of_convert(path: Path, turns: int = 1, peer: bool = True) -> Path:
     rows += [row("calibrated", 8, 135, 2.8)]
     targets = [{"name": "seconds of --help", "target": 0.5, "measured": 0.15}]
     targets += [{"name": "seconds of inspect", "target": 2.0, "measured": None}]
-    return write(path, rows, targets=targets)
+    return write(path, rows, targets=targets, settings={"hidden_size": 8192})
 
 
 SPEEDS = {"bf16": 1.0, "stock INT8": 1.45, "ours, per-channel": 1.8, "ours, mixed": 1.7, "FP8": 1.5}
