@@ -45,8 +45,8 @@ declare -A limit=([facts]=60 [build]=240 [test]=200 [quick]=100 [gemm]=280 [quan
     [tiles]=180 [serve]=580)
 order=(facts build test quick gemm quant linear sanitize tiles serve)
 
-# $dry and $collect are an option or nothing.
-# shellcheck disable=SC2086
+# $dry and $collect are an option or nothing; sections run in a shell of their own.
+# shellcheck disable=SC2086,SC2329
 {
     section_facts() { $python -m benchmarks.ceilings --device $device $dry --json "$out/facts.json"; }
     section_build() {
@@ -82,11 +82,16 @@ order=(facts build test quick gemm quant linear sanitize tiles serve)
         export VLLM_NO_USAGE_STATS=1 HF_HUB_OFFLINE=1
         $python -m benchmarks.serve "$model" ${dry:+--quick} --json "$served"
     }
-    run_tests() { $python -m pytest -q --tb=short -p no:cacheprovider -m gpu $collect -k "$1" tests/test_gpu.py; }
+    run_tests() {
+        set -o pipefail
+        $python -m pytest -q --tb=short -p no:cacheprovider -m gpu $collect -k "$1" tests/test_gpu.py |
+            tee build/gpu-tests.txt || return
+        [ -n "$dry" ] || grep -q " passed" build/gpu-tests.txt || leave_out "every test was skipped"
+    }
+    leave_out() { echo "left out: $1"; exit 77; }
+    kernels_load() { $python -c "from vllm_w8a8_bismooth import ops; raise SystemExit(not ops.has_kernel('$device'))"; }
+    lacks() { [ "$($python -c "import importlib.util as u; print(u.find_spec('$1') is None)")" = True ]; }
 }
-leave_out() { echo "left out: $1"; exit 77; }
-kernels_load() { $python -c "from vllm_w8a8_bismooth import ops; raise SystemExit(not ops.has_kernel('$device'))"; }
-lacks() { [ "$($python -c "import importlib.util as u; print(u.find_spec('$1') is None)")" = True ]; }
 
 # Whether build/gpu-$1 is there, unpacked from .gpu now or before.
 unpack() {

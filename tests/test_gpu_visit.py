@@ -81,6 +81,16 @@ def test_a_failing_section_does_not_stop_the_next(tmp_path):
     assert done.returncode == 1 and set(verdicts(done.stdout).values()) == {"failed (1)"}
 
 
+def test_skipped_tests_are_not_called_good(light_visit, tmp_path):
+    (light_visit / "tests").mkdir()
+    (light_visit / "pytest.ini").write_text("[pytest]\nmarkers = gpu")
+    header = "import pytest\n@pytest.mark.gpu\n"
+    for skip, found in (("@pytest.mark.skip('no GPU')\n", "left out (every test was skipped)"), ("", "ok")):
+        (light_visit / "tests/test_gpu.py").write_text(f"{header}{skip}def test_one(): pass")
+        done = visit(tmp_path / "out", "test", root=light_visit)
+        assert done.returncode == 0 and verdicts(done.stdout) == {"test": found}, done.stdout
+
+
 def test_budget(tmp_path):
     done = visit(tmp_path, "--dry", "quick", "gemm", BUDGET="1")
     assert done.returncode == 0 and verdicts(done.stdout) == {}
