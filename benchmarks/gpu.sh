@@ -7,12 +7,15 @@
 #
 # The machine needs torch >= 2.11 for CUDA 13, transformers 5, nvcc 13 and Python 3.12, and no network. It gets this tree
 # and, as git ignores them, what is named below; at most 64 MiB in all. The trained models are 32 MiB of the tree, and no
-# section needs them. So before the visit, after the last commit:
+# section needs them. So before the visit, after the last commit (`pack` says what all weighs, and only that if it ran
+# before):
 #
-#     benchmarks/gpu.sh --dry && benchmarks/gpu.sh pack
-#     git sparse-checkout set --no-cone '/*' '!*.safetensors' '!*.jsonl.xz'     # until: git sparse-checkout disable
+#     benchmarks/gpu.sh --dry
+#     git sparse-checkout set --no-cone '/*' '!*.safetensors' '!*.jsonl.xz' '!docstrings/' '!headers/'
 #     TORCH_CUDA_ARCH_LIST=9.0a BISMOOTH_CUDA=1 python setup.py build_ext --inplace    # where nvcc is; else there
 #     python -m benchmarks.cutlass_baseline                                            # likewise
+#     benchmarks/gpu.sh pack
+#     git sparse-checkout disable                                                      # after the visit
 #
 # and then, in calls of ten minutes, each right after the other:
 #

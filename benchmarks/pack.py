@@ -128,7 +128,12 @@ def main() -> None:
     command = ["git", "describe", "--always", "--abbrev=40", "--dirty"]
     described = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
     (PACKED / "commit").write_text(described.stdout)
-    sizes = {"tree": tree_bytes()} | {f".gpu/{path.name}": path.stat().st_size for path in sorted(PACKED.iterdir())}
+    carried = [
+        *sorted(PACKED.iterdir()),
+        *(ROOT / "vllm_w8a8_bismooth").glob("_C.so"),
+        *ROOT.glob("build/cutlass/*.so"),
+    ]
+    sizes = {"tree": tree_bytes()} | {str(path.relative_to(ROOT)): path.stat().st_size for path in carried}
     for name, size in sizes.items():
         print(f"{size / 2**20:6.1f} MiB  {name}")
     print(f"{sum(sizes.values()) / 2**20:6.1f} MiB  of {MOST >> 20} that travel in one call")
