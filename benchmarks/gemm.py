@@ -1,10 +1,11 @@
 """GEMM of LLaMA's linears: our INT8 kernels against vLLM's own, CUTLASS's and torch's, on a CPU or a GPU.
 
-    python -m benchmarks.gemm --device cpu|cuda [--quick] [--linear] [--json FILE]
+    python -m benchmarks.gemm --device cpu|cuda [--quick | --dry] [--linear] [--json FILE]
                               [--m 1,64] [--shapes REGEX] [--impl REGEX]
 
 Times the product alone; with ``--linear`` the quantization of the activations and the product. All implementations run
 in one process, in turns, on random data, with weights that alternate between copies, so that no cache holds them.
+``--dry`` goes through the same motions on small shapes; its figures mean nothing.
 ``x`` columns are speed relative to vLLM's INT8 kernel. GB/s counts weights, activations, scales and results once.
 """
 
@@ -20,17 +21,48 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import cutlass_baseline, record, timing
+from benchmarks import ceilings, cutlass_baseline, record, timing
 from vllm_w8a8_bismooth import ops
 
 GROUP = 128
 STOCK = "vllm"
 # hidden size, width of k and v, intermediate size
-MODELS = {"LLaMA3-8B": (4096, 1024, 14336), "LLaMA3-70B": (8192, 1024, 28672)}
-TOKENS = {"cpu": [1, 4, 16, 32, 64, 128, 256, 1024], "cuda": [1, *(2**i for i in range(2, 14))]}
-QUICK_TOKENS = {"cpu": [1, 16, 128], "cuda": [1, 16, 64, 256, 1024, 4096, 8192]}
-SECONDS = {"cpu": 2.0, "cuda": 0.05}  # per row of the table
-QUICK_SECONDS = {"cpu": 0.5, "cuda": 0.02}
+MODELS = {"LLaMA3-8B": (4096, 1024, 14336), "LLaMA3-70B": (8192, 1024, 28672), "dry": (256, 128, 512)}
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How much is measured: which layers, tokens, seconds for each row of the table, copies of the weights."""
+
+    models: tuple[str, ...]
+    tps: tuple[int, ...]
+    names: str
+    tokens: tuple[int, ...]
+    seconds: float
+    copies: int = 0  # 0: as many as the caches demand
+
+    def layers(self) -> dict[str, tuple[int, int]]:
+        """(N, K) by name."""
+        found = {}
+        for model in self.models:
+            for tp in self.tps:
+                found |= layers(model, tp)
+        return {name: shape for name, shape in found.items() if re.search(self.names, name)}
+
+
+DRY = Extent(("dry",), (1,), "", (1, 5), 0.0, copies=2)
+EXTENTS = {
+    "cpu": {
+        "full": Extent(("LLaMA3-8B",), (1,), "", (1, 4, 16, 32, 64, 128, 256, 1024), 2.0),
+        "quick": Extent(("LLaMA3-8B",), (1,), " (o|down)$", (1, 16, 128), 0.5),
+        "dry": DRY,
+    },
+    "cuda": {
+        "full": Extent(("LLaMA3-8B", "LLaMA3-70B"), (1, 2, 4), "", (1, *(2**i for i in range(2, 14))), 0.05),
+        "quick": Extent(("LLaMA3-70B",), (1, 4), "", (1, 16, 64, 256, 1024, 4096, 8192), 0.02),
+        "dry": DRY,
+    },
+}
 
 
 def layers(model: str, tp: int) -> dict[str, tuple[int, int]]:
@@ -45,19 +77,6 @@ def layers(model: str, tp: int) -> dict[str, tuple[int, int]]:
     return {f"{model} tp{tp} {name}": shape for name, shape in shapes.items()}
 
 
-def all_layers(device: str, quick: bool) -> dict[str, tuple[int, int]]:
-    if device == "cpu":
-        found = layers("LLaMA3-8B", 1)
-        return {name: found[name] for name in found if not quick or name.endswith((" o", " down"))}
-    models = ["LLaMA3-70B"] if quick else MODELS
-    return {
-        name: shape
-        for model in models
-        for tp in (1, 2, 4)[:: 3 if quick else 1]
-        for name, shape in layers(model, tp).items()
-    }
-
-
 @dataclass
 class Weights:
     """Copies of one linear's random weights, in the forms that the implementations take."""
@@ -65,11 +84,11 @@ class Weights:
     n: int
     k: int
     device: str
-    copies: int = field(init=False)
+    copies: int = 0  # as many as the caches demand
     codes: list[torch.Tensor] = field(init=False)
 
     def __post_init__(self):
-        self.copies = timing.copies_against_caches(self.device, self.n * self.k)
+        self.copies = self.copies or timing.copies_against_caches(self.device, self.n * self.k)
         self.codes = [
             torch.randint(-127, 128, (self.n, self.k), dtype=torch.int8, device=self.device) for _ in range(self.copies)
         ]
@@ -138,12 +157,33 @@ def _pair(quantized, b, b_scale):
     return codes, b, scale, b_scale
 
 
+def load_vllm(device: str) -> None:
+    """vLLM's ops for a device. For a GPU vLLM is not imported: its library is the one that VLLM_LIBRARY names, or an
+    installed vLLM's.
+
+    Raises:
+        ImportError, RuntimeError: there are none.
+    """
+    if device == "cpu":
+        from vllm.platforms import current_platform
+
+        if not current_platform.is_cpu():
+            raise RuntimeError("the installed vLLM is not for CPUs")
+        current_platform.import_kernels()
+    elif not hasattr(torch.ops._C, "cutlass_scaled_mm"):
+        spec = importlib.util.find_spec("vllm")
+        installed = Path(spec.origin).parent / "_C_stable_libtorch.abi3.so" if spec else None
+        library = os.environ.get("VLLM_LIBRARY", installed)
+        if library is None:
+            raise RuntimeError("no vLLM is installed, and VLLM_LIBRARY does not name its _C_stable_libtorch.abi3.so")
+        torch.ops.load_library(str(library))
+
+
 def vllm_cpu(p: Problem) -> timing.Call:
     """oneDNN through vLLM's ops, as its kernel for compressed-tensors INT8 on CPUs calls them."""
+    load_vllm("cpu")
     from vllm import _custom_ops as vllm_ops
-    from vllm.platforms import current_platform
 
-    current_platform.import_kernels()
     w = p.weights
     scale = w.channel_scale.contiguous()
     handlers = w.once("onednn", lambda b: vllm_ops.create_onednn_scaled_mm(b.t(), scale, torch.bfloat16, True, False))
@@ -158,25 +198,9 @@ def vllm_cpu(p: Problem) -> timing.Call:
     return call
 
 
-def load_vllm_cuda() -> None:
-    """vLLM's ops, from an installed vLLM or the library that VLLM_LIBRARY names; vLLM is not imported.
-
-    Raises:
-        RuntimeError: there is none.
-    """
-    if hasattr(torch.ops._C, "cutlass_scaled_mm"):
-        return
-    spec = importlib.util.find_spec("vllm")
-    installed = Path(spec.origin).parent / "_C_stable_libtorch.abi3.so" if spec else None
-    library = os.environ.get("VLLM_LIBRARY", installed)
-    if library is None:
-        raise RuntimeError("no vLLM is installed, and VLLM_LIBRARY does not name its _C_stable_libtorch.abi3.so")
-    torch.ops.load_library(str(library))
-
-
 def vllm_cuda(p: Problem) -> timing.Call:
     """CUTLASS through vLLM's op."""
-    load_vllm_cuda()
+    load_vllm("cuda")
     w = p.weights
     scale = w.channel_scale.contiguous()
     out = torch.empty(p.m, w.n, dtype=torch.bfloat16, device="cuda")
@@ -303,13 +327,13 @@ def table_line(rows: list[dict], names: list[str]) -> str:
     return "".join(cells) + f"{first['TOPS']:10.3f}{first['GB/s']:9.0f}"
 
 
-def summary(rows: list[dict], ceilings: dict[str, float]) -> list[str]:
+def summary(rows: list[dict], rates: dict[str, float]) -> list[str]:
     """Geometric means over tokens, best rates."""
     lines = []
     for name in dict.fromkeys(row["impl"] for row in rows):
         mine = [row for row in rows if row["impl"] == name]
         rate, read = max(row["TOPS"] for row in mine), max(row["GB/s"] for row in mine)
-        line = f"{name:22} best {rate:9.3f} TOPS {read:6.0f} GB/s ({read / ceilings['GB/s']:4.0%})"
+        line = f"{name:22} best {rate:9.3f} TOPS {read:6.0f} GB/s ({read / rates['GB/s']:4.0%})"
         for label, low, high in (("M<=64", 0, 64), ("M>64", 65, 1 << 30), ("all", 0, 1 << 30)):
             ratios = [r["x stock"] for r in mine if low <= r["M"] <= high and "x stock" in r]
             if ratios and name != STOCK:
@@ -321,46 +345,44 @@ def summary(rows: list[dict], ceilings: dict[str, float]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--device", choices=IMPLEMENTATIONS, required=True)
-    parser.add_argument("--quick", action="store_true", help="fewer shapes, under a minute")
+    extent = parser.add_mutually_exclusive_group()
+    for name, what in (("quick", "fewer shapes, under a minute"), ("dry", "small shapes, to see that it works")):
+        extent.add_argument(f"--{name}", dest="extent", action="store_const", const=name, default="full", help=what)
     parser.add_argument("--linear", action="store_true", help="quantization and product")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--m", help="numbers of tokens, such as 1,64")
     parser.add_argument("--shapes", default="", help="regular expression for layers, such as '70B tp1'")
     parser.add_argument("--impl", default="", help="regular expression for implementations")
     asked = parser.parse_args()
-    device, seconds = asked.device, (QUICK_SECONDS if asked.quick else SECONDS)[asked.device]
-    tokens = [int(m) for m in asked.m.split(",")] if asked.m else (QUICK_TOKENS if asked.quick else TOKENS)[device]
+    device, extent = asked.device, EXTENTS[asked.device][asked.extent]
+    tokens = [int(m) for m in asked.m.split(",")] if asked.m else extent.tokens
     if device == "cuda" and not torch.cuda.is_available():
         sys.exit("--device cuda: there is no CUDA device")
     if not ops.has_kernel(device):
         print("! no compiled kernel for this device: 'ours' is the torch reference", file=sys.stderr)
     torch.manual_seed(0)
-    ceilings = {
-        "GB/s": round(timing.bandwidth(device), 1),
-        "bf16 TFLOP/s": round(timing.bf16_rate(device), 2),
-        "int8 TOPS": timing.int8_rate() if device == "cpu" else None,
-    }
-    print(f"ceilings measured: {'copy' if device == 'cuda' else 'read'} {ceilings['GB/s']} GB/s, ", end="")
-    print(f"torch bf16 {ceilings['bf16 TFLOP/s']} TFLOP/s, int8 dot products {ceilings['int8 TOPS']} TOPS", flush=True)
+    rates = ceilings.measure(device, extent.seconds and 0.5)
+    print("ceilings measured: " + ", ".join(f"{rate} {what}" for what, rate in rates.items()), flush=True)
     names = [name for name in IMPLEMENTATIONS[device] if re.search(asked.impl, name)]
     print(f"{'us, x stock':24}{'M':>6}" + "".join(f"{name:>17}" for name in names) + f"{'1st: TOPS':>10}{'GB/s':>9}")
     rows, missing = [], {}
-    for layer, (n, k) in all_layers(device, asked.quick).items():
+    for layer, (n, k) in extent.layers().items():
         if not re.search(asked.shapes, layer):
             continue
-        weights = Weights(n, k, device)
+        weights = Weights(n, k, device, extent.copies)
         for m in tokens:
             problem = Problem(m, weights, asked.linear)
             runs = prepare_all(problem, asked.impl, missing)
             if not runs:
                 sys.exit("no implementation can run")
-            found = rows_of(problem, layer, timing.times(runs, seconds))
+            found = rows_of(problem, layer, timing.times(runs, extent.seconds))
             print(table_line(found, names), flush=True)
             rows += found
         if asked.json:  # after every layer: a run that is cut short leaves what it has
             measured = "quantization and product" if asked.linear else "product"
-            record.write(asked.json, rows, measured=measured, ceilings=ceilings, left_out=missing)
-    print(*summary(rows, ceilings), sep="\n")
+            more = {"measured": measured, "extent": asked.extent, "ceilings": rates, "left_out": missing}
+            record.write(asked.json, rows, **more)
+    print(*summary(rows, rates), sep="\n")
 
 
 if __name__ == "__main__":

@@ -1,123 +1,162 @@
 #!/usr/bin/env bash
-# One short visit to a GPU in one command: build, check, measure; the most valuable first.
+# One short visit to a GPU in one command: what it is, whether all works there, how fast; the most valuable first.
 #
-#     benchmarks/gpu.sh pack                 # before, where there is a network: what the visit needs goes into .gpu/
+#     benchmarks/gpu.sh pack                 # before, where there is a network: what the visit needs, into .gpu/
 #     benchmarks/gpu.sh [SECTION ...]        # there; default: all, in the order of the list below
+#     benchmarks/gpu.sh --dry [SECTION ...]  # anywhere: every section that can, on a CPU and small; no figure counts
 #
-# The machine needs torch >= 2.11 for CUDA 13, nvcc 13 and Python 3.12, and no network. It gets this tree and, ignored
-# by git, `.gpu` (37 MB: vLLM's kernels, CUTLASS headers, test tools) and, to save time there,
-# `vllm_w8a8_bismooth/_C.so` and `build/cutlass` if they were built before; what is missing is built there.
+# The machine needs torch >= 2.11 for CUDA 13, transformers 5, nvcc 13 and Python 3.12, and no network. It gets this tree
+# and, as git ignores them, what is named below; at most 64 MiB in all. The trained models are 32 MiB of the tree, and no
+# section needs them. So before the visit, after the last commit (`pack` says what all weighs, and only that if it ran
+# before):
+#
+#     benchmarks/gpu.sh --dry
+#     git sparse-checkout set --no-cone '/*' '!*.safetensors' '!*.jsonl.xz' '!docstrings/' '!headers/'
+#     TORCH_CUDA_ARCH_LIST=9.0a BISMOOTH_CUDA=1 python setup.py build_ext --inplace    # where nvcc is; else there
+#     python -m benchmarks.cutlass_baseline                                            # likewise
+#     benchmarks/gpu.sh pack
+#     git sparse-checkout disable                                                      # after the visit
+#
+# and then, in calls of ten minutes, each right after the other:
+#
+#     carry                                                            call
+#     .gpu/kernels.tar.xz .gpu/commit  vllm_w8a8_bismooth/_C.so         benchmarks/gpu.sh facts build test quick gemm
+#       build/cutlass
+#     .gpu  vllm_w8a8_bismooth/_C.so                                    benchmarks/gpu.sh serve
+#     as for the first                                                 benchmarks/gpu.sh quant linear sanitize tiles
+#     as for the second                                                benchmarks/gpu.sh serve     # goes on
+#
+# `serve` goes on from build/gpu-serve, which stays on the machine while it is held. To go on on another one, put the
+# JSON that came back there and carry build/gpu-serve too. MODEL=random:llama3-70b-tp8-shard serves another model.
+#
+# The order: figures mean something only beside the machine's own (facts), on kernels that are there (build) and right
+# (test). Then speed, first a bit of everything in case there is no more (quick), then the linears, which are most of the
+# time of an engine (gemm). The quantization of activations and both together explain them (quant, linear); what the
+# sanitizer finds and better tiles is work for later visits. `serve` matters as much as `gemm`, but fills what it gets,
+# so it is last and has calls of its own.
 #
 # Each section has its own time limit and failures do not stop the next. BUDGET (seconds, default 590) bounds the whole:
 # sections that no longer fit are named at the end, for the next call. Results, at most 8 files, go to $OUT (default
-# build/gpu): log.txt, and a JSON of each measurement, which fills while it runs.
+# build/gpu, or build/gpu-dry): log.txt, and a JSON of each measurement, which fills while it runs. The exit status is 1
+# if a section failed, after all have run; a section that was left out, cut short or not begun did not fail.
 set -uo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit
 python=${PYTHON:-python3}
-out=${OUT:-build/gpu}
+device=cuda dry='' collect='' out=${OUT:-build/gpu} model=${MODEL:-random:llama3-8b}
 
-declare -A limit=([build]=240 [test]=200 [quick]=100 [gemm]=280 [quant]=60 [sanitize]=280 [tiles]=180 [linear]=240)
-order=(build test quick gemm quant sanitize tiles linear)
+declare -A limit=([facts]=60 [build]=240 [test]=200 [quick]=100 [gemm]=280 [quant]=60 [linear]=240 [sanitize]=280
+    [tiles]=180 [serve]=580)
+order=(facts build test quick gemm quant linear sanitize tiles serve)
 
-section_build() {
-    # One architecture here: the machine's. A library that was brought along is used as it is.
-    if [ -e vllm_w8a8_bismooth/_C.so ]; then
-        echo "_C.so was brought along"
-    else
-        export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-9.0a} BISMOOTH_CUDA=1
-        $python setup.py build_ext --inplace || return
+# $dry and $collect are an option or nothing; sections run in a shell of their own.
+# shellcheck disable=SC2086,SC2329
+{
+    section_facts() { $python -m benchmarks.ceilings --device $device $dry --json "$out/facts.json"; }
+    section_build() {
+        if [ $device = cpu ]; then # compiles nothing: that takes minutes
+            [ -e vllm_w8a8_bismooth/_C.so ] || leave_out "no compiled kernels: python setup.py build_ext --inplace"
+            kernels_load
+        else # one architecture: the machine's; a library that was brought along is used as it is
+            export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-9.0a} BISMOOTH_CUDA=1
+            kernels_load || { $python setup.py build_ext --inplace && kernels_load; } || return
+            $python -m benchmarks.cutlass_baseline || echo "no CUTLASS baseline"
+        fi
+    }
+    section_test() { run_tests "not sanitizer"; }
+    section_quick() { $python -m benchmarks.gemm --device $device ${dry:---quick} --json "$out/quick.json"; }
+    section_gemm() { $python -m benchmarks.gemm --device $device $dry --json "$out/gemm.json"; }
+    section_quant() { $python -m benchmarks.quant --device $device $dry --json "$out/quant.json"; }
+    section_linear() {
+        $python -m benchmarks.gemm --device $device $dry --linear --m 1,16,64,256,1024,4096 --json "$out/linear.json"
+    }
+    section_sanitize() { run_tests sanitizer; }
+    section_tiles() {
+        [ $device = cuda ] || leave_out "needs a GPU"
+        $python -m benchmarks.tiles --json "$out/tiles.json"
+    }
+    section_serve() {
+        if [ -z "$dry" ] && unpack engine; then
+            [ -e "${VLLM_LIBRARY:-}" ] || leave_out "the engine needs .gpu/kernels.tar.xz too"
+            ln -sf "$VLLM_LIBRARY" build/gpu-engine/vllm/_C_stable_libtorch.abi3.so
+            export PYTHONPATH=$PWD/build/gpu-engine:$PYTHONPATH
+        fi
+        ! lacks vllm || leave_out "no vLLM here: carry .gpu, made by benchmarks/gpu.sh pack"
+        ! lacks benchmarks.serve || leave_out "there is no benchmarks.serve"
+        export VLLM_NO_USAGE_STATS=1 HF_HUB_OFFLINE=1
+        $python -m benchmarks.serve "$model" ${dry:+--quick} --json "$served"
+    }
+    run_tests() {
+        set -o pipefail
+        $python -m pytest -q --tb=short -p no:cacheprovider -m gpu $collect -k "$1" tests/test_gpu.py |
+            tee build/gpu-tests.txt || return
+        [ -n "$dry" ] || grep -q " passed" build/gpu-tests.txt || leave_out "every test was skipped"
+    }
+    leave_out() { echo "left out: $1"; exit 77; }
+    kernels_load() { $python -c "from vllm_w8a8_bismooth import ops; raise SystemExit(not ops.has_kernel('$device'))"; }
+    lacks() { [ "$($python -c "import importlib.util as u; print(u.find_spec('$1') is None)")" = True ]; }
+}
+
+# Whether build/gpu-$1 is there, unpacked from .gpu now or before.
+unpack() {
+    local to=build/gpu-$1
+    if [ ! -e "$to" ] && [ -e ".gpu/$1.tar.xz" ]; then
+        rm -rf "$to.partial"
+        mkdir -p "$to.partial" && $python -m tarfile -e ".gpu/$1.tar.xz" "$to.partial" && mv "$to.partial" "$to"
     fi
-    $python -m benchmarks.cutlass_baseline || echo "no CUTLASS baseline"
-    $python -c 'from vllm_w8a8_bismooth import ops; assert ops.has_kernel("cuda"), "the library has no CUDA kernels"'
-}
-section_test() { $python -m pytest -q --tb=short -p no:cacheprovider -m gpu -k "not sanitizer" tests/test_gpu.py; }
-section_quick() { $python -m benchmarks.gemm --device cuda --quick --json "$out/quick.json"; }
-section_gemm() { $python -m benchmarks.gemm --device cuda --json "$out/gemm.json"; }
-section_quant() { $python -m benchmarks.quant --json "$out/quant.json"; }
-section_sanitize() { $python -m pytest -q --tb=short -p no:cacheprovider -m gpu -k sanitizer tests/test_gpu.py; }
-section_tiles() { $python -m benchmarks.tiles --json "$out/tiles.json"; }
-section_linear() {
-    $python -m benchmarks.gemm --device cuda --linear --m 1,16,64,256,1024,4096 --json "$out/linear.json"
+    [ -e "$to" ]
 }
 
-# Blanks the machine code for other architectures where there is code for the one asked for; nothing moves.
-thin='
-import struct, sys
-data, keep = bytearray(sys.stdin.buffer.read()), (2, int(sys.argv[1]))  # kind 2: ELF
-at = 0
-while (at := data.find(b"\x50\xed\x55\xba", at)) >= 0:  # a fat binary
-    version, header, size = struct.unpack_from("<HHQ", data, at + 4)
-    if (version, header) != (1, 16):
-        at += 4
-        continue
-    entry, at, entries = at + header, at + header + size, []
-    while entry < at:
-        kind, _, head, length = struct.unpack_from("<HHIQ", data, entry)
-        entries.append(((kind, *struct.unpack_from("<I", data, entry + 28)), entry + head, length))
-        entry += head + length
-    for what, start, length in entries if keep in [what for what, _, _ in entries] else []:
-        if what != keep:
-            data[start : start + length] = bytes(length)
-sys.stdout.buffer.write(data)
-'
-
-pack() {
-    set -e
-    mkdir -p .gpu/wheels
-    git describe --always --abbrev=40 --dirty >.gpu/commit
-    local pip=($python -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 --implementation cp)
-    for platform in manylinux_2_34 manylinux_2_31 manylinux_2_28 manylinux_2_27 manylinux_2_17 manylinux2014; do
-        pip+=(--platform "${platform}_x86_64")
-    done
-    "${pip[@]}" -d .gpu/wheels nvidia-cutlass==4.2.0.0 \
-        pytest pluggy iniconfig pygments packaging hypothesis sortedcontainers
-    if [ ! -e .gpu/vllm.so.xz ]; then # of a wheel of 300 MB, the one library with its INT8 kernels, for Hopper
-        "${pip[@]}" -d .gpu/download vllm==0.26.0
-        unzip -p .gpu/download/vllm-*.whl vllm/_C_stable_libtorch.abi3.so | $python -c "$thin" 90 | xz -T0 >.gpu/partial
-        mv .gpu/partial .gpu/vllm.so.xz
-        rm -r .gpu/download
-    fi
-    du -sh .gpu
-}
-
-if [ "${1:-}" = pack ]; then pack; exit; fi
+if [ "${1:-}" = pack ]; then exec "$python" -m benchmarks.pack; fi
+if [ "${1:-}" = --dry ]; then
+    shift
+    device=cpu dry=--dry collect=--collect-only out=${OUT:-build/gpu-dry} model=benchmarks/testbed/model
+fi
 for name in "$@"; do
     [ -n "${limit[$name]:-}" ] || { echo "no section $name; there are: ${order[*]}" >&2; exit 2; }
 done
 [ $# -gt 0 ] && order=("$@")
 
-mkdir -p "$out"
-log=$out/log.txt
 began=$SECONDS
-export PYTHONUNBUFFERED=1 PYTHONPATH=$PWD/build/site:$PWD${PYTHONPATH:+:$PYTHONPATH}
+served=${model##*/}
+served=build/gpu-serve/serve-${served//:/-}.json
+log=$out/log.txt
+mkdir -p "$out" build/gpu-serve
+export PYTHONUNBUFFERED=1 PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 BENCHMARK_COMMIT=$(git describe --always --abbrev=40 --dirty 2>/dev/null || cat .gpu/commit 2>/dev/null)
 export BENCHMARK_COMMIT
-if [ -d .gpu/wheels ] && [ ! -d build/site ]; then
-    $python -m pip install --quiet --no-index --no-deps --no-compile --target build/site .gpu/wheels/*.whl
+if [ -n "$dry" ]; then
+    rm -f "$served" # or it would be resumed, with nothing left to do
+elif unpack kernels; then
+    export PYTHONPATH=$PWD/build/gpu-kernels/site:$PYTHONPATH
+    export VLLM_LIBRARY=$PWD/build/gpu-kernels/_C_stable_libtorch.abi3.so
 fi
-if [ -e .gpu/vllm.so.xz ] && [ ! -e build/vllm.so ]; then xz -dc .gpu/vllm.so.xz >build/vllm.so; fi
-[ -e build/vllm.so ] && export VLLM_LIBRARY=$PWD/build/vllm.so
-{ nvidia-smi; nvcc --version; $python -c 'import torch; print("torch", torch.__version__)'; } >>"$log" 2>&1
 
+export python device dry collect out model served
 for name in "${order[@]}"; do export -f "section_$name"; done
-export python out
-summary=() late=()
+export -f run_tests leave_out kernels_load lacks unpack
+summary=() late=() failed=0
 for name in "${order[@]}"; do
     left=$((${BUDGET:-590} - SECONDS + began))
     if [ $left -lt 20 ]; then late+=("$name"); continue; fi
     seconds=$((limit[$name] < left ? limit[$name] : left))
     start=$SECONDS
     echo "== $name (at most $seconds s)" | tee -a "$log"
-    timeout --kill-after=5 $seconds bash -c "section_$name" >"$out/.section" 2>&1
+    lines=$(wc -l <"$log")
+    timeout --kill-after=5 $seconds bash -c "section_$name" >>"$log" 2>&1
     status=$?
-    cat "$out/.section" >>"$log"
-    tail -n 40 "$out/.section"
-    rm -f "$out/.section"
-    case $status in 0) verdict=ok ;; 124 | 137) verdict="cut short" ;; *) verdict="failed ($status)" ;; esac
-    summary+=("$(printf '%-10s %-12s %4d s' "$name" "$verdict" $((SECONDS - start)))")
+    tail -n "+$((lines + 1))" "$log" | tail -n 40
+    case $status in
+        0) verdict=ok ;;
+        77) verdict="left out ($(tail -n 1 "$log" | sed 's/^left out: //'))" ;;
+        124 | 137) verdict="cut short" ;;
+        *) verdict="failed ($status)" failed=1 ;;
+    esac
+    [ "$name" = serve ] && [ -e "$served" ] && cp "$served" "$out"
+    summary+=("$(printf '%-10s %4d s  %s' "$name" $((SECONDS - start)) "$verdict")")
 done
 {
     echo "== summary of $BENCHMARK_COMMIT"
     printf '%s\n' "${summary[@]}"
     [ ${#late[@]} -eq 0 ] || echo "no time left for: benchmarks/gpu.sh ${late[*]}"
 } | tee -a "$log"
+exit $failed

@@ -1,12 +1,9 @@
-"""Times of interleaved calls, and what the machine can do at best."""
+"""Times of interleaved calls."""
 
-import ctypes
 import os
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
@@ -107,35 +104,3 @@ def _on_cuda(call: Call, copies: int) -> Run:
 
     run(0)
     return run
-
-
-def bandwidth(device: str) -> float:
-    """GB/s of this machine at best: read by a sum on a CPU, read plus written by a copy on a GPU."""
-    if device == "cuda":
-        source = torch.empty(1 << 31, dtype=torch.int8, device=device)
-        target = torch.empty_like(source)
-        return 2 * source.numel() / median(lambda i: target.copy_(source), device, 0.2) / 1e3
-    buffer = torch.ones(1 << 26, dtype=torch.int64)
-    us = min(median(read, device, 0.5) for read in (lambda i: buffer.amax(), lambda i: buffer.sum()))
-    return 8 * buffer.numel() / us / 1e3
-
-
-def bf16_rate(device: str) -> float:
-    """TFLOP/s of torch's bf16 product of square random matrices."""
-    size = 8192 if device == "cuda" else 1024
-    a, b = torch.randn(2, size, size, device=device).bfloat16()
-    return 2 * size**3 / median(lambda i: a @ b, device, 0.5) / 1e6
-
-
-def int8_rate() -> float | None:
-    """TOPS of the CPU's byte dot products from registers, on torch's number of threads; none without AVX-512 VNNI."""
-    library = Path("build/peak.so")
-    library.parent.mkdir(exist_ok=True)
-    command = ["g++", "-O2", "-shared", "-fPIC", "-o", library, Path(__file__).with_name("peak.cpp"), "-lpthread"]
-    try:
-        subprocess.run(command, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    measure = ctypes.CDLL(str(library.resolve())).int8_tops
-    measure.restype = ctypes.c_double
-    return round(max(measure(torch.get_num_threads()) for _ in range(5)), 2) or None
