@@ -26,8 +26,8 @@
 #     as for the first                                                 benchmarks/gpu.sh quant linear sanitize tiles
 #     as for the second                                                benchmarks/gpu.sh serve     # goes on
 #
-# `serve` goes on from build/gpu-serve, which stays on the machine while it is held. To go on on another one, put the
-# JSON that came back there and carry build/gpu-serve too. MODEL=random:llama3-70b-tp8-shard serves another model.
+# `serve` goes on from build/serve, which stays on the machine while it is held. MODEL=random:llama3-70b-tp8-shard serves
+# another model.
 #
 # The order: figures mean something only beside the machine's own (facts), on kernels that are there (build) and right
 # (test). Then speed, first a bit of everything in case there is no more (quick), then the linears, which are most of the
@@ -81,9 +81,9 @@ order=(facts build test quick gemm quant linear sanitize tiles serve)
             export PYTHONPATH=$PWD/build/gpu-engine:$PYTHONPATH
         fi
         ! lacks vllm || leave_out "no vLLM here: carry .gpu, made by benchmarks/gpu.sh pack"
-        ! lacks benchmarks.serve || leave_out "there is no benchmarks.serve"
         export VLLM_NO_USAGE_STATS=1 HF_HUB_OFFLINE=1
-        $python -m benchmarks.serve "$model" ${dry:+--quick} --json "$served"
+        [ -z "$dry" ] || rm -f build/serve/random-tiny/runs-*.json # or it would find nothing left to do
+        $python -m benchmarks.serve "$model" ${dry:+--quick} --json "$out/serve-${model//:/-}.json"
     }
     run_tests() {
         set -o pipefail
@@ -109,7 +109,7 @@ unpack() {
 if [ "${1:-}" = pack ]; then exec "$python" -m benchmarks.pack; fi
 if [ "${1:-}" = --dry ]; then
     shift
-    device=cpu dry=--dry collect=--collect-only out=${OUT:-build/gpu-dry} model=benchmarks/testbed/model
+    device=cpu dry=--dry collect=--collect-only out=${OUT:-build/gpu-dry} model=random:tiny
 fi
 for name in "$@"; do
     [ -n "${limit[$name]:-}" ] || { echo "no section $name; there are: ${order[*]}" >&2; exit 2; }
@@ -117,21 +117,17 @@ done
 [ $# -gt 0 ] && order=("$@")
 
 began=$SECONDS
-served=${model##*/}
-served=build/gpu-serve/serve-${served//:/-}.json
 log=$out/log.txt
-mkdir -p "$out" build/gpu-serve
+mkdir -p "$out" build
 export PYTHONUNBUFFERED=1 PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 BENCHMARK_COMMIT=$(git describe --always --abbrev=40 --dirty 2>/dev/null || cat .gpu/commit 2>/dev/null)
 export BENCHMARK_COMMIT
-if [ -n "$dry" ]; then
-    rm -f "$served" # or it would be resumed, with nothing left to do
-elif unpack kernels; then
+if [ -z "$dry" ] && unpack kernels; then
     export PYTHONPATH=$PWD/build/gpu-kernels/site:$PYTHONPATH
     export VLLM_LIBRARY=$PWD/build/gpu-kernels/_C_stable_libtorch.abi3.so
 fi
 
-export python device dry collect out model served
+export python device dry collect out model
 for name in "${order[@]}"; do export -f "section_$name"; done
 export -f run_tests leave_out kernels_load lacks unpack
 summary=() late=() failed=0
@@ -151,7 +147,6 @@ for name in "${order[@]}"; do
         124 | 137) verdict="cut short" ;;
         *) verdict="failed ($status)" failed=1 ;;
     esac
-    [ "$name" = serve ] && [ -e "$served" ] && cp "$served" "$out"
     summary+=("$(printf '%-10s %4d s  %s' "$name" $((SECONDS - start)) "$verdict")")
 done
 {
