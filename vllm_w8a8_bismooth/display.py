@@ -206,6 +206,8 @@ def inspection(console, found, source: str) -> None:
         table = Table("tensor parallel", *map(str, found.per_channel))
         for name, answers in (("per-channel", found.per_channel), (f"g = {found.group_size}", found.per_group)):
             table.add_row(name, *("no" if reasons else "yes" for reasons in answers.values()))
+        weights = found.needs["data-free"].written_bytes / 1e9
+        table.add_row("GB a rank", *(f"{weights / ranks:.3g}" for ranks in found.per_channel))
         console.print(table)
         for reason in dict.fromkeys(r for reasons in found.per_group.values() for r in reasons):
             console.print(f"  no: {escape(reason)}")

@@ -16,7 +16,7 @@ from vllm_w8a8_bismooth.errors import BismoothError
 from vllm_w8a8_bismooth.recipe import Recipe, quantization_config
 from vllm_w8a8_bismooth.source import Layout
 
-TENSOR_PARALLEL = (1, 2, 4, 8)
+TENSOR_PARALLEL = (1, 2, 4, 8, 16)
 _GROUP_SIZES = (32, 64, 128, 256, 512, 1024)
 
 
@@ -158,11 +158,16 @@ def check_group_size(source: Layout, recipe: Recipe, grouped: Sequence[set[str]]
         for linear in sorted(grouped[i]):
             columns = source.sizes[layer.linears[linear][1]]
             if columns % recipe.group_size:
-                fitting = [g for g in _GROUP_SIZES if columns % g == 0]
                 raise BismoothError(
                     f"{BLOCK.format(i)}{linear}: K = {columns} is not a multiple of --group-size {recipe.group_size}; "
-                    + (f"{', '.join(map(str, fitting))} would fit" if fitting else "use --method bismooth")
+                    f"{_instead(columns)}"
                 )
+
+
+def _instead(columns: int) -> str:
+    """What to do where the group size does not divide K."""
+    fitting = [g for g in _GROUP_SIZES if columns % g == 0]
+    return f"{', '.join(map(str, fitting))} would fit" if fitting else "use --method bismooth"
 
 
 def parallel_problems(source: Layout, group_size: int | None) -> dict[int, list[str]]:
@@ -188,7 +193,10 @@ def parallel_problems(source: Layout, group_size: int | None) -> dict[int, list[
             if width % ranks:
                 found.append(f"{linear}: K = {width} is not a multiple of {ranks}")
             elif group_size and width // ranks % group_size:
-                found.append(f"{linear}: K / {ranks} = {width // ranks} is not a multiple of group_size {group_size}")
+                share = width // ranks
+                found.append(
+                    f"{linear}: K / {ranks} = {share} is not a multiple of group_size {group_size}; {_instead(share)}"
+                )
         problems[ranks] = found
     return problems
 

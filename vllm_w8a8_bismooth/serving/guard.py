@@ -4,6 +4,8 @@ A tensor that is missing, misshapen or not finite is found while vLLM loads it (
 checkpoints and others' too. Here is what can only be seen on the files as a whole.
 """
 
+import hashlib
+import json
 import os
 import re
 import time
@@ -21,6 +23,11 @@ logger = init_logger("vllm.w8a8_bismooth")
 
 SKIP = "BISMOOTH_SKIP_HASHES"
 """Environment variable; if it is 1, shards are not hashed before they are loaded."""
+HASHED = "BISMOOTH_HASHED"
+"""Environment variable, set here: the state of the shards that were found right, for the processes that vLLM starts.
+
+Each of its API servers, of which there are as many as data-parallel engines, makes the config anew.
+"""
 
 _QUANTIFIERS, _PATTERN_LENGTH = 4, 4096
 _SUFFIX = ".weight_scale"
@@ -71,7 +78,8 @@ def _patterns(config: Mapping[str, Any]) -> Iterator[str]:
 def check_files(folder: Path) -> None:
     """Check a folder that ``bismooth convert`` wrote: headers, index, scale of every INT8 weight, and hashes.
 
-    Hashing reads every shard once, one thread a shard; vLLM then finds them in the page cache.
+    Hashing reads every shard once, one thread a shard; vLLM then finds them in the page cache. Processes that this one
+    starts do not hash them again, unless a file has changed.
 
     Args:
         folder: as vLLM was told; one that is not on this machine is passed over, and so is one without weights
@@ -117,11 +125,23 @@ def _changed(folder: Path) -> Iterator[str]:
     noted = read_json(folder / REPORT).get("sha256")
     noted = noted if isinstance(noted, dict) else {}
     shards, started = sorted(folder.glob("*.safetensors")), time.monotonic()
+    state = _state([folder / REPORT, *shards])
+    if os.environ.get(HASHED) == state:
+        return
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for path, found in zip(shards, pool.map(sha256, shards), strict=True):
             if noted.get(path.name, found) != found:
+                state = None
                 yield (
                     f"{path.name} has SHA-256 {found}, {REPORT} noted {noted[path.name]} when it was written; "
                     "copy the file again, or convert the source again"
                 )
     logger.info("w8a8_bismooth: hashed %d shards in %.1f s", len(shards), time.monotonic() - started)
+    if state is not None:
+        os.environ[HASHED] = state
+
+
+def _state(files: list[Path]) -> str:
+    """What changes when a file does."""
+    seen = [(str(path.resolve()), (s := path.stat()).st_size, s.st_mtime_ns, s.st_ctime_ns) for path in files]
+    return hashlib.sha256(json.dumps(seen).encode()).hexdigest()
