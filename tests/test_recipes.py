@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks.convert import WHOLE_70B
-from benchmarks.demo import serve, tool
 from benchmarks.random_llama import checkpoint, hole
 from benchmarks.score import engine_environment
+from benchmarks.server import command_of, serve
 from tests.agreement import assert_same_up_to_near_ties
 from tests.conftest import edit_json, tiny_model, write_checkpoint
 from tests.engine import PROMPTS, ask
@@ -85,7 +85,7 @@ def test_converting_on_several_machines(tmp_path):
         return ":".join(str(round(int(end) * 6 / 126)) for end in word.split(":")) if re.match(r"\d+:", word) else word
 
     parts = [
-        subprocess.Popen([tool(words[0]), *map(scaled, words[1:])], cwd=machines[where], stderr=subprocess.PIPE)
+        subprocess.Popen([*command_of(words[0]), *map(scaled, words[1:])], cwd=machines[where], stderr=subprocess.PIPE)
         for where, words in block
         if words[:2] == ["bismooth", "convert"]
     ]
@@ -99,7 +99,9 @@ def test_converting_on_several_machines(tmp_path):
             assert (flags, target) == ("-a", ".")
             shutil.copytree(tmp_path / machine / name, machines[where] / name)
         else:
-            done = subprocess.run([tool(words[0]), *words[1:]], cwd=machines[where], capture_output=True, text=True)
+            done = subprocess.run(
+                [*command_of(words[0]), *words[1:]], cwd=machines[where], capture_output=True, text=True
+            )
             assert done.returncode == 0, done.stdout + done.stderr
     convert(source, tmp_path / "alone" / "DST", Recipe.of("bismooth"))
     assert digests(machines["machine 1"] / "DST") == digests(tmp_path / "alone" / "DST")
@@ -180,7 +182,7 @@ def node(words: list[str], log: Path) -> Iterator[None]:
     """Runs a command until the block ends."""
     with open(log, "wb") as sink:
         process = subprocess.Popen(
-            [tool(words[0]), *words[1:]], env=engine_environment(), stdout=sink, stderr=subprocess.STDOUT
+            [*command_of(words[0]), *words[1:]], env=engine_environment(), stdout=sink, stderr=subprocess.STDOUT
         )
         try:
             yield
