@@ -244,6 +244,7 @@ class Case:
             calibration,
             options,
         )
+        self.made: dict[str, Path] = {}
         self.work = WORK / slug(model)
         self.work.mkdir(parents=True, exist_ok=True)
 
