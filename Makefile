@@ -17,19 +17,20 @@ test: .venv/ready
 
 # Every figure of the README but the studies', from real runs: under an hour on two cores.
 results: .venv/ready
-	$(PYTHON) -m benchmarks.serve random:1b --json $(HERE)/serve-random-1b.json
+	$(PYTHON) -m benchmarks.serve random:1b --turns 2 --json $(HERE)/serve-random-1b.json
 	$(PYTHON) -m benchmarks.gemm --device cpu --json $(HERE)/gemm.json
-	$(PYTHON) -m benchmarks.convert $(BESIDE) --json $(HERE)/convert.json
+	$(PYTHON) -m benchmarks.convert --repeats 1 $(BESIDE) --json $(HERE)/convert.json
 	$(PYTHON) -m benchmarks.demo --json $(RESULTS)/demo.json
 	$(PYTHON) -m benchmarks.accuracy --through vllm $(BESIDE) --json $(RESULTS)/accuracy-vllm.json
 	$(PYTHON) -m benchmarks.plot
-	$(PYTHON) -m benchmarks.tables
+	$(PYTHON) -m benchmarks.tables README.md docs/results.md
 
 # Many seeds, plants and calibrations: half an hour more.
 studies: .venv/ready
 	$(PYTHON) -m benchmarks.accuracy $(BESIDE) --json $(RESULTS)/accuracy.json
 	$(PYTHON) -m benchmarks.accuracy --calibration-study --json $(RESULTS)/calibration.json
 	$(PYTHON) -m benchmarks.plot
+	$(PYTHON) -m benchmarks.tables README.md docs/results.md
 
 soak: .venv/ready
 	$(PYTHON) -m benchmarks.soak

@@ -53,7 +53,7 @@ class Extent:
 DRY = Extent(("dry",), (1,), "", (1, 5), 0.0, copies=2)
 EXTENTS = {
     "cpu": {
-        "full": Extent(("LLaMA3-8B",), (1,), "", (1, 4, 16, 32, 64, 128, 256, 1024), 2.0),
+        "full": Extent(("LLaMA3-8B",), (1,), "", (1, 4, 16, 32, 64, 128, 256, 1024), 1.0),
         "quick": Extent(("LLaMA3-8B",), (1,), " (o|down)$", (1, 16, 128), 0.5),
         "dry": DRY,
     },

@@ -13,8 +13,8 @@ vLLM, on text that no conversion saw.
 Stock INT8 is plain rounding, what one has without this package, served by vLLM without the plugin; FP8 is vLLM's own,
 where the GPU computes in it. Options behind `--` go to every engine: `-- --tensor-parallel-size 4`.
 
-The JSON file is written after each run, and the same command, at the same commit, goes on behind the last one. Rows are
-medians over the turns, with ranges. Exit code 1 if an arm failed, 2 if the input is bad.
+The JSON file is written after each run, and the same command, at the same commit, goes on behind the last one, with
+more turns too. Rows are medians over the turns, with ranges. Exit code 1 if an arm failed, 2 if the input is bad.
 """
 
 import argparse
@@ -23,6 +23,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -146,12 +147,17 @@ class Workload:
     loads: tuple[float | None, ...]
 
 
-LOADS = (0.25, 0.5, 1.0, 1.5, None)
+LOADS = (0.25, 0.5, 1.0, None)
 WORKLOADS = {
-    "cpu": Workload(16, 256, 32, 32, 8, 20, 8, LOADS),
+    "cpu": Workload(16, 256, 32, 32, 6, 10, 6, LOADS),
     "cuda": Workload(256, 512, 128, 128, 10, 20, 32, LOADS),
 }
 QUICK = Workload(8, 32, 8, 8, 2, 2, 4, (0.5, None))
+# vLLM 0.32 cannot load what it compiled ahead of time for a CPU, and would compile anew at each start.
+ENGINES = {"cpu": {"VLLM_USE_AOT_COMPILE": "0"}, "cuda": {}}
+# Else vLLM leaves one core to a process that an offline run does not have; of two cores that is half.
+OFFLINE = {"cpu": {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}, "cuda": {}}
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TURNS = 3
 LATENCY_VOCABULARY = 10000  # `vllm bench latency` makes up token ids below it
 
@@ -167,7 +173,7 @@ SERVED = {
     "p99_tpot_ms": "p99_tpot_ms",
     "p99_e2el_ms": "p99_e2e_ms",
 }
-KEY = ("bench", "arm", "load", "turn")
+KEY = ("bench", "arm", "load", "rate", "turn")
 
 console = Console(highlight=False)
 
@@ -222,8 +228,8 @@ def row(key: dict, runs: list[dict]) -> dict:
     result = {name: value for name, value in key.items() if name in runs[0]} | {"turns": len(runs)}
     for name in runs[0].keys() - set(KEY):
         values = [run[name] for run in runs]
-        result[name] = values[0] if values[0] is None else statistics.median(values)
-        if len(set(values)) > 1:
+        result[name] = statistics.median(values)
+        if len(values) > 1:
             result[f"{name}_range"] = [min(values), max(values)]
     return dict(sorted(result.items(), key=lambda item: (item[0] not in KEY, item[0])))
 
@@ -237,15 +243,12 @@ class Case:
     """One model: its source, its arms on disk, and what they are asked."""
 
     def __init__(self, model: str, arms: list[str], workload: Workload, calibration: Path | None, options: list[str]):
-        self.model, self.arms, self.workload, self.calibration, self.options = (
-            model,
-            arms,
-            workload,
-            calibration,
-            options,
-        )
+        self.model, self.arms, self.workload = model, arms, workload
+        self.calibration, self.options = calibration, options
         self.made: dict[str, Path] = {}
-        self.work = WORK / slug(model)
+        # Many folders are called alike.
+        digest = hashlib.sha256(str(Path(model).resolve()).encode()).hexdigest()[:8] if Path(model).is_dir() else ""
+        self.work = WORK / f"{slug(model)}-{digest}".rstrip("-")
         self.work.mkdir(parents=True, exist_ok=True)
 
     @cached_property
@@ -368,7 +371,8 @@ def throughput(case: Case, arm: str, _) -> Iterator[dict]:
     size = case.workload
     options = ["--model", str(case.folder(arm)), "--dataset-name", "sharegpt", "--dataset-path", str(case.requests)]
     options += ["--num-prompts", str(size.prompts), "--output-len", str(size.output_len), *case.engine_options(arm)]
-    found = bench("throughput", options, ARMS[arm].environment, case.work / f"{slug(arm)}-throughput.log")
+    environment = OFFLINE[DEVICE] | ENGINES[DEVICE] | ARMS[arm].environment
+    found = bench("throughput", options, environment, case.work / f"{slug(arm)}-throughput.log")
     yield {name: found[name] for name in ("tokens_per_second", "requests_per_second")}
 
 
@@ -377,7 +381,8 @@ def latency(case: Case, arm: str, _) -> Iterator[dict]:
     options = ["--model", str(case.folder(arm)), "--batch-size", "1", "--num-iters-warmup", "2"]
     options += ["--input-len", str(size.latency), "--output-len", str(size.latency)]
     options += ["--num-iters", str(size.iterations), *case.engine_options(arm)]
-    found = bench("latency", options, ARMS[arm].environment, case.work / f"{slug(arm)}-latency.log")
+    environment = OFFLINE[DEVICE] | ENGINES[DEVICE] | ARMS[arm].environment
+    found = bench("latency", options, environment, case.work / f"{slug(arm)}-latency.log")
     yield {"seconds": statistics.median(found["latencies"])}
 
 
@@ -387,7 +392,9 @@ def serving(case: Case, arm: str, rates: dict[float | None, float | None]) -> It
     common += ["--sharegpt-output-len", str(size.output_len), "--ignore-eos", "--seed", "0", "--num-warmups", "1"]
     common += ["--percentile-metrics", "ttft,tpot,e2el", "--metric-percentiles", "99", "--disable-tqdm"]
     log = case.work / f"{name}-serve.log"
-    with serve(case.folder(arm), log, *case.engine_options(arm), environment=ARMS[arm].environment) as url:
+    with serve(
+        case.folder(arm), log, *case.engine_options(arm), environment=ENGINES[DEVICE] | ARMS[arm].environment
+    ) as url:
         for load, rate in rates.items():
             count = size.prompts if rate is None else max(size.least, round(rate * size.seconds))
             options = [*common, "--base-url", url, "--num-prompts", str(count)]
@@ -517,15 +524,16 @@ def main() -> int:
         "--json", type=Path, metavar="FILE", help="default: benchmarks/results/<machine>/serve-<model>.json"
     )
     arguments = parser.parse_args(sys.argv[1:end])
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what it runs ends with it
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("VLLM_CACHE_ROOT", str((WORK / "vllm-cache").resolve()))
     turns = arguments.turns or (1 if arguments.quick else TURNS)
-    workload = QUICK if arguments.quick else WORKLOADS["cuda" if torch.cuda.is_available() else "cpu"]
+    workload = QUICK if arguments.quick else WORKLOADS[DEVICE]
     arms = [arm for arm in ARMS if arm == BASE or (re.search(arguments.arms, arm) and available(arm))]
     case = Case(arguments.model, arms, workload, arguments.calibration, options)
     name = f"serve-{slug(arguments.model)}"
     path = arguments.json or (case.work / f"{name}.json" if arguments.quick else record.here(name))
-    settings = {"model": arguments.model, "arms": arms, "turns": turns, "workload": asdict(workload)}
+    settings = {"model": arguments.model, "arms": arms, "workload": asdict(workload)}
     settings |= {"calibration": arguments.calibration and str(arguments.calibration), "engine_options": options}
     settings |= {"commit": record.COMMIT, "versions": record.versions()}
     journal = Journal(case.work, settings, path)

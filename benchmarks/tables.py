@@ -1,9 +1,13 @@
 """The tables of README.md and docs/results.md, from the JSON files under benchmarks/results/ and nothing else.
 
-python -m benchmarks.tables     # prints them all
+    python -m benchmarks.tables [FILE ...]
+
+prints them all, or puts them where Markdown files want them: behind the comments that it prints before each.
 """
 
 import json
+import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from statistics import geometric_mean, mean, median, stdev
@@ -320,6 +324,19 @@ def every(results: Path = RESULTS) -> dict[str, str]:
     return {f"{table.__name__} of {path.relative_to(results)}": table(path) for path, table in found if path.exists()}
 
 
+def put(text: str, found: dict[str, str]) -> str:
+    """Replace each table that follows a comment with its name.
+
+    Raises:
+        KeyError: there are no such results.
+    """
+    return re.sub(r"(<!-- (.+ of .+) -->\n\n)(?:\|.*\n)*", lambda m: f"{m[1]}{found[m[2]]}\n", text)
+
+
 if __name__ == "__main__":
-    for name, table in every().items():
-        print(f"<!-- {name} -->\n\n{table}\n")
+    tables = every()
+    for file in map(Path, sys.argv[1:]):
+        file.write_text(put(file.read_text(), tables))
+    if not sys.argv[1:]:
+        for name, table in tables.items():
+            print(f"<!-- {name} -->\n\n{table}\n")

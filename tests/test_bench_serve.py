@@ -1,7 +1,9 @@
-"""`benchmarks.serve`: its bookkeeping without engines; `tests/test_gpu_visit.py` runs it with them."""
+"""`benchmarks.serve`: its bookkeeping without engines, and once with them."""
 
 import json
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -65,7 +67,7 @@ def test_arms_take_turns_and_rows_are_medians(engines, monkeypatch, tmp_path):
     assert row["turns"] == 3 and row["tokens_per_second"] == sorted(values)[1]
     assert row["tokens_per_second_range"] == [min(values), max(values)]
     assert rows["latency", BASE, None] == {"bench": "latency", "arm": BASE, "turns": 3, "seconds": 0.5}
-    assert [rows["serve", BASE, load]["rate"] for load in LOADS] == [1.0, 2.0, 4.0, 6.0, None]
+    assert [rows["serve", BASE, load]["rate"] for load in LOADS] == [load and 4 * load for load in LOADS]
     assert rows["accuracy", "ours, mixed", None]["kl"] == 0 and rows["accuracy", BASE, None]["bytes"] == 7
 
 
@@ -156,3 +158,31 @@ def test_the_plant_changes_exponents_and_no_function(tmp_path):
                 assert torch.equal(sick[name].float() * gain, healthy[name].float()), name
     rest = [name for name in healthy if "norm" not in name and not re.search(r"[qkv]_proj|gate|up_proj", name)]
     assert len(rest) == 2 * 5 + 2 and all(torch.equal(sick[name], healthy[name]) for name in rest)
+
+
+@pytest.mark.engine
+def test_real_engines(tmp_path):
+    """Each bench of two arms; a second time nothing is left to do."""
+    command = [sys.executable, "-m", "benchmarks.serve", "random:tiny", "--quick", "--arms", "per-channel"]
+    command += ["--json", "out.json", "--", "--enforce-eager"]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    for count in (0, 10):
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        assert (f"going on behind {count} runs" in done.stdout) == (count > 0)
+        assert done.stdout.count("turn 1, ") == (8 if count == 0 else 0)
+    record = json.loads((tmp_path / "out.json").read_text())
+    assert record["settings"]["engine_options"] == ["--enforce-eager"] and record["failed"] == {}
+    rows = {(row["arm"], row["bench"], row.get("load")): row for row in record["rows"]}
+    asked = [("throughput", None), ("latency", None), ("serve", 0.5), ("serve", None), ("accuracy", None)]
+    assert set(rows) == {(arm, *bench) for arm in (BASE, "ours, per-channel") for bench in asked}
+    for arm in (BASE, "ours, per-channel"):
+        assert rows[arm, "throughput", None]["tokens_per_second"] > 10 and rows[arm, "latency", None]["seconds"] < 10
+        assert rows[arm, "serve", 0.5]["rate"] == rows[BASE, "serve", 0.5]["rate"] > 0
+        row = rows[arm, "serve", None]
+        assert 0 < row["ttft_ms"] <= row["p99_ttft_ms"] and row["ttft_ms"] < row["e2e_ms"] and row["tpot_ms"] > 0
+    bf16, ours = (rows[arm, "accuracy", None] for arm in (BASE, "ours, per-channel"))
+    assert bf16["kl"] == 0 and bf16["tokens"] == 24 * 127 and 0 < ours["kl"] < 1e-3 and ours["top1"] > 0.9
+    assert 0.5 < ours["bytes"] / bf16["bytes"] < 1
+    log = (tmp_path / "build/serve/random-tiny/ours-per-channel-serve.log").read_text()
+    assert "per-channel linears run on the cpu kernel" in log
