@@ -326,7 +326,7 @@ class Case:
 
     def score(self, arm: str) -> np.ndarray:
         log = self.work / f"{slug(arm)}-accuracy.log"
-        return log_probabilities(self.folder(arm), self.windows, log, ARMS[arm].environment)
+        return log_probabilities(self.folder(arm), self.windows, log, environment_of(arm))
 
     def bytes(self, arm: str) -> int:
         """Of the arm's tensors on disk."""
@@ -341,6 +341,11 @@ class Case:
 
 def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9.]+", "-", Path(name).name.lower() if "/" in name else name.lower()).strip("-")
+
+
+def environment_of(arm: str) -> dict[str, str]:
+    """Variables of the arm's engines."""
+    return ENGINES[DEVICE] | ARMS[arm].environment
 
 
 def run(command: list[str], environment: dict[str, str], log: Path) -> None:
@@ -371,7 +376,7 @@ def throughput(case: Case, arm: str, _) -> Iterator[dict]:
     size = case.workload
     options = ["--model", str(case.folder(arm)), "--dataset-name", "sharegpt", "--dataset-path", str(case.requests)]
     options += ["--num-prompts", str(size.prompts), "--output-len", str(size.output_len), *case.engine_options(arm)]
-    environment = OFFLINE[DEVICE] | ENGINES[DEVICE] | ARMS[arm].environment
+    environment = OFFLINE[DEVICE] | environment_of(arm)
     found = bench("throughput", options, environment, case.work / f"{slug(arm)}-throughput.log")
     yield {name: found[name] for name in ("tokens_per_second", "requests_per_second")}
 
@@ -381,7 +386,7 @@ def latency(case: Case, arm: str, _) -> Iterator[dict]:
     options = ["--model", str(case.folder(arm)), "--batch-size", "1", "--num-iters-warmup", "2"]
     options += ["--input-len", str(size.latency), "--output-len", str(size.latency)]
     options += ["--num-iters", str(size.iterations), *case.engine_options(arm)]
-    environment = OFFLINE[DEVICE] | ENGINES[DEVICE] | ARMS[arm].environment
+    environment = OFFLINE[DEVICE] | environment_of(arm)
     found = bench("latency", options, environment, case.work / f"{slug(arm)}-latency.log")
     yield {"seconds": statistics.median(found["latencies"])}
 
@@ -392,14 +397,12 @@ def serving(case: Case, arm: str, rates: dict[float | None, float | None]) -> It
     common += ["--sharegpt-output-len", str(size.output_len), "--ignore-eos", "--seed", "0", "--num-warmups", "1"]
     common += ["--percentile-metrics", "ttft,tpot,e2el", "--metric-percentiles", "99", "--disable-tqdm"]
     log = case.work / f"{name}-serve.log"
-    with serve(
-        case.folder(arm), log, *case.engine_options(arm), environment=ENGINES[DEVICE] | ARMS[arm].environment
-    ) as url:
+    with serve(case.folder(arm), log, *case.engine_options(arm), environment=environment_of(arm)) as url:
         for load, rate in rates.items():
             count = size.prompts if rate is None else max(size.least, round(rate * size.seconds))
             options = [*common, "--base-url", url, "--num-prompts", str(count)]
             options += ["--request-rate", "inf" if rate is None else str(rate)]
-            found = bench("serve", options, ARMS[arm].environment, case.work / f"{name}-client.log")
+            found = bench("serve", options, {}, case.work / f"{name}-client.log")
             if found["completed"] != count:
                 raise Failed(f"{count - found['completed']} of {count} requests failed at rate {rate}, see {log}")
             yield {"load": load, "rate": rate, **{ours: found[theirs] for theirs, ours in SERVED.items()}}

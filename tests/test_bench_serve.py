@@ -66,7 +66,8 @@ def test_arms_take_turns_and_rows_are_medians(engines, monkeypatch, tmp_path):
     values = [r["tokens_per_second"] for r in found["runs"] if (r["bench"], r["arm"]) == ("throughput", "stock INT8")]
     assert row["turns"] == 3 and row["tokens_per_second"] == sorted(values)[1]
     assert row["tokens_per_second_range"] == [min(values), max(values)]
-    assert rows["latency", BASE, None] == {"bench": "latency", "arm": BASE, "turns": 3, "seconds": 0.5}
+    of_latency = {"bench": "latency", "arm": BASE, "turns": 3, "seconds": 0.5, "seconds_range": [0.5, 0.5]}
+    assert rows["latency", BASE, None] == of_latency
     assert [rows["serve", BASE, load]["rate"] for load in LOADS] == [load and 4 * load for load in LOADS]
     assert rows["accuracy", "ours, mixed", None]["kl"] == 0 and rows["accuracy", BASE, None]["bytes"] == 7
 
