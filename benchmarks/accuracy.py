@@ -7,8 +7,8 @@ Every arm is a checkpoint on disk, converted from a checkpoint on disk and score
 training nor calibration saw, each window led by BOS in all arms. KL is to the same source in the same engine (bf16 in
 vLLM, fp32 elsewhere). ``bytes`` are those of the folder's safetensors, ``bits`` those that a weight of the blocks'
 linears takes, scales included (16 in the source). Healthy models are calibrated on five draws of the calibration text,
-planted ones planted with five seeds. Through vLLM or transformers, which take longer, there are fewer plants and one
-draw; ``--quick`` takes the first draw and the first plant of one bed. ``--peer`` is the Python of an environment with
+planted ones planted with five seeds. Through transformers, which takes longer, there are fewer plants and one draw;
+through vLLM one draw of the healthy ones (benchmarks.demo has planted ones there). ``--quick`` takes the first draw and the first plant of one bed. ``--peer`` is the Python of an environment with
 llm-compressor.
 """
 
@@ -201,10 +201,11 @@ def plan(through: str, quick: bool) -> Iterator[tuple[Setting, tuple[str, ...]]]
             yield Setting(bed), tuple(ARMS)
             yield from ((Setting(bed, seed=seed), DRAWN) for seed in range(1, SEEDS))
             yield from ((Setting(bed, *kind, seed), PLANTED) for kind in kinds for seed in range(SEEDS))
+    elif through == "vllm":
+        yield from ((Setting(bed), SERVED) for bed in beds)
     else:
-        arms = SERVED if through == "vllm" else DECOMPRESSED
-        yield from ((Setting(bed), arms) for bed in beds)
-        planted = [arm for arm in PLANTED if arm in arms]
+        yield from ((Setting(bed), DECOMPRESSED) for bed in beds)
+        planted = [arm for arm in PLANTED if arm in DECOMPRESSED]
         yield from ((Setting("python", kind, 1000.0), tuple(planted)) for kind in ("norm", "residual"))
 
 
