@@ -8,8 +8,8 @@ training nor calibration saw, each window led by BOS in all arms. KL is to the s
 vLLM, fp32 elsewhere). ``bytes`` are those of the folder's safetensors, ``bits`` those that a weight of the blocks'
 linears takes, scales included (16 in the source). Healthy models are calibrated on five draws of the calibration text,
 planted ones planted with five seeds. Through transformers, which takes longer, there are fewer plants and one draw;
-through vLLM one draw of the healthy ones (benchmarks.demo has planted ones there). ``--quick`` takes the first draw and the first plant of one bed. ``--peer`` is the Python of an environment with
-llm-compressor.
+through vLLM one draw of the healthy ones (benchmarks.demo has planted ones there). ``--quick`` takes the first draw and
+the first plant of one bed. ``--peer`` is the Python of an environment with llm-compressor.
 """
 
 import argparse
