@@ -21,8 +21,14 @@ def _git(*arguments: str) -> str:
     return done.stdout.strip() if done.returncode == 0 else "unknown"
 
 
+def _commit() -> str:
+    """Of the tree; figures that another benchmark has just written do not make it dirty."""
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
+    return _git("rev-parse", "HEAD") + ("-dirty" if changed else "")
+
+
 # At the start of the run: the tree may change while it works. The variable is for machines that get no repository.
-COMMIT = os.environ.get("BENCHMARKCOMMIT") or _git("describe", "--always", "--abbrev=40", "--dirty")
+COMMIT = os.environ.get("BENCHMARK_COMMIT") or _commit()
 
 
 def write(path: Path, rows: list[dict], **more) -> None:
