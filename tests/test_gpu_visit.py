@@ -57,6 +57,7 @@ def test_dry_run(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == FILES
     for file in FILES - {"log.txt"}:
         record = json.loads((tmp_path / file).read_text())
+        assert f"== summary of {record['commit']}\n" in done.stdout, file
         assert record["rows"] and "dry" in (record.get("extent"), "dry" if record.get("dry") else None), file
     log = (tmp_path / "log.txt").read_text()
     assert re.search(r"tests/test_gpu.py::test_product_on_real_shapes", log)
