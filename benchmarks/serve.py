@@ -147,10 +147,9 @@ class Workload:
     loads: tuple[float | None, ...]
 
 
-LOADS = (0.25, 0.5, 1.0, None)
 WORKLOADS = {
-    "cpu": Workload(16, 256, 32, 32, 6, 10, 6, LOADS),
-    "cuda": Workload(256, 512, 128, 128, 10, 20, 32, LOADS),
+    "cpu": Workload(16, 256, 32, 32, 6, 10, 6, (0.5, 1.0, None)),
+    "cuda": Workload(256, 512, 128, 128, 10, 20, 32, (0.25, 0.5, 1.0, None)),
 }
 QUICK = Workload(8, 32, 8, 8, 2, 2, 4, (0.5, None))
 # vLLM 0.32 cannot load what it compiled ahead of time for a CPU, and would compile anew at each start.

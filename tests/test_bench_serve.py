@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 
 from benchmarks import record, serve
 from benchmarks.random_llama import OUTLIERS, PLANTED_BLOCKS, checkpoint, noise, planted
-from benchmarks.serve import ARMS, BASE, LOADS
+from benchmarks.serve import ARMS, BASE, WORKLOADS
 
 TINY = serve.RANDOM["tiny"]
+LOADS = WORKLOADS[serve.DEVICE].loads
 
 
 @pytest.fixture
@@ -79,13 +80,13 @@ def test_goes_on_behind_the_last_run(engines, monkeypatch, tmp_path):
 
     def stop(journal, **found):
         add(journal, **found)
-        if next(stops) == 9:  # amid the rates of a server
+        if next(stops) == 8:  # amid the rates of a server
             raise KeyboardInterrupt
 
     monkeypatch.setattr(serve.Journal, "add", stop)
     with pytest.raises(KeyboardInterrupt):
         run(monkeypatch, out, *options)
-    assert len(json.loads(out.read_text())["runs"]) == 10
+    assert len(json.loads(out.read_text())["runs"]) == 9
     _, found = run(monkeypatch, out, *options)
     assert len(seen) == len(set(seen)) * 2 and len(found["runs"]) == 2 * 2 * (2 + len(LOADS)) + 2  # two turns of each
     before = len(seen)
