@@ -5,7 +5,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,6 +18,22 @@ _START_SECONDS = 600
 def command_of(tool: str) -> list[str]:
     """How ``bismooth`` or ``vllm`` is run by this interpreter; works where no scripts were installed."""
     return [sys.executable, "-m", _MODULES[tool]]
+
+
+@contextmanager
+def running(command: Sequence[str], environment: Mapping[str, str], log: Path) -> Iterator[subprocess.Popen]:
+    """Run a command until the block ends, with its output in ``log``."""
+    with open(log, "wb") as sink:
+        process = subprocess.Popen(command, env=environment, stdout=sink, stderr=subprocess.STDOUT)
+        try:
+            yield process
+        finally:
+            process.terminate()
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
 
 
 @contextmanager
@@ -38,23 +54,13 @@ def serve(model: Path, log: Path, *options: str, environment: Mapping[str, str] 
         port = probe.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
     command = [*command_of("vllm"), "serve", str(model), "--host", "127.0.0.1", "--port", str(port), *options]
-    environment = engine_environment() | dict(environment or {})
-    with open(log, "wb") as sink:
-        server = subprocess.Popen(command, env=environment, stdout=sink, stderr=subprocess.STDOUT)
-        try:
-            deadline = time.monotonic() + _START_SECONDS
-            while not _healthy(url):
-                if server.poll() is not None or time.monotonic() > deadline:
-                    raise RuntimeError(f"vllm serve did not come up, see {log}:\n{log.read_text()[-3000:]}")
-                time.sleep(0.5)
-            yield url
-        finally:
-            server.terminate()
-            try:
-                server.wait(60)
-            except subprocess.TimeoutExpired:
-                server.kill()
-                server.wait()
+    with running(command, engine_environment() | dict(environment or {}), log) as server:
+        deadline = time.monotonic() + _START_SECONDS
+        while not _healthy(url):
+            if server.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"vllm serve did not come up, see {log}:\n{log.read_text()[-3000:]}")
+            time.sleep(0.5)
+        yield url
 
 
 def _healthy(url: str) -> bool:

@@ -330,7 +330,7 @@ def put(text: str, found: dict[str, str]) -> str:
     Raises:
         KeyError: there are no such results.
     """
-    return re.sub(r"(<!-- (.+ of .+) -->\n\n)(?:\|.*\n)*", lambda m: f"{m[1]}{found[m[2]]}\n", text)
+    return re.sub(r"(<!-- (.+ of .+) -->\n)\n*(?:\|.*\n)*\n*", lambda m: f"{m[1]}\n{found[m[2]]}\n\n", text)
 
 
 if __name__ == "__main__":

@@ -26,3 +26,10 @@ def test_every_table_is_shown():
 def test_files_that_it_names_exist(page):
     for target in re.findall(r"\]\(([^)#:]+)[)#]", page.read_text()):
         assert (page.parent / target).exists(), target
+
+
+def test_a_table_is_put_between_blank_lines():
+    found, old = {"kernels of x.json": "| a |\n|--:|\n| 2 |"}, "| a |\n|--:|\n| 1 |\n| 0 |\n"
+    for text in ("", old, f"{old}\n", f"\n{old}\n"):
+        page = tables.put(f"before\n\n<!-- kernels of x.json -->\n{text}after\n", found)
+        assert page == f"before\n\n<!-- kernels of x.json -->\n\n{found['kernels of x.json']}\n\nafter\n"

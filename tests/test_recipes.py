@@ -5,8 +5,6 @@ import shlex
 import shutil
 import socket
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -14,7 +12,7 @@ import pytest
 from benchmarks.convert import WHOLE_70B
 from benchmarks.random_llama import checkpoint, hole
 from benchmarks.score import engine_environment
-from benchmarks.server import command_of, serve
+from benchmarks.server import command_of, running, serve
 from tests.agreement import assert_same_up_to_near_ties
 from tests.conftest import edit_json, tiny_model, write_checkpoint
 from tests.engine import PROMPTS, ask
@@ -177,24 +175,6 @@ def test_vllm_takes_every_command(config_405b, monkeypatch, block):
             assert parallel.local_world_size * parallel.data_parallel_size_local == GPUS
 
 
-@contextmanager
-def node(words: list[str], log: Path) -> Iterator[None]:
-    """Runs a command until the block ends."""
-    with open(log, "wb") as sink:
-        process = subprocess.Popen(
-            [*command_of(words[0]), *words[1:]], env=engine_environment(), stdout=sink, stderr=subprocess.STDOUT
-        )
-        try:
-            yield
-        finally:
-            process.terminate()
-            try:
-                process.wait(60)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-
-
 @pytest.mark.engine
 def test_tensor_parallel_over_two_nodes(checkpoints, tmp_path, monkeypatch):
     """The last recipe for several nodes: both on this machine, per-group where a rank has a part of K."""
@@ -215,7 +195,8 @@ def test_tensor_parallel_over_two_nodes(checkpoints, tmp_path, monkeypatch):
     small = ["--enforce-eager", "--max-model-len", "256", "--master-port", port]
     first, second = ([changed.get(word, word) for word in words] + small for words in block)
     logs = [tmp_path / "node0.log", tmp_path / "node1.log"]
-    with node(second, logs[1]), serve(model, logs[0], *first[3:], "--return-tokens-as-token-ids") as url:
+    other = running([*command_of("vllm"), *second[1:]], engine_environment(), logs[1])
+    with other, serve(model, logs[0], *first[3:], "--return-tokens-as-token-ids") as url:
         client = OpenAI(base_url=f"{url}/v1", api_key="unused")
         asked = {"model": str(model), "max_tokens": 24, "temperature": 0, "logprobs": 5}
         told = [client.completions.create(prompt=prompt, **asked).choices[0].logprobs for prompt in PROMPTS]
