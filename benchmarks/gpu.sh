@@ -83,7 +83,7 @@ order=(facts build test quick gemm quant linear sanitize tiles serve)
         ! lacks vllm || leave_out "no vLLM here: carry .gpu, made by benchmarks/gpu.sh pack"
         export VLLM_NO_USAGE_STATS=1 HF_HUB_OFFLINE=1
         [ -z "$dry" ] || rm -f build/serve/random-tiny/runs-*.json # or it would find nothing left to do
-        $python -m benchmarks.serve "$model" ${dry:+--quick} --json "$out/serve-${model//:/-}.json"
+        $python -m benchmarks.serve "$model" ${dry:+--quick --arms per-channel} --json "$out/serve-${model//:/-}.json"
     }
     run_tests() {
         set -o pipefail

@@ -114,7 +114,8 @@ def test_serve_is_called(light_visit, tmp_path):
     state.parent.mkdir(parents=True)
     state.write_text("{}")
     done = visit(out, "--dry", "serve", root=light_visit)
-    assert f"['random:tiny', '--quick', '--json', '{out}/serve-random-tiny.json']" in done.stdout
+    asked = ["random:tiny", "--quick", "--arms", "per-channel", "--json", f"{out}/serve-random-tiny.json"]
+    assert str(asked) in done.stdout
     assert not state.exists()
     assert {path.name for path in out.iterdir()} == {"log.txt", "serve-random-llama3-8b.json", "serve-random-tiny.json"}
 
