@@ -15,7 +15,7 @@ test: .venv/ready
 	.venv/bin/ruff format --check .
 	$(PYTHON) -m pytest
 
-# Every figure of the README but the studies', from real runs: under an hour on two cores.
+# Every figure of the README but the studies', from real runs: about an hour on two cores.
 results: .venv/ready
 	$(PYTHON) -m benchmarks.serve random:1b --turns 2 --json $(HERE)/serve-random-1b.json
 	$(PYTHON) -m benchmarks.gemm --device cpu --json $(HERE)/gemm.json
@@ -25,7 +25,7 @@ results: .venv/ready
 	$(PYTHON) -m benchmarks.plot
 	$(PYTHON) -m benchmarks.tables README.md docs/results.md
 
-# Many seeds, plants and calibrations: half an hour more.
+# Many seeds, plants and calibrations: longer.
 studies: .venv/ready
 	$(PYTHON) -m benchmarks.accuracy $(BESIDE) --json $(RESULTS)/accuracy.json
 	$(PYTHON) -m benchmarks.accuracy --calibration-study --json $(RESULTS)/calibration.json

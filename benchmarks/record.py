@@ -24,7 +24,8 @@ def _git(*arguments: str) -> str:
 def _commit() -> str:
     """Of the tree; figures that another benchmark has just written do not make it dirty."""
     changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
-    return _git("rev-parse", "HEAD") + ("-dirty" if changed else "")
+    head = _git("rev-parse", "HEAD")
+    return f"{head}-dirty" if changed and head != "unknown" else head
 
 
 # At the start of the run: the tree may change while it works. The variable is for machines that get no repository.

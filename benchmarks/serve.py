@@ -39,10 +39,9 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 from rich.console import Console
-from rich.table import Table
 from transformers import AutoTokenizer
 
-from benchmarks import record
+from benchmarks import record, tables
 from benchmarks.compare import distance
 from benchmarks.random_llama import checkpoint, planted, tensors
 from benchmarks.score import engine_environment, log_probabilities
@@ -189,10 +188,11 @@ class Journal:
 
         Args:
             work: folder for the journal.
-            settings: what is measured, with commit and versions.
+            settings: what is measured; other commits and versions have journals of their own.
             results: file that shall hold the rows, and the runs so far.
         """
-        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+        key = [settings, record.COMMIT, record.versions()]
+        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
         self.path, self.results, self.settings = work / f"runs-{digest[:12]}.json", results, settings
         self.runs = json.loads(self.path.read_text())["runs"] if self.path.exists() else []
         self.failed: dict[str, str] = {}
@@ -476,27 +476,6 @@ def tell(where: str, found: dict) -> None:
     console.print(f"{where}: {', '.join(said)}", markup=False, soft_wrap=True)
 
 
-def show(journal: Journal) -> None:
-    """The arms side by side."""
-    found = {(row["bench"], row["arm"], row.get("load")): row for row in journal.rows()}
-    asked = (("throughput", "tokens_per_second", ".0f", 1), ("latency", "seconds", ".3f", -1))
-    table = Table(
-        "arm", "tokens/s", f"x {BASE}", "s a request", f"x {BASE}", "output tokens/s served", "GB", "KL", "top-1"
-    )
-    for arm in dict.fromkeys(row["arm"] for row in journal.rows()):
-        cells = []
-        for name, figure, form, sign in asked:
-            row, base = found.get((name, arm, None)), found.get((name, BASE, None))
-            cells.append(f"{row[figure]:{form}}" if row else "")
-            cells.append(f"{(row[figure] / base[figure]) ** sign:.2f}" if row and base else "")
-        row = found.get(("serve", arm, None))
-        cells.append(f"{row['output_tokens_per_second']:.0f}" if row else "")
-        row = found.get(("accuracy", arm, None))
-        cells += [f"{row['bytes'] / 1e9:.2f}", f"{row['kl']:.2e}", f"{row['top1']:.1%}"] if row else ["", "", ""]
-        table.add_row(arm, *cells)
-    console.print(table)
-
-
 def available(arm: str) -> bool:
     """Whether the machine can run it: FP8 needs a GPU that computes in it (Ada, Hopper and later)."""
     return arm != "FP8" or (torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9))
@@ -537,11 +516,10 @@ def main() -> int:
     path = arguments.json or (case.work / f"{name}.json" if arguments.quick else record.here(name))
     settings = {"model": arguments.model, "arms": arms, "workload": asdict(workload)}
     settings |= {"calibration": arguments.calibration and str(arguments.calibration), "engine_options": options}
-    settings |= {"commit": record.COMMIT, "versions": record.versions()}
     journal = Journal(case.work, settings, path)
     measure(case, journal, turns)
     journal.write()
-    show(journal)
+    print(tables.engines(path))
     console.print(f"written to {path}")
     return 1 if journal.failed else 0
 
