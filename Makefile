@@ -15,7 +15,7 @@ test: .venv/ready
 	.venv/bin/ruff format --check .
 	$(PYTHON) -m pytest
 
-# Every figure of the README but the studies', from real runs: about an hour on two cores.
+# Every picture of the README, from real runs; docs/results.md has the minutes.
 results: .venv/ready
 	$(PYTHON) -m benchmarks.serve random:1b --turns 2 --json $(HERE)/serve-random-1b.json
 	$(PYTHON) -m benchmarks.gemm --device cpu --json $(HERE)/gemm.json

@@ -105,7 +105,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--json", type=Path, help="also write the table's figures")
     arguments = parser.parse_args()
-    started = time.monotonic()
     shutil.rmtree(WORK, ignore_errors=True)
     WORK.mkdir(parents=True)
     os.environ.setdefault("VLLM_CACHE_ROOT", str((WORK / "vllm-cache").resolve()))
@@ -116,11 +115,10 @@ def main() -> None:
     completion = ask(folder_of(SERVED))
     console.print(PROMPT, style="dim", end="", highlight=False, markup=False)
     console.print(completion, style="green", highlight=False, markup=False)
-    seconds = time.monotonic() - started
-    console.print(f"The server is stopped. {seconds:.0f} s in all; checkpoints and logs are in {WORK}.")
+    console.print(f"The server is stopped. {record.seconds()} s in all; checkpoints and logs are in {WORK}.")
     if arguments.json:
         rows = [{"arm": arm, **d.as_dict()} for arm, d in distances.items()]
-        more = {"plant": PLANT, "tokens": WINDOWS * 255, "seconds": round(seconds), "completion": completion}
+        more = {"plant": PLANT, "tokens": WINDOWS * 255, "completion": completion}
         record.write(arguments.json, rows, **more)
 
 

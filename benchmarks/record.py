@@ -7,6 +7,7 @@ import platform
 import re
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -30,15 +31,28 @@ def _commit() -> str:
 
 # At the start of the run: the tree may change while it works. The variable is for machines that get no repository.
 COMMIT = os.environ.get("BENCHMARK_COMMIT") or _commit()
+_STARTED = time.monotonic()
+
+
+def seconds() -> int:
+    """How long this run has taken until now, by the clock."""
+    return round(time.monotonic() - _STARTED)
 
 
 def write(path: Path, rows: list[dict], **more) -> None:
-    """Write rows as JSON with command, commit, versions and machine; ``more`` are further top-level keys."""
+    """Write rows as JSON with command, commit, versions, machine and the seconds that the run has taken.
+
+    Args:
+        path: file, whose folder may be missing.
+        rows: what was measured.
+        more: further top-level keys, or others for these.
+    """
     record = {
         "command": " ".join(["python -m", sys.modules["__main__"].__spec__.name, *sys.argv[1:]]),
         "commit": COMMIT,
         "versions": versions(),
         "machine": _machine(),
+        "seconds": seconds(),
         **more,
         "rows": rows,
     }

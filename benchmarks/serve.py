@@ -194,7 +194,8 @@ class Journal:
         key = [settings, record.COMMIT, record.versions()]
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
         self.path, self.results, self.settings = work / f"runs-{digest[:12]}.json", results, settings
-        self.runs = json.loads(self.path.read_text())["runs"] if self.path.exists() else []
+        before = json.loads(self.path.read_text()) if self.path.exists() else {"runs": [], "seconds": 0}
+        self.runs, self.seconds = before["runs"], before["seconds"]
         self.failed: dict[str, str] = {}
         if self.runs:
             console.print(f"going on behind {len(self.runs)} runs in {self.path}; remove it to start anew")
@@ -208,7 +209,7 @@ class Journal:
 
     def write(self) -> None:
         more = {"settings": self.settings, "failed": self.failed, "runs": self.runs}
-        record.write(self.path, self.rows(), **more)
+        record.write(self.path, self.rows(), seconds=self.seconds + record.seconds(), **more)
         self.results.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(self.path, self.results)
 

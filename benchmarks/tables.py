@@ -318,10 +318,22 @@ def files(results: Path, shared: Sequence[tuple], of_machines: Sequence[tuple]) 
                 yield path, *what
 
 
+def minutes(results: Path) -> str:
+    """What each file's run took, where the file says it."""
+    lines = []
+    for path in sorted(results.rglob("*.json")):
+        found = json.loads(path.read_text())
+        if "seconds" in found:
+            command = re.sub(r"^python -m benchmarks\.| --json \S+", "", found["command"])
+            lines.append((f"`{command}`", f"`{path.relative_to(results)}`", f"{found['seconds'] / 60:.1f}"))
+    return markdown(("benchmark", "file", "minutes"), lines, words=2)
+
+
 def every(results: Path = RESULTS) -> dict[str, str]:
     """All tables that there are files for, by what they are."""
-    found = files(results, SHARED, OF_MACHINES)
-    return {f"{table.__name__} of {path.relative_to(results)}": table(path) for path, table in found if path.exists()}
+    wanted = files(results, SHARED, OF_MACHINES)
+    found = {f"{table.__name__} of {path.relative_to(results)}": table(path) for path, table in wanted if path.exists()}
+    return found | {"minutes of all files": minutes(results)}
 
 
 def put(text: str, found: dict[str, str]) -> str:
