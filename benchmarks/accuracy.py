@@ -155,7 +155,7 @@ ARMS: dict[str, Make] = {
 }
 DRAWN = ("alpha-0.5", "alpha-0.6", "alpha-0.7", "balanced", "auto-g32")
 PLANTED = ("rtn", "mixed-g32", "balanced", "data-free", "auto-g32")
-SERVED = ("rtn", "smoothquant-0.5", "mixed-g32", "alpha-0.5", "balanced", "data-free", "auto-g32", "group-everywhere")
+SERVED = ("rtn", "smoothquant-0.5", "alpha-0.5", "balanced", "data-free", "auto-g32", "group-everywhere")
 DECOMPRESSED = ("rtn", "smoothquant-0.5", "alpha-0.5", "balanced", "data-free")
 
 
