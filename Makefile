@@ -25,7 +25,7 @@ results: .venv/ready
 	$(PYTHON) -m benchmarks.plot
 	$(PYTHON) -m benchmarks.tables README.md docs/results.md
 
-# Many seeds, plants and calibrations: longer.
+# Accuracy over seeds, plants and calibrations.
 studies: .venv/ready
 	$(PYTHON) -m benchmarks.accuracy $(BESIDE) --json $(RESULTS)/accuracy.json
 	$(PYTHON) -m benchmarks.accuracy --calibration-study --json $(RESULTS)/calibration.json
