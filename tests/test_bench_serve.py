@@ -84,10 +84,12 @@ def test_goes_on_behind_the_last_run(engines, monkeypatch, tmp_path):
             raise KeyboardInterrupt
 
     monkeypatch.setattr(serve.Journal, "add", stop)
+    monkeypatch.setattr(record, "seconds", lambda: 10)
     with pytest.raises(KeyboardInterrupt):
         run(monkeypatch, out, *options)
     assert len(json.loads(out.read_text())["runs"]) == 9
     _, found = run(monkeypatch, out, *options)
+    assert found["seconds"] == 20  # of both
     assert len(seen) == len(set(seen)) * 2 and len(found["runs"]) == 2 * 2 * (2 + len(LOADS)) + 2  # two turns of each
     before = len(seen)
     assert run(monkeypatch, out, *options)[1]["runs"] == found["runs"] and len(seen) == before

@@ -55,7 +55,8 @@ def test_cost(process):
 @pytest.fixture
 def log(caplog, monkeypatch):
     """``log.messages`` are those of our logger, whatever vLLM does with them."""
-    caplog.set_level(logging.INFO, "vllm.w8a8_bismooth")  # vLLM 0.26 raises the level of the handlers that it finds
+    # A library of vLLM's server (model_hosting_container_standards) raises the level of the root's handlers on import.
+    caplog.set_level(logging.INFO, "vllm.w8a8_bismooth")
     ours = logging.getLogger("vllm.w8a8_bismooth")
     monkeypatch.setattr(ours, "propagate", False)
     ours.addHandler(caplog.handler)
