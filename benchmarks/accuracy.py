@@ -36,11 +36,12 @@ from benchmarks.testbed import BEDS, Bed
 from benchmarks.testbed.plant import plant
 from benchmarks.testbed.split import split
 from benchmarks.testbed.train import VOCAB
-from vllm_w8a8_bismooth.calibrate import CalibrationText, read_text, tokenize
-from vllm_w8a8_bismooth.checkpoint import Folder, Header, Headers
-from vllm_w8a8_bismooth.convert import convert
+from vllm_w8a8_bismooth.checkpoint.files import Folder
+from vllm_w8a8_bismooth.checkpoint.layout import Source
+from vllm_w8a8_bismooth.checkpoint.reader import Header, Headers
+from vllm_w8a8_bismooth.convert.pipeline import convert
+from vllm_w8a8_bismooth.measure.text import CalibrationText, read_text, tokenize
 from vllm_w8a8_bismooth.recipe import Recipe
-from vllm_w8a8_bismooth.source import Source
 
 WORK = Path("build/accuracy")
 WINDOWS = 32

@@ -87,7 +87,7 @@ order=(facts build test quick gemm quant linear sanitize tiles serve)
     }
     run_tests() {
         set -o pipefail
-        $python -m pytest -q --tb=short -p no:cacheprovider -m gpu $collect -k "$1" tests/test_gpu.py |
+        $python -m pytest -q --tb=short -p no:cacheprovider -m gpu $collect -k "$1" tests/ops/test_gpu.py |
             tee build/gpu-tests.txt || return
         [ -n "$dry" ] || grep -q " passed" build/gpu-tests.txt || leave_out "every test was skipped"
     }

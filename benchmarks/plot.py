@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks.record import RESULTS
 from benchmarks.tables import ARMS, Accuracy, Served, files, rows, study_means
-from vllm_w8a8_bismooth.figures import BAD, GOOD, QUIET, drawing
+from vllm_w8a8_bismooth.report.figures import BAD, GOOD, QUIET, drawing
 
 FIGURES = Path(__file__).parents[1] / "docs" / "figures"
 INK, PALE, OCHRE = "#1c2833", "#5499c7", "#b9770e"

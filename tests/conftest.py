@@ -14,9 +14,9 @@ from safetensors.torch import save_file
 
 from benchmarks.testbed import PYTHON
 from benchmarks.testbed.plant import plant
-from vllm_w8a8_bismooth.calibrate import read_text
-from vllm_w8a8_bismooth.checkpoint import Checkpoint
-from vllm_w8a8_bismooth.convert import convert
+from vllm_w8a8_bismooth.checkpoint.reader import Checkpoint
+from vllm_w8a8_bismooth.convert.pipeline import convert
+from vllm_w8a8_bismooth.measure.text import read_text
 from vllm_w8a8_bismooth.recipe import Recipe
 
 # No deadline: machines are shared. On CI the examples are the same every time, elsewhere new ones are searched.

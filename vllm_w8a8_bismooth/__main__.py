@@ -1,3 +1,3 @@
-from vllm_w8a8_bismooth.cli import main
+from vllm_w8a8_bismooth.cli.main import main
 
 main()

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from vllm_w8a8_bismooth import FORMAT, MARKER
-from vllm_w8a8_bismooth.architectures import Layer
+from vllm_w8a8_bismooth.checkpoint.architectures import Layer
 from vllm_w8a8_bismooth.errors import BismoothError
 
 SMOOTHINGS = ("balanced", "alpha")

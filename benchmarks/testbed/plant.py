@@ -23,10 +23,10 @@ from pathlib import Path
 import torch
 from huggingface_hub import save_torch_state_dict
 
-from vllm_w8a8_bismooth.architectures import BLOCK, EMBEDDING, HEAD, NORM
-from vllm_w8a8_bismooth.checkpoint import CONFIG
-from vllm_w8a8_bismooth.smooth import fold_vector
-from vllm_w8a8_bismooth.source import Source
+from vllm_w8a8_bismooth.checkpoint.architectures import BLOCK, EMBEDDING, HEAD, NORM
+from vllm_w8a8_bismooth.checkpoint.files import CONFIG
+from vllm_w8a8_bismooth.checkpoint.layout import Source
+from vllm_w8a8_bismooth.method.smooth import fold_vector
 
 
 def plant(

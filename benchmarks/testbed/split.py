@@ -22,10 +22,10 @@ from pathlib import Path
 import torch
 from huggingface_hub import save_torch_state_dict
 
-from vllm_w8a8_bismooth.architectures import BLOCK
-from vllm_w8a8_bismooth.calibrate import read_text, tokenize
-from vllm_w8a8_bismooth.checkpoint import CONFIG
-from vllm_w8a8_bismooth.source import Source
+from vllm_w8a8_bismooth.checkpoint.architectures import BLOCK
+from vllm_w8a8_bismooth.checkpoint.files import CONFIG
+from vllm_w8a8_bismooth.checkpoint.layout import Source
+from vllm_w8a8_bismooth.measure.text import read_text, tokenize
 
 GATE, UP, DOWN = (f"mlp.{name}_proj" for name in ("gate", "up", "down"))
 

@@ -1,5 +1,5 @@
 // Compares every instruction-set level that this CPU runs with plain loops, over random shapes in exactly sized buffers.
-// Built with sanitizers by tests/test_cpu_kernels.py. Usage: fuzz_cpu SEED ROUNDS
+// Built with sanitizers by tests/ops/test_cpu_kernels.py. Usage: fuzz_cpu SEED ROUNDS
 #include <algorithm>
 #include <cmath>
 #include <cstdio>

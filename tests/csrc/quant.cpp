@@ -1,4 +1,4 @@
-// The quantization kernels on the host emulation, for tests/test_cuda_quant.py.
+// The quantization kernels on the host emulation, for tests/ops/test_cuda_quant.py.
 #include "quant.cuh"
 
 namespace {

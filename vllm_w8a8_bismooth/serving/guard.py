@@ -16,7 +16,8 @@ from typing import Any
 
 from vllm.logger import init_logger
 
-from vllm_w8a8_bismooth.checkpoint import FLOAT_DTYPES, REPORT, WEIGHT_SUFFIXES, Checkpoint, read_json, sha256
+from vllm_w8a8_bismooth.checkpoint.files import REPORT, WEIGHT_SUFFIXES, read_json, sha256
+from vllm_w8a8_bismooth.checkpoint.reader import FLOAT_DTYPES, Checkpoint
 from vllm_w8a8_bismooth.errors import BismoothError
 
 logger = init_logger("vllm.w8a8_bismooth")

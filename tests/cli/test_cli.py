@@ -1,0 +1,210 @@
+import contextlib
+import fcntl
+import io
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from tests.convert.test_bad_input import run
+from vllm_w8a8_bismooth import __version__
+from vllm_w8a8_bismooth.cli.progress import Progress
+from vllm_w8a8_bismooth.convert.pipeline import convert
+from vllm_w8a8_bismooth.errors import BismoothError
+from vllm_w8a8_bismooth.recipe import Recipe
+
+BISMOOTH = str(Path(sys.executable).with_name("bismooth"))
+
+
+def bismooth(*arguments) -> subprocess.CompletedProcess:
+    return subprocess.run([BISMOOTH, *map(str, arguments)], capture_output=True, text=True)
+
+
+def everything(folder: Path) -> dict[str, tuple[int, int]]:
+    """What lies in a folder: sizes and times of change."""
+    return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in folder.rglob("*")}
+
+
+def test_help_is_quick():
+    """Half a second of processor time at most: nothing heavy is imported. Elapsed time would measure the machine."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = bismooth("convert", "--help")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0 and "--calibration" in done.stdout
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
+
+
+def test_version():
+    assert bismooth("--version").stdout.strip() == f"bismooth {__version__}"
+
+
+def test_errors_go_to_stderr_in_one_message(tmp_path):
+    done = bismooth("convert", tmp_path / "nowhere", tmp_path / "out")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("Error: ") and "no such folder" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("method", ["rtn", "mixed", "bismooth"])
+def test_convert(make_checkpoint, tmp_path, method):
+    source, out = make_checkpoint(), tmp_path / "out"
+    done = bismooth("convert", source, out, "--method", method, "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert len(report["linears"]) == 21 and report["written_bytes"] < report["source_bytes"] and not report["reused"]
+    assert json.loads((out / "recipe.json").read_text())["recipe"]["method"] == method
+    again = bismooth("convert", source, out, "--method", method)
+    assert again.returncode == 0 and "already holds this conversion" in again.stderr.replace("\n", " ")
+
+
+def dry_run(source: Path, out: Path, *options) -> dict:
+    """The plan as JSON; nothing beside source and destination has changed."""
+    before = everything(out.parent)
+    code, text = run("convert", source, out, "--dry-run", "--json", *options)
+    assert code == 0, text
+    assert everything(out.parent) == before
+    return json.loads(text)
+
+
+def interrupt(source: Path, out: Path, recipe: Recipe) -> None:
+    """Leave a conversion with two blocks done."""
+
+    def interrupted(stage, done, total, written):
+        if stage == "convert" and done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, out, recipe, progress=interrupted)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        (),
+        ("--group-size", "32", "--group-layers", "layers.0.*down_proj"),
+        ("--ignore", r"layers\.1\.self_attn\.v|layers\.2.*down"),
+    ],
+)
+def test_dry_run_is_the_plan_of_the_run(make_checkpoint, tmp_path, calibration_text, monkeypatch, options):
+    monkeypatch.setattr("vllm_w8a8_bismooth.checkpoint.writer.SHARD_SIZE", "40KB")
+    source, out = make_checkpoint(), tmp_path / "new" / "out"
+    options = (*options, "--calibration", calibration_text, "--calibration-tokens", "256")
+    plan = dry_run(source, out, *options)
+    assert not out.parent.exists()
+    code, text = run("convert", source, out, "--json", *options)
+    report = json.loads(text[text.index("{\n") :])
+    assert code == 0 and plan["written_bytes"] == report["written_bytes"] == sum(plan["shards"].values())
+    assert plan["shards"].keys() == {path.name for path in out.glob("*.safetensors")} and len(plan["shards"]) > 2
+    assert plan["grouped"] == [n for n, entry in report["linears"].items() if entry["group_size"]]
+    assert plan["ignored"] == report["ignored"] and len(report["linears"]) == 21 - len(report["ignored"])
+    assert len(plan["ignored"]) == (4 if "--ignore" in options else 0)
+    assert plan["tokens"] == 256 and plan["blocks"] == 3 and plan["resumed"] == 0 and plan["seconds"] > 0
+    assert dry_run(source, out, *options)["reused"]
+
+
+def test_dry_run_knows_what_a_resume_skips(make_checkpoint, tmp_path):
+    source, out = make_checkpoint(), tmp_path / "out"
+    assert dry_run(source, out, "--method", "mixed", "--group-size", "32")["grouped"] is None
+    interrupt(source, out, Recipe.of("mixed", group_size=32))
+    plan = dry_run(source, out, "--method", "mixed", "--group-size", "32")
+    assert 1 <= plan["resumed"] <= 2 and plan["grouped"] == []
+    code, text = run("convert", source, out, "--method", "mixed", "--group-size", "32", "--dry-run")
+    assert code == 0 and f"{plan['resumed']} of 3 blocks are done" in text and "Nothing was written" in text
+    before = everything(tmp_path)
+    code, text = run("convert", source, out, "--method", "rtn", "--dry-run")
+    assert code == 2 and "an unfinished conversion of another kind" in text
+    with open(tmp_path / "out.partial" / ".bismooth" / "lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        code, text = run("convert", source, out, "--method", "mixed", "--group-size", "32", "--dry-run")
+    assert code == 2 and "another conversion is writing it" in text and everything(tmp_path) == before
+
+
+def occupied(out: Path) -> None:
+    out.mkdir()
+    (out / "thesis.txt").write_text("precious")
+
+
+REFUSED = {
+    "destination": (occupied, [], ["exists and is no result of bismooth"]),
+    "partial folder": (lambda out: occupied(out.with_name("out.partial")), [], ["out.partial", "is not ours"]),
+    "file on the way": (lambda out: out.with_name("out.partial").write_text(""), [], ["cannot be written"]),
+    "group size": (None, ["--method", "mixed", "--group-size", "64", "--group-layers", "down_proj"], ["K = 96"]),
+    "calibration": (None, ["--calibration", "nowhere.txt"], ["nowhere.txt", "cannot be read"]),
+    "device": (None, ["--device", "tpu"], ["--device tpu"]),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_dry_run_refuses_what_the_run_refuses(make_checkpoint, tmp_path, case):
+    prepare, options, parts = REFUSED[case]
+    source, out = make_checkpoint(), tmp_path / "out"
+    if prepare:
+        prepare(out)
+    before = everything(tmp_path)
+    for dry in (["--dry-run"], []):
+        code, text = run("convert", source, out, *options, *dry)
+        assert code == 2 and all(part in text for part in parts), text
+        assert everything(tmp_path) == before
+
+
+def test_dry_run_notices_a_config_that_transformers_refuses(make_checkpoint, tmp_path, calibration_text):
+    from tests.conftest import edit_json
+
+    source = make_checkpoint()
+    edit_json(source / "config.json", lambda config: config.update(hidden_act="nonsense"))
+    code, text = run("convert", source, tmp_path / "out", "--calibration", calibration_text, "--dry-run")
+    assert code == 2 and "transformers refuses config.json" in text
+
+
+def test_interrupt_is_one_line(make_checkpoint, tmp_path):
+    """While it waits for its calibration text, which here is a pipe that nobody writes into."""
+    pipe = tmp_path / "text.txt"
+    os.mkfifo(pipe)
+    command = [sys.executable, "-m", "vllm_w8a8_bismooth", "convert", make_checkpoint(), tmp_path / "out"]
+    process = subprocess.Popen([*command, "--calibration", pipe], stderr=subprocess.PIPE, text=True)
+    writer = None
+    while writer is None and process.poll() is None:
+        with contextlib.suppress(OSError):  # until it reads
+            writer = os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
+        time.sleep(0.05)
+    for _ in range(5):  # an interrupt that meets a destructor is lost, as Python has it
+        process.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            _, said = process.communicate(timeout=15)
+            break
+    os.close(writer)
+    assert process.returncode == 130 and said == "Interrupted; the same command goes on from there\n", said
+
+
+def test_progress_away_from_a_terminal(monkeypatch):
+    """A line where a stage begins and ends, and between them only now and then."""
+    now, out = [0.0], io.StringIO()
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    with Progress(Console(file=out, width=200)) as progress:
+        for done in range(81):
+            now[0] += 1
+            progress("convert", done, 80, done * 10**9)
+    lines = out.getvalue().splitlines()
+    assert len(lines) == 9 and lines[0].startswith("convert: 0 of 80 blocks, peak memory ")
+    assert lines[1].startswith("convert: 10 of 80 blocks, 70 s left, 10.00 GB written, peak memory ")
+    assert lines[-1].startswith("convert: 80 of 80 blocks, 80.00 GB written")
+
+
+def test_progress_on_a_terminal():
+    out = io.StringIO()
+    with Progress(Console(file=out, width=200, force_terminal=True)) as progress:
+        progress("analyze", 1, 2)
+        progress("convert", 2, 2, 3 * 10**9)
+    assert "1/2" in out.getvalue() and "3.00 GB written, peak memory" in out.getvalue()
+
+
+def test_many_problems_are_one_message():
+    assert str(BismoothError("a")) == "a"
+    assert str(BismoothError("a", "b")) == "a\n  also: b"
+    assert str(BismoothError(*"abcdefghij")).endswith("also: h\n  and 2 more; bismooth inspect lists them")

@@ -1,0 +1,69 @@
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.convert.test_bad_input import run
+from vllm_w8a8_bismooth import doctor, ops
+
+BISMOOTH = str(Path(sys.executable).with_name("bismooth"))
+
+
+@pytest.mark.engine
+def test_this_installation_is_whole():
+    """The real thing: vLLM's processes, as many as it takes."""
+    done = subprocess.run([BISMOOTH, "doctor", "--json"], capture_output=True, text=True)
+    found = json.loads(done.stdout)
+    assert done.returncode == 0 and found["problems"] == [], done.stderr
+    assert found["versions"]["torch"] and found["versions"]["vllm-w8a8-bismooth"]
+    assert found["kernels"]["cpu"] == ops.cpu_level()
+    assert found["serving"]["platform"] == "cpu" and found["serving"]["registered"]
+    assert {kernel for kernel, *_ in found["serving"]["layers"].values()} == {"our kernel"}
+
+
+@pytest.mark.engine
+def test_a_plugin_that_is_switched_off():
+    environment = os.environ | {"VLLM_PLUGINS": "", "VLLM_API_KEY": "swordfish"}
+    done = subprocess.run([BISMOOTH, "doctor"], capture_output=True, text=True, env=environment)
+    assert done.returncode == 1
+    assert "VLLM_PLUGINS='' keeps vLLM from loading the plugin; add w8a8_bismooth to it." in done.stdout
+    assert re.search(r"VLLM_API_KEY +\*\*\*\n", done.stdout) and "swordfish" not in done.stdout
+
+
+@pytest.fixture
+def without_vllm(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+
+
+def test_without_vllm(without_vllm):
+    found = doctor.diagnose()
+    assert found.serving is None and ["vLLM is not installed" in problem for problem in found.problems] == [True]
+    code, message = run("doctor")
+    assert code == 1 and "Problem: vLLM is not installed" in message
+
+
+def test_without_kernels(without_vllm, monkeypatch):
+    monkeypatch.setattr(ops, "has_kernel", lambda device: False)
+    found = doctor.diagnose()
+    assert found.kernels == {"cpu": None, "cuda": None}
+    assert any("the compiled kernels are absent" in problem for problem in found.problems)
+
+
+def test_a_broken_torch(without_vllm, monkeypatch):
+    def broken(device: str) -> bool:
+        raise OSError("libcudart.so.13: cannot open shared object file")
+
+    monkeypatch.setattr(ops, "has_kernel", broken)
+    assert any("libcudart.so.13: cannot open" in problem for problem in doctor.diagnose().problems)
+
+
+def test_a_vllm_that_does_not_start(monkeypatch, tmp_path):
+    (tmp_path / "vllm").mkdir()
+    (tmp_path / "vllm" / "__init__.py").write_text("raise ImportError('libtorch is too old')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    assert any("libtorch is too old), so nothing can be served" in problem for problem in doctor.diagnose().problems)

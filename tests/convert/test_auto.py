@@ -1,0 +1,182 @@
+"""Granularity chosen by measured error: two passes over the blocks, each of which may die."""
+
+import json
+import os
+
+import pytest
+
+from benchmarks.testbed import BEDS
+from tests.convert.test_bad_input import run
+from tests.convert.test_convert import digests, tensors_of
+from tests.convert.test_resume import Failing
+from vllm_w8a8_bismooth.convert.pipeline import convert
+from vllm_w8a8_bismooth.errors import BismoothError, Interrupted
+from vllm_w8a8_bismooth.measure import perturbation
+from vllm_w8a8_bismooth.measure.calibration import Calibration
+from vllm_w8a8_bismooth.measure.text import read_text
+from vllm_w8a8_bismooth.recipe import Recipe
+from vllm_w8a8_bismooth.report.outcome import Report
+from vllm_w8a8_bismooth.verify.checks import verify
+
+HEADERS = BEDS["headers"]
+DOWN = "model.layers.0.mlp.down_proj"
+
+
+def recipe_of(**options) -> Recipe:
+    return Recipe.of("auto", **{"group_size": 32, "calibration_tokens": 1024, **options})
+
+
+def grouped(report: Report) -> list[str]:
+    return [name for name, entry in report.linears.items() if entry["group_size"]]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The test bed of headers converted without interruption, and the report."""
+    folder = tmp_path_factory.mktemp("whole") / "out"
+    return folder, convert(HEADERS.model, folder, recipe_of(), read_text(HEADERS.calibration))
+
+
+def test_groups_go_where_the_error_is(whole):
+    """Nearly half of it is in the activations of one down_proj, one linear of 49; nowhere else would they pay."""
+    folder, report = whole
+    assert grouped(report) == [DOWN]
+    scales = {name: len(tensor[0]) for name, tensor in tensors_of(folder).items() if name.endswith("_scale")}
+    assert {name for name, groups in scales.items() if groups > 1} == {f"{DOWN}.weight_scale"}
+    assert scales[f"{DOWN}.weight_scale"] == 512 / 32
+    first = report.granularity[0]
+    assert first.unit == DOWN and first.chosen and first.share > 0.3 and first.per_group < first.per_channel / 2
+    assert not any(entry.chosen or entry.share > 0.1 for entry in report.granularity[1:])
+    assert len(report.granularity) == 7 * 4, "qkv, o, gate_up and down of each block"
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    targets = config["config_groups"]["group_0"]["targets"]
+    assert targets == [r"re:.*\.layers\.(0)\.(mlp\.down_proj)$"]
+
+
+def test_elsewhere_it_is_the_smoothed_conversion(whole, tmp_path):
+    folder, _ = whole
+    smoothed = Recipe.of("bismooth", calibration_tokens=1024)
+    convert(HEADERS.model, tmp_path / "out", smoothed, read_text(HEADERS.calibration))
+    ours, theirs = tensors_of(folder), tensors_of(tmp_path / "out")
+    assert ours.keys() == theirs.keys()
+    changed = {n for n in ours if ours[n].shape != theirs[n].shape or not ours[n].equal(theirs[n])}
+    assert changed == {f"{DOWN}.weight", f"{DOWN}.weight_scale"}
+
+
+@pytest.mark.parametrize(("stage", "blocks"), [("analyze", 1), ("analyze", 7), ("convert", 0), ("convert", 4)])
+def test_killed_in_either_pass_it_is_resumed(whole, tmp_path, monkeypatch, stage, blocks):
+    """To the same bytes, and nothing is measured or calibrated twice."""
+    text, out, advance, measure = (
+        read_text(HEADERS.calibration),
+        tmp_path / "out",
+        Calibration.advance,
+        perturbation.measure,
+    )
+    advanced, measured = [], []
+
+    def advancing(self, index, *arguments):
+        advanced.append(index)
+        return advance(self, index, *arguments)
+
+    def measuring(calibration, index, *arguments):
+        measured.append(index)
+        return measure(calibration, index, *arguments)
+
+    def interrupted(at, done, total, written):
+        if (at, done) == (stage, blocks):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Calibration, "advance", advancing)
+    monkeypatch.setattr(perturbation, "measure", measuring)
+    with pytest.raises(KeyboardInterrupt):
+        convert(HEADERS.model, out, recipe_of(), text, progress=interrupted)
+    assert not out.exists() and len(measured) == (blocks if stage == "analyze" else 7)
+    report = convert(HEADERS.model, out, recipe_of(), text)
+    assert advanced == measured == list(range(7))
+    assert report.granularity == whole[1].granularity and (report.resumed > 0) == (blocks == 4)
+    assert digests(out) == digests(whole[0]) and not out.with_name("out.partial").exists()
+
+
+def test_a_disk_that_fails_in_either_pass(make_checkpoint, tmp_path, calibration_text, monkeypatch):
+    """Small blocks of which some get groups, and a failure at many points between two writes."""
+    monkeypatch.setattr(perturbation, "WORTH", 0.0)
+    source, text, recipe = (
+        make_checkpoint(num_hidden_layers=2),
+        read_text(calibration_text),
+        recipe_of(group_budget=0.5),
+    )
+    with monkeypatch.context() as patch:
+        counter = Failing(patch, 10**9)
+        report = convert(source, tmp_path / "whole", recipe, text)
+    assert 0 < len(grouped(report)) <= 7
+    for last in range(2, counter.count, max(1, counter.count // 10)):
+        out = tmp_path / f"out-{last}"
+        with monkeypatch.context() as patch:
+            Failing(patch, last, once=last % 2 == 0)
+            with pytest.raises((Interrupted, BismoothError)):
+                convert(source, out, recipe, text)
+        assert not out.exists()
+        convert(source, out, recipe, text)
+        assert digests(out) == digests(tmp_path / "whole")
+
+
+def test_a_state_that_is_gone_starts_anew(make_checkpoint, tmp_path, calibration_text):
+    source, text, out = make_checkpoint(), read_text(calibration_text), tmp_path / "out"
+    for stage, blocks in (("analyze", 2), ("convert", 0)):
+
+        def interrupted(at, done, total, written, where=(stage, blocks)):
+            if (at, done) == where:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            convert(source, out, recipe_of(), text, progress=interrupted)
+        states = list((tmp_path / "out.partial" / ".bismooth").glob("*.safetensors"))
+        assert states
+        for state in states:
+            os.truncate(state, 10)
+        with pytest.raises(BismoothError, match="of an earlier run is gone.*starts anew"):
+            convert(source, out, recipe_of(), text)
+        assert not (tmp_path / "out.partial").exists()
+    assert not convert(source, out, recipe_of(), text).resumed
+
+
+def test_another_budget_is_another_run(make_checkpoint, tmp_path, calibration_text):
+    source, text, out = make_checkpoint(), read_text(calibration_text), tmp_path / "out"
+    convert(source, out, recipe_of(), text)
+    assert convert(source, out, recipe_of(), text).reused
+    with pytest.raises(BismoothError, match="group_budget: 0.03 there, 0.5 now"):
+        convert(source, out, recipe_of(group_budget=0.5), text)
+
+
+def test_without_a_budget_everything_stays_per_channel(make_checkpoint, tmp_path, calibration_text):
+    report = convert(make_checkpoint(), tmp_path / "out", recipe_of(group_budget=0), read_text(calibration_text))
+    assert grouped(report) == [] and not any(entry.chosen for entry in report.granularity)
+
+
+def test_columns_that_groups_do_not_divide(make_checkpoint, tmp_path, calibration_text, monkeypatch):
+    """They stay per-channel with a word on it, where --method mixed would refuse a name that was given."""
+    monkeypatch.setattr(perturbation, "WORTH", 0.0)
+    recipe = recipe_of(group_size=64, group_budget=1.0)
+    report = convert(make_checkpoint(), tmp_path / "out", recipe, read_text(calibration_text))
+    divided = {name for name in report.linears if not name.endswith(("down_proj", "o_proj"))}  # 96 columns
+    assert set(grouped(report)) <= divided and grouped(report)
+    left = {entry.unit.rpartition(".")[2] for entry in report.granularity if "not a multiple" in entry.reason}
+    assert left == {"down_proj", "o_proj"}
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "phi3", "qwen2", "gemma2"])
+def test_of_other_types(make_checkpoint, tmp_path, calibration_text, model_type, monkeypatch):
+    monkeypatch.setattr(perturbation, "WORTH", 0.0)
+    out = tmp_path / "out"
+    report = convert(make_checkpoint(model_type), out, recipe_of(group_budget=1.0), read_text(calibration_text))
+    assert grouped(report) and not any("experts" in name for name in grouped(report))
+    assert json.loads((out / "recipe.json").read_text())["recipe"]["method"] == "auto"
+    assert verify(out, tmp_path / "source", engine=False).ok
+
+
+def test_with_ranges_instead_of_errors(make_checkpoint, tmp_path, calibration_text):
+    out, options = tmp_path / "out", ("--smoothing", "alpha", "--alpha", "0.7", "--group-size", "32")
+    command = ("convert", make_checkpoint(), out, "--method", "auto", "--calibration", calibration_text, *options)
+    assert run(*command)[0] == 0
+    stored = json.loads((out / "recipe.json").read_text())["recipe"]
+    assert (stored["smoothing"], stored["alpha"], stored["group_budget"]) == ("alpha", 0.7, 0.03)

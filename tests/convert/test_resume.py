@@ -1,0 +1,168 @@
+"""A run may die anywhere; the next one goes on, and nobody can tell from the result."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import edit_json
+from tests.convert.test_bad_input import run
+from tests.convert.test_convert import digests
+from vllm_w8a8_bismooth.convert.pipeline import convert
+from vllm_w8a8_bismooth.errors import BismoothError, Interrupted
+from vllm_w8a8_bismooth.measure.calibration import Calibration
+from vllm_w8a8_bismooth.measure.text import read_text
+from vllm_w8a8_bismooth.recipe import Recipe
+
+CALLS = ("pwrite", "fdatasync", "fsync", "replace")
+ARMS = {
+    "rtn": (Recipe.of("rtn"), False),
+    "mixed": (Recipe.of("mixed", group_size=32), False),
+    "calibrated": (Recipe.of("bismooth", calibration_tokens=500), True),
+    "data-free": (Recipe.of("bismooth"), False),
+}
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch):
+    monkeypatch.setattr("vllm_w8a8_bismooth.checkpoint.writer.SHARD_SIZE", "60KB")
+
+
+class Failing:
+    """Lets the disk fail at the n-th of all the calls that reach it: once, or from then on."""
+
+    def __init__(self, monkeypatch, last: int, once: bool = False):
+        self.count, self.last, self.once = 0, last, once
+        for name in CALLS:
+            monkeypatch.setattr(os, name, self.wrap(getattr(os, name)))
+
+    def wrap(self, call):
+        def wrapped(*arguments):
+            self.count += 1
+            if self.count == self.last or (self.count > self.last and not self.once):
+                raise OSError(28, "No space left on device")
+            return call(*arguments)
+
+        return wrapped
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_a_run_that_fails_anywhere_is_resumed(make_checkpoint, tmp_path, calibration_text, arm, monkeypatch):
+    source, (recipe, calibrated) = make_checkpoint(), ARMS[arm]
+    text = read_text(calibration_text) if calibrated else None
+    with monkeypatch.context() as patch:
+        counter = Failing(patch, 10**9)
+        convert(source, tmp_path / "whole", recipe, text)
+    expected = digests(tmp_path / "whole")
+    resumed = set()
+    steps = sorted({1, 2, *range(5, counter.count, max(1, counter.count // 12)), counter.count - 1, counter.count})
+    for last in steps:
+        out = tmp_path / f"out-{last}"
+        with monkeypatch.context() as patch:
+            Failing(patch, last, once=last % 2 == 0)
+            with pytest.raises((Interrupted, BismoothError)):
+                convert(source, out, recipe, text)
+            assert not out.exists()
+        resumed.add(convert(source, out, recipe, text).resumed)
+        assert digests(out) == expected and not out.with_name(out.name + ".partial").exists()
+    assert resumed == {0, 1, 2, 3}, "the runs failed in different blocks"
+
+
+def test_statistics_are_read_and_not_made_again(make_checkpoint, tmp_path, calibration_text, monkeypatch):
+    source, text, recipe = make_checkpoint(), read_text(calibration_text), Recipe.of("bismooth", calibration_tokens=500)
+    advance, advanced = Calibration.advance, []
+
+    def counting(self, index, *arguments):
+        advanced.append(index)
+        return advance(self, index, *arguments)
+
+    def dying(*arguments, **options):
+        raise Interrupted("after the statistics of a block, before its conversion")
+
+    monkeypatch.setattr(Calibration, "advance", counting)
+    with monkeypatch.context() as patch:
+        patch.setattr("vllm_w8a8_bismooth.convert.stages.smooth_block", dying)
+        with pytest.raises(Interrupted):
+            convert(source, tmp_path / "out", recipe, text)
+    convert(source, tmp_path / "out", recipe, text)
+    assert advanced == [0, 1, 2]
+    convert(source, tmp_path / "whole", recipe, text)
+    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("call", ["pwrite", "fdatasync", "replace", "rmtree"])
+def test_killed_runs_are_resumed(make_checkpoint, tmp_path, call):
+    """SIGKILL in a real process; the last case dies when the folder has its name already."""
+    source, out = make_checkpoint(), tmp_path / "out"
+    script = (
+        "import os, shutil, signal, sys; from vllm_w8a8_bismooth.checkpoint import writer\n"
+        "from vllm_w8a8_bismooth.cli import main as cli\n"
+        "writer.SHARD_SIZE = '60KB'\n"
+        f"owner = shutil if {call!r} == 'rmtree' else os\n"
+        f"count, real = 0, getattr(owner, {call!r})\n"
+        "def dying(*arguments, **options):\n"
+        "    global count; count += 1\n"
+        f"    if count == {1 if call == 'rmtree' else 3}: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return real(*arguments, **options)\n"
+        f"setattr(owner, {call!r}, dying)\n"
+        f"sys.argv = ['bismooth', 'convert', {str(source)!r}, {str(out)!r}, '--method', 'rtn']; cli.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert out.exists() == (call == "rmtree") and (out.exists() or out.with_name("out.partial").exists())
+    assert run("convert", source, out, "--method", "rtn")[0] == 0
+    convert(source, tmp_path / "whole", Recipe.of("rtn"))
+    assert digests(out) == digests(tmp_path / "whole") and not out.with_name("out.partial").exists()
+
+
+def test_a_state_that_is_gone_starts_the_run_anew(make_checkpoint, tmp_path, calibration_text):
+    source, text, recipe = make_checkpoint(), read_text(calibration_text), Recipe.of("bismooth", calibration_tokens=500)
+
+    def interrupted(stage, done, total, written):
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, tmp_path / "out", recipe, text, progress=interrupted)
+    states = list((tmp_path / "out.partial" / ".bismooth").glob("*.safetensors"))
+    assert states
+    for state in states:
+        state.write_bytes(b"spoilt")
+    with pytest.raises(BismoothError, match="the state stream-00001 of an earlier run is gone.*starts anew"):
+        convert(source, tmp_path / "out", recipe, text)
+    assert convert(source, tmp_path / "out", recipe, text).resumed == 0
+
+
+def test_an_unfinished_run_is_not_continued_as_another(make_checkpoint, tmp_path, calibration_text, monkeypatch):
+    source, out = make_checkpoint(), tmp_path / "out"
+    with monkeypatch.context() as patch:
+        Failing(patch, 12)
+        with pytest.raises(Interrupted, match="goes on where it stopped"):
+            convert(source, out, Recipe.of("bismooth"))
+    before = digests(tmp_path / "out.partial")
+    for recipe, text, difference in (
+        (Recipe.of("bismooth", smoothing="alpha"), None, "recipe.alpha: None there, 0.5 now"),
+        (Recipe.of("bismooth"), read_text(calibration_text), "recipe.calibration: None there, '"),
+    ):
+        with pytest.raises(BismoothError, match="unfinished conversion of another kind") as caught:
+            convert(source, out, recipe, text)
+        assert difference in str(caught.value)
+    edit_json(source / "config.json", lambda config: config.update(rope_theta=5.0))
+    with pytest.raises(BismoothError, match=r"source.config.json: \["):
+        convert(source, out, Recipe.of("bismooth"))
+    assert digests(tmp_path / "out.partial") == before
+
+
+def test_interrupt_keeps_what_is_done(make_checkpoint, tmp_path, monkeypatch):
+    source, out = make_checkpoint(), tmp_path / "out"
+
+    def interrupted(stage, done, total, written):
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, out, Recipe.of("rtn"), progress=interrupted)
+    assert not out.exists()
+    assert convert(source, out, Recipe.of("rtn")).resumed >= 1

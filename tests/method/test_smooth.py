@@ -1,0 +1,137 @@
+import shutil
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import save_torch_state_dict
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
+
+from tests.conftest import MODEL_TYPES
+from tests.method.test_moments import moments, noise
+from vllm_w8a8_bismooth.checkpoint.architectures import ARCHITECTURES, BLOCK
+from vllm_w8a8_bismooth.checkpoint.layout import Source
+from vllm_w8a8_bismooth.method.balance import by_range
+from vllm_w8a8_bismooth.method.smooth import Factors, fold_vector, gather, smooth_block, spread
+
+RULE = partial(by_range, alpha=0.5)  # the fastest; what a fold costs does not depend on it
+STORED = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@st.composite
+def extents(draw) -> torch.Tensor:
+    """fp32 [48] of magnitudes over eight decades, some of them 0."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    values = 10.0 ** (torch.rand(48, generator=generator) * 8 - 4)
+    values[: draw(st.integers(0, 48))] *= draw(st.sampled_from([0.0, 1.0]))
+    return values
+
+
+@given(extents(), st.sampled_from(STORED), st.integers(0, 2**31))
+def test_fold_is_exact(magnitude, dtype, seed):
+    generator = torch.Generator().manual_seed(seed)
+    vector = (torch.randn(48, generator=generator)).to(dtype).float()
+    s = magnitude.clamp(min=1e-6)
+    folded, effective = fold_vector(vector, s, dtype)
+    assert folded.dtype == dtype and effective.isfinite().all()
+    torch.testing.assert_close(folded.double() * effective.double(), vector.double(), rtol=2.0**-23, atol=0)
+
+
+def test_fold_gives_up_where_the_dtype_cannot_hold_the_quotient():
+    folded, effective = fold_vector(torch.tensor([1.0, 0.0]), torch.tensor([1e-6, 2.0]), torch.float16)
+    assert folded.tolist() == [1, 0] and effective.tolist() == [1, 2]
+
+
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 8))
+def test_value_heads_are_shared_by_query_heads(kv_heads, repeat, head_dim):
+    s = torch.arange(1.0, kv_heads * head_dim + 1)
+    heads = spread(s, repeat, head_dim).view(kv_heads, repeat, head_dim)
+    assert torch.equal(heads, s.view(kv_heads, 1, head_dim).expand(-1, repeat, -1))
+    assert torch.equal(gather(heads.reshape(-1), repeat, head_dim), s)
+
+
+@given(extents(), st.integers(0, 2**31))
+def test_fold_is_exact_for_norms_that_store_their_gain_less_one(magnitude, seed):
+    generator = torch.Generator().manual_seed(seed)
+    vector = (torch.randn(48, generator=generator) * 0.3).bfloat16().float()
+    folded, effective = fold_vector(vector, magnitude.clamp(min=1e-6), torch.bfloat16, offset=1.0)
+    assert effective.isfinite().all() and (effective > 0).sum() >= 47
+    gain = (folded.double() + 1) * effective.double()
+    torch.testing.assert_close(gain, vector.double() + 1, rtol=2.0**-22, atol=0)
+
+
+def smoothed_copy(folder: Path, destination: Path) -> list[Factors]:
+    """The checkpoint with every site smoothed for random activations over four decades, and nothing quantized."""
+    source, records = Source(folder), []
+    tensors = {name: source.checkpoint.read(name) for name in source.outside}
+    for index, layer in enumerate(source.layers):
+        prefix = BLOCK.format(index)
+        block = {name: source.checkpoint.read(prefix + name) for name in source.blocks[index]}
+        read = {}
+        for site in layer.sites:
+            channels, seed = block[f"{site.consumers[0]}.weight"].shape[1], len(records) + len(read)
+            read[site.name] = moments(noise(8, channels, seed, decades=4))
+        smoothing = smooth_block(block, read, layer, source.sizes, RULE, source.architecture.offset)
+        assert [record.site for record in smoothing.sites] == [site.name for site in layer.sites]
+        for name, tensor in block.items():
+            fold = smoothing.fold(name.removesuffix(".weight"))
+            # fp32, because rounding to the storage dtype is not part of what is tested
+            new = fold.apply(tensor.float()) if fold else smoothing.vectors.get(name, tensor)
+            tensors[prefix + name] = new
+            touched = name.endswith(".weight") and (
+                layer.linear_of(name) or name.removesuffix(".weight") in layer.routers
+            )
+            assert not touched or not torch.equal(new.float(), tensor.float()), name
+        records += smoothing.sites
+    shutil.copytree(folder, destination, ignore=shutil.ignore_patterns("*.safetensors*"))
+    save_torch_state_dict(tensors, destination)
+    return records
+
+
+CHANGES = {
+    "biased": ("llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
+    "all heads": ("mistral", {"num_key_value_heads": 4}),
+    "one head": ("qwen3", {"num_key_value_heads": 1}),
+    "steps": ("qwen2_moe", {"decoder_sparse_step": 2, "qkv_bias": False}),
+    "biased gemma": ("gemma2", {"attention_bias": True}),
+}
+
+
+@pytest.mark.parametrize("case", [*MODEL_TYPES, *CHANGES])
+@pytest.mark.parametrize("dtype", STORED, ids=str)
+def test_smoothing_preserves_the_function(make_checkpoint, tmp_path, case, dtype):
+    model_type, changes = CHANGES.get(case, (case, {}))
+    folder = make_checkpoint(model_type, dtype, **changes)
+    assert smoothed_copy(folder, tmp_path / "smoothed")
+    tokens = torch.randint(0, 160, (2, 40), generator=torch.Generator().manual_seed(2))
+    logits = []
+    for path in (folder, tmp_path / "smoothed"):
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64, experts_implementation="eager")
+        with torch.no_grad():
+            logits.append(model(tokens).logits)
+    error = (logits[1] - logits[0]).norm() / logits[0].norm()
+    assert error <= 1e-5, float(error)
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen2_moe", "qwen3_moe"])
+def test_routing_does_not_change_at_all(make_checkpoint, tmp_path, model_type):
+    """In bf16, the norm's gain times the router's column is the same to the last bit."""
+    folder = make_checkpoint(model_type)
+    smoothed_copy(folder, tmp_path / "smoothed")
+    before, after = Source(folder), Source(tmp_path / "smoothed")
+    for index, layer in enumerate(before.layers):
+        for router in layer.routers:
+            products = []
+            for source in (before, after):
+                norm = source.checkpoint.read(BLOCK.format(index) + "post_attention_layernorm.weight")
+                columns = source.checkpoint.read(f"{BLOCK.format(index)}{router}.weight")
+                assert torch.equal(columns.bfloat16().float(), columns.float())
+                products.append(norm.double() * columns.double())
+            assert torch.equal(*products)
+
+
+def test_sites_without_ranges_stay():
+    smoothing = smooth_block({}, {}, ARCHITECTURES["llama"].dense, {}, RULE)
+    assert not smoothing.folds and not smoothing.vectors and not smoothing.sites

@@ -1,0 +1,227 @@
+"""The compiled CPU kernels: every instruction-set level that this CPU runs equals the reference bit for bit."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from setup import CPU_FLAGS, CPU_LEVELS
+from vllm_w8a8_bismooth import ops
+from vllm_w8a8_bismooth.ops import reference
+
+ROOT = Path(__file__).parents[2]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+LEVELS = ["amx", "avx512_vnni", "avx_vnni", "avx2", "portable"]
+
+level = getattr(torch.ops.w8a8_bismooth, "_cpu_level", None)
+pytestmark = pytest.mark.skipif(level is None, reason="the CPU kernels are not built (see setup.py)")
+
+
+@pytest.fixture(params=LEVELS)
+def at_level(request):
+    best = level("")
+    try:
+        level(request.param)
+    except RuntimeError as error:
+        pytest.skip(str(error).splitlines()[0])
+    yield request.param
+    level(best)
+
+
+def test_the_best_level_is_in_use():
+    flags = Path("/proc/cpuinfo").read_text()
+    expected = next(name for name in LEVELS if {"amx": "amx_int8", "portable": ""}.get(name, name) in flags)
+    assert ops.has_kernel("cpu") and level("") == expected
+    assert ops.has_kernel("cpu", "silu_mul_quantize") and not ops.has_kernel("cpu", "rms_norm_quantize")
+    with pytest.raises(RuntimeError, match="no level 'sse9'"):
+        level("sse9")
+
+
+# One strategy for shapes, tails of every kind included: 16 channels, 4 and 64 and 512 k, 6 and 16 and 128 tokens.
+shapes = st.fixed_dictionaries(
+    {
+        "m": st.one_of(st.integers(0, 40), st.sampled_from([127, 129, 260])),
+        "n": st.one_of(st.integers(1, 150), st.sampled_from([64, 128])),
+        "groups": st.integers(1, 4),
+        "width": st.one_of(st.integers(1, 140), st.sampled_from([32, 64, 128, 255, 256, 520, 1100])),
+        "activation_groups": st.booleans(),
+        "low": st.sampled_from([-128, 127]),  # 127: the largest sums
+        "packed": st.booleans(),
+        "scales_by_group": st.booleans(),
+        "biased": st.booleans(),
+        "dtype": st.sampled_from(DTYPES),
+        "seed": st.integers(0, 2**31),
+    }
+)
+
+
+@settings(max_examples=60)
+@given(case=shapes)
+def check_product(case):
+    generator = torch.Generator().manual_seed(case["seed"])
+    m, n, groups, k = case["m"], case["n"], case["groups"], case["groups"] * case["width"]
+    a, b = (torch.randint(case["low"], 128, (r, k), generator=generator, dtype=torch.int8) for r in (m, n))
+    a_scale = torch.rand(m, groups if case["activation_groups"] else 1, generator=generator)
+    b_scale = torch.rand(n, groups, generator=generator)
+    bias = torch.randn(n, generator=generator).to(case["dtype"]) if case["biased"] else None
+    expected = reference.scaled_mm(a, b, a_scale, b_scale, case["dtype"], bias)
+    if case["scales_by_group"]:
+        b_scale = b_scale.t().contiguous().t()
+    if case["packed"]:
+        b = ops.pack_weight(b, groups)
+    assert torch.equal(ops.scaled_mm(a, b, a_scale, b_scale, case["dtype"], bias), expected)
+
+
+def test_product_equals_the_reference(at_level):
+    check_product()
+
+
+@settings(max_examples=60)
+@given(
+    tokens=st.integers(0, 9),
+    groups=st.integers(1, 3),
+    width=st.integers(1, 200),
+    dtype=st.sampled_from(DTYPES),
+    exponent=st.integers(-40, 30),
+    seed=st.integers(0, 2**31),
+)
+def check_quantization(tokens, groups, width, dtype, exponent, seed):
+    x = torch.randn(tokens, groups * width, generator=torch.Generator().manual_seed(seed)) * 2.0**exponent
+    (codes, scale), expected = (
+        ops.quantize_activations(x.to(dtype), width),
+        reference.quantize_activations(x.to(dtype), width),
+    )
+    assert torch.equal(codes, expected[0]) and torch.equal(scale, expected[1])
+
+
+def test_quantization_equals_the_reference(at_level):
+    check_quantization()
+
+
+@settings(max_examples=60)
+@given(
+    tokens=st.integers(0, 9),
+    groups=st.integers(1, 3),
+    width=st.one_of(st.integers(1, 200), st.integers(255, 520)),
+    dtype=st.sampled_from(DTYPES),
+    exponent=st.integers(-8, 8),
+    seed=st.integers(0, 2**31),
+)
+def check_silu_mul(tokens, groups, width, dtype, exponent, seed):
+    x = torch.randn(tokens, 2 * groups * width, generator=torch.Generator().manual_seed(seed)) * 2.0**exponent
+    (codes, scale), expected = (
+        ops.silu_mul_quantize(x.to(dtype), width),
+        reference.silu_mul_quantize(x.to(dtype), width),
+    )
+    assert torch.equal(codes, expected[0]) and torch.equal(scale, expected[1])
+
+
+def test_silu_and_quantization_equal_the_reference(at_level):
+    check_silu_mul()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_silu_of_every_half(at_level, dtype):
+    """Each a group of its own, whose scale is then its magnitude; NaN and infinity included."""
+    gate = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(1, -1).view(dtype)
+    x = torch.cat([gate, torch.ones_like(gate)], dim=1)
+    _, scale = ops.silu_mul_quantize(x, 1)
+    _, expected = reference.silu_mul_quantize(x, 1)
+    assert torch.equal(scale.nan_to_num(-1), expected.nan_to_num(-1))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_half_is_quantized_and_rounded_as_in_torch(at_level, dtype):
+    halves = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    codes, scale = ops.quantize_activations(halves.view(-1, 1), 1)
+    _, expected = reference.quantize_activations(halves.view(-1, 1), 1)
+    assert torch.equal(scale.nan_to_num(1e30), expected.nan_to_num(1e30))
+    assert codes.flatten()[halves.isfinite() & (halves.abs() > 4e-37)].abs().eq(127).all()
+    # Rounding of the result: between, on and beside the halves.
+    wide = halves[halves.isfinite()].float()
+    values = torch.cat([wide, wide * (1 + 2.0**-9), wide * (1 + 2.0**-12), torch.tensor([float("nan"), float("inf")])])
+    one = torch.ones(1, 1)
+    out = ops.scaled_mm(torch.zeros(1, 4, dtype=torch.int8), torch.zeros(len(values), 4, dtype=torch.int8), one,
+                        torch.ones(len(values), 1), dtype, values)  # fmt: skip
+    assert torch.equal(out[0].nan_to_num(-7), values.to(dtype).nan_to_num(-7))
+
+
+@given(n=st.integers(1, 70), groups=st.integers(1, 4), width=st.integers(1, 50), seed=st.integers(0, 2**31))
+def test_packing_can_be_undone(n, groups, width, seed):
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randint(-128, 128, (n, groups * width), generator=generator, dtype=torch.int8)
+    packed = ops.pack_weight(weight, groups)
+    assert torch.equal(ops.unpack_weight(packed, torch.ones(n, groups), groups * width), weight)
+    if n % 16 == 0 and width % 4 == 0:
+        assert packed.nbytes == weight.nbytes
+
+
+def test_a_wrong_operand_is_refused():
+    a, one = torch.zeros(2, 64, dtype=torch.int8), torch.ones(2, 1)
+    packed = ops.pack_weight(torch.zeros(32, 64, dtype=torch.int8), 1)
+    for b, b_scale, message in [
+        (packed, torch.ones(48, 1), "not what pack_weight makes"),
+        (packed.view(torch.int8), torch.ones(32, 1), "not what pack_weight makes"),
+        (torch.zeros(32, 64), torch.ones(32, 1), "b must be int8"),
+    ]:
+        with pytest.raises(RuntimeError, match=message):
+            ops.scaled_mm(a, b, one, b_scale, torch.bfloat16)
+    with pytest.raises(RuntimeError, match="fp32, bf16 or fp16"):
+        ops.quantize_activations(torch.zeros(2, 64, dtype=torch.float64), 64)
+    with pytest.raises(RuntimeError, match="fp32, bf16 or fp16"):
+        ops.silu_mul_quantize(torch.zeros(2, 64, dtype=torch.float64), 32)
+
+
+def test_only_stable_symbols_are_needed():
+    """One file serves every torch from 2.11 on, so it may take only torch's stable C interface."""
+    listing = subprocess.run(
+        ["nm", "-D", "--undefined-only", ROOT / "vllm_w8a8_bismooth/_C.so"], capture_output=True, text=True, check=True
+    )
+    symbols = [line.split()[-1] for line in listing.stdout.splitlines()]
+    libraries = ("@GLIBC_", "@GLIBCXX_", "@CXXABI_", "@GCC_")
+    weak = ("_ITM_", "__gmon_start__")
+    foreign = [s for s in symbols if not any(tag in s for tag in libraries) and not s.startswith(weak)]
+    assert foreign and all(s.startswith(("aoti_torch_", "torch_")) for s in foreign)
+
+
+@pytest.fixture(scope="module")
+def fuzzer(tmp_path_factory):
+    """tests/csrc/fuzz_cpu.cpp with every level's kernels, AMX's instructions emulated, sanitizers built in."""
+    if not shutil.which("g++"):
+        pytest.skip("there is no g++")
+    folder = tmp_path_factory.mktemp("fuzz")
+    common = ["g++", "-std=c++17", "-O1", "-g1", *CPU_FLAGS[1:], f"-I{ROOT / 'csrc'}"]
+    common += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    levels = {name: flags for name, flags in CPU_LEVELS.items() if name != "amx"}
+    levels["amx_emulated"] = ["-DW8A8_EMULATE_AMX"]
+    for name, flags in levels.items():
+        source, target = ROOT / "csrc/cpu/kernels.cpp", folder / f"{name}.o"
+        subprocess.run([*common, *flags, f"-DW8A8_LEVEL={name}", "-c", source, "-o", target], check=True)
+    names = "-DW8A8_LEVELS(X)=" + "".join(f"X({name})" for name in levels)
+    objects = sorted(folder.glob("*.o"))
+    program = folder / "fuzz"
+    subprocess.run([*common, names, ROOT / "tests/csrc/fuzz_cpu.cpp", *objects, "-o", program, "-lpthread"], check=True)
+    return program
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_fuzz_with_sanitizers(fuzzer, seed):
+    done = subprocess.run([fuzzer, str(seed), "60"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "amx_emulated" in done.stdout and "portable" in done.stdout
+
+
+def test_the_fuzzer_catches_a_mistake(tmp_path):
+    """The same program with a kernel that forgets to offset its sums must fail."""
+    source = (ROOT / "csrc/cpu/kernels.cpp").read_text()
+    assert source.count("base - 128u") == 1
+    (tmp_path / "kernels.cpp").write_text(source.replace("base - 128u", "base - 127u"))
+    common = ["g++", "-std=c++17", "-O1", *CPU_FLAGS[1:], f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc/cpu'}"]
+    command = [*common, "-DW8A8_LEVEL=portable", "-DW8A8_LEVELS(X)=X(portable)", tmp_path / "kernels.cpp"]
+    subprocess.run([*command, ROOT / "tests/csrc/fuzz_cpu.cpp", "-o", tmp_path / "fuzz", "-lpthread"], check=True)
+    done = subprocess.run([tmp_path / "fuzz", "0", "60"], capture_output=True, text=True)
+    assert done.returncode == 1 and "portable: gemm at" in done.stdout

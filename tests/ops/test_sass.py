@@ -1,0 +1,147 @@
+"""What the compiler made of the CUDA GEMM kernels: the instructions they are built around, and none that they avoid."""
+
+import importlib.util
+import pathlib
+import re
+import shutil
+import subprocess
+from collections import Counter
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+LIBRARY = ROOT / "vllm_w8a8_bismooth/_C.so"
+CHANNEL = 0
+INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?\s*(\w[\w.]*)")
+NAME = re.compile(r"gemm_(mma|wgmma)ILi(\d+)ELi(\d)ELb([01])E")
+
+
+def _cuobjdump() -> str | None:
+    """The toolkit's, or the one that triton carries."""
+    triton = importlib.util.find_spec("triton")
+    carried = pathlib.Path(triton.origin).parent / "backends/nvidia/bin/cuobjdump" if triton else None
+    return str(carried) if carried and carried.exists() else shutil.which("cuobjdump")
+
+
+CUOBJDUMP = _cuobjdump()
+if not CUOBJDUMP:
+    pytest.skip("no cuobjdump, neither triton's nor a toolkit's", allow_module_level=True)
+if not LIBRARY.exists() or b"gemm_mma" not in LIBRARY.read_bytes():
+    pytest.skip(
+        "the package was built without CUDA kernels (nvcc or nvidia-cutlass is missing)", allow_module_level=True
+    )
+
+
+def dump(*arguments: str) -> str:
+    return subprocess.run([CUOBJDUMP, *arguments, LIBRARY], capture_output=True, text=True, check=True).stdout
+
+
+def kernels(architecture: str) -> dict[tuple[str, int, int, bool], Counter]:
+    """(kind, tile, granularity, a_groups) -> how often each instruction, with all its modifiers, occurs."""
+    found, counts = {}, None
+    for line in dump("-sass", "-arch", architecture).splitlines():
+        if "Function :" in line:
+            name = NAME.search(line)
+            counts = Counter()
+            if name:
+                found[name[1], int(name[2]), int(name[3]), name[4] == "1"] = counts
+        elif counts is not None and (code := INSTRUCTION.match(line)):
+            counts[code[1]] += 1
+    return found
+
+
+def count(instructions: Counter, prefix: str) -> int:
+    return sum(number for name, number in instructions.items() if name.startswith(prefix))
+
+
+def tiles() -> list[dict]:
+    """The table in layout.h."""
+    table = (ROOT / "csrc/cuda/layout.h").read_text().split("TILES[] = {")[1].split("};")[0]
+    names = "tokens weights warp_tokens warp_weights warps_k stages cluster".split()  # noqa: SIM905
+    rows = re.findall(r"\{(true|false), ((?:\d+, ){7})([CGANY |]+)\}", table)
+    return [
+        {"wgmma": wgmma == "true", "granularities": flags.split(" | ")}
+        | dict(zip(names, map(int, numbers.split(", ")[:7]), strict=True))
+        for wgmma, numbers, flags in rows
+    ]
+
+
+@pytest.fixture(scope="module")
+def hopper():
+    found = kernels("sm_90a")
+    if not found:
+        pytest.skip("not built for sm_90a")
+    return found
+
+
+@pytest.fixture(scope="module")
+def ampere():
+    found = kernels("sm_80")
+    if not found:
+        pytest.skip("not built for sm_80")
+    return found
+
+
+def test_every_kernel_is_there(hopper, ampere):
+    expected = set()
+    for index, tile in enumerate(tiles()):
+        kind = "wgmma" if tile["wgmma"] else "mma"
+        for granularity, flag in enumerate(("C", "G", "ANY")):
+            if flag in tile["granularities"]:
+                expected |= {(kind, index, granularity, a_groups) for a_groups in {False, granularity > 0}}
+    assert set(hopper) == set(ampere) == expected
+
+
+def test_no_spills_and_registers_within_limits():
+    """In every architecture: no stack, no local memory, and as many registers as the launch has."""
+    usage = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", dump("-res-usage"))
+    seen = 0
+    for function, registers, stack, local in usage:
+        if name := NAME.search(function):
+            tile = tiles()[int(name[2])]
+            per_warp = tile["warp_tokens"] * tile["warp_weights"] or 1
+            threads = 384 if tile["wgmma"] else tile["tokens"] * tile["weights"] // per_warp * tile["warps_k"] * 32
+            assert (stack, local) == ("0", "0") and int(registers) * threads <= 65536, function
+            seen += 1
+    assert seen
+
+
+def test_wgmma_kernels_have_the_registers_that_they_hand_over(hopper):
+    """setmaxnreg counts on 168 a thread: with fewer at launch, the multiplying warpgroups would wait for ever."""
+    usage = re.findall(r"Function (\S+):\s+REG:(\d+)", dump("-res-usage", "-arch", "sm_90a"))
+    registers = {function: int(number) for function, number in usage if "gemm_wgmma" in function}
+    assert len(registers) == sum(kind == "wgmma" for kind, *_ in hopper)
+    assert set(registers.values()) == {168}, registers
+
+
+def test_hopper_multiplies_with_wgmma_fed_by_tma(hopper):
+    for (kind, index, granularity, a_groups), found in hopper.items():
+        if kind == "wgmma":
+            tile, where = tiles()[index], f"{index} {granularity} {a_groups}"
+            steps = 4 * tile["weights"] // 128
+            assert count(found, f"IGMMA.64x{tile['tokens']}x32.S8.S8") == count(found, "IGMMA") == steps, where
+            assert count(found, "UTMALDG.2D") and count(found, "STSM.16.MT88.4"), where
+            assert (count(found, "UTMALDG.2D.MULTICAST") > 0) == (tile["cluster"] > 1), where
+            assert count(found, "USETMAXREG") == 2, where
+            assert count(found, "WARPGROUP.DEPBAR") <= 2 * tile["weights"] // 128, where  # no serialised wgmma
+            assert count(found, "LDL") + count(found, "STL") == 0, where
+
+
+@pytest.mark.parametrize("architecture", ["ampere", "hopper"])
+def test_mma_kernels(architecture, request):
+    for (kind, index, granularity, a_groups), found in request.getfixturevalue(architecture).items():
+        if kind == "mma":
+            tile, where = tiles()[index], f"{index} {granularity} {a_groups}"
+            steps = 4 * (tile["warp_weights"] // 16) * (tile["warp_tokens"] // 8)
+            assert count(found, "IMMA.16832.S8.S8") == count(found, "IMMA") == steps, where
+            assert count(found, "LDGSTS.E.BYPASS.128") or count(found, "LDGSTS.E.BYPASS.LTC128B.128"), where
+            assert count(found, "LDSM.16.M88.4") > 0, where
+            assert count(found, "LDL") + count(found, "STL") == 0, where
+
+
+def test_ampere_groups_convert_without_i2f(ampere):
+    """Conversions of sums are slow there, and per group would double the kernel. (.RP: of an index, to divide it.)"""
+    for (kind, index, granularity, a_groups), found in ampere.items():
+        if kind == "mma" and granularity != CHANNEL:
+            conversions = [name for name in found if name.startswith("I2F") and not name.endswith(".RP")]
+            assert not conversions, f"{index} {granularity} {a_groups}: {conversions}"

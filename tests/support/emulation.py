@@ -1,0 +1,126 @@
+"""The CUDA GEMM kernels compiled with g++ on the host emulation of ``csrc/cuda/ptx.h``, called through ctypes."""
+
+import ctypes
+import pathlib
+import subprocess
+from dataclasses import dataclass
+
+import torch
+
+ROOT = pathlib.Path(__file__).parents[2]
+CHANNEL, GROUP_128, GROUP_ANY = range(3)
+FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def compile_library(source: pathlib.Path, out: pathlib.Path, *flags: str, include: pathlib.Path | None = None):
+    """g++ ``source`` against the kernels in ``include`` (``csrc/cuda`` unless given) to the shared library ``out``."""
+    command = "g++ -std=c++17 -O2 -Wall -Wextra -Wno-unknown-pragmas -ffp-contract=off -march=native -fPIC -shared"
+    include = include or ROOT / "csrc/cuda"
+    done = subprocess.run(
+        [*command.split(), *flags, f"-I{include}", str(source), "-o", str(out)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "warning" not in done.stderr, done.stderr
+    return ctypes.CDLL(str(out))
+
+
+def _fields(kind, names: str) -> list[tuple[str, type]]:
+    return [(name, kind) for name in names.split()]
+
+
+class _Arguments(ctypes.Structure):
+    _fields_ = [
+        *_fields(ctypes.c_int32, "tile granularity a_groups m n k groups grid whole split bias_type d_type"),
+        *_fields(ctypes.c_int64, "a_scale_row a_scale_group b_scale_row b_scale_group"),
+        *_fields(ctypes.c_void_p, "a b a_scale b_scale bias d"),
+        ("seed", ctypes.c_uint64),
+    ]
+
+
+@dataclass
+class Tile:
+    index: int
+    wgmma: bool
+    tokens: int
+    weights: int
+    cluster: int
+    granularities: int
+    block: int
+    threads: int
+    shared: tuple[int, int, int]
+
+    def __str__(self):
+        return f"{'wgmma' if self.wgmma else 'mma'}-{self.tokens}x{self.weights}"
+
+
+class Kernels:
+    """A compiled library of kernels."""
+
+    def __init__(self, library: ctypes.CDLL):
+        self.library = library
+        library.run_gemm.restype = ctypes.c_char_p
+        library.choose.restype = ctypes.c_double
+        library.take_tickets.restype = ctypes.c_int64
+        self.tiles = [self._tile(i) for i in range(library.tile_count())]
+
+    def _tile(self, index: int) -> Tile:
+        out = (ctypes.c_int * 10)()
+        self.library.tile_at(index, out)
+        return Tile(index, bool(out[0]), *out[1:7], tuple(out[7:10]))
+
+    def gemm(self, tile, a, b, a_scale, b_scale, dtype, bias=None, *, whole=None, split=1, grid=0, seed=0):
+        """``scaled_mm`` by one kernel, with the first ``whole`` tiles not split.
+
+        Raises RuntimeError on a deadlock or a misuse of the machine. A seed other than 0 shuffles threads, and an odd
+        one loads weights before it waits for the previous kernel.
+        """
+        (m, k), (n, groups) = a.shape, b_scale.shape
+        granularity = CHANNEL if groups == 1 else GROUP_128 if k // groups == 128 else GROUP_ANY
+        if whole is None:
+            whole = 0 if split > 1 else 1 << 30
+        whole = min(whole, self.units(m, n, k, tile, 1 << 20, 1)[0])
+        d = torch.full((m, n), float("nan"), dtype=dtype)
+        arguments = _Arguments(
+            *[tile, granularity, int(a_scale.shape[1] > 1), m, n, k, groups, grid, whole, split],
+            *[FLOATS[bias.dtype] if bias is not None else 0, FLOATS[dtype], *a_scale.stride(), *b_scale.stride()],
+            *[a.data_ptr(), b.data_ptr(), a_scale.data_ptr(), b_scale.data_ptr()],
+            *[bias.data_ptr() if bias is not None else None, d.data_ptr(), seed],
+        )
+        error = self.library.run_gemm(ctypes.byref(arguments)).decode()
+        if error:
+            raise RuntimeError(error)
+        return d
+
+    def units(self, m, n, k, tile, whole, split):
+        """Number of tiles and the rows (token tile, weight tile, first block, end, split tile, part) of a schedule."""
+        token_tiles = -(-m // self.tiles[tile].tokens)
+        weight_tiles = -(-n // (self.tiles[tile].weights * self.tiles[tile].cluster))
+        tiles = token_tiles * weight_tiles
+        whole = min(whole, tiles)
+        count = self.library.units(m, n, k, tile, whole, split, None)
+        out = (ctypes.c_int * (6 * count))()
+        self.library.units(m, n, k, tile, whole, split, out)
+        return tiles, [tuple(out[i * 6 : i * 6 + 6]) for i in range(count)]
+
+    def device(self, capability, code, sms, shared):
+        """What :meth:`choose` takes of a device whose kernels were compiled for the architecture ``code``."""
+        out = (ctypes.c_int * 3)()
+        self.library.device(capability, code, sms, shared, out)
+        return tuple(out)
+
+    def choose(self, m, n, k, granularity, capability=90, sms=132, shared=232448):
+        """(tile, number of whole tiles, split, predicted clocks)."""
+        out = (ctypes.c_int * 3)()
+        clocks = self.library.choose(m, n, k, granularity, capability, sms, shared, out)
+        return *out, clocks
+
+
+def problem(m, n, k, groups=1, a_groups=False, bias=None, seed=0):
+    """Random int8 operands, scales ``[M, 1 or G]`` and ``[N, G]``, and a bias of the dtype given."""
+    random = torch.Generator().manual_seed(seed)
+    a = torch.randint(-128, 128, (m, k), generator=random, dtype=torch.int8)
+    b = torch.randint(-128, 128, (n, k), generator=random, dtype=torch.int8)
+    a_scale = torch.rand(m, groups if a_groups else 1, generator=random) * 0.02 + 0.001
+    b_scale = torch.rand(n, groups, generator=random) * 0.02 + 0.001
+    offset = torch.randn(n, generator=random).to(bias) if bias else None
+    return a, b, a_scale, b_scale, offset

@@ -1,0 +1,558 @@
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.conftest import MODEL_TYPES, edit_json, tiny_model, write_checkpoint
+from tests.convert.test_bad_input import INDEX, edit_shard, run, shard_of
+from vllm_w8a8_bismooth.convert.pipeline import convert
+from vllm_w8a8_bismooth.errors import BismoothError
+from vllm_w8a8_bismooth.measure.text import read_text
+from vllm_w8a8_bismooth.method.quantize import quantize_weight
+from vllm_w8a8_bismooth.recipe import Recipe
+from vllm_w8a8_bismooth.verify.checks import Verification, verify
+
+BLOCK = "model.layers.1."
+Q, V, OUT, UP, DOWN = (
+    f"{BLOCK}{name}_proj.weight" for name in ("self_attn.q", "self_attn.v", "self_attn.o", "mlp.up", "mlp.down")
+)
+NORM, EMBEDDING = f"{BLOCK}input_layernorm.weight", "model.embed_tokens.weight"
+MIXED = Recipe.of("mixed", group_size=32, group_layers=r"layers\.1\.(self_attn\.v_proj|mlp\.down_proj)")
+BISMOOTH = Recipe.of("bismooth", calibration_tokens=200)
+IGNORED = replace(BISMOOTH, ignore=r"layers\.1\.(self_attn\.v_proj|mlp\.down_proj)")
+
+
+def lines(found: Verification) -> list[str]:
+    return [str(finding) for finding in found.findings]
+
+
+def report_of(out: Path) -> dict:
+    return json.loads((out / "report.json").read_text())
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_calibrated_conversions_are_clean(make_checkpoint, tmp_path, calibration_text, model_type):
+    source, out = make_checkpoint(model_type), tmp_path / "out"
+    convert(source, out, BISMOOTH, read_text(calibration_text))
+    stages = []
+    found = verify(out, source, lambda *step: stages.append(step), engine=False)
+    assert found.ok and not found.notes, lines(found)
+    assert ("compare", 3, 3) in stages and stages[0][0] == "read"
+    written = report_of(out)["linears"]
+    assert found.linears.keys() == written.keys()
+    for name, entry in found.linears.items():  # the factors were found again from narrow matrices
+        assert abs(entry["sqnr"] - written[name]["sqnr"]) < 0.5 and entry["group_size"] is None
+
+
+@pytest.mark.parametrize(
+    ("model_type", "dtype"),
+    [("gemma2", torch.float16), ("llama", torch.bfloat16), ("phi3", torch.float32), ("qwen2_moe", torch.bfloat16)],
+)
+def test_odd_weights_are_no_faults(tmp_path, calibration_text, model_type, dtype):
+    """Dead and huge channels, rows and columns of zeros, tiny and vanished biases: all leave something unknown."""
+    biases = {"attention_bias": True, "mlp_bias": True} if model_type == "llama" else {}
+    model = tiny_model(model_type, **biases)
+    with torch.no_grad():
+        for name, parameter in model.model.layers.named_parameters():
+            if "norm" in name:
+                parameter[5] = -1.0 if model_type == "gemma2" else 0.0
+                parameter[11] *= 30
+            elif parameter.dim() == 1:
+                parameter[3], parameter[7], parameter[9] = 0.0, -0.0, 1e-6
+            elif parameter.dim() == 2 and len(parameter) > 16:
+                parameter[4], parameter[:, 6] = 0, 0
+                parameter[8] *= 1e-3
+                parameter[:, 9] *= 100
+    source = write_checkpoint(tmp_path / "source", model, dtype)
+    grouped = {"group_size": 32, "group_layers": r"layers\.1\.(self_attn|mlp\.down)"}
+    recipes = {"rtn": Recipe.of("rtn"), "data-free": Recipe.of("bismooth"), "mixed": Recipe.of("mixed", **grouped)}
+    recipes["calibrated"] = Recipe.of("bismooth", calibration_tokens=200, **grouped)
+    recipes["ignored"] = replace(
+        BISMOOTH, ignore=r"layers\.1\.(self_attn|mlp\.(down|experts))|layers\.2\..*(n\.k|p\.up)_proj"
+    )
+    for name, recipe in recipes.items():
+        calibrated = recipe.calibration_tokens and name != "data-free"
+        convert(source, tmp_path / name, recipe, read_text(calibration_text) if calibrated else None)
+        found = verify(tmp_path / name, source, engine=False)
+        assert found.ok, (name, lines(found))
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory) -> Callable[[str], tuple[Path, Path]]:
+    """A source of one name and its conversion, sharded, made once and copied; the card and side files are there too."""
+    made: dict[str, Path] = {}
+
+    def pair(kind: str) -> tuple[Path, Path]:
+        if kind not in made:
+            folder = made[kind] = tmp_path_factory.mktemp(kind)
+            changes = {"mixtral": {}, "biased": {"attention_bias": True, "mlp_bias": True}}.get(kind, {})
+            source = write_checkpoint(
+                folder / "source", tiny_model("mixtral" if kind == "mixtral" else "llama", **changes)
+            )
+            (source / "README.md").write_text("# original")
+            text = folder / "text.txt"
+            text.write_text("".join(chr(97 + (i * i) % 26) for i in range(3000)))
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr("vllm_w8a8_bismooth.checkpoint.writer.SHARD_SIZE", "40KB")
+                convert(
+                    source,
+                    folder / "out",
+                    {"mixed": MIXED, "ignored": IGNORED}.get(kind, BISMOOTH),
+                    None if kind == "mixed" else read_text(text),
+                )
+        copy = tmp_path_factory.mktemp("copy")
+        shutil.copytree(made[kind] / "out", copy / "out")
+        return made[kind] / "source", copy / "out"
+
+    return pair
+
+
+def test_mixed_is_clean_and_told_apart(pairs):
+    source, out = pairs("mixed")
+    found = verify(out, source, engine=False)
+    assert found.ok and not found.notes, lines(found)
+    grouped = {name for name, entry in found.linears.items() if entry["group_size"] == 32}
+    assert grouped == {f"{BLOCK}self_attn.{p}_proj" for p in "qkv"} | {DOWN.removesuffix(".weight")}
+
+
+def test_ignored_is_clean_and_told_apart(pairs):
+    source, out = pairs("ignored")
+    found = verify(out, source, engine=False)
+    assert found.ok and not found.notes, lines(found)
+    assert set(found.ignored) == set(report_of(out)["ignored"]) and len(found.ignored) == 4
+    assert found.linears.keys() == report_of(out)["linears"].keys()
+
+
+def change(name: str, action: Callable[[torch.Tensor], torch.Tensor | None]):
+    """Edit one tensor, in place or by another."""
+
+    def damage(out: Path) -> None:
+        def edit(tensors):
+            new = action(tensors[name])
+            tensors[name] = tensors[name] if new is None else new.contiguous()
+
+        edit_shard(out, edit, name)
+
+    return damage
+
+
+def put(name: str, place, value: float):
+    return change(name, lambda tensor: tensor.__setitem__(place, value))
+
+
+def drop(name: str, index_too: bool = True):
+    def damage(out: Path) -> None:
+        edit_shard(out, lambda tensors: tensors.pop(name), name)
+        if index_too:
+            edit_json(out / INDEX, lambda index: index["weight_map"].pop(name))
+
+    return damage
+
+
+def add(name: str):
+    def damage(out: Path) -> None:
+        edit_shard(out, lambda tensors: tensors.update({name: torch.ones(3)}), Q)
+        edit_json(out / INDEX, lambda index: index["weight_map"].update({name: shard_of(out, Q).name}))
+
+    return damage
+
+
+def flip_code(out: Path) -> None:
+    def action(codes: torch.Tensor) -> None:
+        codes[3, 5] = codes[3, 5] - 2 if codes[3, 5] > 0 else codes[3, 5] + 2
+
+    change(Q, action)(out)
+
+
+def scaled(tensor: torch.Tensor, place, factor: float) -> None:
+    tensor[place] *= factor
+
+
+def flip_bit(tensor: torch.Tensor) -> None:
+    tensor.view(torch.int16)[7, 7] ^= 1
+
+
+def in_int8(name: str):
+    """Store a linear that is float as INT8, with scales."""
+
+    def damage(out: Path) -> None:
+        def edit(tensors):
+            tensors[name], tensors[f"{name}_scale"] = quantize_weight(tensors[name].float())
+
+        edit_shard(out, edit, name)
+        file = shard_of(out, name).name
+        edit_json(out / INDEX, lambda index: index["weight_map"].update({f"{name}_scale": file}))
+
+    return damage
+
+
+def float_expert(out: Path) -> None:
+    name = f"{BLOCK}block_sparse_moe.experts.2.w3"
+    change(f"{name}.weight", lambda t: t.bfloat16())(out)
+    drop(f"{name}.weight_scale")(out)
+    quantization(lambda c: c["ignore"].append(name))(out)
+
+
+def ignoring(old: str, new: str):
+    """Replace a part of each expression under ``ignore``."""
+    return quantization(lambda c: c.update(ignore=[pattern.replace(old, new) for pattern in c["ignore"]]))
+
+
+def quantization(action: Callable[[dict], None]):
+    return lambda out: edit_json(out / "config.json", lambda config: action(config["quantization_config"]))
+
+
+def strategy(value: str):
+    return quantization(lambda c: c["config_groups"]["group_0"]["weights"].update(strategy=value))
+
+
+def stray_shard(out: Path) -> None:
+    save_file({"model.norm.weight": torch.ones(64)}, out / "model.safetensors")
+
+
+def index_without_size(out: Path) -> None:
+    edit_json(out / INDEX, lambda index: index["metadata"].pop("total_size"))
+
+
+# What is done to which conversion -> what one finding must say. report.json is removed, so that hashes tell nothing.
+ALONE = {
+    "scale 0": (
+        "llama",
+        put(f"{Q}_scale", (2, 0), 0.0),
+        [f"{Q}_scale", "0.0 at [2, 0]", "scales outside", "1 such values"],
+    ),
+    "scale NaN": ("llama", put(f"{Q}_scale", (2, 0), float("nan")), [f"{Q}_scale", "nan at [2, 0]"]),
+    "scale negative": ("llama", put(f"{Q}_scale", (2, 0), -0.5), [f"{Q}_scale", "-0.5 at [2, 0]"]),
+    "scale subnormal": ("llama", put(f"{Q}_scale", (2, 0), 1e-40), [f"{Q}_scale", "at [2, 0]"]),
+    "scale in bf16": ("llama", change(f"{Q}_scale", lambda t: t.bfloat16()), [f"{Q}_scale", "BF16", "not F32"]),
+    "code -128": ("llama", put(Q, (4, 9), -128), [Q, "codes outside", "-128 at [4, 9]"]),
+    "all codes zero": ("llama", change(Q, lambda t: t.zero_()), [Q, "no code but 0"]),
+    "norm infinite": ("llama", put(NORM, 4, float("inf")), [NORM, "inf at [4]"]),
+    "tensor gone": ("llama", drop(V), [V, "[48, 64]", "is missing"]),
+    "tensor gone, index not": ("llama", drop(V, index_too=False), [V, "is missing", INDEX]),
+    "scale gone": ("llama", drop(f"{V}_scale"), [f"{V}_scale", "is missing"]),
+    "norm gone": ("llama", drop(NORM), [NORM, "is missing"]),
+    "foreign tensor": ("llama", add(f"{BLOCK}mlp.router.weight"), [f"{BLOCK}mlp.router.weight", "not part of a llama"]),
+    "foreign scale": ("llama", add("lm_head.weight_scale"), ["lm_head.weight_scale", "no INT8 weight"]),
+    "linear in float": ("llama", change(Q, lambda t: t.bfloat16()), [Q, "stored as BF16, not INT8"]),
+    "norm in INT8": ("llama", change(NORM, lambda t: t.to(torch.int8)), [NORM, "INT8", "only matrices"]),
+    "embedding in INT8": ("llama", change(EMBEDDING, lambda t: t.to(torch.int8)), [f"{EMBEDDING}_scale", "is missing"]),
+    "scale of another shape": (
+        "llama",
+        change(f"{Q}_scale", lambda t: t.expand(-1, 2)),
+        [f"{Q}_scale", "[96, 2]", "per-channel", "[96, 1]"],
+    ),
+    "scale of another group": (
+        "mixed",
+        change(f"{Q}_scale", lambda t: t[:, :1]),
+        [f"{Q}_scale", "[96, 1]", "per group of 32", "[96, 2]"],
+    ),
+    "weight of another shape": ("llama", change(Q, lambda t: t[:48]), [Q, "[48, 64]", "implies [96, 64]"]),
+    "index total": (
+        "llama",
+        lambda out: edit_json(out / INDEX, lambda index: index["metadata"].update(total_size=7)),
+        [INDEX, "total_size is 7"],
+    ),
+    "index without total": ("llama", index_without_size, [INDEX, "total_size is None"]),
+    "stray shard": ("llama", stray_shard, ["model.safetensors", "lies in its folder"]),
+    "target gone": (
+        "mixed",
+        quantization(lambda c: c["config_groups"]["group_0"]["targets"].pop()),
+        [f"{BLOCK}self_attn.q_proj.weight_scale", "[96, 2]", "per-channel"],
+    ),
+    "fused name gone": (
+        "mixed",
+        quantization(
+            lambda c: c["config_groups"]["group_0"].update(
+                targets=[t.replace(r"|self_attn\.qkv_proj", "") for t in c["config_groups"]["group_0"]["targets"]]
+            )
+        ),
+        [f"{BLOCK}self_attn.qkv_proj", "another granularity"],
+    ),
+    "half a fused linear per-group": (
+        "mixed",
+        quantization(lambda c: c["config_groups"]["group_0"].update(targets=[r"re:.*\.1\.self_attn\.(q|qkv)_proj$"])),
+        [f"{BLOCK}self_attn.v_proj.weight_scale", "per-channel"],
+    ),
+    "target is no expression": (
+        "mixed",
+        quantization(lambda c: c["config_groups"]["group_0"]["targets"].append("re:(")),
+        ["config.json", "not read by compressed-tensors"],
+    ),
+    "nothing ignored": (
+        "llama",
+        quantization(lambda c: c.update(ignore=[])),
+        ["lm_head", "BF16", "config.json says INT8", "ignore"],
+    ),
+    "router not ignored": (
+        "mixtral",
+        quantization(lambda c: c.update(ignore=["lm_head"])),
+        [f"{BLOCK}block_sparse_moe.gate", "config.json says INT8"],
+    ),
+    "linear ignored": (
+        "llama",
+        quantization(lambda c: c["ignore"].append(Q.removesuffix(".weight"))),
+        [Q.removesuffix(".weight"), "stored as INT8", "leaves it in float"],
+    ),
+    "ignored with a scale": ("ignored", add(f"{V}_scale"), [f"{V}_scale", "no INT8 weight"]),
+    "ignored in INT8": (
+        "ignored",
+        in_int8(DOWN),
+        [DOWN.removesuffix(".weight"), "stored as INT8", "leaves it in float"],
+    ),
+    "ignored, and not by the config": ("ignored", ignoring("mlp", "x"), [DOWN, "stored as BF16, not INT8"]),
+    "fused name not ignored": (
+        "ignored",
+        ignoring(r"|self_attn\.qkv_proj", ""),
+        [f"{BLOCK}self_attn.qkv_proj", "another granularity"],
+    ),
+    "half a fused linear ignored": (
+        "ignored",
+        lambda out: (in_int8(V)(out), ignoring(r"|self_attn\.v_proj", "")(out)),
+        [f"{BLOCK}self_attn.qkv_proj", "its parts differ"],
+    ),
+    "one expert in float": (
+        "mixtral",
+        float_expert,
+        [f"{BLOCK}block_sparse_moe.experts.2.w3", "1 of its block's 12 experts' linears", "alike"],
+    ),
+    "no quantization_config": (
+        "llama",
+        lambda out: edit_json(out / "config.json", lambda c: c.pop("quantization_config")),
+        ["config.json", "is None", "not a quantized checkpoint"],
+    ),
+    "other format": ("llama", quantization(lambda c: c.update(format="pack-quantized")), ["config.json", "'pack-quan"]),
+    "no such strategy": ("llama", strategy("chanel"), ["config.json", "not read by compressed-tensors", "chanel"]),
+    "per-tensor": ("llama", strategy("tensor"), ["target 'Linear'", "expected channel and token"]),
+    "four bits": (
+        "llama",
+        quantization(lambda c: c["config_groups"]["group_0"]["weights"].update(num_bits=4)),
+        ["target 'Linear'", "weights", "(4, 'int'"],
+    ),
+    "weight-only": (
+        "llama",
+        quantization(lambda c: c["config_groups"]["group_0"].update(input_activations=None)),
+        ["target 'Linear'", "input_activations in float"],
+    ),
+    "heads that do not divide": (
+        "llama",
+        lambda out: edit_json(out / "config.json", lambda c: c.update(num_key_value_heads=3)),
+        ["config.json: num_attention_heads = 4 is not a multiple"],
+    ),
+    "unknown type": (
+        "llama",
+        lambda out: edit_json(out / "config.json", lambda c: c.update(model_type="gpt2")),
+        ["config.json", "'gpt2' is not supported"],
+    ),
+    "endless model": (
+        "llama",
+        lambda out: edit_json(out / "config.json", lambda c: c.update(num_hidden_layers=10**12)),
+        ["config.json: config.json implies many more tensors", "mend it"],
+    ),
+    "truncated": (
+        "llama",
+        lambda out: os.truncate(shard_of(out, Q), shard_of(out, Q).stat().st_size - 7),
+        ["model-0", "truncated or corrupt"],
+    ),
+}
+BESIDE_THE_SOURCE = {
+    "norm changed": ("llama", put(NORM, 4, 3.0), ["block 1, norm->qkv", "do not cancel", "number 4", "divided by"]),
+    "gain lost": ("llama", put(NORM, 4, 0.0), [NORM, "lost the gain", "number 4"]),
+    "other norm changed": ("llama", put("model.norm.weight", 4, 3.0), ["model.norm.weight", "1 of 64 values"]),
+    "v rows doubled": (
+        "llama",
+        change(f"{V}_scale", lambda t: t.mul_(2)),
+        ["block 1, v->o", "the two sides of v->o in block 1 do not cancel", "48 of 48"],
+    ),
+    "one up row off by a hundredth": (
+        "llama",
+        change(f"{UP}_scale", lambda t: scaled(t, 7, 1.01)),
+        ["block 1, up->down", "do not cancel", "number 7", "mlp.up_proj", "mlp.down_proj"],
+    ),
+    "q doubled": ("llama", change(f"{Q}_scale", lambda t: t.mul_(2)), ["block 1, norm->qkv", "q_proj"]),
+    "columns swapped in o": (
+        "llama",
+        change(OUT, lambda t: t.flip(1)),
+        [OUT.removesuffix(".weight"), "columns", "rounding"],
+    ),
+    "rows swapped in v": ("llama", change(V, lambda t: t.flip(0)), [V.removesuffix(".weight"), "rows", "rounding"]),
+    "a code two steps off": ("llama", flip_code, [Q.removesuffix(".weight"), "1 of 64 columns", "number 5"]),
+    "bias of v": ("biased", put(f"{BLOCK}self_attn.v_proj.bias", 4, 3.0), ["block 1, v->o", "number 4", "in its bias"]),
+    "bias of q": ("biased", put(f"{BLOCK}self_attn.q_proj.bias", 4, 3.0), ["q_proj.bias", "1 of 96 values"]),
+    "expert": (
+        "mixtral",
+        change(f"{BLOCK}block_sparse_moe.experts.2.w3.weight_scale", lambda t: t.mul_(2)),
+        ["block 1, up->down.2", "do not cancel"],
+    ),
+    "router": (
+        "mixtral",
+        put(f"{BLOCK}block_sparse_moe.gate.weight", (1, 9), 1.0),
+        [f"{BLOCK}block_sparse_moe.gate.weight", "1 of 64 columns", "number 9"],
+    ),
+    "per-group scale": (
+        "mixed",
+        change(f"{DOWN}_scale", lambda t: scaled(t, (3, 1), 1.5)),
+        [DOWN.removesuffix(".weight"), "columns"],
+    ),
+    "ignored v": ("ignored", put(V, (3, 5), 1.0), [V.removesuffix(".weight"), "1 of 48 rows", "number 3"]),
+    "ignored down": ("ignored", put(DOWN, (3, 5), 1.0), [DOWN.removesuffix(".weight"), "1 of 96 columns", "number 5"]),
+    "ignored row doubled": (
+        "ignored",
+        change(V, lambda t: scaled(t, 7, 2)),
+        ["block 1, v->o", "do not cancel", "self_attn.v_proj"],
+    ),
+    "ignored column halved": (
+        "ignored",
+        change(DOWN, lambda t: scaled(t, (slice(None), 7), 0.5)),
+        ["block 1, up->down", "do not cancel", "number 7"],
+    ),
+    "ignored q doubled": ("ignored", change(Q, lambda t: t.mul_(2)), ["block 1, norm->qkv", "q_proj"]),
+    "ignored in fp16": ("ignored", change(DOWN, lambda t: t.half()), [DOWN, "F16", "BF16"]),
+    "embedding": ("llama", change(EMBEDDING, flip_bit), [EMBEDDING, "1 of 10240 values"]),
+    "embedding in fp32": ("llama", change(EMBEDDING, lambda t: t.float()), [EMBEDDING, "F32 [160, 64]", "BF16"]),
+    "extra tensor": ("llama", add("model.extra.weight"), ["model.extra.weight", "is not in the source"]),
+    "side file": (
+        "llama",
+        lambda out: (out / "extra" / "notes.bin.txt").write_text("x"),
+        ["extra/notes.bin.txt", "differs"],
+    ),
+    "side file gone": ("llama", lambda out: (out / "tokenizer.json").unlink(), ["tokenizer.json", "absent"]),
+    "card of the source": (
+        "llama",
+        lambda out: (out / "ORIGINAL_README.md").unlink(),
+        ["ORIGINAL_README.md", "absent"],
+    ),
+    "config": (
+        "llama",
+        lambda out: edit_json(out / "config.json", lambda c: c.update(rms_norm_eps=0.5)),
+        ["config.json", "rms_norm_eps is 0.5, in the source 1e-06"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", [*ALONE, *BESIDE_THE_SOURCE])
+def test_faults_are_found_and_named(pairs, case):
+    alone = case in ALONE
+    kind, damage, parts = ALONE[case] if alone else BESIDE_THE_SOURCE[case]
+    source, out = pairs(kind)
+    (out / "report.json").unlink()
+    damage(out)
+    found = verify(out, None if alone else source, engine=False)
+    assert any(all(part in line for part in parts) for line in lines(found)), lines(found)
+    assert all(finding.where and finding.what and finding.remedy for finding in found.findings)
+    assert any("report.json is absent" in note for note in found.notes)
+    if not alone:
+        others = [finding for finding in verify(out, engine=False).findings if finding.where != INDEX]
+        assert not others, "only the source can tell"
+
+
+def test_every_fault_is_listed(pairs):
+    source, out = pairs("llama")
+    for damage in (put(f"{Q}_scale", (2, 0), -1.0), put(NORM, 4, float("nan")), put(V, (0, 0), -128), drop(UP)):
+        damage(out)
+    text = "\n".join(lines(verify(out, source, engine=False)))
+    for part in (f"{Q}_scale", NORM, V, UP, "SHA-256", INDEX):
+        assert part in text
+
+
+def test_a_flipped_byte_shows_in_the_hash(pairs):
+    _, out = pairs("llama")
+    shard = shard_of(out, Q)
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    (finding,) = verify(out, engine=False).findings
+    assert finding.where == shard.name and "SHA-256" in finding.what
+    os.truncate(shard, len(content) - 1)  # cannot be opened any more, but hashed
+    assert [shard.name in line for line in lines(verify(out, engine=False))] == [True, True]
+
+
+def test_checkpoints_of_others_are_verified_as_far_as_possible(pairs):
+    """Without our marker: bf16 scales and code -128 are usual there, and rounding is their own affair."""
+    source, out = pairs("llama")
+    (out / "report.json").unlink()
+    for damage in (
+        quantization(lambda c: c.pop("bismooth")),
+        change(f"{Q}_scale", lambda t: t.bfloat16()),
+        put(V, (0, 0), -128),
+        flip_code,
+    ):
+        damage(out)
+    found = verify(out, source, engine=False)
+    assert [line for line in lines(found) if "total_size" not in line] == []
+    assert "not made by bismooth" in found.notes[0] and found.linears[Q.removesuffix(".weight")]["sqnr"] > 20
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["nowhere"], ["out", "--against", "nowhere"], ["out", "--against", "out"], ["empty"]],
+)
+def test_nothing_to_check_is_bad_input(pairs, arguments):
+    _, out = pairs("llama")
+    (out.parent / "empty").mkdir()
+    code, message = run("verify", *(a if a.startswith("--") else out.parent / a for a in arguments))
+    assert code == 2 and message
+
+
+def test_command(pairs, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    source, out = pairs("llama")
+    code, text = run("verify", out, "--against", source)
+    assert code == 0 and "21 INT8 linears, nothing wrong" in text and "vLLM is not installed" in text
+    assert "Worst linears" in text and text.count("per-channel") == 5
+    ignoring_source, ignoring_out = pairs("ignored")
+    code, text = run("verify", ignoring_out, "--against", ignoring_source)
+    assert code == 0 and "17 INT8 linears, 4 left in float, nothing wrong" in text
+    put(Q, (4, 9), -128)(out)
+    code, text = run("verify", out)
+    assert code == 1 and "codes outside" in text and "SHA-256" in text and "2 faults found" in text
+    code, text = run("verify", out, "--json")
+    answer = json.loads(text[text.index("{") :])
+    assert code == 1 and not answer["ok"] and answer["notes"] and len(answer["linears"]) == 21
+    assert answer["findings"][0].keys() == {"where", "what", "remedy"}
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("kind", ["mixtral", "mixed", "ignored"])
+def test_vllm_reads_it_as_meant(pairs, kind):
+    _, out = pairs(kind)
+    found = verify(out)
+    assert found.ok and not found.notes, (lines(found), found.notes)
+
+
+@pytest.mark.engine
+def test_what_vllm_refuses_is_a_fault(pairs):
+    _, out = pairs("mixed")
+    quantization(lambda c: c["config_groups"]["group_0"]["weights"].update(actorder="group"))(out)
+    (line,) = lines(verify(out))
+    assert line.startswith("config.json: vLLM's w8a8_bismooth refuses") and "actorder" in line
+
+
+def test_errors_of_reading_stay_errors(pairs, monkeypatch):
+    """A file that shrinks while it is read is no fault of the checkpoint."""
+    _, out = pairs("llama")
+    from vllm_w8a8_bismooth.checkpoint.reader import Checkpoint
+
+    pieces = Checkpoint.pieces
+
+    def shrinking(self, name, digest=None):
+        os.truncate(self.folder / self.headers[name].file, 100)
+        return pieces(self, name, digest)
+
+    monkeypatch.setattr(Checkpoint, "pieces", shrinking)
+    with pytest.raises(BismoothError, match="can no longer be read"):
+        verify(out, engine=False)
+
+
+def test_files_are_only_read(pairs):
+    source, out = pairs("llama")
+    before = {path: path.stat().st_mtime_ns for folder in (source, out) for path in folder.rglob("*")}
+    verify(out, source, engine=False)
+    assert {path: path.stat().st_mtime_ns for folder in (source, out) for path in folder.rglob("*")} == before
+    assert load_file(shard_of(out, Q))[Q].dtype == torch.int8

@@ -1,0 +1,227 @@
+"""The files of a checkpoint beside its tensors: JSON, hashes, folders, room on the disk."""
+
+import hashlib
+import json
+import os
+import shutil
+import stat
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from vllm_w8a8_bismooth.errors import BismoothError, Interrupted
+
+CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
+REPORT = "report.json"
+"""Of a conversion, beside the weights; its `sha256` has every shard's."""
+_JSON_LIMIT = 100 * 2**20  # the same bound that safetensors puts on a header
+WEIGHT_SUFFIXES = {
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".pkl", ".pickle", ".npz",
+}  # fmt: skip
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from disk.
+
+    Raises:
+        BismoothError: missing, no regular file, larger than 100 MiB, not UTF-8, not JSON, a key that occurs twice, or
+            not an object.
+    """
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe would wait forever
+            raise BismoothError(f"{path}: not a regular file; put the checkpoint's {path.name} there")
+        if path.stat().st_size > _JSON_LIMIT:
+            raise BismoothError(f"{path}: larger than {_JSON_LIMIT >> 20} MiB; this is not a checkpoint's {path.name}")
+        value = json.loads(path.read_bytes(), object_pairs_hook=_once)
+    except FileNotFoundError:
+        raise BismoothError(f"{path}: not found; is this the folder of a Hugging Face checkpoint?") from None
+    except OSError as error:
+        raise BismoothError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from None
+    except (ValueError, RecursionError) as error:
+        raise BismoothError(f"{path}: not valid JSON ({error}); mend it or download the file again") from None
+    if not isinstance(value, dict):
+        raise BismoothError(f"{path}: holds a JSON {type(value).__name__}, not an object; download the file again")
+    return value
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict:
+    """A JSON object, refused if it says something twice: readers differ in which one they take."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"key {twice!r} occurs twice in one object")
+    return value
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    digest, memory = hashlib.sha256(), memoryview(bytearray(2**20))
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(memory):
+            digest.update(memory[:count])
+    return digest.hexdigest()
+
+
+class Checksum:
+    """Tells one tensor's bytes from another's, at the speed of memory; an adversary could deceive it.
+
+    SHA-256 over the sums, by rows and by columns, of pieces of 128 x 1024 words of 64 bits. With the interface of
+    hashlib's objects; every :meth:`update` but the last must be of whole MiB.
+    """
+
+    def __init__(self):
+        self._hash = hashlib.sha256()
+
+    def update(self, data: memoryview) -> None:
+        import numpy as np
+
+        whole = len(data) // 2**20 * 2**20
+        for piece in np.frombuffer(data[:whole], np.uint64).reshape(-1, 128, 1024):
+            self._hash.update(piece.sum(axis=0))
+            self._hash.update(piece.sum(axis=1))
+        self._hash.update(data[whole:])
+
+    def hexdigest(self) -> str:
+        return self._hash.hexdigest()
+
+
+class Place(Protocol):
+    """Where the files of a checkpoint are; as a string, what messages call it."""
+
+    def has(self, file: str) -> bool:
+        """Whether there is such a file."""
+
+    def json(self, file: str) -> dict:
+        """The object in a JSON file; errors as of :func:`read_json`."""
+
+    def header(self, file: str) -> tuple[int, dict[str, Any]]:
+        """Where in a safetensors file the data begin, and tensor name -> ``dtype``, ``shape`` and ``data_offsets``.
+
+        Raises:
+            BismoothError: absent, truncated or corrupt.
+        """
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder of this machine, and which commit of which repository on the Hub it holds, if that is known.
+
+    Raises:
+        BismoothError: on construction, if there is no such folder.
+    """
+
+    path: Path
+    hub_id: str | None = None
+    revision: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.path.is_dir():
+            raise BismoothError(f"{self.path}: no such folder; give the path of a local Hugging Face checkpoint")
+
+    @classmethod
+    def of(cls, folder: "str | Path | Folder") -> "Folder":
+        """The same, or the folder of a path."""
+        return folder if isinstance(folder, Folder) else cls(Path(folder))
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def has(self, file: str) -> bool:
+        return os.path.lexists(self.path / file)  # a broken link is there, and reading it says what is wrong
+
+    def json(self, file: str) -> dict:
+        return read_json(self.path / file)
+
+    def side_files(self) -> Iterator[Path]:
+        """Relative paths of everything to be copied byte for byte: not weights, config, index or hidden files.
+
+        Links to files count as files, as in a Hub cache; links to folders are not entered.
+
+        Raises:
+            BismoothError: a link leads nowhere.
+        """
+        for path in sorted(self.path.rglob("*")):
+            relative = path.relative_to(self.path)
+            if any(part.startswith(".") for part in relative.parts):
+                continue
+            if path.suffix in WEIGHT_SUFFIXES or path.name.endswith(".index.json") or relative == Path(CONFIG):
+                continue
+            if path.is_symlink() and not path.exists():
+                raise BismoothError(f"{path}: a link that leads nowhere; download the file again or remove the link")
+            if path.is_file():
+                yield relative
+
+    def header(self, file: str) -> tuple[int, dict[str, Any]]:
+        from safetensors import SafetensorError, safe_open
+
+        path = self.path / file
+        try:
+            if not path.is_file():
+                raise BismoothError(f"{path}: named by {INDEX} but absent; download the shard again")
+            # safe_open checks sizes and offsets; for numpy it does so without torch
+            with safe_open(path, framework="np"), open(path, "rb") as raw:
+                length = int.from_bytes(raw.read(8), "little")
+                entries = json.loads(raw.read(length), object_pairs_hook=_once)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise BismoothError(f"{path}: truncated or corrupt ({error}); download the shard again") from None
+        entries.pop("__metadata__", None)
+        return 8 + length, entries
+
+
+def write_json(path: Path, value: Mapping) -> None:
+    """Write a small JSON file, keys in the order given."""
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def copy(source: Path, target: Path) -> None:
+    """Copy a file's bytes, following links; folders are made."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, target)
+
+
+def partial_folder(destination: Path) -> Path:
+    """Where a checkpoint grows until it is whole: ``<destination>.partial``."""
+    return destination.with_name(destination.name + ".partial")
+
+
+@contextmanager
+def disk_errors(destination: Path) -> Iterator[None]:
+    """Turns an OSError, or the SafetensorError that wraps one, into a message for the user."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise Interrupted(
+            f"{destination}: cannot be written ({error}). Check space and permissions, then run the same command "
+            f"again: it goes on where it stopped. Removing {partial_folder(destination)} gives it up"
+        ) from None
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Call ``write`` with a temporary name, flush it to disk, and give the file its name in one step."""
+    temporary = path.with_name(path.name + ".tmp")
+    write(temporary)
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def free_space(folder: Path) -> int:
+    """Bytes that are free on the disk that holds, or would hold, a folder."""
+    folder = folder.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def check_space(folder: Path, needed: int, what: str = "result") -> None:
+    """Raises :class:`BismoothError` if the disk that will hold ``folder`` has too little room for ``what``."""
+    if (free := free_space(folder)) < needed:
+        raise BismoothError(
+            f"{folder}: the {what} needs {needed / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free; "
+            "make room or choose another place"
+        )

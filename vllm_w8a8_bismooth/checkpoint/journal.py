@@ -1,0 +1,172 @@
+"""The diary of a run that may be killed at any moment: what is done, and the states from which it goes on."""
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from vllm_w8a8_bismooth.checkpoint.files import disk_errors, partial_folder, write_atomically
+from vllm_w8a8_bismooth.errors import BismoothError, Interrupted
+
+FOLDER = ".bismooth"
+_LOCK, _RUN = "lock", "run.json"
+
+
+class Journal:
+    """The partial folder of one run, locked against others, and its diary in ``.bismooth`` inside.
+
+    Use as a context manager. Left by an error of the input the folder is removed; left by anything else (a full disk,
+    an interrupt, SIGKILL) it stays, and the next run with the same identity goes on from it.
+
+    Args:
+        destination: the folder to be; it does not exist yet, or is empty.
+        identity: JSON that says what the run makes of what. A run that left another one here is not continued.
+
+    Raises:
+        BismoothError: the folder cannot be created, another run is writing it, holds another run, or is not ours.
+    """
+
+    def __init__(self, destination: Path, identity: Mapping[str, Any]):
+        self.destination = destination
+        self.partial = partial_folder(destination)
+        self._identity = json.loads(json.dumps(identity))
+        self._folder = self.partial / FOLDER
+
+    def __enter__(self) -> "Journal":
+        try:
+            self.partial.mkdir(parents=True, exist_ok=True)
+            self._refuse_strangers()
+            self._folder.mkdir(exist_ok=True)
+            self._lock = open(self._folder / _LOCK, "w")  # noqa: SIM115 (held until the end of the run)
+        except OSError as error:
+            raise BismoothError(
+                f"{self.destination}: cannot be written ({error}); check the path and its permissions"
+            ) from None
+        try:
+            self._take(fcntl.LOCK_EX, self._lock)
+            if not self._compare():
+                self._write(_RUN, self._identity)
+        except BaseException:
+            self._lock.close()
+            raise
+        return self
+
+    def look(self) -> None:
+        """Check what entering would check, but write nothing.
+
+        Raises:
+            BismoothError: entering would raise it.
+        """
+        nearest = self.partial
+        while not nearest.exists():
+            nearest = nearest.parent
+        if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+            raise BismoothError(f"{self.destination}: cannot be written ({nearest}); check its permissions")
+        if self.partial.exists():
+            self._refuse_strangers()
+        if self._folder.is_dir():
+            with suppress(FileNotFoundError), open(self._folder / _LOCK) as lock:
+                self._take(fcntl.LOCK_SH, lock)
+            self._compare()
+
+    def nbytes(self) -> int:
+        """Bytes on disk of what is there so far."""
+        return sum(path.stat().st_blocks * 512 for path in self.partial.rglob("*") if path.is_file())
+
+    def _refuse_strangers(self) -> None:
+        if any(self.partial.iterdir()) and not self._folder.is_dir():
+            raise BismoothError(f"{self.partial}: exists and is not ours; remove it or choose another destination")
+
+    def _take(self, kind: int, lock: IO) -> None:
+        try:
+            fcntl.flock(lock, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BismoothError(f"{self.destination}: another conversion is writing it; stop one of them") from None
+
+    def _compare(self) -> bool:
+        """Whether an earlier run is there; raises if it was another one."""
+        if (before := self._read(_RUN)) is None:
+            return False
+        lines = list(differences(before, self._identity))
+        if lines:
+            raise BismoothError(
+                f"{self.partial}: an unfinished conversion of another kind ({'; '.join(lines[:4])}"
+                f"{', ...' if len(lines) > 4 else ''}); finish that one with its own options, or remove the folder"
+            )
+        return True
+
+    def __exit__(self, kind, error, trace) -> None:
+        if isinstance(error, BismoothError) and not isinstance(error, Interrupted):
+            shutil.rmtree(self.partial, ignore_errors=True)
+        self._lock.close()
+
+    def _read(self, name: str) -> Any:
+        """Stored JSON, ``None`` if there is none. What a power cut spoilt counts as not there."""
+        try:
+            return json.loads((self._folder / name).read_bytes())
+        except (FileNotFoundError, ValueError):
+            return None
+
+    def _write(self, name: str, value: Any) -> None:
+        with disk_errors(self.destination):
+            write_atomically(self._folder / name, lambda path: path.write_text(json.dumps(value)))
+
+    def record(self, unit: str) -> Any:
+        """What :meth:`finish` stored for a unit of work; ``None`` if it is not finished."""
+        return self._read(f"{unit}.json")
+
+    def finish(self, unit: str, record: Any) -> None:
+        """Mark a unit as done, with a JSON record of what came of it."""
+        self._write(f"{unit}.json", record)
+
+    def state(self, unit: str) -> dict[str, torch.Tensor] | None:
+        """Tensors that :meth:`keep` stored, bit for bit; ``None`` if there are none, or a power cut spoilt them."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(self._folder / f"{unit}.safetensors")
+        except (FileNotFoundError, SafetensorError):
+            return None
+
+    def keep(self, unit: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Store tensors from which a later run can go on."""
+        from safetensors.torch import save_file
+
+        contents = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        with disk_errors(self.destination):
+            write_atomically(self._folder / f"{unit}.safetensors", lambda path: save_file(contents, path))
+
+    def forget(self, unit: str) -> None:
+        """Remove a state that is no longer needed."""
+        (self._folder / f"{unit}.safetensors").unlink(missing_ok=True)
+
+    def commit(self) -> None:
+        """Flush everything to disk and give the folder its name. The diary goes last: it marks the folder as ours."""
+        with disk_errors(self.destination):
+            for path in self.partial.rglob("*"):
+                if path.is_file():
+                    with open(path, "rb") as file:
+                        os.fsync(file.fileno())
+            os.replace(self.partial, self.destination)
+        clear(self.destination)
+
+
+def clear(destination: Path) -> None:
+    """Remove the diary from a committed folder."""
+    shutil.rmtree(destination / FOLDER, ignore_errors=True)
+
+
+def differences(before: Any, now: Any, path: str = "") -> Iterator[str]:
+    """Readable lines on where two JSON values differ."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in sorted(before.keys() | now.keys()):
+            yield from differences(before.get(key), now.get(key), f"{path}.{key}" if path else key)
+    elif before != now:
+        yield f"{path}: {before!r} there, {now!r} now"

@@ -1,0 +1,273 @@
+"""Open a Hugging Face checkpoint: headers, tensors, side files. Nothing in it is trusted or executed."""
+
+import hashlib
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vllm_w8a8_bismooth.checkpoint.files import CONFIG, INDEX, SINGLE, Checksum, Folder, Place, sha256
+from vllm_w8a8_bismooth.errors import BismoothError, Interrupted
+
+FLOAT_DTYPES = ("BF16", "F16", "F32")
+# safetensors' name -> torch's; I8 is what we write.
+_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "I8": "int8"}
+_PIECE = 2**25
+
+
+@dataclass(frozen=True)
+class Header:
+    """Where a tensor lies (file, byte offset, bytes), its shape, and its dtype as safetensors names it (``BF16``)."""
+
+    file: str
+    shape: tuple[int, ...]
+    dtype: str
+    offset: int
+    nbytes: int
+
+
+def torch_dtype(name: str):
+    """torch's dtype for safetensors' name of it."""
+    import torch
+
+    return getattr(torch, _DTYPES[name])
+
+
+class Headers:
+    """What a checkpoint says of itself before any weight is read: its config, its index, the headers of its shards.
+
+    Attributes:
+        place: of its files.
+        config: the parsed ``config.json``; empty if that cannot be read.
+        files: the shards.
+        headers: tensor name -> :class:`Header`, in the order of the files, of every dtype.
+        problems: what is missing, unreadable, inconsistent or truncated, and dtypes that are not accepted.
+        lost: tensors that are not where the index says, as some problem tells already.
+
+    Args:
+        place: holds ``config.json`` and safetensors, sharded or not.
+        dtypes: safetensors names of the dtypes to accept; others are taken for already quantized.
+    """
+
+    def __init__(self, place: Place, dtypes: Sequence[str] = FLOAT_DTYPES):
+        self.place = place
+        self.config: dict = {}
+        self.files: list[str] = []
+        self.headers: dict[str, Header] = {}
+        self.problems: list[str] = []
+        self.lost: set[str] = set()
+        try:
+            self.config = place.json(CONFIG)
+        except BismoothError as error:
+            self.problems += error.args
+        weight_map = self._read_index()
+        if weight_map is not None:
+            self.files = sorted(set(weight_map.values())) or [SINGLE]
+            promised: dict[str, set[str]] = {file: set() for file in self.files}
+            for name, file in weight_map.items():
+                promised[file].add(name)
+            with ThreadPoolExecutor(8) as pool:  # far away each header takes a while
+                for file, answer in zip(self.files, pool.map(self._read_header, self.files), strict=True):
+                    self._add(file, answer, promised[file], weight_map)
+        self._check_dtypes(dtypes)
+
+    def _read_index(self) -> Mapping[str, str] | None:
+        """Tensor -> the shard that the index names; empty for a checkpoint of one file, ``None`` without weights."""
+        if not self.place.has(INDEX):
+            if self.place.has(SINGLE):
+                return {}
+            self.problems.append(
+                f"{self.place}: neither {SINGLE} nor {INDEX}; only safetensors checkpoints can be converted "
+                "(pickled .bin files are refused: save the model again with save_pretrained)"
+            )
+            return None
+        path = f"{self.place}/{INDEX}"
+        try:
+            weight_map = self.place.json(INDEX).get("weight_map")
+        except BismoothError as error:
+            self.problems += error.args
+            return None
+        if not isinstance(weight_map, dict) or not weight_map:
+            self.problems.append(f"{path}: no weight_map; download the file again")
+            return None
+        for name, file in weight_map.items():
+            fits = isinstance(file, str) and Path(file).name == file and file.endswith(".safetensors")
+            if not fits or not file.isprintable():
+                self.problems.append(
+                    f"{path}: {name} is said to be in {file!r}, which is not a shard of this folder; "
+                    "download the file again"
+                )
+                self.lost.add(name)
+        return {name: file for name, file in weight_map.items() if name not in self.lost} or None
+
+    def _read_header(self, file: str) -> tuple[int, dict[str, Any]] | BismoothError:
+        try:
+            return self.place.header(file)
+        except BismoothError as error:
+            return error
+
+    def _add(
+        self,
+        file: str,
+        answer: tuple[int, dict[str, Any]] | BismoothError,
+        promised: set[str],
+        weight_map: Mapping[str, str],
+    ) -> None:
+        if isinstance(answer, BismoothError):
+            self.problems += answer.args
+            self.lost |= promised
+            return
+        path, (begin, entries) = f"{self.place}/{file}", answer
+        for name in sorted(promised - entries.keys()):
+            self.problems.append(f"{path}: tensor {name} is missing, {INDEX} says that it is here; download both again")
+            self.lost.add(name)
+        for name, entry in entries.items():
+            place = weight_map.get(name) if weight_map else file
+            if math.prod(max(1, size) for size in entry["shape"]) >= 2**63:  # of an empty tensor, or torch could not be
+                self.problems.append(f"tensor {name} in {file} has shape {entry['shape']}; no tensor is that large")
+                self.lost.add(name)
+            elif place == file:
+                first, last = entry["data_offsets"]
+                self.headers[name] = Header(file, tuple(entry["shape"]), entry["dtype"], begin + first, last - first)
+            elif name not in self.lost:
+                self.problems.append(
+                    f"{path}: holds tensor {name}, which {INDEX} {f'places in {place}' if place else 'does not name'}; "
+                    "one of them is a duplicate or stale, download both again"
+                )
+                self.lost.add(name)
+
+    def _check_dtypes(self, accepted: Sequence[str]) -> None:
+        others: dict[str, list[str]] = {}
+        for name, header in self.headers.items():
+            if header.dtype not in accepted:
+                others.setdefault(header.dtype, []).append(name)
+        for dtype, names in others.items():
+            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+            self.problems.append(
+                f"tensor {names[0]} in {self.headers[names[0]].file}{more} has dtype {dtype}: already quantized or not "
+                f"a weight; only {', '.join(accepted)} checkpoints can be converted"
+            )
+
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(header.nbytes for header in self.headers.values())
+
+
+class Checkpoint(Headers):
+    """A checkpoint folder, opened by its headers alone; tensors are read when asked for.
+
+    Attributes:
+        place: its folder.
+        folder: the path of that.
+
+    Args:
+        folder, dtypes: see :class:`Headers`.
+
+    Raises:
+        BismoothError: on construction, with all problems that config, index and headers have.
+    """
+
+    place: Folder
+
+    def __init__(self, folder: str | Path | Folder, dtypes: Sequence[str] = FLOAT_DTYPES):
+        super().__init__(Folder.of(folder), dtypes)
+        self.folder = self.place.path
+        if self.problems:
+            raise BismoothError(*self.problems)
+
+    def read(self, name: str, digest=None, into=None):
+        """One tensor, in its stored dtype.
+
+        Args:
+            name: of the tensor.
+            digest: a hashlib object to feed with its bytes.
+            into: a uint8 tensor of the same number of bytes, to read into instead of new memory.
+
+        Raises:
+            BismoothError: it holds a NaN or an infinity, or its shard can no longer be read.
+        """
+        return self._read(name, 0, self.headers[name].shape, digest, into)
+
+    def rows(self, name: str, start: int, count: int):
+        """Rows ``start`` to ``start + count`` of a matrix, as :meth:`read` gives the whole."""
+        inner = self.headers[name].shape[1:]
+        return self._read(name, start * math.prod(inner), (count, *inner))
+
+    def pieces(self, name: str, digest=None) -> Iterator:
+        """The same values as :meth:`read`, one-dimensional and 32 MiB at a time, for tensors that only pass through."""
+        size, step = math.prod(self.headers[name].shape), _PIECE // 4
+        for first in range(0, size, step):
+            yield self._read(name, first, (min(step, size - first),), digest)
+
+    def _read(self, name: str, first: int, shape: Sequence[int], digest=None, into=None):
+        """Elements from ``first`` on, of a given shape.
+
+        Not by mapping: a file that shrinks would kill the process, and mapped pages count as its memory.
+        """
+        import torch
+
+        header, path = self.headers[name], self.folder / self.headers[name].file
+        dtype = torch_dtype(header.dtype)
+        tensor = torch.empty(shape, dtype=dtype) if into is None else into.view(dtype).view(shape)
+        view = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+        try:
+            with open(path, "rb", buffering=0) as file:
+                done = 0
+                while done < len(view):
+                    got = os.preadv(file.fileno(), [view[done:]], header.offset + first * tensor.itemsize + done)
+                    if not got:
+                        raise OSError("the file has become shorter")
+                    done += got
+        except OSError as error:
+            raise Interrupted(
+                f"{path}: tensor {name} can no longer be read ({error}); did the source change meanwhile?"
+            ) from None
+        if digest is not None:
+            digest.update(view)
+        if tensor.numel() and not all(bound.isfinite() for bound in tensor.aminmax()):
+            bad = (~tensor.view(-1).isfinite()).nonzero().view(-1)
+            place = [int(i) for i in torch.unravel_index(first + bad[0], header.shape)]
+            raise BismoothError(
+                f"tensor {name} in {header.file} holds {tensor.view(-1)[bad[0]].item()} at {place} "
+                f"({len(bad)} such values); download the shard again or repair the model"
+            )
+        return tensor
+
+    def signature(self) -> dict[str, list[int]]:
+        """Size in bytes and modification time in ns of every file that a conversion reads."""
+        files = {Path(CONFIG), *(Path(header.file) for header in self.headers.values()), *self.place.side_files()}
+        if (self.folder / INDEX).exists():
+            files.add(Path(INDEX))
+        try:
+            stats = {relative.as_posix(): (self.folder / relative).stat() for relative in sorted(files)}
+        except OSError as error:
+            raise BismoothError(f"{error.filename}: gone ({error.strerror}); the source changed meanwhile") from None
+        return {name: [found.st_size, found.st_mtime_ns] for name, found in stats.items()}
+
+    def digest(self, name: str) -> str:
+        """:class:`Checksum` of a tensor, read for this purpose."""
+        digest = Checksum()
+        for _ in self.pieces(name, digest):
+            pass
+        return digest.hexdigest()
+
+    def read_fingerprint(self) -> str:
+        """:meth:`fingerprint`, from every tensor read for this purpose."""
+        return self.fingerprint({name: self.digest(name) for name in self.headers})
+
+    def fingerprint(self, digests: Mapping[str, str]) -> str:
+        """Tells sources apart by everything that the conversion reads: config, tensors, side files, however sharded.
+
+        Args:
+            digests: tensor name -> its :class:`Checksum`, for all tensors.
+        """
+        whole = hashlib.sha256()
+        for name in sorted(self.headers):
+            header = self.headers[name]
+            whole.update(f"{name} {header.dtype} {list(header.shape)} {digests[name]}\n".encode())
+        for relative in (Path(CONFIG), *self.place.side_files()):
+            whole.update(f"{relative.as_posix()} {sha256(self.folder / relative)}\n".encode(errors="surrogateescape"))
+        return whole.hexdigest()

@@ -1,0 +1,175 @@
+"""Write the shards of a checkpoint piece by piece."""
+
+import json
+import os
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from vllm_w8a8_bismooth.checkpoint.files import Checksum, disk_errors, sha256, write_json
+from vllm_w8a8_bismooth.checkpoint.reader import Checkpoint
+
+SHARD_SIZE = "5GB"
+WHOLE, PARTIAL = "model", "part"
+"""What the names of shards begin with, of a checkpoint and of a part of one, which no reader shall take for one."""
+NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int8: "I8"}
+"""safetensors' names, in the order in which its own writer lays tensors out: wide dtypes first, so that all align."""
+
+
+def shard_header(tensors: Mapping[str, torch.Tensor]) -> tuple[bytes, dict[str, int]]:
+    """What stands before the data of a safetensors file, and each tensor's byte offset in the file.
+
+    The same bytes as :func:`safetensors.torch.save_file` writes with ``metadata={"format": "pt"}``; that function
+    needs all tensors in memory.
+
+    Args:
+        tensors: name -> tensor, of which shape and dtype count.
+    """
+    rank = list(NAMES)
+    order = sorted(tensors, key=lambda name: (rank.index(tensors[name].dtype), name))
+    entries: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    begin = 0
+    for name in order:
+        tensor = tensors[name]
+        end = begin + tensor.nbytes
+        entries[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        begin = end
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    head = len(text).to_bytes(8, "little") + text
+    return head, {name: len(head) + entries[name]["data_offsets"][0] for name in order}
+
+
+def split(tensors: Mapping[str, torch.Tensor], stem: str = WHOLE):
+    """Which tensors go into which shard: a ``StateDictSplit`` of huggingface_hub. Only shapes and dtypes count."""
+    from huggingface_hub import split_torch_state_dict_into_shards
+
+    return split_torch_state_dict_into_shards(
+        dict(tensors), filename_pattern=stem + "{suffix}.safetensors", max_shard_size=SHARD_SIZE
+    )
+
+
+class ShardWriter:
+    """Writes tensors, or rows of them, to their places in shards that are laid out beforehand, from any thread.
+
+    Args:
+        folder: to write into.
+        destination: as which errors call it.
+        tensors: every tensor that will come, as meta tensors, in about the order in which they will come.
+        stem: what the names of the shards begin with.
+
+    Attributes:
+        files: shard -> the names in it.
+        nbytes: of all tensors.
+        written: bytes of tensors so far.
+
+    Raises:
+        Interrupted: from any call, when the disk refuses.
+    """
+
+    def __init__(self, folder: Path, destination: Path, tensors: Mapping[str, torch.Tensor], stem: str = WHOLE):
+        self._folder, self._destination = folder, destination
+        self._plan, self._stem = split(tensors, stem), stem
+        self._tensors = tensors
+        self.files: dict[str, list[str]] = self._plan.filename_to_tensors
+        self.nbytes: int = self._plan.metadata["total_size"]
+        self.written = 0
+        self._offsets: dict[str, int] = {}
+        self._open: dict[str, int] = {}
+        self._turn = threading.Lock()
+        self._failed = False
+        self._flushing: list[Future] = []
+        self._thread = ThreadPoolExecutor(1)
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._thread.shutdown()
+        for descriptor in self._open.values():
+            os.close(descriptor)
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Write a whole tensor."""
+        expected = self._tensors[name]
+        assert tensor.shape == expected.shape and tensor.dtype == expected.dtype, name
+        self._write(name, 0, tensor)
+
+    def add_rows(self, name: str, start: int, rows: torch.Tensor) -> None:
+        """Write some rows of a matrix, from number ``start`` on."""
+        self._write(name, start * rows.shape[1], rows)
+
+    def copy_tensor(self, name: str, checkpoint: Checkpoint) -> str:
+        """Pass a tensor through as it is, without holding the whole; returns its checksum."""
+        digest, first = Checksum(), 0
+        for piece in checkpoint.pieces(name, digest):
+            self._write(name, first, piece)
+            first += piece.numel()
+        return digest.hexdigest()
+
+    def then(self, action: Callable[[], None]) -> None:
+        """Call ``action`` once everything written so far is safe on disk; never behind one that failed.
+
+        A thread waits for the disk; what goes wrong there surfaces in a later call.
+        """
+        open_now = tuple(self._open.values())
+
+        def flush() -> None:
+            if self._failed:
+                return
+            self._failed = True
+            for descriptor in open_now:
+                os.fdatasync(descriptor)
+            action()
+            self._failed = False
+
+        self._collect(only_done=True)
+        self._flushing.append(self._thread.submit(flush))
+
+    def finish(self) -> dict[str, str]:
+        """Wait for the disk; returns the SHA-256 of every shard and writes the index."""
+        self._collect()
+        with disk_errors(self._destination), ThreadPoolExecutor(os.cpu_count()) as pool:
+            for file in self.files:
+                if not (self._folder / file).exists():  # all its tensors are empty
+                    self._lay_out(file)
+            if self._plan.is_sharded:
+                weight_map = dict(sorted(self._plan.tensor_to_filename.items()))
+                index = {"metadata": {"total_size": self.nbytes}, "weight_map": weight_map}
+                write_json(self._folder / f"{self._stem}.safetensors.index.json", index)
+            return dict(zip(self.files, pool.map(sha256, (self._folder / file for file in self.files)), strict=True))
+
+    def _collect(self, only_done: bool = False) -> None:
+        """Raise what went wrong in the thread."""
+        while self._flushing and (self._flushing[0].done() or not only_done):
+            with disk_errors(self._destination):
+                self._flushing.pop(0).result()
+
+    def _write(self, name: str, first: int, values: torch.Tensor) -> None:
+        view = memoryview(values.contiguous().view(-1).view(torch.uint8).numpy())
+        self.add_bytes(name, first * values.element_size(), view)
+
+    def add_bytes(self, name: str, first: int, view: memoryview) -> None:
+        """Write some of a tensor's bytes, from number ``first`` on."""
+        file = self._plan.tensor_to_filename[name]
+        # One at a time: a file takes one writer, and the kernel lets the others spin.
+        with disk_errors(self._destination), self._turn:
+            if file not in self._open:
+                self._lay_out(file)
+            start, done = self._offsets[name] + first, 0
+            while done < len(view):
+                done += os.pwrite(self._open[file], view[done:], start + done)
+            self.written += len(view)
+
+    def _lay_out(self, file: str) -> None:
+        """Open a shard, with its header and full length; what an earlier run wrote into it stays."""
+        head, offsets = shard_header({name: self._tensors[name] for name in self.files[file]})
+        descriptor = os.open(self._folder / file, os.O_RDWR | os.O_CREAT, 0o666)
+        self._open[file] = descriptor
+        os.pwrite(descriptor, head, 0)
+        # Not truncated to this length: filling a hole piece by piece takes several times as long.
+        os.posix_fallocate(descriptor, 0, len(head) + sum(self._tensors[name].nbytes for name in self.files[file]))
+        self._offsets |= offsets

@@ -1,0 +1,348 @@
+"""What the ``bismooth`` command shows to people, and the JSON that it gives to programs."""
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from vllm_w8a8_bismooth.cli.progress import duration
+
+
+def analysis_json(found) -> dict:
+    return {
+        "vulnerable": found.vulnerable(),
+        "vulnerable_share": found.share(),
+        "grouped": found.grouped,
+        "linears": {name: {**asdict(m), "reason": m.reason()} for name, m in found.linears.items()},
+    }
+
+
+def analysis(found, source: str, group_size: int | None, top: int) -> None:
+    """The table on stdout: it is what was asked for."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    bad = found.vulnerable()
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("linear", overflow="fold")
+    for heading in ("column\nerror", "SQNR,\ndB", "columns,\nx median", "rows,\nx median"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    sizes = sorted({size for m in found.linears.values() for size in m.groups}, reverse=True)
+    for size in sizes:
+        table.add_column(f"error\ng = {size}", justify="right", no_wrap=True)
+    table.add_column("why", overflow="fold")
+    for name in found.ranked()[:top]:
+        m = found.linears[name]
+        table.add_row(
+            name,
+            f"{m.column_error:.4f}",
+            "exact" if m.sqnr is None else f"{m.sqnr:.1f}",
+            f"{m.columns.ratio:.1f}",
+            f"{m.rows.ratio:.1f}",
+            *(f"{m.groups[size]:.4f}" if size in m.groups else "" for size in sizes),
+            m.reason(),
+            style="red" if m.vulnerable() else None,
+        )
+    console.print(table)
+    if len(bad) > top:
+        console.print(
+            f"... and {len(bad) - top} more that are vulnerable; --top {len(bad)} shows them.", highlight=False
+        )
+    console.print(
+        f"\n{len(bad)} of {len(found.linears)} linears are vulnerable, {found.share():.1%} of the linears' parameters.",
+        style="bold",
+        highlight=False,
+    )
+    for line in _advice(found, source, group_size):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def perturbation(found, top: int) -> None:
+    """The table of ``analyze --calibration`` on stdout: where output error comes from, worst units first."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("linear as served", overflow="fold")
+    variants = list(next(iter(found.values())))
+    for variant in variants:
+        table.add_column(variant.replace("_", "\n"), justify="right", no_wrap=True)
+    totals = {variant: sum(errors[variant] for errors in found.values()) for variant in variants}
+    for unit in sorted(found, key=lambda unit: -found[unit][variants[-1]])[:top]:
+        table.add_row(unit, *(f"{found[unit][variant]:.2e}" for variant in variants))
+    table.add_section()
+    table.add_row(f"sum of {len(found)}", *(f"{totals[variant]:.2e}" for variant in variants), style="bold")
+    console.print(table)
+    console.print(
+        "Squared change of the block's output relative to its size when the linear alone is quantized (weights, "
+        "activations, or both), before and after smoothing.",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _advice(found, source: str, group_size: int | None):
+    from vllm_w8a8_bismooth.measure.weights import VULNERABLE
+
+    if not found.vulnerable():
+        yield "The weights need no repair; the activations, which they do not show, still gain from smoothing:"
+    else:
+        yield "Repair by smoothing, which helps every linear:"
+    yield f"  bismooth convert {source} DST --calibration text.txt"
+    if found.experts:
+        yield f"Only this helps {len(found.experts)} of them: experts are served per-channel."
+    if not found.grouped:
+        return
+    siblings = len(set(found.grouped) - set(found.vulnerable()))
+    which = f"{len(found.grouped)} linears" + (f", {siblings} of them as fused siblings" if siblings else "")
+    repair = found.repair()
+    if repair is None:
+        yield f"Per-group scales do not fit: a vulnerable linear's K is not a multiple of {group_size or 32}."
+    elif repair[1] <= VULNERABLE:
+        yield f"Or by per-group scales on {which}, which would leave them a column error of {repair[1]:.3f} at most:"
+        yield f"  bismooth convert {source} DST --method mixed --group-size {repair[0]}"
+    else:
+        yield (
+            f"Per-group scales of {repair[0]} on {which} (--method mixed) are not enough: "
+            f"they would leave a column error of up to {repair[1]:.2f}; above {VULNERABLE} is vulnerable."
+        )
+
+
+def _gb(count: int) -> str:
+    return f"{count / 1e9:.2f} GB"
+
+
+def inspection(console, found, source: str) -> None:
+    """The survey of a checkpoint for people, on stdout: nothing is left out but what is empty."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    sizes = found.sizes
+    revision = f" (commit {found.revision})" if found.revision else ""
+    console.print(f"[bold]{escape(source)}[/bold]{escape(revision)}")
+    model = [escape(str(found.model_type))]
+    if sizes:
+        model += [
+            f"{sizes['blocks']} blocks",
+            f"hidden size {sizes['hidden']}",
+            f"{sizes['heads']} heads ({sizes['kv_heads']} for keys and values)",
+        ]
+        model += [f"{sizes['experts']} experts"] if "experts" in sizes else []
+        model += [f"vocabulary {sizes['vocab']}", "tied head" if found.tied else "separate head"]
+    rows = {"model": ", ".join(model)}
+    if found.dtypes:
+        rows["parameters"] = f"{found.parameters / 1e9:.3f} billion"
+        dtypes = ", ".join(f"{escape(name)} in {dtype.tensors} tensors" for name, dtype in found.dtypes.items())
+        rows["source"] = f"{_gb(found.source_bytes)}: {dtypes}"
+    for way, needs in found.needs.items():
+        rows["result"] = _gb(needs.written_bytes)
+        tokens = f" on {found.calibration_tokens} tokens" if way == "calibrated" else ""
+        memory = _gb(needs.memory_bytes) + (" (too much)" if needs.memory_bytes > found.memory_bytes else "")
+        disk = _gb(needs.disk_bytes) + (" (too much)" if needs.disk_bytes > found.free_bytes else "")
+        rows[way] = f"about {duration(needs.seconds)}{tokens}, {memory} of memory, {disk} of disk"
+    rows["this machine"] = f"{_gb(found.memory_bytes)} of memory, {_gb(found.free_bytes)} free on this folder's disk"
+    for name, text in rows.items():
+        console.print(f"  {name:<13} {text}")
+    if found.per_channel:
+        table = Table("tensor parallel", *map(str, found.per_channel))
+        for name, answers in (("per-channel", found.per_channel), (f"g = {found.group_size}", found.per_group)):
+            table.add_row(name, *("no" if reasons else "yes" for reasons in answers.values()))
+        weights = found.needs["data-free"].written_bytes / 1e9
+        table.add_row("GB a rank", *(f"{weights / ranks:.3g}" for ranks in found.per_channel))
+        console.print(table)
+        for reason in dict.fromkeys(r for reasons in found.per_group.values() for r in reasons):
+            console.print(f"  no: {escape(reason)}")
+    where = escape(source)
+    if found.problems:
+        console.print(f"[red]{len(found.problems)} problem{'s' if len(found.problems) > 1 else ''}[/red]:")
+        for problem in found.problems:
+            console.print(f"  {escape(problem)}")
+        console.print(f"Next, once that is mended: bismooth inspect {where}")
+    else:
+        name = escape(Path(source if found.hub_id is None else found.hub_id).resolve().name)
+        console.print(f"Next: bismooth convert {where} ./{name}-int8")
+
+
+def preview(console, plan, recipe) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    if plan.reused:
+        _nothing_to_do(console, plan.destination)
+        return
+    table = Table("shard", "GB")
+    for file, size in plan.shards.items():
+        table.add_row(file, f"{size / 1e9:.3f}")
+    console.print(table)
+    if plan.part is not None:
+        console.print("A part: blocks {}:{}".format(*plan.part))
+    tokens = "data-free" if plan.tokens is None else f"calibrated on {plan.tokens} tokens"
+    console.print(f"{_gb(plan.source_bytes)} -> {_gb(plan.written_bytes)}, method {recipe.method}, {tokens}")
+    if plan.grouped is None:
+        console.print(f"Per-group linears (g = {recipe.group_size}): the weights will tell; sizes are without them")
+    elif plan.grouped:
+        console.print(f"{len(plan.grouped)} linears per-group (g = {recipe.group_size}):")
+        for name in plan.grouped:
+            console.print(f"  {escape(name)}")
+    if plan.ignored:
+        console.print(f"{len(plan.ignored)} linears left in float:")
+        for name in plan.ignored:
+            console.print(f"  {escape(name)}")
+    if plan.resumed:
+        console.print(f"{plan.resumed} of {plan.blocks} blocks are done and will be skipped")
+    console.print(f"About {duration(plan.seconds)}, {_gb(plan.memory_bytes)} of memory, {_gb(plan.free_bytes)} free")
+    console.print("Nothing was written. Next: the same command without --dry-run")
+
+
+def merger_json(ready) -> dict:
+    return {
+        "destination": str(ready.destination),
+        "reused": ready.reused,
+        "parts": {str(part.folder): [part.blocks.start, part.blocks.stop] for part in ready.parts},
+        "written_bytes": ready.nbytes(),
+        "free_bytes": ready.free_bytes,
+    }
+
+
+def merger(console, ready) -> None:
+    """The plan of a merge for people, on stdout."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    if ready.reused:
+        _nothing_to_do(console, ready.destination)
+        return
+    table = Table("part", "blocks")
+    for part in ready.parts:
+        table.add_row(escape(str(part.folder)), f"{part.blocks.start}:{part.blocks.stop}")
+    console.print(table)
+    console.print(
+        f"{len(ready.source.layers)} blocks, method {ready.recipe.method}: the parts fit together; merging compares "
+        "their SHA-256 too"
+    )
+    console.print(f"{_gb(ready.nbytes())} to write, {_gb(ready.free_bytes)} free")
+    console.print("Nothing was written. Next: the same command without --dry-run")
+
+
+def report_json(report) -> dict:
+    return {
+        "destination": str(report.destination),
+        "part": None if report.part is None else [report.part.start, report.part.stop],
+        "reused": report.reused,
+        "source_bytes": report.source_bytes,
+        "written_bytes": report.written_bytes,
+        "vulnerable": report.vulnerable(),
+        "linears": report.linears,
+        "ignored": report.ignored,
+        "sites": report.sites,
+        "granularity": [asdict(entry) for entry in report.granularity],
+    }
+
+
+def summary(console, report, recipe) -> None:
+    from rich.markup import escape
+
+    where = escape(str(report.destination))
+    if report.reused:
+        _nothing_to_do(console, report.destination)
+        return
+    grouped = sum(entry["group_size"] is not None for entry in report.linears.values())
+    share = report.written_bytes / report.source_bytes
+    console.print(
+        f"Wrote [bold]{where}[/bold]: {report.source_bytes / 1e9:.3f} GB -> {report.written_bytes / 1e9:.3f} GB "
+        f"({share:.0%}), {len(report.linears) - grouped} linears per-channel, {grouped} per-group"
+        + (f", {len(report.ignored)} left in float." if report.ignored else ".")
+    )
+    for entry in report.granularity:
+        if entry.chosen:
+            console.print(f"  per-group: {escape(entry.unit)} {entry.reason}", highlight=False)
+    if report.granularity and not grouped:
+        console.print(f"  no per-group scales: the best, {report.granularity[0].unit}, {report.granularity[0].reason}")
+    console.print("Mean relative error that is left in a column (healthy is about 0.01), the worst five linears:")
+    for name in sorted(report.linears, key=lambda name: (-report.linears[name]["column_error"], name))[:5]:
+        console.print(f"  {report.linears[name]['column_error']:.4f}  {escape(name)}", highlight=False)
+    if bad := report.vulnerable():
+        console.print(
+            f"[yellow]Warning:[/yellow] {len(bad)} linears lose their weights to outlier columns. "
+            + (
+                "Try --method bismooth or mixed."
+                if not recipe.group_size
+                else f"Try a --group-size under {recipe.group_size}, or --method bismooth."
+                if recipe.group_size > 32
+                else "Try --method bismooth."
+            )
+        )
+    if report.part is not None:
+        console.print(
+            f"This is a part, blocks {report.part.start}:{report.part.stop} of {report.blocks}.\n"
+            f"Next, with the parts of the other blocks: bismooth merge DST {where} ...",
+            highlight=False,
+        )
+        return
+    console.print(f"Next: bismooth verify {where}\n      vllm serve {where}", highlight=False)
+
+
+def _nothing_to_do(console, destination: Path) -> None:
+    from rich.markup import escape
+
+    console.print(f"[bold]{escape(str(destination))}[/bold] already holds this conversion; nothing to do.")
+
+
+def verification_json(found) -> dict:
+    return {
+        "ok": found.ok,
+        "findings": [vars(finding) for finding in found.findings],
+        "notes": found.notes,
+        "linears": found.linears,
+        "ignored": found.ignored,
+    }
+
+
+def verification(console, found) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    measured = sorted((entry["sqnr"], name) for name, entry in found.linears.items() if entry["sqnr"] is not None)
+    if measured:
+        table = Table("linear", "dB", "scales", title="Worst linears, weights against the source's")
+        for sqnr, name in measured[:5]:
+            group_size = found.linears[name]["group_size"]
+            table.add_row(escape(name), f"{sqnr:.1f}", "per-channel" if group_size is None else f"g = {group_size}")
+        console.print(table)
+    for note in found.notes:
+        console.print(f"Note: {escape(note)}.")
+    for finding in found.findings:
+        console.print(
+            f"[red]Fault:[/red] [bold]{escape(finding.where)}[/bold]: {escape(finding.what)}. "
+            f"{escape(finding.remedy[:1].upper() + finding.remedy[1:])}."
+        )
+    where, count = escape(str(found.folder)), len(found.findings)
+    if count:
+        console.print(f"[bold]{where}[/bold]: {count} fault{'s' if count > 1 else ''} found.")
+    else:
+        ignored = f"{len(found.ignored)} left in float, " if found.ignored else ""
+        console.print(f"[bold]{where}[/bold]: {len(found.linears)} INT8 linears, {ignored}nothing wrong.")
+
+
+def diagnosis(console, found) -> None:
+    """Plain lines, made to be pasted."""
+
+    def section(title: str, values: dict) -> None:
+        console.print(f"[bold]{title}[/bold]")
+        width = max(map(len, values), default=0)
+        for name, value in values.items():
+            console.print(f"  {name:<{width}}  {'-' if value is None else value}", markup=False, highlight=False)
+
+    section("versions", found.versions)
+    section("machine", found.machine)
+    section("compiled kernels", found.kernels)
+    section("environment", found.environment)
+    if found.serving is not None:
+        section("vLLM", {name: found.serving[name] for name in ("platform", "device", "capability", "registered")})
+        section("layers", {kind: f"{kernel} ({why})" for kind, (kernel, why, _) in found.serving["layers"].items()})
+    for problem in found.problems:
+        console.print("[red]Problem:[/red] ", end="")
+        console.print(f"{problem}.", markup=False, highlight=False)
+    if not found.problems:
+        console.print("Nothing is missing: w8a8_bismooth checkpoints are served on this package's kernels.")

@@ -1,0 +1,164 @@
+"""What the headers of a checkpoint tell before anything is converted: the model, its needs, all its problems."""
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from vllm_w8a8_bismooth.checkpoint.architectures import ARCHITECTURES, Architecture
+from vllm_w8a8_bismooth.checkpoint.audit import sizes_of
+from vllm_w8a8_bismooth.checkpoint.files import Folder, free_space
+from vllm_w8a8_bismooth.checkpoint.hub import Repository
+from vllm_w8a8_bismooth.checkpoint.layout import PROBLEMS, Layout
+from vllm_w8a8_bismooth.checkpoint.reader import Headers
+from vllm_w8a8_bismooth.convert.estimate import Needs, needs
+from vllm_w8a8_bismooth.convert.options import instead
+from vllm_w8a8_bismooth.errors import BismoothError
+
+TENSOR_PARALLEL = (1, 2, 4, 8, 16)
+
+
+def parallel_problems(source: Layout, group_size: int | None) -> dict[int, list[str]]:
+    """For each tensor-parallel size, why the model cannot be served on so many ranks; empty where it can.
+
+    Args:
+        source: the checkpoint.
+        group_size: the groups that row-parallel linears would have; only these cut K. ``None`` is per-channel.
+    """
+    sizes, problems = source.sizes, {}
+    for ranks in TENSOR_PARALLEL:
+        found = []
+        if sizes["heads"] % ranks:
+            found.append(f"num_attention_heads = {sizes['heads']} is not a multiple of {ranks}")
+        kv_heads = sizes["kv_heads"]
+        if kv_heads % ranks and ranks % kv_heads:
+            found.append(f"num_key_value_heads = {kv_heads} neither divides {ranks} nor is a multiple of it")
+        kinds = {id(layer): layer for layer in source.layers}.values()
+        for linear, (_, columns) in sorted(
+            {n: layer.linears[n] for layer in kinds for n in layer.row_parallel - layer.experts}.items()
+        ):
+            width = sizes[columns]
+            if width % ranks:
+                found.append(f"{linear}: K = {width} is not a multiple of {ranks}")
+            elif group_size and width // ranks % group_size:
+                share = width // ranks
+                found.append(
+                    f"{linear}: K / {ranks} = {share} is not a multiple of group_size {group_size}; {instead(share)}"
+                )
+        problems[ranks] = found
+    return problems
+
+
+@dataclass(frozen=True)
+class Dtype:
+    """How many tensors, numbers and bytes a checkpoint holds in one dtype."""
+
+    tensors: int = 0
+    parameters: int = 0
+    nbytes: int = 0
+
+
+@dataclass
+class Survey:
+    """What is known of a checkpoint. What its problems hide is empty or ``None``.
+
+    Attributes:
+        source: the folder or the repository.
+        hub_id, revision: of the repository; ``None`` for folders of unknown origin.
+        model_type: as config.json has it.
+        sizes: blocks, hidden, heads, ...; see :func:`audit.sizes_of`.
+        tied: whether the head is the embedding.
+        parameters, source_bytes: numbers stored, and their bytes.
+        dtypes: safetensors' name -> what is stored in it, largest first.
+        needs: of a ``data-free`` and of a ``calibrated`` conversion on this machine.
+        calibration_tokens: of the latter.
+        memory_bytes: of this machine.
+        free_bytes: on the disk of the current folder.
+        group_size: for which ``per_group`` holds.
+        per_channel, per_group: tensor-parallel size -> why the model cannot be served so, with its row-parallel linears
+            per-channel or per-group; empty where it can.
+        problems: why it cannot be converted, at most :data:`layout.PROBLEMS`.
+    """
+
+    source: str
+    hub_id: str | None
+    revision: str | None
+    model_type: Any
+    sizes: Mapping[str, int]
+    tied: bool | None
+    parameters: int
+    source_bytes: int
+    dtypes: Mapping[str, Dtype]
+    calibration_tokens: int
+    group_size: int
+    memory_bytes: int
+    free_bytes: int
+    needs: dict[str, Needs] = field(default_factory=dict)
+    per_channel: dict[int, list[str]] = field(default_factory=dict)
+    per_group: dict[int, list[str]] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+
+def survey(place: Folder | Repository, calibration_tokens: int, group_size: int) -> Survey:
+    """Read the headers of a checkpoint and say everything that follows from them.
+
+    Args:
+        place: see :func:`hub.find`.
+        calibration_tokens: for the estimate of a calibrated conversion.
+        group_size: for which tensor-parallel serving is checked.
+
+    Raises:
+        BismoothError: there is nothing to read: the repository is out of reach.
+    """
+    headers = Headers(place)
+    dtypes = _dtypes(headers)
+    model_type = headers.config.get("model_type")
+    architecture = ARCHITECTURES.get(model_type) if isinstance(model_type, str) else None
+    result = Survey(
+        source=str(place),
+        hub_id=place.hub_id,
+        revision=place.revision,
+        model_type=model_type,
+        sizes=_sizes(headers.config, architecture),
+        tied=headers.config.get("tie_word_embeddings", architecture.tied if architecture else None),
+        parameters=sum(dtype.parameters for dtype in dtypes.values()),
+        source_bytes=headers.nbytes(),
+        dtypes=dtypes,
+        calibration_tokens=calibration_tokens,
+        group_size=group_size,
+        memory_bytes=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+        free_bytes=free_space(Path()),
+    )
+    try:
+        layout = Layout(headers)
+    except BismoothError as error:
+        result.problems = list(islice(error.args, PROBLEMS))
+        return result
+    result.problems = layout.problems
+    try:
+        _ = list(place.side_files()) if isinstance(place, Folder) else []
+    except BismoothError as error:
+        result.problems += error.args
+    result.needs = {"data-free": needs(layout, None), "calibrated": needs(layout, calibration_tokens)}
+    result.per_channel, result.per_group = parallel_problems(layout, None), parallel_problems(layout, group_size)
+    return result
+
+
+def _sizes(config: Mapping, architecture: Architecture | None) -> Mapping[str, int]:
+    try:
+        return sizes_of(config, architecture) if architecture else {}
+    except BismoothError:
+        return {}
+
+
+def _dtypes(headers: Headers) -> dict[str, Dtype]:
+    found: dict[str, Dtype] = {}
+    for header in headers.headers.values():
+        known = found.get(header.dtype, Dtype())
+        found[header.dtype] = Dtype(
+            known.tensors + 1, known.parameters + math.prod(header.shape), known.nbytes + header.nbytes
+        )
+    return dict(sorted(found.items(), key=lambda item: -item[1].nbytes))

@@ -1,0 +1,239 @@
+"""Parts, each of which a machine converted, become the checkpoint that one machine would have written."""
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from vllm_w8a8_bismooth.checkpoint import journal
+from vllm_w8a8_bismooth.checkpoint.architectures import inside
+from vllm_w8a8_bismooth.checkpoint.files import check_space, disk_errors, free_space
+from vllm_w8a8_bismooth.checkpoint.journal import Journal
+from vllm_w8a8_bismooth.checkpoint.layout import Source
+from vllm_w8a8_bismooth.checkpoint.writer import NAMES, ShardWriter
+from vllm_w8a8_bismooth.convert.destination import already_converted, refuse_overlap
+from vllm_w8a8_bismooth.convert.options import ignored_by_name
+from vllm_w8a8_bismooth.convert.part import AGAIN, PART, Part
+from vllm_w8a8_bismooth.convert.pipeline import complete
+from vllm_w8a8_bismooth.convert.plan import Plan, full_names, span
+from vllm_w8a8_bismooth.convert.stages import Progress
+from vllm_w8a8_bismooth.errors import BismoothError, Interrupted
+from vllm_w8a8_bismooth.method.rows import Threads
+from vllm_w8a8_bismooth.recipe import Recipe
+from vllm_w8a8_bismooth.report.outcome import Report
+
+_PIECE = 2**22
+
+
+@dataclass(frozen=True)
+class Merger:
+    """Parts that fit together, before the first write.
+
+    Attributes:
+        destination, target: the folder to be, as given and resolved.
+        parts: in the order of their blocks.
+        source: what they were made from, but for the values of its tensors.
+        recipe: with the source's fingerprint.
+        plan: of the whole.
+        tensors: of the whole, without data.
+        free_bytes: on the destination's disk.
+        reused: the destination already holds the result.
+    """
+
+    destination: Path
+    target: Path
+    parts: list[Part]
+    source: Source
+    recipe: Recipe
+    plan: Plan
+    tensors: dict[str, Any]
+    free_bytes: int
+    reused: bool
+
+    def nbytes(self) -> int:
+        """Bytes of all tensors of the result."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def journal(self) -> Journal:
+        """Of the merge; one of other parts is another."""
+        return Journal(self.target, {"parts": {span(part.blocks): part.digest for part in self.parts}})
+
+
+def prepare(folders: Sequence[Path], destination: Path) -> Merger:
+    """Check all that can be checked of parts without reading their tensors, and write nothing.
+
+    Args:
+        folders: of the parts, in any order.
+        destination: must be absent, an empty folder, or hold the same result.
+
+    Raises:
+        BismoothError: with all problems that the parts have.
+    """
+    target = Path(os.path.realpath(destination))
+    for folder in folders:
+        refuse_overlap(folder, target, "part")
+    parts = _open(folders)
+    first = parts[0]
+    _refuse(line for part in parts for line in part.problems())
+    _refuse(_unlike(parts))
+    source = first.source()
+    _refuse(_uncovered(parts, len(source.layers)))
+    checksums = {name: digest for part in parts for name, digest in part.checksums.items()}
+    recipe = replace(first.recipe, source=source.checkpoint.fingerprint(checksums))
+    grouped: list[set[str]] = [set() for _ in source.layers]
+    for linear, entry in (item for part in parts for item in part.linears.items()):
+        if entry["group_size"] is not None:
+            index, name = inside(linear)
+            grouped[index].add(name)
+    plan = Plan(source, recipe, grouped, ignored_by_name(source, recipe))
+    _refuse(line for part in parts for line in _strangers(part, plan))
+    reused = already_converted(target, recipe, lambda: recipe.source)
+    ready = Merger(destination, target, parts, source, recipe, plan, plan.tensors(), free_space(target), reused)
+    if not reused:
+        diary = ready.journal()
+        diary.look()
+        check_space(diary.partial, ready.nbytes() - diary.nbytes())
+    return ready
+
+
+def merge(ready: Merger, progress: Progress = lambda stage, done, total, written: None) -> Report:
+    """Make a checkpoint of its parts. The destination ends up whole or absent; the parts are only read.
+
+    The result is what :func:`pipeline.convert` would have written at once, byte for byte. A run that is killed leaves
+    ``<destination>.partial``; the same call goes on from there.
+
+    Args:
+        ready: by :func:`prepare`.
+        progress: counts shards of the parts.
+
+    Raises:
+        BismoothError: a part is damaged.
+    """
+    source, plan, destination = ready.source, ready.plan, ready.destination
+    if ready.reused:
+        journal.clear(ready.target)  # of a run that was killed right after its last step
+        return Report(destination, reused=True, blocks=len(source.layers))
+    done = Report(destination, source.nbytes(), ignored=full_names(plan.ignored), blocks=len(source.layers))
+    for part in ready.parts:
+        done.linears |= part.linears
+        done.sites |= part.sites
+    with ready.journal() as diary:
+        with ShardWriter(diary.partial, destination, ready.tensors) as writer:
+            _copy_all(ready.parts, diary, writer, progress)
+            done.files, done.written_bytes = writer.finish(), writer.nbytes
+        with disk_errors(destination):
+            complete(diary.partial, source, ready.recipe, plan, done, ready.parts[0].provenance)
+        diary.commit()
+    return done
+
+
+def _open(folders: Sequence[Path]) -> list[Part]:
+    """The parts, in the order of their blocks; raises with the problems of all."""
+    found, problems = [], []
+    for folder in folders:
+        try:
+            found.append(Part(folder))
+        except BismoothError as error:
+            problems += error.args
+    if problems:
+        raise BismoothError(*problems)
+    return sorted(found, key=lambda part: (part.blocks.start, part.blocks.stop))
+
+
+def _refuse(problems: Iterable[str]) -> None:
+    if found := list(problems):
+        raise BismoothError(*found)
+
+
+def _unlike(parts: Sequence[Part]) -> Iterator[str]:
+    """Parts that are not of the same conversion as an earlier one."""
+    for number, part in enumerate(parts):
+        for other in parts[:number]:
+            if lines := part.unlike(other.identity, other.outline, other.checksums):
+                more = f", and {len(lines) - 4} more" if len(lines) > 4 else ""
+                yield (
+                    f"{part.folder}: of another conversion than {other.folder} ({'; '.join(lines[:4])}{more}); "
+                    "convert one of them again, with the options and the source of the other"
+                )
+                break
+
+
+def _uncovered(parts: Sequence[Part], count: int) -> Iterator[str]:
+    """Blocks that are in no part, or in two."""
+    reached, last = 0, None
+    for part in parts:
+        start, stop = part.blocks.start, part.blocks.stop
+        if start > reached:
+            yield _missing(reached, start)
+        elif start < reached:
+            yield (
+                f"blocks {span(range(start, min(stop, reached)))} are in {last.folder} and in {part.folder}; "
+                "leave one of the parts out"
+            )
+        if stop > reached:
+            reached, last = stop, part
+    if reached < count:
+        yield _missing(reached, count)
+
+
+def _missing(start: int, stop: int) -> str:
+    blocks = span(range(start, stop))
+    return f"blocks {blocks} are in none of the parts; name theirs too, or convert them with --blocks {blocks}"
+
+
+def _strangers(part: Part, plan: Plan) -> Iterator[str]:
+    """Tensors that a part's blocks do not have, or have otherwise."""
+    expected = {name: (NAMES[t.dtype], list(t.shape)) for name, t in plan.tensors(part.blocks).items()}
+    for shard in part.shards:
+        for name, entry in part.header(shard)[1].items():
+            if expected.pop(name, None) != (entry["dtype"], entry["shape"]):
+                yield f"{part.folder / shard}: tensor {name} is not as {PART} has it; {AGAIN}"
+    for name in expected:
+        yield f"{part.folder}: tensor {name} is in none of its files; {AGAIN}"
+
+
+def _copy_all(parts: Sequence[Part], diary: Journal, writer: ShardWriter, progress: Progress) -> None:
+    """Copy the tensors of all parts to their places, several shards at a time, but for those that the diary has."""
+    shards = [(part, shard) for part in parts for shard in part.shards]
+    left = [(part, shard) for part, shard in shards if diary.record(_unit(part, shard)) is None]
+    before = len(shards) - len(left)
+    progress("merge", before, len(shards), 0)
+    with Threads() as threads:
+        copied = threads.map(lambda item: _copy(*item, writer), left)
+        for done, ((part, shard), _) in enumerate(zip(left, copied, strict=True), before + 1):
+            writer.then(partial(diary.finish, _unit(part, shard), True))
+            progress("merge", done, len(shards), writer.written)
+
+
+def _unit(part: Part, shard: str) -> str:
+    return f"{part.blocks.start}-{shard}"
+
+
+def _copy(part: Part, shard: str, writer: ShardWriter) -> None:
+    """Copy a shard's tensors to their places.
+
+    Raises:
+        BismoothError: it is not what was written when the part was made.
+        Interrupted: it can no longer be read.
+    """
+    begin, entries = part.header(shard)
+    digest, path = hashlib.sha256(), part.folder / shard
+    try:
+        with open(path, "rb", buffering=0) as file:
+            digest.update(file.read(begin))
+            for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
+                first, last = entry["data_offsets"]
+                for start in range(first, last, _PIECE):
+                    piece = file.read(min(_PIECE, last - start))
+                    digest.update(piece)
+                    writer.add_bytes(name, start - first, memoryview(piece))
+    except OSError as error:
+        raise Interrupted(
+            f"{path}: can no longer be read ({error}); run the same command again once it can, it goes on where it "
+            "stopped"
+        ) from None
+    if digest.hexdigest() != part.shards[shard]:
+        raise BismoothError(f"{path}: does not have the SHA-256 that it had when it was written; {AGAIN}")

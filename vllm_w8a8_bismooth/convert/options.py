@@ -1,0 +1,96 @@
+"""Which linears the options name, and whether they can be what the options say."""
+
+import re
+from collections.abc import Sequence
+
+from vllm_w8a8_bismooth.checkpoint.architectures import BLOCK
+from vllm_w8a8_bismooth.checkpoint.layout import Layout
+from vllm_w8a8_bismooth.convert.plan import full_names
+from vllm_w8a8_bismooth.errors import BismoothError
+from vllm_w8a8_bismooth.recipe import Recipe
+
+_GROUP_SIZES = (32, 64, 128, 256, 512, 1024)
+
+
+def _named(source: Layout, option: str, expression: str) -> list[set[str]]:
+    """Per block, the linears that an option's regular expression finds, with siblings.
+
+    Raises:
+        BismoothError: there are none.
+    """
+    from vllm_w8a8_bismooth.measure import weights
+
+    pattern = re.compile(expression)
+    chosen = [weights.named(pattern, BLOCK.format(i), layer) for i, layer in enumerate(source.layers)]
+    if not any(chosen):
+        raise BismoothError(
+            f"{option} {expression!r} names no linear; "
+            f"they are called like {BLOCK.format(0)}{next(iter(source.layers[0].linears))}"
+        )
+    return chosen
+
+
+def ignored_by_name(source: Layout, recipe: Recipe) -> list[set[str]]:
+    """Per block, the linears that the recipe leaves in float.
+
+    Raises:
+        BismoothError: ``ignore`` names no linear, all of them, or some of a block's experts and not the others.
+    """
+    if recipe.ignore is None:
+        return [set() for _ in source.layers]
+    chosen = _named(source, "--ignore", recipe.ignore)
+    if all(names == layer.linears.keys() for names, layer in zip(chosen, source.layers, strict=True)):
+        raise BismoothError(f"--ignore {recipe.ignore!r} names every linear; nothing would be left to quantize")
+    for i, layer in enumerate(source.layers):
+        experts = sorted(chosen[i] & layer.experts)
+        if experts and (others := sorted(layer.experts - chosen[i])):
+            raise BismoothError(
+                f"--ignore {recipe.ignore!r} names {BLOCK.format(i)}{experts[0]} and not {others[0]}: "
+                "vLLM serves all experts of a block alike; name all their linears or none"
+            )
+    return chosen
+
+
+def chosen_by_name(source: Layout, recipe: Recipe, ignored: Sequence[set[str]]) -> list[set[str]] | None:
+    """Per block, the per-group linears that the recipe names; ``None`` if the weights have to tell.
+
+    Raises:
+        BismoothError: ``group_layers`` names no linear, an expert, an ignored one, or one whose K is not a multiple of
+            ``group_size``.
+    """
+    if recipe.group_size is None:
+        return [set() for _ in source.layers]
+    if recipe.group_layers is None:
+        return None
+    chosen = _named(source, "--group-layers", recipe.group_layers)
+    if both := full_names([chosen[i] & names for i, names in enumerate(ignored)]):
+        raise BismoothError(
+            f"--group-layers {recipe.group_layers!r} and --ignore {recipe.ignore!r} both name {both[0]}, "
+            "or a sibling that vLLM fuses with it; leave it out of one"
+        )
+    for i, layer in enumerate(source.layers):
+        if experts := sorted(chosen[i] & layer.experts):
+            raise BismoothError(
+                f"--group-layers {recipe.group_layers!r} names {BLOCK.format(i)}{experts[0]}: "
+                "experts are served per-channel only; leave them out"
+            )
+    check_group_size(source, recipe, chosen)
+    return chosen
+
+
+def check_group_size(source: Layout, recipe: Recipe, grouped: Sequence[set[str]]) -> None:
+    """Raises :class:`BismoothError` if a per-group linear's K is not a multiple of the group size."""
+    for i, layer in enumerate(source.layers):
+        for linear in sorted(grouped[i]):
+            columns = source.sizes[layer.linears[linear][1]]
+            if columns % recipe.group_size:
+                raise BismoothError(
+                    f"{BLOCK.format(i)}{linear}: K = {columns} is not a multiple of --group-size {recipe.group_size}; "
+                    f"{instead(columns)}"
+                )
+
+
+def instead(columns: int) -> str:
+    """What to do where the group size does not divide K."""
+    fitting = [g for g in _GROUP_SIZES if columns % g == 0]
+    return f"{', '.join(map(str, fitting))} would fit" if fitting else "use --method bismooth"

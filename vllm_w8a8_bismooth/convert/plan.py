@@ -1,0 +1,77 @@
+"""What a conversion will write and need, known before the first weight is read or written."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_w8a8_bismooth import __version__
+from vllm_w8a8_bismooth.checkpoint.architectures import BLOCK
+from vllm_w8a8_bismooth.checkpoint.layout import Layout
+from vllm_w8a8_bismooth.errors import BismoothError
+from vllm_w8a8_bismooth.recipe import Recipe, quantization_config
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A source, what to do with it, and each block's per-group linears, and ignored ones (by name inside it).
+
+    Ignored linears are not quantized; smoothing folds into them all the same.
+    """
+
+    source: Layout
+    recipe: Recipe
+    grouped: Sequence[set[str]]
+    ignored: Sequence[set[str]]
+
+    def tensors(self, blocks: range | None = None) -> dict[str, Any]:
+        """Every tensor of the result, or of a part with these blocks, without data, in the order in which they come."""
+        import torch
+
+        from vllm_w8a8_bismooth.checkpoint.reader import torch_dtype
+
+        source = self.source
+        headers = source.checkpoint.headers
+        blocks = range(len(source.layers)) if blocks is None else blocks
+        outside = source.outside_with(blocks)
+        with torch.device("meta"):
+            tensors = {n: torch.empty(headers[n].shape, dtype=torch_dtype(headers[n].dtype)) for n in outside}
+            for index in blocks:
+                for name in source.blocks[index]:
+                    full = BLOCK.format(index) + name
+                    header, linear = headers[full], source.layers[index].linear_of(name)
+                    if linear is None or linear in self.ignored[index]:
+                        tensors[full] = torch.empty(header.shape, dtype=torch_dtype(header.dtype))
+                        continue
+                    rows, columns = header.shape
+                    groups = columns // self.recipe.group_size if linear in self.grouped[index] else 1
+                    tensors[full] = torch.empty(rows, columns, dtype=torch.int8)
+                    tensors[f"{full}_scale"] = torch.empty(rows, groups, dtype=torch.float32)
+        return tensors
+
+    def config(self) -> dict[str, Any]:
+        """The ``quantization_config`` to write."""
+        return quantization_config(self.recipe, self.grouped, self.ignored, self.source.layers, __version__)
+
+
+def full_names(chosen: Sequence[set[str]]) -> list[str]:
+    """Full names of linears that are chosen in each block, in order."""
+    return [BLOCK.format(i) + name for i, names in enumerate(chosen) for name in sorted(names)]
+
+
+def span(blocks: range) -> str:
+    """Blocks as ``--blocks`` takes them."""
+    return f"{blocks.start}:{blocks.stop}"
+
+
+def blocks_of(chosen: slice, count: int) -> range:
+    """The blocks that ``--blocks`` names, of so many; an open end is the first or the last.
+
+    Raises:
+        BismoothError: there are no such blocks.
+    """
+    start, stop = chosen.start or 0, count if chosen.stop is None else chosen.stop
+    if not 0 <= start < stop <= count:
+        raise BismoothError(
+            f"--blocks {start}:{stop} names no blocks of this model, which are 0:{count}; the last is not included"
+        )
+    return range(start, stop)

@@ -1,0 +1,103 @@
+"""What a conversion would do, known without writing anything."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from vllm_w8a8_bismooth.checkpoint.files import Folder, check_space, free_space
+from vllm_w8a8_bismooth.checkpoint.journal import Journal
+from vllm_w8a8_bismooth.checkpoint.writer import split
+from vllm_w8a8_bismooth.convert.estimate import needs
+from vllm_w8a8_bismooth.convert.pipeline import prepare
+from vllm_w8a8_bismooth.convert.plan import Plan, full_names
+from vllm_w8a8_bismooth.convert.stages import done_before
+from vllm_w8a8_bismooth.measure import calibration, perturbation
+from vllm_w8a8_bismooth.measure.text import CalibrationText
+from vllm_w8a8_bismooth.recipe import Recipe
+
+
+@dataclass
+class Preview:
+    """What :func:`pipeline.convert` would do with the same arguments.
+
+    Attributes:
+        destination: the folder to be.
+        reused: it already holds the result, and nothing would be done; then what follows is empty.
+        source_bytes, written_bytes: sizes of all tensors.
+        shards: file -> bytes of its tensors.
+        grouped: full names of per-group linears; ``None`` if the weights have to tell, and sizes are those of none.
+        ignored: full names of linears that stay in float.
+        tokens: of calibration text.
+        part: its first block, and the one behind the last, if a part would be made; ``None`` is a whole checkpoint.
+        blocks, resumed: how many are to be converted, and how many of them an interrupted run has done.
+        memory_bytes, seconds: see :class:`estimate.Needs`; the time is that of what is still to do.
+        free_bytes: on the destination's disk.
+    """
+
+    destination: Path
+    reused: bool
+    source_bytes: int = 0
+    written_bytes: int = 0
+    shards: dict[str, int] | None = None
+    grouped: list[str] | None = None
+    ignored: list[str] | None = None
+    tokens: int | None = None
+    part: tuple[int, int] | None = None
+    blocks: int = 0
+    resumed: int = 0
+    memory_bytes: int = 0
+    seconds: float = 0.0
+    free_bytes: int = 0
+
+
+def preview(
+    folder: Path | Folder,
+    destination: Path,
+    recipe: Recipe,
+    text: CalibrationText | None,
+    device: str,
+    blocks: slice | None = None,
+) -> Preview:
+    """Do everything that :func:`pipeline.convert` does before its first write; the arguments are the same.
+
+    Raises:
+        BismoothError: whatever the conversion would refuse before it reads the weights.
+    """
+    ready = prepare(folder, destination, recipe, text, device, blocks)
+    part = None if ready.part is None else (ready.part.start, ready.part.stop)
+    if ready.reused:
+        return Preview(destination, reused=True, part=part)
+    source, diary = ready.source, Journal(ready.target, ready.identity)
+    diary.look()
+    done = done_before(diary, ready.blocks)
+    grouped = done.grouped if ready.named is None else ready.named
+    tensors = Plan(source, ready.recipe, grouped or [set()] * len(source.layers), ready.ignored).tensors(ready.part)
+    files = split(tensors, ready.stem).filename_to_tensors
+    shards = {file: sum(tensors[name].nbytes for name in names) for file, names in files.items()}
+    written = sum(shards.values())
+    check_space(diary.partial, written - diary.nbytes())
+    tokens = None
+    if ready.tokens is not None:
+        calibration.Calibration(source, ready.tokens, ready.device)  # transformers may refuse the config
+        tokens = ready.tokens.numel()
+    measured = 0
+    if ready.recipe.method == "auto":
+        measured = perturbation.SAMPLE * (1 + 2 * max(len(perturbation.units(layer)) for layer in source.layers))
+    left = ready.blocks[done.blocks :]
+    carried = range(done.carried, ready.blocks.start if ready.recipe.smoothing and not done.blocks else 0)
+    need = needs(source, tokens, measured, blocks=left, carried=carried)
+    return Preview(
+        destination=destination,
+        reused=False,
+        source_bytes=source.nbytes(ready.part),
+        written_bytes=written,
+        shards=shards,
+        grouped=None if grouped is None else full_names(ready.within(grouped)),
+        ignored=full_names(ready.within(ready.ignored)),
+        tokens=tokens,
+        part=part,
+        blocks=len(ready.blocks),
+        resumed=done.blocks,
+        memory_bytes=need.memory_bytes,
+        seconds=need.seconds,
+        free_bytes=free_space(diary.partial),
+    )

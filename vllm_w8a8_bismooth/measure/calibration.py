@@ -1,0 +1,202 @@
+"""Activation ranges from a text file, with one decoder block in memory at a time."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+
+from vllm_w8a8_bismooth.checkpoint.architectures import BLOCK, EMBEDDING, Architecture
+from vllm_w8a8_bismooth.checkpoint.layout import Source
+from vllm_w8a8_bismooth.errors import BismoothError
+from vllm_w8a8_bismooth.measure.text import refused, transformers_config
+from vllm_w8a8_bismooth.method.moments import Moments
+from vllm_w8a8_bismooth.method.rows import Threads
+
+_ROWS = 64  # tokens measured at once, which fit a core's cache
+_CHUNK = 1024  # tokens that pass through a block at once; bounds the MLP's intermediate
+
+
+class Calibration:
+    """The calibration tokens on their way through the model, one decoder block after the other.
+
+    Blocks run in the checkpoint's own dtype, as they are served unquantized. The model is built without storage: a
+    block's weights are lent to it for the time of its forward pass.
+
+    Args:
+        source: of config, weights and names.
+        tokens: int64 ``[windows, length]``.
+        device: where the blocks run.
+
+    Attributes:
+        source: as given.
+        hidden: ``[windows, length, hidden]``, what the next block will read. May be replaced by what an earlier run
+            had at the same place.
+
+    Raises:
+        BismoothError: transformers refuses the config.
+    """
+
+    @torch.no_grad()
+    def __init__(self, source: Source, tokens: torch.Tensor, device: torch.device):
+        from transformers import AutoModel
+
+        checkpoint = source.checkpoint
+        self.source = source
+        # The embedding's rows are read one by one: only those that occur exist.
+        used, compact = tokens.unique(return_inverse=True)
+        rows = torch.cat([checkpoint.rows(EMBEDDING, int(i), 1) for i in used])
+        config = transformers_config(checkpoint)
+        try:
+            # sdpa would drop the soft cap on attention logits without a word
+            attention = "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
+            with torch.device("meta"):
+                model = AutoModel.from_config(config, dtype=rows.dtype, attn_implementation=attention).eval()
+                separate_experts(model.layers, source.architecture)
+            _materialize_buffers(model)
+            model.embed_tokens.weight = torch.nn.Parameter(rows, requires_grad=False)
+            model.norm = torch.nn.Identity()
+            self._blocks, self._forwards, captured = list(model.layers), [b.forward for b in model.layers], []
+            for block in self._blocks:
+                block.forward = lambda hidden, **given: captured.append(given) or hidden
+            self.hidden = torch.cat(
+                [model(input_ids=window, use_cache=False).last_hidden_state for window in compact.split(1)]
+            ).to(device)
+        except Exception as error:
+            raise refused(checkpoint, error) from None
+        # Masks and positions of one window fit them all: they have one length and no padding.
+        self._arguments = [_each(lambda tensor: tensor.to(device), given) for given in captured[: len(self._blocks)]]
+
+    @contextmanager
+    def lend(
+        self, index: int, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype
+    ) -> Iterator[tuple[torch.nn.Module, Callable[[torch.Tensor], torch.Tensor]]]:
+        """A block that has its weights until the context ends, and what runs it on ``[windows, length, hidden]``.
+
+        Args:
+            index: of the block.
+            tensors: what is stored of it, by name inside the block, on the device.
+            dtype: of weights and hidden states.
+
+        Raises:
+            BismoothError: anything fails inside the context (named by block).
+        """
+        block = self._blocks[index]
+        arguments = _each(lambda t: t.to(dtype) if t.is_floating_point() else t, self._arguments[index])
+        try:
+            lent = {name: tensors[self.source.architecture.stored(name)].to(dtype) for name in block.state_dict()}
+            block.load_state_dict(lent, assign=True)
+            yield block, lambda hidden: self._forwards[index](hidden, **arguments)
+        except Exception as error:
+            raise BismoothError(
+                f"{self.source.checkpoint.folder}: the forward pass failed in block {index} "
+                f"({type(error).__name__}: {error}); check config.json, or use --calibration none"
+            ) from error
+        finally:
+            block.to("meta")
+
+    @torch.no_grad()
+    def advance(self, index: int, tensors: Mapping[str, torch.Tensor], threads: Threads) -> dict[str, Moments]:
+        """Run block ``index`` on the hidden states, and measure what its sites read.
+
+        Args:
+            index: of the block that comes next.
+            tensors: what is stored of it, by name inside the block, on the device.
+            threads: not used; here as in :class:`prior.Prior`.
+
+        Returns:
+            Site name -> moments of its K input channels over all tokens. Experts that no token was sent to have no
+            entry.
+
+        Raises:
+            BismoothError: the forward pass fails or overflows (named by block and site).
+        """
+        architecture, prefix = self.source.architecture, BLOCK.format(index)
+        seen: dict[str, Moments] = {}
+
+        def recorder(site: str) -> Callable:
+            def record(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+                rows = inputs[0].flatten(0, -2)
+                found = seen.setdefault(site, Moments.none(rows.shape[1], rows.device))
+                for piece in rows.split(_ROWS):
+                    found.add(piece.to(torch.float32, copy=True))
+
+            return record
+
+        with self.lend(index, tensors, self.hidden.dtype) as (block, run):
+            hooks = [
+                # The last consumer, because of a mixture's experts only the router sees all tokens.
+                block.get_submodule(architecture.built(site.consumers[-1])).register_forward_pre_hook(
+                    recorder(site.name)
+                )
+                for site in self.source.layers[index].sites
+            ]
+            step = max(1, _CHUNK // self.hidden.shape[1])
+            for windows in self.hidden.split(step):  # views: the states are replaced in place
+                windows.copy_(run(windows))
+            for hook in hooks:
+                hook.remove()
+        for site, found in seen.items():
+            if not found.high.isfinite().all():
+                raise BismoothError(f"{prefix}* overflows at site {site} in calibration; the model itself is broken")
+        return {site: found for site, found in seen.items() if found.rows}
+
+
+def separate_experts(layers: Iterable[torch.nn.Module], architecture: Architecture) -> None:
+    """Make every expert of the decoder blocks a module of its own, of linears named as in the checkpoint."""
+    for block in layers:
+        if hasattr(block.mlp, "experts"):
+            block.mlp.experts = _Experts(block.mlp.experts, architecture.expert_linears)
+
+
+class _Experts(torch.nn.Module):
+    """Experts as modules of their own, named as in the checkpoint, so that what each one reads can be measured.
+
+    Takes the place of transformers' experts, whose weights are stacked: a forward of (hidden states ``[T, H]``, chosen
+    experts ``[T, k]``, their weights ``[T, k]``).
+    """
+
+    def __init__(self, stacked: torch.nn.Module, names: tuple[str, str, str]):
+        super().__init__()
+        for e in range(stacked.num_experts):
+            self.add_module(str(e), _Expert(stacked, names))
+
+    def forward(self, hidden: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        out = torch.zeros_like(hidden)
+        for e, expert in enumerate(self.children()):
+            token, rank = torch.where(chosen == e)
+            if len(token):
+                out.index_add_(0, token, (expert(hidden[token]) * weights[token, rank, None]).to(out.dtype))
+        return out
+
+
+class _Expert(torch.nn.Module):
+    def __init__(self, stacked: torch.nn.Module, names: tuple[str, str, str]):
+        super().__init__()
+        hidden, inner, dtype = stacked.hidden_dim, stacked.intermediate_dim, stacked.down_proj.dtype
+        for name, shape in zip(names, ((hidden, inner), (hidden, inner), (inner, hidden)), strict=True):
+            self.add_module(name, torch.nn.Linear(*shape, bias=False, dtype=dtype))
+        self._activation = stacked.act_fn.forward
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        gate, up, down = self.children()
+        return down(self._activation(gate(hidden)) * up(hidden))
+
+
+def _materialize_buffers(model: torch.nn.Module) -> None:
+    """Values for the buffers that no checkpoint holds (rotary tables, Gemma's embedding scale), as from_pretrained
+    gives them: by the model's own initialization, which on parameters without storage does nothing."""
+    for module in model.modules():
+        names = [name for name, _ in module.named_buffers(recurse=False)]
+        for name in names:
+            module._buffers[name] = torch.empty_like(module._buffers[name], device="cpu")
+        if names:
+            model._init_weights(module)
+
+
+def _each(change: Callable[[torch.Tensor], torch.Tensor], value):
+    """Nested arguments with every tensor changed."""
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        return {key: _each(change, item) for key, item in value.items()}
+    return type(value)(_each(change, item) for item in value) if isinstance(value, tuple | list) else value

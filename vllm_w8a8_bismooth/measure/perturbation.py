@@ -1,0 +1,230 @@
+"""How far the output of a decoder block moves when linears of it are quantized (after arXiv 2403.06408).
+
+Each fused linear is quantized alone, weights and activations together or one of the two, and the block runs on a sample
+of the calibration's hidden states. What counts is the change of the residual stream relative to its size, which is what
+later blocks get to see: an error of a linear that hardly adds to the stream does no harm, however large it is.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from vllm_w8a8_bismooth.checkpoint.architectures import BLOCK, Layer
+from vllm_w8a8_bismooth.checkpoint.layout import Source
+from vllm_w8a8_bismooth.checkpoint.readahead import AHEAD, ReadAhead
+from vllm_w8a8_bismooth.measure.calibration import Calibration
+from vllm_w8a8_bismooth.method.balance import Rule
+from vllm_w8a8_bismooth.method.quantize import dequantize_weight, quantize_weight
+from vllm_w8a8_bismooth.method.rows import Fold, Threads
+from vllm_w8a8_bismooth.method.smooth import Smoothing, smooth_block
+
+SAMPLE = 1024  # tokens of the calibration
+WORTH = 3.0
+"""A fused linear gets per-group scales only if that removes this many times its share of the linears from the error."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What of a linear is quantized, and whether it was smoothed before. ``group_size`` ``None`` is per-channel."""
+
+    weights: bool = True
+    activations: bool = True
+    smoothed: bool = True
+    group_size: int | None = None
+
+
+def units(layer: Layer) -> dict[str, tuple[str, ...]]:
+    """What vLLM serves as one linear -> its parts: fused linears, and those that stand alone. Experts are left out."""
+    fused = {part for parts in layer.fused.values() for part in parts}
+    alone = {linear: (linear,) for linear in layer.linears if linear not in fused | layer.experts}
+    return {**layer.fused, **alone}
+
+
+def sample(calibration: Calibration) -> torch.Tensor:
+    """``[windows, length, hidden]``: a copy of some of what the next block will read, about :data:`SAMPLE` tokens."""
+    return calibration.hidden[: max(1, SAMPLE // calibration.hidden.shape[1])].clone()
+
+
+@torch.no_grad()
+def measure(
+    calibration: Calibration,
+    index: int,
+    tensors: Mapping[str, torch.Tensor],
+    smoothing: Smoothing,
+    hidden: torch.Tensor,
+    variants: Mapping[str, Variant],
+) -> dict[str, dict[str, float]]:
+    """Quantize each unit of a block in each way.
+
+    Args:
+        calibration: whose model the block is part of.
+        index: of the block.
+        tensors: what is stored of it, by name inside it.
+        smoothing: of the block, which only variants that are smoothed get.
+        hidden: ``[windows, length, hidden]``, what the block reads.
+        variants: by name.
+
+    Returns:
+        Unit -> variant -> mean over tokens of ``|change of the block's output|^2 / |output|^2``. Variants whose groups
+        do not divide K are left out.
+    """
+    layer, found = calibration.source.layers[index], {}
+    built = calibration.source.architecture.built
+    with calibration.lend(index, tensors, torch.float32) as (block, run):
+        hidden = hidden.float()
+        true = run(hidden)
+        size = true.square().sum(dim=-1).clamp_(min=torch.finfo(torch.float32).tiny)
+        for unit, parts in units(layer).items():
+            found[unit] = {}
+            for name, variant in variants.items():
+                columns = calibration.source.sizes[layer.linears[parts[0]][1]]
+                if variant.group_size and columns % variant.group_size:
+                    continue
+                folds = {built(p): smoothing.fold(p) if variant.smoothed else Fold() for p in parts}
+                with _quantized(block, folds, variant):
+                    change = (run(hidden) - true).square().sum(dim=-1)
+                found[unit][name] = float((change / size).mean())
+    return found
+
+
+@contextmanager
+def _quantized(block: torch.nn.Module, folds: Mapping[str, Fold], variant: Variant) -> Iterator[None]:
+    """Linears of a block as they are after quantization, in the basis of the source: the block's function stays.
+
+    Only a fold's columns matter: dividing a whole row changes its scale, and none of its codes.
+    """
+    kept, hooks = {}, []
+    for name, fold in folds.items():
+        linear = block.get_submodule(name)
+        s = fold.columns if fold.columns is not None else linear.weight.new_ones(linear.weight.shape[1])
+
+        def rounded(rows: torch.Tensor) -> torch.Tensor:
+            return dequantize_weight(*quantize_weight(rows, variant.group_size))
+
+        def before(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], s: torch.Tensor = s) -> torch.Tensor:
+            rows = inputs[0].flatten(0, -2)
+            return (rounded(rows / s) * s).view_as(inputs[0])
+
+        if variant.weights:
+            kept[name] = linear.weight.data
+            linear.weight.data = rounded(linear.weight.data * s) / s
+        if variant.activations:
+            hooks.append(linear.register_forward_pre_hook(before))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for name, weight in kept.items():
+            block.get_submodule(name).weight.data = weight
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What speaks for and against per-group scales in one fused linear.
+
+    Attributes:
+        unit: full name of the linear that vLLM serves.
+        linears: full names of its parts.
+        per_channel, per_group: see :func:`measure`; ``per_group`` is ``None`` where the groups do not divide K.
+        share: of the whole model's error, summed over units, that per-group scales would remove.
+        chosen: whether it gets them.
+        reason: in words.
+    """
+
+    unit: str
+    linears: tuple[str, ...]
+    per_channel: float
+    per_group: float | None
+    share: float
+    chosen: bool
+    reason: str
+
+
+CHANNEL, GROUP = "per_channel", "per_group"
+
+VIEW = {
+    f"{when}_{what}": Variant(weights=what != "activations", activations=what != "weights", smoothed=when == "after")
+    for when in ("before", "after")
+    for what in ("weights", "activations", "both")
+}
+"""What ``analyze`` shows: which side an error comes from, before and after smoothing."""
+
+
+def survey(
+    source: Source,
+    tokens: torch.Tensor,
+    device: torch.device,
+    rule: Rule,
+    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+) -> dict[str, dict[str, float]]:
+    """:func:`measure` every unit of a checkpoint in the ways of :data:`VIEW`.
+
+    Args:
+        source: the checkpoint.
+        tokens: int64 ``[windows, length]``.
+        device: where blocks are worked on.
+        rule: for the smoothing.
+        progress: called as ``progress("perturb", blocks_done, blocks)``.
+
+    Returns:
+        Full name of the unit -> variant -> error.
+    """
+    calibration, found = Calibration(source, tokens, device), {}
+    names = [BLOCK.format(i) + name for i, names in enumerate(source.blocks) for name in names]
+    with ReadAhead(source.checkpoint, names, source.block_nbytes() + AHEAD) as reader, Threads() as threads:
+        for index, layer in enumerate(source.layers):
+            prefix = BLOCK.format(index)
+            block = {name: reader.take(prefix + name).to(device) for name in source.blocks[index]}
+            hidden = sample(calibration)
+            moments = calibration.advance(index, block, threads)
+            offset = source.architecture.offset
+            smoothing = smooth_block(block, moments, layer, source.sizes, rule, offset, threads)
+            errors = measure(calibration, index, block, smoothing, hidden, VIEW)
+            found |= {prefix + unit: by_variant for unit, by_variant in errors.items()}
+            for name in source.blocks[index]:
+                reader.release(prefix + name)
+            progress("perturb", index + 1, len(source.layers))
+    return found
+
+
+def choose(
+    errors: Sequence[Mapping[str, Mapping[str, float]]], layers: Sequence[Layer], budget: float
+) -> list[Evidence]:
+    """Decide on granularity by evidence, preferring none.
+
+    Args:
+        errors: per block, what :func:`measure` found for the variants :data:`CHANNEL` and :data:`GROUP`.
+        layers: of the same blocks.
+        budget: share of all linears that may get per-group scales, 0 to 1.
+
+    Returns:
+        One entry a unit, those first whose linears are best spent on it.
+    """
+    linears = sum(len(layer.linears) for layer in layers)
+    total = sum(found[CHANNEL] for block in errors for found in block.values()) or 1.0
+    candidates = []
+    for index, (block, layer) in enumerate(zip(errors, layers, strict=True)):
+        candidates += [(BLOCK.format(index), unit, units(layer)[unit], found) for unit, found in block.items()]
+
+    def share(found: Mapping[str, float]) -> float:
+        return (found[CHANNEL] - found.get(GROUP, found[CHANNEL])) / total
+
+    left, evidence = int(budget * linears + 1e-9), []
+    for prefix, unit, parts, found in sorted(candidates, key=lambda c: -share(c[3]) / len(c[2])):
+        removed, cost = share(found), len(parts) / linears
+        if GROUP not in found:
+            reason = "K is not a multiple of the group size"
+        elif removed < WORTH * cost:
+            reason = f"would remove {removed:.1%} of the error, too little for {cost:.1%} of the linears"
+        elif len(parts) > left:
+            reason = f"would remove {removed:.1%} of the error, but the budget is spent"
+        else:
+            reason = f"removes {removed:.1%} of the error for {cost:.1%} of the linears"
+        chosen = GROUP in found and removed >= WORTH * cost and len(parts) <= left
+        left -= len(parts) * chosen
+        names = tuple(prefix + part for part in parts)
+        evidence.append(Evidence(prefix + unit, names, found[CHANNEL], found.get(GROUP), removed, chosen, reason))
+    return evidence

@@ -1,0 +1,284 @@
+"""What a conversion writes for people: report.json, figures, and the model card."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from vllm_w8a8_bismooth import __version__
+from vllm_w8a8_bismooth.checkpoint.architectures import kind_of
+from vllm_w8a8_bismooth.checkpoint.files import REPORT, write_json
+from vllm_w8a8_bismooth.checkpoint.layout import Source
+from vllm_w8a8_bismooth.measure.weights import VULNERABLE
+from vllm_w8a8_bismooth.recipe import Recipe
+from vllm_w8a8_bismooth.report import figures
+
+CARD, ORIGINAL_CARD, FIGURES = "README.md", "ORIGINAL_README.md", "figures"
+OURS = (REPORT, ORIGINAL_CARD, f"{FIGURES}/{figures.ERRORS}", f"{FIGURES}/{figures.WEIGHTS}")
+"""Files that we write beside the model, and that a source must therefore not have."""
+
+_WORST = 10
+_FRONT_MATTER_LIMIT = 2**16  # bytes of the source's card that are looked at
+_FRONT_MATTER = re.compile(r"\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
+_INHERITED = {
+    "language": r"[A-Za-z][\w-]{0,31}",
+    "license": r"[\w.+-]{1,64}",
+    "license_name": r"[\w.+() -]{1,128}",
+    "license_link": r"https?://[^\s<>\"'`\\]{1,500}|[\w][\w./-]{0,127}",
+}
+"""Keys of the source's front matter that go into ours, and what their values must look like to be believed."""
+
+
+def place_of(relative: Path) -> Path:
+    """Where a side file of the source goes: its own place, except for the card, whose place ours takes."""
+    return Path(ORIGINAL_CARD) if relative == Path(CARD) else relative
+
+
+def write(folder: Path, source: Source, recipe: Recipe, done: Any, base_model: str | None = None) -> None:
+    """Write report.json, the figures and the card of a finished conversion.
+
+    Equal conversions give equal bytes, whatever the folders are called and however often they were resumed. Without
+    matplotlib there are no figures.
+
+    Args:
+        folder: to write into.
+        source: what was converted.
+        recipe: how.
+        done: the :class:`outcome.Report`.
+        base_model: the source's Hub id, if it has one.
+    """
+    write_json(
+        folder / REPORT,
+        {
+            "source_bytes": done.source_bytes,
+            "written_bytes": done.written_bytes,
+            "vulnerable": done.vulnerable(),
+            "linears": done.linears,
+            "ignored": done.ignored,
+            "sites": {str(index): sites for index, sites in done.sites.items()},
+            "granularity": [asdict(entry) for entry in done.granularity],
+            "sha256": done.files,
+        },
+    )
+    drawn = figures.of_conversion(done.linears, done.sites, folder / FIGURES) if figures.available() else []
+    content = _card(source, recipe, done, base_model, [path.relative_to(folder).as_posix() for path in drawn])
+    (folder / CARD).write_bytes(content.encode())
+
+
+def inherited(card: Path) -> dict[str, str | list[str]]:
+    """Licence and languages from the YAML front matter of a model card.
+
+    The card is not trusted: only its first 64 KiB count, values are plain strings, and those that do not look like
+    what they should be are left out. No card, or one that cannot be parsed, gives nothing.
+    """
+    import yaml
+
+    try:
+        with open(card, "rb") as file:
+            text = file.read(_FRONT_MATTER_LIMIT).decode("utf-8-sig", errors="replace")
+        match = _FRONT_MATTER.match(text)
+        # BaseLoader makes strings of everything ("no" is Norwegian) and ignores tags and merge keys, which can explode.
+        stored = yaml.load(match[1], yaml.BaseLoader) if match else None
+    except Exception:  # whatever a foreign file does to the parser, it must not stop a conversion
+        return {}
+    if not isinstance(stored, dict):
+        return {}
+    found: dict[str, str | list[str]] = {}
+    for key, pattern in _INHERITED.items():
+        value = stored.get(key)
+        values = value if key == "language" and isinstance(value, list) else [value]
+        if 0 < len(values) <= 100 and all(isinstance(v, str) and re.fullmatch(pattern, v, re.ASCII) for v in values):
+            found[key] = value
+    return found
+
+
+def _card(source: Source, recipe: Recipe, done: Any, base_model: str | None, drawn: Sequence[str]) -> str:
+    """The model card: YAML front matter, then Markdown."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    original = source.checkpoint.folder / CARD
+    data = ModelCardData(
+        **inherited(original),
+        library_name="vllm",
+        pipeline_tag="text-generation",
+        tags=["int8", "w8a8", "compressed-tensors", "vllm", "bismooth"],
+        **({"base_model": base_model, "base_model_relation": "quantized"} if base_model else {}),
+    )
+    name = _plain(base_model or source.checkpoint.folder.resolve().name)
+    grouped = sum(entry["group_size"] is not None for entry in done.linears.values())
+    body = _BODY.format(
+        name=name,
+        model=f"[{name}](https://huggingface.co/{name})" if base_model else name,
+        version=__version__,
+        original=f"\nThe original's own card is [{ORIGINAL_CARD}]({ORIGINAL_CARD}).\n" if original.is_file() else "",
+        method=_method(recipe) + (_EXEMPT if recipe.ignore else ""),
+        recipe=json.dumps(asdict(recipe), indent=2),
+        linears=len(done.linears),
+        ignored=len(done.ignored),
+        grouped=f"{grouped} ({grouped / len(done.linears):.1%})",
+        plugin=_NEEDS_PLUGIN if grouped else _NEEDS_NOTHING,
+        before=f"{done.source_bytes / 1e9:.3f}",
+        after=f"{done.written_bytes / 1e9:.3f}",
+        share=f"{done.written_bytes / done.source_bytes:.0%}",
+        threshold=VULNERABLE,
+        verdict=_verdict(done),
+        kinds=_kinds(done.linears),
+        worst=_worst(done.linears),
+        figures="".join(f"\n![{_CAPTIONS[Path(path).name]}]({path})\n" for path in drawn),
+    )
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}"))
+
+
+def _plain(name: str) -> str:
+    """A name that Markdown cannot take for anything else."""
+    return re.sub(r"[^\w./ -]", "_", name, flags=re.ASCII)[:128]
+
+
+def _method(recipe: Recipe) -> str:
+    size = recipe.group_size
+    if recipe.method == "rtn":
+        return "Every linear was rounded as it was; nothing was done about outlier columns (`rtn`)."
+    if recipe.method == "mixed":
+        which = "match `group_layers`" if recipe.group_layers else "would lose columns to outliers"
+        return f"Linears that {which} have one scale per group of {size} columns; nothing else was changed (`mixed`)."
+    ranges = (
+        f"measured on up to {recipe.calibration_tokens} tokens of calibration text, whose file has the SHA-256 below"
+        if recipe.calibration
+        else "estimated from the weights alone, without calibration text (data-free)"
+    )
+    rule = f"alpha = {recipe.alpha}" if recipe.smoothing == "alpha" else "for the least expected error of the outputs"
+    which = (
+        "whose output error it reduced most, as measured," if recipe.method == "auto" else "that match `group_layers`"
+    )
+    grouped = f" Linears {which} have one scale per group of {size} columns." if size else ""
+    return (
+        f"Bi-smoothing moved magnitude between weights and activations, in either direction, before rounding "
+        f"(`{recipe.method}`, {rule}). The activations' ranges were {ranges}.{grouped}"
+    )
+
+
+def _decibels(sqnr: float | None) -> str:
+    return "exact" if sqnr is None else f"{sqnr:.1f}"
+
+
+def _verdict(done: Any) -> str:
+    bad = done.vulnerable()
+    if not bad:
+        return f"No linear is above {VULNERABLE}."
+    return f"**{len(bad)} of {len(done.linears)} linears are above {VULNERABLE}: expect a worse model.**"
+
+
+def _kinds(linears: Mapping[str, Mapping[str, Any]]) -> str:
+    kinds: dict[str, list[Mapping[str, Any]]] = {}
+    for name, entry in linears.items():
+        kinds.setdefault(kind_of(name)[0], []).append(entry)
+    lines = ["| linear | number | column error, median | worst | SQNR in dB, median |", "|---|--:|--:|--:|--:|"]
+    for kind, entries in sorted(kinds.items(), key=lambda item: figures.rank(item[0])):
+        errors = [entry["column_error"] for entry in entries]
+        ratios = [entry["sqnr"] for entry in entries if entry["sqnr"] is not None]
+        middle = _decibels(median(ratios) if ratios else None)
+        lines.append(f"| `{kind}` | {len(entries)} | {median(errors):.4f} | {max(errors):.4f} | {middle} |")
+    return "\n".join(lines)
+
+
+def _worst(linears: Mapping[str, Mapping[str, Any]]) -> str:
+    lines = ["| linear | scales | column error | SQNR in dB |", "|---|---|--:|--:|"]
+    for name in sorted(linears, key=lambda name: (-linears[name]["column_error"], name))[:_WORST]:
+        entry = linears[name]
+        scales = "per channel" if entry["group_size"] is None else f"per group of {entry['group_size']}"
+        lines.append(f"| `{name}` | {scales} | {entry['column_error']:.4f} | {_decibels(entry['sqnr'])} |")
+    return "\n".join(lines)
+
+
+_NEEDS_NOTHING = (
+    "vLLM detects the quantization by itself and needs nothing else; do not pass `--quantization`. With\n"
+    "`vllm-w8a8-bismooth` installed, its kernels are used."
+)
+_NEEDS_PLUGIN = (
+    "The per-group linears need the plugin `vllm-w8a8-bismooth` in vLLM's environment; vLLM without it refuses the\n"
+    "checkpoint. vLLM detects the quantization by itself; `--quantization` need not be given."
+)
+_EXEMPT = (
+    " Exempt are linears that match `ignore`, with those that vLLM fuses with them: they keep the original's dtype."
+)
+_CAPTIONS = {
+    figures.ERRORS: "Column error of each linear by block",
+    figures.WEIGHTS: "Largest weights of the input columns before and after smoothing, by block",
+}
+_BODY = """\
+# {name}, INT8 W8A8
+
+{model}, converted by `bismooth` {version} for [vLLM](https://docs.vllm.ai): {linears} linears of its decoder blocks
+hold 8-bit integer weights and get 8-bit integer activations, which are quantized while serving; everything else keeps
+its dtype. The format is compressed-tensors `int-quantized`.
+{original}
+## Serve
+
+```
+vllm serve PATH_TO_THIS_FOLDER
+```
+
+{plugin}
+
+## Recipe
+
+{method}
+
+```json
+{recipe}
+```
+
+| | |
+|---|--:|
+| linears | {linears} |
+| of these with per-group scales | {grouped} |
+| further linears, left in float | {ignored} |
+| size before, GB | {before} |
+| size after, GB | {after} ({share}) |
+
+## What INT8 left of the weights
+
+The column error is the relative error that rounding leaves in an input column, averaged over the columns of a linear:
+0 is exact, 1 means that all are lost. Healthy linears have about 0.01; above {threshold} a linear counts as vulnerable.
+{verdict}
+
+{kinds}
+
+The worst:
+
+{worst}
+{figures}
+`report.json` has them all, and what smoothing did at each site; `recipe.json` says how to convert again.
+
+## Verify
+
+```
+bismooth verify PATH_TO_THIS_FOLDER
+```
+
+## Limits
+
+The errors above are those of the weights, of every linear for itself. Activations are rounded while serving, and
+neither perplexity nor any task was measured: compare with the original on your own before you rely on it. The terms and
+the limits of the original hold here too.
+
+## Citation
+
+```bibtex
+@article{{qin2024uniqueness,
+  title   = {{The Uniqueness of LLaMA3-70B Series with Per-Channel Quantization}},
+  author  = {{Qin, Minghai}},
+  journal = {{arXiv preprint arXiv:2408.15301}},
+  year    = {{2024}}
+}}
+@article{{xiao2022smoothquant,
+  title   = {{SmoothQuant: Accurate and Efficient Post-Training Quantization for Large Language Models}},
+  author  = {{Xiao, Guangxuan and Lin, Ji and Seznec, Mickael and Wu, Hao and Demouth, Julien and Han, Song}},
+  journal = {{arXiv preprint arXiv:2211.10438}},
+  year    = {{2022}}
+}}
+```
+"""

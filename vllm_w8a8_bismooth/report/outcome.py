@@ -1,0 +1,45 @@
+"""What a conversion did, as data."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vllm_w8a8_bismooth.measure import perturbation, weights
+
+
+@dataclass
+class Report:
+    """What a conversion did.
+
+    Attributes:
+        destination: the written folder.
+        granularity: what spoke for and against per-group scales, if that was measured.
+        source_bytes, written_bytes: sizes of all tensors.
+        linears: full linear name -> ``group_size`` (``None`` = per-channel), ``column_error`` and ``sqnr`` in dB of
+            what was written.
+        ignored: full names of the linears that were left in float.
+        sites: block index -> what was folded at each site.
+        files: shard -> SHA-256.
+        resumed: blocks that an earlier, interrupted run had done.
+        reused: the destination already held this very conversion, and nothing was done.
+        part: its blocks, if a part was made; ``None`` is a whole checkpoint.
+        blocks: how many the model has.
+    """
+
+    destination: Path
+    source_bytes: int = 0
+    written_bytes: int = 0
+    linears: dict[str, dict[str, Any]] = field(default_factory=dict)
+    ignored: list[str] = field(default_factory=list)
+    sites: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
+    granularity: list[perturbation.Evidence] = field(default_factory=list)
+    files: dict[str, str] = field(default_factory=dict)
+    resumed: int = 0
+    reused: bool = False
+    part: range | None = None
+    blocks: int = 0
+
+    def vulnerable(self) -> list[str]:
+        """Linears whose weights did not survive what was done to them, worst first."""
+        bad = [(-entry["column_error"], name) for name, entry in self.linears.items()]
+        return [name for error, name in sorted(bad) if -error > weights.VULNERABLE]
