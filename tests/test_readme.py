@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 import typer
+import yaml
 
 from benchmarks import tables
 from vllm_w8a8_bismooth.cli.main import app
@@ -90,3 +91,23 @@ def test_the_table_of_options_says_which_methods_they_go_with():
         takers = [method for method, given in DEFAULTS.items() if name in given]
         if takers:
             assert methods == ", ".join(f"`{method}`" for method in takers), option
+
+
+def test_the_walks_name_what_there_is():
+    """Every ``file:name`` of CONTRIBUTING.md is defined in that file."""
+    places = re.findall(r"`([\w/]+\.(?:py|cpp|cu)):(\w+)`", (ROOT / "CONTRIBUTING.md").read_text())
+    assert len(places) >= 25
+    missing = []
+    for file, name in places:
+        path = ROOT / file if file.startswith("csrc") else ROOT / "vllm_w8a8_bismooth" / file
+        defined = rf"^\s*(?:def|class|\w[\w:<>, ]*) {name}\b[(:]"
+        if not path.exists() or not re.search(defined, path.read_text(), re.MULTILINE):
+            missing.append(f"{file}:{name}")
+    assert not missing
+
+
+def test_the_bug_form_asks_for_what_helps():
+    form = yaml.safe_load((ROOT / ".github/ISSUE_TEMPLATE/bug.yml").read_text())
+    required = {field["id"] for field in form["body"] if field.get("validations", {}).get("required")}
+    assert required == {"doctor", "command", "message", "model"}
+    assert "bismooth doctor --json" in str(form)
