@@ -39,7 +39,7 @@ from benchmarks.testbed.train import VOCAB
 from vllm_w8a8_bismooth.checkpoint.files import Folder
 from vllm_w8a8_bismooth.checkpoint.layout import Source
 from vllm_w8a8_bismooth.checkpoint.reader import Header, Headers
-from vllm_w8a8_bismooth.convert.pipeline import convert
+from vllm_w8a8_bismooth.convert.pipeline import convert, prepare
 from vllm_w8a8_bismooth.measure.text import CalibrationText, read_text, tokenize
 from vllm_w8a8_bismooth.recipe import Recipe
 
@@ -92,9 +92,8 @@ class Case:
 
     def convert(self, name: str, recipe: Recipe, calibrated: bool, source: Path | None = None) -> tuple[Path, Any]:
         """The folder of an arm, and the converter's report."""
-        return self.work / name, convert(
-            source or self.source, self.work / name, recipe, self.text if calibrated else None
-        )
+        text = self.text if calibrated else None
+        return self.work / name, convert(prepare(source or self.source, self.work / name, recipe, text))
 
 
 def drawn(text: CalibrationText, seed: int) -> CalibrationText:
@@ -272,7 +271,7 @@ def study(bed: str, arm: str, name: str, size: int, work: Path, windows: int) ->
     reference, rows = emulate.log_probabilities(emulate.load(model), heldout), []
     for draw in range(DRAWS):
         shutil.rmtree(work, ignore_errors=True)
-        convert(model, work, recipe, drawn(whole, draw))
+        convert(prepare(model, work, recipe, drawn(whole, draw)))
         found = distance(reference, emulate.log_probabilities(emulate.load(work), heldout), heldout)
         rows.append({"bed": bed, "arm": arm, "set": name, "tokens": size, "seed": draw, **found.as_dict()})
     shutil.rmtree(work)

@@ -119,40 +119,71 @@ def smooth_block(
         if site.name not in activations:
             continue
         activation = activations[site.name]
-        # An output channel's size is that of what its weights make of these activations.
-        basis = activation.rms()
-        weight = Moments.none(len(basis), basis.device)
-        for consumer in site.consumers:
-            if consumer in layer.linears:
-                weight.merge(smoothing.fold(consumer).moments(block[f"{consumer}.weight"], basis, threads))
+        weight = _weight_moments(block, site, layer, smoothing, activation.rms(), threads)
         start, width = rows_of(site, layer, sizes)
-        heads_per_group = len(basis) // width
+        heads_per_group = len(activation.largest) // width
         if heads_per_group > 1:
             activation, weight = (m.tied(heads_per_group, sizes["head"]) for m in (activation, weight))
         s = rule(activation, weight)
         if layer.routers.keys() & set(site.consumers):
             s = s.log2().round().exp2()  # exact in any dtype, so that tokens go to the experts that they went to
-
-        producer, bias = f"{site.producer}.weight", f"{site.producer}.bias"
-        for name in (producer, bias):
-            if name in block and block[name].dim() == 1:
-                stored = block[name]
-                part = stored[start : start + width].float()
-                folded, s = fold_vector(part, s, stored.dtype, offset if name == producer else 0.0)
-                smoothing.vectors[name] = torch.cat([stored[:start], folded, stored[start + width :]])
-        if site.producer in layer.linears:
-            rows = torch.ones(len(block[producer]), device=s.device)
-            rows[start : start + width] = s
-            smoothing.folds[site.producer] = Fold(rows, smoothing.fold(site.producer).columns)
+        s = _fold_producer(block, site, layer, smoothing, s, start, offset)
         columns = spread(s, heads_per_group, sizes["head"]) if heads_per_group > 1 else s
         for consumer in site.consumers:
             smoothing.folds[consumer] = Fold(smoothing.fold(consumer).rows, columns)
-        smoothed = weight.largest * s
-        shown = (activation.largest, weight.largest, s, smoothed)
-        extremes = (float(e) for extent in shown for e in extent.aminmax())
-        medians = (float(extent.median()) for extent in (weight.largest, smoothed))
-        smoothing.sites.append(Factors(site.name, *extremes, *medians))
+        smoothing.sites.append(_factors_of(site.name, activation.largest, weight.largest, s))
     return smoothing
+
+
+def _weight_moments(
+    block: Mapping[str, torch.Tensor],
+    site: Site,
+    layer: Layer,
+    smoothing: Smoothing,
+    basis: torch.Tensor,
+    threads: Threads,
+) -> Moments:
+    """Moments of a site's K weight columns over all its consumers, as they are after the sites before it.
+
+    An output channel's size is that of what its weights make of these activations: ``basis``, fp32 ``[K]``.
+    """
+    total = Moments.none(len(basis), basis.device)
+    for consumer in site.consumers:
+        if consumer in layer.linears:
+            total.merge(smoothing.fold(consumer).moments(block[f"{consumer}.weight"], basis, threads))
+    return total
+
+
+def _fold_producer(
+    block: Mapping[str, torch.Tensor],
+    site: Site,
+    layer: Layer,
+    smoothing: Smoothing,
+    s: torch.Tensor,
+    start: int,
+    offset: float,
+) -> torch.Tensor:
+    """Divide what feeds a site, from row ``start`` on, by ``s`` ``[n]``; returns the factors that rounding left."""
+    producer, bias, width = f"{site.producer}.weight", f"{site.producer}.bias", len(s)
+    for name in (producer, bias):
+        if name in block and block[name].dim() == 1:
+            stored = block[name]
+            part = stored[start : start + width].float()
+            folded, s = fold_vector(part, s, stored.dtype, offset if name == producer else 0.0)
+            smoothing.vectors[name] = torch.cat([stored[:start], folded, stored[start + width :]])
+    if site.producer in layer.linears:
+        rows = torch.ones(len(block[producer]), device=s.device)
+        rows[start : start + width] = s
+        smoothing.folds[site.producer] = Fold(rows, smoothing.fold(site.producer).columns)
+    return s
+
+
+def _factors_of(site: str, activation: torch.Tensor, weight: torch.Tensor, s: torch.Tensor) -> Factors:
+    """The record of one site, from its channels' largest activations and weights, and its factors, fp32 ``[K]``."""
+    smoothed = weight * s
+    extremes = (float(e) for extent in (activation, weight, s, smoothed) for e in extent.aminmax())
+    medians = (float(extent.median()) for extent in (weight, smoothed))
+    return Factors(site, *extremes, *medians)
 
 
 def rows_of(site: Site, layer: Layer, sizes: Mapping[str, int]) -> tuple[int, int]:
