@@ -23,7 +23,7 @@ def _git(*arguments: str) -> str:
 
 
 def _commit() -> str:
-    """Of the tree; figures that another benchmark has just written do not make it dirty."""
+    """The tree's commit; figures that another benchmark has just written do not make it dirty."""
     changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
     head = _git("rev-parse", "HEAD")
     return f"{head}-dirty" if changed and head != "unknown" else head
@@ -51,7 +51,7 @@ def write(path: Path, rows: list[dict], **more) -> None:
         "command": " ".join(["python -m", sys.modules["__main__"].__spec__.name, *sys.argv[1:]]),
         "commit": COMMIT,
         "versions": versions(),
-        "machine": _machine(),
+        "machine": machine(),
         "seconds": seconds(),
         **more,
         "rows": rows,
@@ -64,25 +64,25 @@ def write(path: Path, rows: list[dict], **more) -> None:
 
 def here(name: str) -> Path:
     """Where a result of this machine belongs: ``results/<folder>/<name>.json``, see :func:`folder`."""
-    return RESULTS / folder(_machine()) / f"{name}.json"
+    return RESULTS / folder(machine()) / f"{name}.json"
 
 
-def folder(machine: dict) -> str:
+def folder(of: dict) -> str:
     """A short name for what its results depend on: a GPU, or the instructions that our kernels use, CPU and cores.
 
     Many virtual machines call their CPU by its family of products alone: two that differ would share a folder. Where
     the name has no number, those of family, model and stepping follow it: ``amx-intel-xeon-f6m143s8-2-cores``.
 
     Args:
-        machine: as :func:`write` records it.
+        of: a machine, as :func:`machine` describes it.
     """
-    if machine["gpu"]:
-        return _plain(machine["gpu"])
-    cpu = re.sub(r"\((R|TM)\)|\d+-Core|\b(CPU|Processor)\b|@.*", " ", machine["cpu"], flags=re.IGNORECASE)
-    numbers = [machine[name] for name in ("family", "model", "stepping")]
+    if of["gpu"]:
+        return _plain(of["gpu"])
+    cpu = re.sub(r"\((R|TM)\)|\d+-Core|\b(CPU|Processor)\b|@.*", " ", of["cpu"], flags=re.IGNORECASE)
+    numbers = [of[name] for name in ("family", "model", "stepping")]
     if not re.search(r"\d", cpu) and None not in numbers:
         cpu += " f{}m{}s{}".format(*numbers)
-    return f"{machine['level']}-{_plain(cpu)}-{machine['cores']}-cores"
+    return f"{of['level']}-{_plain(cpu)}-{of['cores']}-cores"
 
 
 def _plain(words: str) -> str:
@@ -99,10 +99,10 @@ def versions() -> dict[str, str]:
 
 
 FLAGS = ("avx512_vnni", "avx_vnni", "amx_int8", "avx512_bf16", "amx_bf16")
-"""Of /proc/cpuinfo, those that decide how fast INT8 and bf16 are."""
+"""What decides how fast INT8 and bf16 are, as /proc/cpuinfo names it."""
 
 
-def _machine() -> dict:
+def machine() -> dict:
     """What results depend on; numbers are None, and names ``unknown``, where the system does not give them."""
     import torch
 
@@ -123,4 +123,4 @@ def _machine() -> dict:
 
 
 if __name__ == "__main__":
-    print(folder(_machine()))
+    print(folder(machine()))

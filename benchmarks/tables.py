@@ -16,7 +16,7 @@ from benchmarks.record import RESULTS
 
 
 def rows(path: Path) -> list[dict]:
-    """Of a file that :func:`benchmarks.record.write` wrote."""
+    """What was measured, from a file that :func:`benchmarks.record.write` wrote."""
     return json.loads(path.read_text())["rows"]
 
 
