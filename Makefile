@@ -2,7 +2,7 @@
 
 PYTHON = .venv/bin/python
 RESULTS = benchmarks/results
-# Of this machine: what depends on it has a folder of its own.
+# What depends on the machine has a folder, named after the kernels' instructions, the CPU and its cores, or the GPU.
 HERE = $(RESULTS)/$(shell $(PYTHON) -m benchmarks.record)
 # PEER=PYTHON, of an environment with llm-compressor, measures that beside.
 BESIDE = $(if $(PEER),--peer $(PEER))

@@ -3,13 +3,14 @@
     python -m benchmarks.accuracy [--quick] [--through emulation|vllm|transformers] [--peer PYTHON] [--json FILE]
     python -m benchmarks.accuracy --calibration-study [--quick] [--json FILE]
 
-Every arm is a checkpoint on disk, converted from a checkpoint on disk and scored on held-out tokens that neither
-training nor calibration saw, each window led by BOS in all arms. KL is to the same source in the same engine (bf16 in
-vLLM, fp32 elsewhere). ``bytes`` are those of the folder's safetensors, ``bits`` those that a weight of the blocks'
-linears takes, scales included (16 in the source). Healthy models are calibrated on five draws of the calibration text,
-planted ones planted with five seeds. Through transformers, which takes longer, there are fewer plants and one draw;
-through vLLM one draw of the healthy ones (benchmarks.demo has planted ones there). ``--quick`` takes the first draw and
-the first plant of one bed. ``--peer`` is the Python of an environment with llm-compressor.
+An arm is one way to convert: a checkpoint on disk, made from a checkpoint on disk and scored on held-out tokens that
+neither training nor calibration saw, each window led by BOS in all arms. A planted model has outlier columns put in,
+which leave what it computes as it was (:mod:`benchmarks.testbed.plant`). KL is to the same source in the same engine
+(bf16 in vLLM, fp32 elsewhere). ``bytes`` are those of the folder's safetensors, ``bits`` those that a weight of the
+blocks' linears takes, scales included (16 in the source). Healthy models are calibrated on five draws of the
+calibration text, planted ones planted with five seeds. Through transformers, which takes longer, there are fewer plants
+and one draw; through vLLM one draw of the healthy ones (benchmarks.demo has planted ones there). ``--quick`` takes the
+first draw and the first plant of one bed. ``--peer`` is the Python of an environment with llm-compressor.
 """
 
 import argparse

@@ -2,12 +2,13 @@
 
     python -m benchmarks.convert [--quick] [--peer PYTHON] [--repeats N] [--keep] [--json FILE]
 
-The checkpoints are random, with few blocks and the test bed's tokenizer and vocabulary, so that blocks dominate. Each
-conversion is a whole process: wall seconds, CPU seconds (user and system), peak resident bytes of that process (pages
-of mapped files count), bytes that it left on disk. The arms take turns; before each the source is read, so that all
-meet it in the page cache, and after each the output is deleted. ``--peer`` is the Python of an environment with
-llm-compressor (`pip install llmcompressor` into a fresh one), which is compared as a whole process and, since its
-imports are slow, without them; ours always counts whole. Both calibrate on the same 16 windows of 256 tokens.
+An arm is one way to convert, by us or by llm-compressor. The checkpoints are random, with few blocks and the test bed's
+tokenizer and vocabulary, so that blocks dominate. Each conversion is a whole process: wall seconds, CPU seconds (user
+and system), peak resident bytes of that process (pages of mapped files count), bytes that it left on disk. The arms
+take turns; before each the source is read, so that all meet it in the page cache, and after each the output is deleted.
+``--peer`` is the Python of an environment with llm-compressor (`pip install llmcompressor` into a fresh one), which is
+compared as a whole process and, since its imports are slow, without them; ours always counts whole. Both calibrate on
+the same 16 windows of 256 tokens.
 
 Then the arm that holds most, once on twice the blocks: peak memory must not grow with depth. Last, what a user waits
 for `bismooth --help`, and for `bismooth inspect` on the headers of a whole LLaMA3-70B (sparse files, 141 GB long).

@@ -4,6 +4,9 @@
 
 Everything is real: the test bed is a trained model, `bismooth convert` is run as a user would run it, vLLM loads every
 checkpoint and its prompt log-probabilities give the table, and the last step talks to `vllm serve` over HTTP.
+
+An arm is a checkpoint that is compared: the model itself, or what one method made of it. The planted model is the
+trained one with outlier columns put in (:mod:`benchmarks.testbed.plant`), which computes the same.
 """
 
 import argparse
@@ -11,6 +14,8 @@ import os
 import shutil
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
@@ -18,12 +23,14 @@ from rich.table import Table
 
 from benchmarks import record
 from benchmarks.compare import Distance, distance
-from benchmarks.score import log_probabilities
+from benchmarks.score import each
 from benchmarks.server import command_of, serve
 from benchmarks.testbed import PYTHON
 from benchmarks.testbed.plant import plant
 
 WORK = Path("build/demo")
+CACHE = Path("build/vllm-cache")
+"""What vLLM finds out about its models; it stays, for the next run."""
 PLANT = {"kind": "norm", "k": 1000.0, "blocks": (0, 1, 3), "channels": 3, "seed": 0}
 WINDOWS = 24
 PROMPT = 'def read(path):\n    """Return the contents of the file."""\n    with open('
@@ -41,6 +48,25 @@ ARMS = (
 SERVED = "bi-smooth"
 
 console = Console()
+steps: dict[str, int] = {}
+"""Seconds that each step took."""
+
+
+@contextmanager
+def step(name: str, what: str) -> Iterator[None]:
+    """Say what begins, and in the end how long it took."""
+    console.rule(name, align="left")
+    console.print(what, highlight=False)
+    started = time.monotonic()
+    yield
+    steps[name] = round(time.monotonic() - started)
+    console.print(f"{name}: {steps[name]} s", style="bold", highlight=False)
+
+
+def dtype_here() -> str:
+    """In which the engines compute: bf16 where the machine has instructions for it, else fp32, faster there."""
+    machine = record.machine()
+    return "bfloat16" if machine["gpu"] or {"avx512_bf16", "amx_bf16"}.intersection(machine["flags"]) else "float32"
 
 
 def folder_of(arm: str) -> Path:
@@ -60,14 +86,15 @@ def convert_arms() -> dict[str, Path]:
     return checkpoints
 
 
-def measure(checkpoints: dict[str, Path]) -> dict[str, Distance]:
-    """Load every arm in real vLLM and compare it with the bf16 arm of the same source."""
+def measure(checkpoints: dict[str, Path], dtype: str) -> dict[str, Distance]:
+    """Load every arm in real vLLM and compare it with the arm before it that nothing quantized."""
     windows = PYTHON.heldout_windows(WINDOWS)
     distances, reference = {}, None
+    scored = each(list(checkpoints.values()), windows, WORK / "vllm.log", dtype=dtype)
     for number, (arm, _, options) in enumerate(ARMS, 1):
         started = time.monotonic()
         with console.status(f"vLLM {number}/{len(ARMS)}: {arm}"):
-            scores = log_probabilities(checkpoints[arm], windows, WORK / f"{folder_of(arm).name}.log")
+            scores = next(scored)
         if options is None:
             reference = scores
         distances[arm] = distance(reference, scores, windows)
@@ -79,13 +106,14 @@ def measure(checkpoints: dict[str, Path]) -> dict[str, Distance]:
     return distances
 
 
-def table(distances: dict[str, Distance]) -> Table:
-    result = Table("checkpoint", title=f"{WINDOWS} x 255 held-out tokens, prompt log-probabilities from vLLM")
-    for heading in ("perplexity", "KL to bf16 (nats/token)", "same first token"):
+def table(distances: dict[str, Distance], dtype: str) -> Table:
+    title = f"{WINDOWS} x 255 held-out tokens, prompt log-probabilities from vLLM, computed in {dtype}"
+    result = Table("checkpoint", title=title)
+    for heading in ("perplexity", "KL to its source (nats/token)", "same first token"):
         result.add_column(heading, justify="right")
     for arm, d in distances.items():
-        to_bf16 = ("", "") if arm.endswith("bf16") else (f"{d.kl:.2e} ± {d.kl_error:.0e}", f"{d.top1:.1%}")
-        result.add_row(arm, f"{d.ppl:.3f}", *to_bf16, end_section=arm == "healthy RTN")
+        to_source = ("", "") if arm.endswith("bf16") else (f"{d.kl:.2e} ± {d.kl_error:.0e}", f"{d.top1:.1%}")
+        result.add_row(arm, f"{d.ppl:.3f}", *to_source, end_section=arm == "healthy RTN")
     return result
 
 
@@ -93,8 +121,9 @@ def ask(model: Path) -> str:
     """Start a server, get one completion through the openai client, stop the server."""
     from openai import OpenAI
 
-    console.print(f"$ vllm serve {model}", style="cyan", highlight=False)
-    with console.status("starting the server"), serve(model, WORK / "serve.log") as url:
+    options = ("--enforce-eager",)  # to compile would take longer than to answer
+    console.print(f"$ vllm serve {model} {' '.join(options)}", style="cyan", highlight=False)
+    with console.status("starting the server"), serve(model, WORK / "serve.log", *options) as url:
         client = OpenAI(base_url=f"{url}/v1", api_key="unused")
         name = client.models.list().data[0].id
         completion = client.completions.create(model=name, prompt=PROMPT, max_tokens=48, temperature=0)
@@ -107,18 +136,27 @@ def main() -> None:
     arguments = parser.parse_args()
     shutil.rmtree(WORK, ignore_errors=True)
     WORK.mkdir(parents=True)
-    os.environ.setdefault("VLLM_CACHE_ROOT", str((WORK / "vllm-cache").resolve()))
+    os.environ.setdefault("VLLM_CACHE_ROOT", str(CACHE.resolve()))
 
-    console.rule("A small LLaMA with LLaMA3-70B's outlier columns (planted: 3 channels x 1000 in blocks 0, 1, 3)")
-    distances = measure(convert_arms())
-    console.print(table(distances))
-    completion = ask(folder_of(SERVED))
-    console.print(PROMPT, style="dim", end="", highlight=False, markup=False)
-    console.print(completion, style="green", highlight=False, markup=False)
-    console.print(f"The server is stopped. {record.seconds()} s in all; checkpoints and logs are in {WORK}.")
+    dtype = dtype_here()
+    with step(
+        "Convert", "a small LLaMA with LLaMA3-70B's outlier columns (planted: 3 channels x 1000 in blocks 0, 1, 3)."
+    ):
+        checkpoints = convert_arms()
+    with step("Measure", f"All {len(ARMS)} checkpoints in vLLM, one after the other, in one process."):
+        if dtype == "float32":
+            console.print("This CPU has no bf16 instructions: all engines compute in fp32, the unquantized ones too.")
+        distances = measure(checkpoints, dtype)
+    console.print(table(distances, dtype))
+    with step("Serve", "An answer over HTTP from the repaired checkpoint."):
+        completion = ask(folder_of(SERVED))
+        console.print(PROMPT, style="dim", end="", highlight=False, markup=False)
+        console.print(completion, style="green", highlight=False, markup=False)
+    spent = ", ".join(f"{name.lower()} {seconds} s" for name, seconds in steps.items())
+    console.print(f"The server is stopped. {record.seconds()} s in all ({spent}); checkpoints and logs are in {WORK}.")
     if arguments.json:
         rows = [{"arm": arm, **d.as_dict()} for arm, d in distances.items()]
-        more = {"plant": PLANT, "tokens": WINDOWS * 255, "completion": completion}
+        more = {"plant": PLANT, "tokens": WINDOWS * 255, "dtype": dtype, "steps": steps, "completion": completion}
         record.write(arguments.json, rows, **more)
 
 

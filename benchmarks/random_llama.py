@@ -19,6 +19,51 @@ from benchmarks.testbed import PYTHON
 
 SHARD_BYTES = 5e9
 
+_LLAMA = {"max_position_embeddings": 8192, "tie_word_embeddings": False}
+# Small enough to try everything out; TinyLlama's shape; LLaMA3-8B's; a rank's share of LLaMA3-70B's linears and head.
+SIZES = {
+    "tiny": _LLAMA
+    | {
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "vocab_size": 10240,
+    },
+    "1b": _LLAMA
+    | {
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 22,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 64,
+        "vocab_size": 32000,
+    },
+    "llama3-8b": _LLAMA
+    | {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 128256,
+    },
+    "llama3-70b-tp8-shard": _LLAMA
+    | {
+        "hidden_size": 8192,
+        "intermediate_size": 3584,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 1,
+        "head_dim": 128,
+        "vocab_size": 16032,
+    },
+}
+
 Fill = Callable[[BinaryIO, str, tuple[int, ...]], object]
 """Called with an open file, a tensor's name and shape: writes that many bf16 numbers, or passes over their place."""
 

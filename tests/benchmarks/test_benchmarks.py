@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import harness
+from benchmarks import harness, record
 from benchmarks.compare import distance
 from benchmarks.tasks import continuation
+from vllm_w8a8_bismooth import ops
 
 ROOT = Path(__file__).parents[2]
 
@@ -53,6 +54,44 @@ def test_distance():
     assert found["kl"] == pytest.approx(worst / 4, rel=1e-6)
     assert found["kl_error"] == pytest.approx(worst / 4, rel=1e-6)  # windows: 0 and worst / 2
     assert found["top1"] == 1.0 and found["ppl"] == pytest.approx((2**3 * 5) ** 0.25, rel=1e-6)
+
+
+VIRTUAL = {"level": "amx", "cpu": "Intel(R) Xeon(R) Processor", "family": 6, "model": 143, "stepping": 8, "cores": 2}
+EPYC = {"level": "avx2", "cpu": "AMD EPYC", "family": 25, "model": 1, "stepping": 1, "cores": 2}
+
+
+@pytest.mark.parametrize(
+    ("machine", "name"),
+    [
+        (VIRTUAL, "amx-intel-xeon-f6m143s8-2-cores"),
+        (VIRTUAL | {"cpu": "Intel(R) Xeon(R) Platinum 8481C CPU @ 2.70GHz"}, "amx-intel-xeon-platinum-8481c-2-cores"),
+        (EPYC, "avx2-amd-epyc-f25m1s1-2-cores"),
+        (EPYC | {"level": "avx512_vnni"}, "avx512_vnni-amd-epyc-f25m1s1-2-cores"),
+        (EPYC | {"model": 17}, "avx2-amd-epyc-f25m17s1-2-cores"),
+        (EPYC | {"cpu": "AMD EPYC 7B13 64-Core Processor", "cores": 16}, "avx2-amd-epyc-7b13-16-cores"),
+        (EPYC | {"cpu": "unknown", "model": None}, "avx2-unknown-2-cores"),
+        (VIRTUAL | {"gpu": "NVIDIA H200"}, "nvidia-h200"),
+    ],
+)
+def test_folder_of_what_results_depend_on(machine, name):
+    assert record.folder({"gpu": None, **machine}) == name
+
+
+def test_record_of_this_machine(tmp_path, monkeypatch):
+    """What the folder's name is made of is in each file; the system's own tool reads the same."""
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", importlib.util.find_spec("benchmarks.demo"))
+    record.write(tmp_path / "x.json", [])
+    machine = json.loads((tmp_path / "x.json").read_text())["machine"]
+    assert record.here("x") == record.RESULTS / record.folder(machine) / "x.json"
+    lines = subprocess.run(
+        ["lscpu"], capture_output=True, text=True, check=True, env=os.environ | {"LC_ALL": "C"}
+    ).stdout
+    shown = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines.splitlines())}
+    assert (machine["cpu"], machine["vendor"]) == (shown["Model name"], shown["Vendor ID"])
+    for key, name in {"family": "CPU family", "model": "Model", "stepping": "Stepping"}.items():
+        assert machine[key] == (int(shown[name]) if shown[name].isdigit() else None)
+    assert machine["flags"] == [flag for flag in record.FLAGS if flag in shown["Flags"].split()]
+    assert machine["level"] == ops.cpu_level()
 
 
 HARNESS_RESULTS = {  # as version 0.4.13 writes them

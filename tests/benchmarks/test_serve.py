@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks import record, serve
-from benchmarks.random_llama import OUTLIERS, PLANTED_BLOCKS, checkpoint, noise, planted
+from benchmarks.random_llama import OUTLIERS, PLANTED_BLOCKS, SIZES, checkpoint, noise, planted
 from benchmarks.serve import ARMS, BASE, WORKLOADS
 
-TINY = serve.RANDOM["tiny"]
+TINY = SIZES["tiny"]
 LOADS = WORKLOADS[serve.DEVICE].loads
 
 

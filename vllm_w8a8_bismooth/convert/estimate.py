@@ -23,7 +23,7 @@ class Needs:
     seconds: float
 
 
-# As benchmarks/results/amd-epyc-2-cores/convert.json has them (AVX-512 BF16); they tell minutes from hours, no more.
+# As benchmarks/results/avx512_vnni-amd-epyc-2-cores/convert.json has them: they tell minutes from hours, no more.
 _BYTES_PER_CORE_SECOND = 1.8e8
 _FLOP_PER_CORE_SECOND = 2.8e11
 _BASE_MEMORY = 6e8
