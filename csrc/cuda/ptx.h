@@ -1,10 +1,11 @@
 // The few hardware operations that the kernels use, one function each. On the device: atoms of CUTLASS/CuTe where they
 // fit and inline assembly elsewhere (CUTLASS's barrier atoms carry no "memory" clobber, so the compiler may move plain
-// shared-memory accesses across them). On the host: emulation, so that the same kernel sources run in CPU tests.
+// shared-memory accesses across them). A host compiler gets their emulation from tests/csrc instead, so that the same
+// kernel sources run in tests on a CPU; nvcc needs nothing from there.
 #pragma once
 
 #ifndef __CUDACC__
-#include "emulate.h"
+#include "emulate/ptx.h"
 #else
 
 #include <cuda.h>

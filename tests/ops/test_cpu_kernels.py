@@ -194,7 +194,7 @@ def fuzzer(tmp_path_factory):
     if not shutil.which("g++"):
         pytest.skip("there is no g++")
     folder = tmp_path_factory.mktemp("fuzz")
-    common = ["g++", "-std=c++17", "-O1", "-g1", *CPU_FLAGS[1:], f"-I{ROOT / 'csrc'}"]
+    common = ["g++", "-std=c++17", "-O1", "-g1", *CPU_FLAGS[1:], f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests/csrc'}"]
     common += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     levels = {name: flags for name, flags in CPU_LEVELS.items() if name != "amx"}
     levels["amx_emulated"] = ["-DW8A8_EMULATE_AMX"]

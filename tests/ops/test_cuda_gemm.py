@@ -392,7 +392,7 @@ def mutants(tmp_path_factory):
     for number, (name, (file, old, new, _)) in enumerate(MUTANTS.items(), 1):
         assert sources[file].count(old) == 1, f"{name}: {old!r} is {sources[file].count(old)} times in {file}"
         sources[file] = sources[file].replace(old, re.sub(r"\{0?\}", str(number), new))
-    sources["emulate.h"] += "\ninline int mutant = 0;\n"
+    sources["ptx.h"] += "\ninline int mutant = 0;\n"
     for name, text in sources.items():
         (folder / name).write_text(text)
     only = sum(1 << tile for tile in (MMA, EXCHANGE, HOPPER, CLUSTER))

@@ -1,4 +1,4 @@
-"""The CUDA GEMM kernels compiled with g++ on the host emulation of ``csrc/cuda/ptx.h``, called through ctypes."""
+"""The CUDA GEMM kernels compiled with g++ on the emulated GPU of ``tests/csrc/emulate``, called through ctypes."""
 
 import ctypes
 import pathlib
@@ -8,16 +8,22 @@ from dataclasses import dataclass
 import torch
 
 ROOT = pathlib.Path(__file__).parents[2]
+EMULATION = ROOT / "tests/csrc"  # the include path of ``emulate/``
 CHANNEL, GROUP_128, GROUP_ANY = range(3)
 FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 def compile_library(source: pathlib.Path, out: pathlib.Path, *flags: str, include: pathlib.Path | None = None):
-    """g++ ``source`` against the kernels in ``include`` (``csrc/cuda`` unless given) to the shared library ``out``."""
+    """g++ ``source`` against the kernels in ``include`` (``csrc/cuda`` unless given) to the shared library ``out``.
+
+    ``tests/csrc`` is on the include path as well, where the kernels find the emulation of the GPU.
+    """
     command = "g++ -std=c++17 -O2 -Wall -Wextra -Wno-unknown-pragmas -ffp-contract=off -march=native -fPIC -shared"
     include = include or ROOT / "csrc/cuda"
     done = subprocess.run(
-        [*command.split(), *flags, f"-I{include}", str(source), "-o", str(out)], capture_output=True, text=True
+        [*command.split(), *flags, f"-I{include}", f"-I{EMULATION}", str(source), "-o", str(out)],
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     assert "warning" not in done.stderr, done.stderr
