@@ -16,22 +16,22 @@
 namespace w8a8::cpu::W8A8_LEVEL {
 
 struct TileConfiguration {
-    TileConfiguration() {
-        struct alignas(64) {
-            uint8_t palette = 1, start_row = 0, reserved[14] = {};
-            uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-            uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-        } all;
-        _tile_loadconfig(&all);
-    }
-    ~TileConfiguration() { _tile_release(); }
+  TileConfiguration() {
+    struct alignas(64) {
+      uint8_t palette = 1, start_row = 0, reserved[14] = {};
+      uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    } all;
+    _tile_loadconfig(&all);
+  }
+  ~TileConfiguration() { _tile_release(); }
 };
 
 // Linux gives a process the tiles' state when it asks (ARCH_REQ_XCOMP_PERM for XTILEDATA).
 inline bool amx_permitted() {
-    unsigned a, b, c, d;
-    const bool has = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 24 & 1) && (d >> 25 & 1);
-    return has && syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+  unsigned a, b, c, d;
+  const bool has = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 24 & 1) && (d >> 25 & 1);
+  return has && syscall(SYS_arch_prctl, 0x1023, 18) == 0;
 }
 
 }  // namespace w8a8::cpu::W8A8_LEVEL
@@ -42,7 +42,7 @@ inline bool amx_permitted() {
 #else
 namespace w8a8::cpu::W8A8_LEVEL {
 struct TileConfiguration {
-    TileConfiguration() {}  // not trivial, so that it does not count as unused
+  TileConfiguration() {}  // not trivial, so that it does not count as unused
 };
 }  // namespace w8a8::cpu::W8A8_LEVEL
 #endif

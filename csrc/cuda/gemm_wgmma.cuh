@@ -42,8 +42,8 @@ __global__ void __launch_bounds__(384, 1)
 
   if (thread == 0) {
     for (int s = 0; s < STAGES; ++s) {
-      ptx::mbarrier_init(full + s, GROUPS ? 1 + 32 : 1);   // the loading thread and the lanes that gather scales
-      ptx::mbarrier_init(empty + s, CLUSTER * 8);          // every multiplying warp of the cluster
+      ptx::mbarrier_init(full + s, GROUPS ? 1 + 32 : 1);  // the loading thread and the lanes that gather scales
+      ptx::mbarrier_init(empty + s, CLUSTER * 8);         // every multiplying warp of the cluster
     }
     ptx::mbarrier_fence_init();
   }

@@ -76,10 +76,9 @@ CUtensorMap tensor_map(const void* base, int rows, int k, int box_rows) {
   CUtensorMap map;
   cuuint64_t sizes[] = {cuuint64_t(k), cuuint64_t(rows)}, pitch[] = {cuuint64_t(k)};
   cuuint32_t box[] = {layout::BLOCK, cuuint32_t(box_rows)}, steps[] = {1, 1};
-  CUresult status =
-      encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, const_cast<void*>(base), sizes, pitch, box, steps,
-             CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  CUresult status = encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, const_cast<void*>(base), sizes, pitch, box, steps,
+                           CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                           CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   STD_TORCH_CHECK(status == CUDA_SUCCESS, "cuTensorMapEncodeTiled: error ", int(status));
   return map;
 }
@@ -239,9 +238,8 @@ Tensor multiply(const Tensor& a_any, const Tensor& b_any, const Tensor& a_scale,
     gemm.schedule.whole = schedule.tiles(), gemm.schedule.split = 1;
   }
 
-  bool found = with_kernel(choice.tile, granularity, a_scale.size(1) > 1, [&](auto kernel) {
-    launch<decltype(kernel)>(gemm, device, device_index, stream);
-  });
+  bool found = with_kernel(choice.tile, granularity, a_scale.size(1) > 1,
+                           [&](auto kernel) { launch<decltype(kernel)>(gemm, device, device_index, stream); });
   STD_TORCH_CHECK(found, "tile ", choice.tile, " has no kernel for this granularity");
   return d;
 }

@@ -20,12 +20,8 @@ struct alignas(16) Vector {
 };
 
 // Numbers as stored.
-struct Bf16 {
-  uint16_t bits;
-};
-struct Fp16 {
-  uint16_t bits;
-};
+struct Bf16 { uint16_t bits; };
+struct Fp16 { uint16_t bits; };
 
 __device__ __forceinline__ void unpack(const Vector<float>& v, float (&x)[kVector]) {
 #pragma unroll
@@ -203,7 +199,7 @@ __device__ __forceinline__ float sum_of_squares(const Vector<T>& value) {
 #pragma unroll
   for (int j = 0; j < kVector; ++j) x[j] = __fmul_rn(x[j], x[j]);
   return __fadd_rn(__fadd_rn(__fadd_rn(x[0], x[1]), __fadd_rn(x[2], x[3])),
-                  __fadd_rn(__fadd_rn(x[4], x[5]), __fadd_rn(x[6], x[7])));
+                   __fadd_rn(__fadd_rn(x[4], x[5]), __fadd_rn(x[6], x[7])));
 }
 
 __device__ __forceinline__ float inverse_scale(uint32_t amax) {

@@ -49,10 +49,10 @@ void launch(const Source& source, const quant::Groups& groups, int threads, cons
 template <class SourceOf>
 Quantized quantize(const Tensor& x, int64_t channels, int64_t group_size, SourceOf source_of) {
   STD_TORCH_CHECK(x.dim() == 2, "x must have two dimensions");
-  STD_TORCH_CHECK(group_size > 0 && channels % group_size == 0 && group_size % quant::kVector == 0 &&
-                      channels < 1 << 18,
-                  "on CUDA, channels (here ", channels, ") must be a multiple of group_size (here ", group_size,
-                  "), that of 8, and at most 262136");
+  STD_TORCH_CHECK(
+      group_size > 0 && channels % group_size == 0 && group_size % quant::kVector == 0 && channels < 1 << 18,
+      "on CUDA, channels (here ", channels, ") must be a multiple of group_size (here ", group_size,
+      "), that of 8, and at most 262136");
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   Quantized out{torch::stable::new_empty(x, {x.size(0), channels}, ScalarType::Char),
                 torch::stable::new_empty(x, {x.size(0), channels / group_size}, ScalarType::Float)};

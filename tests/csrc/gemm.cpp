@@ -49,8 +49,9 @@ static const char* run(const Arguments& x) {
         unsigned units = unsigned(schedule.units()) * tile.cluster;
         unsigned grid = x.grid ? unsigned(layout::least(x.grid * tile.cluster, int(units))) : units;
         if constexpr (Kernel::tile.wgmma) {
-          emulate::launch({grid}, tile.threads(), Kernel::shared_bytes, x.seed,
-                          [&] { Kernel::function()(gemm, a_map, b_map); }, tile.cluster);
+          emulate::launch(
+              {grid}, tile.threads(), Kernel::shared_bytes, x.seed, [&] { Kernel::function()(gemm, a_map, b_map); },
+              tile.cluster);
         } else {
           emulate::launch({units}, tile.threads(), Kernel::shared_bytes, x.seed, [&] { Kernel::function()(gemm); });
         }
@@ -73,8 +74,8 @@ extern "C" int tile_count() { return layout::TILE_COUNT; }
 /// The whole table: wgmma, tokens, weights, cluster, granularities, shared bytes by granularity.
 extern "C" void tile_at(int index, int* out) {
   const layout::Tile& tile = layout::TILES[index];
-  int values[] = {tile.wgmma, tile.tokens, tile.weights, tile.cluster, int(tile.granularities), tile.block(),
-                  tile.threads(), tile.shared_bytes(0), tile.shared_bytes(1), tile.shared_bytes(2)};
+  int values[] = {tile.wgmma,   tile.tokens,    tile.weights,         tile.cluster,         int(tile.granularities),
+                  tile.block(), tile.threads(), tile.shared_bytes(0), tile.shared_bytes(1), tile.shared_bytes(2)};
   for (int i = 0; i < 10; ++i) out[i] = values[i];
 }
 

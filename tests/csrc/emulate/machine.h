@@ -14,9 +14,7 @@
 #include <string>
 #include <vector>
 
-struct dim3 {
-  unsigned x = 1, y = 1, z = 1;
-};
+struct dim3 { unsigned x = 1, y = 1, z = 1; };
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace emulate {
@@ -38,9 +36,7 @@ struct Rendezvous {  // a meeting of a fixed number of threads
   void* brought[WARP];
 };
 
-struct Mbarrier {
-  int count = 0, pending = 0, bytes = 0, phase = 0;
-};
+struct Mbarrier { int count = 0, pending = 0, bytes = 0, phase = 0; };
 
 struct Copy {  // of one asynchronous copy, to be done later
   uint8_t* to;
