@@ -9,6 +9,7 @@
 #include <string>
 #include <tuple>
 
+#include "grouping.h"
 #include "kernels.h"
 
 namespace w8a8::cpu {
@@ -58,27 +59,25 @@ Float float_of(ScalarType dtype) {
   }
 }
 
-std::tuple<Tensor, Tensor> quantize_activations(Tensor x, int64_t group_size) {
-  STD_TORCH_CHECK(x.dim() == 2 && group_size > 0 && x.size(1) % group_size == 0,
-                  "quantize_activations: x must be [M, K] with K a multiple of group_size");
-  const int64_t m = x.size(0), k = x.size(1), groups = k / group_size;
+std::tuple<Tensor, Tensor> quantize_activations(Tensor x, std::optional<int64_t> group_size) {
+  STD_TORCH_CHECK(x.dim() == 2, "quantize_activations: x must be [M, K]");
+  const int64_t m = x.size(0), k = x.size(1), width = channels_of(group_size, k);
   x = torch::stable::contiguous(x);
   Tensor codes = torch::stable::new_empty(x, {m, k}, ScalarType::Char);
-  Tensor scale = torch::stable::new_empty(x, {m, groups}, ScalarType::Float);
-  active->quantize({x.const_data_ptr(), float_of(x.scalar_type()), m * groups, group_size,
+  Tensor scale = torch::stable::new_empty(x, {m, k / width}, ScalarType::Float);
+  active->quantize({x.const_data_ptr(), float_of(x.scalar_type()), m * (k / width), width,
                     (int8_t*)codes.mutable_data_ptr(), (float*)scale.mutable_data_ptr()},
                    torch_threads());
   return {codes, scale};
 }
 
-std::tuple<Tensor, Tensor> silu_mul_quantize(Tensor x, int64_t group_size) {
-  STD_TORCH_CHECK(x.dim() == 2 && group_size > 0 && x.size(1) % (2 * group_size) == 0,
-                  "silu_mul_quantize: x must be [M, 2 K] with K a multiple of group_size");
-  const int64_t m = x.size(0), k = x.size(1) / 2;
+std::tuple<Tensor, Tensor> silu_mul_quantize(Tensor x, std::optional<int64_t> group_size) {
+  STD_TORCH_CHECK(x.dim() == 2 && x.size(1) % 2 == 0, "silu_mul_quantize: x must be [M, 2 K]");
+  const int64_t m = x.size(0), k = x.size(1) / 2, width = channels_of(group_size, k);
   x = torch::stable::contiguous(x);
   Tensor codes = torch::stable::new_empty(x, {m, k}, ScalarType::Char);
-  Tensor scale = torch::stable::new_empty(x, {m, k / group_size}, ScalarType::Float);
-  active->silu_mul_quantize({x.const_data_ptr(), float_of(x.scalar_type()), m, k, group_size,
+  Tensor scale = torch::stable::new_empty(x, {m, k / width}, ScalarType::Float);
+  active->silu_mul_quantize({x.const_data_ptr(), float_of(x.scalar_type()), m, k, width,
                              (int8_t*)codes.mutable_data_ptr(), (float*)scale.mutable_data_ptr()},
                             torch_threads());
   return {codes, scale};

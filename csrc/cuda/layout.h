@@ -59,11 +59,15 @@ struct Schedule {
   }
 };
 
+/// What kernels are specialised for.
 enum Granularity {
   CHANNEL,    // one scale a weight row
   GROUP_128,  // one scale a weight row and 128 columns
   GROUP_ANY,  // groups of any multiple of 32 columns
 };
+LAYOUT_FUNCTION Granularity granularity_of(int64_t k, int64_t channels) {
+  return channels == k ? CHANNEL : channels == 128 ? GROUP_128 : GROUP_ANY;
+}
 
 /// A tile shape that kernels are built for.
 struct Tile {

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from vllm_w8a8_bismooth import grouping
 from vllm_w8a8_bismooth.checkpoint.architectures import BLOCK, Layer
 from vllm_w8a8_bismooth.checkpoint.layout import Source
 from vllm_w8a8_bismooth.checkpoint.readahead import AHEAD, ReadAhead
@@ -20,7 +21,7 @@ large brings them to about 0.2, three of 1000 times to nearly 1, because the row
 OUTLIER = 20.0
 """Times the median from which a column or row is counted: about where one such column makes a linear vulnerable."""
 
-GROUP_SIZES = (256, 128, 64, 32)
+GROUP_SIZES = tuple(size for size in reversed(grouping.SIZES) if size <= 256)
 """What is tried on a vulnerable linear, in this order, until one repairs it."""
 
 
@@ -113,7 +114,7 @@ def measure(
     sizes = [group_size] if group_size else GROUP_SIZES if search and error > VULNERABLE else []
     groups: dict[int, float] = {}
     for size in sizes:
-        if columns % size == 0:
+        if grouping.fits(columns, size):
             groups[size] = quantize_folded(weight, Fold(), size, threads=threads).column_error()
             if groups[size] <= VULNERABLE:
                 break

@@ -1,102 +1,15 @@
-"""INT8 operations as ``torch.library`` ops of the namespace ``w8a8_bismooth``.
-
-The schemas, the fakes (shapes for torch.compile) and a reference implementation for every device are registered here
-at import. The compiled kernels of ``csrc/``, where they were built, register themselves for their own device (``CPU``,
-``CUDA``) in the same namespace; torch's dispatcher then prefers them, and nothing above this module changes.
-"""
-
-import logging
-from pathlib import Path
+"""The operations as callers use them: they check shapes, with messages that name them, and call the registered ops."""
 
 import torch
 
-from vllm_w8a8_bismooth.ops import mixture, reference
+from vllm_w8a8_bismooth import grouping
+from vllm_w8a8_bismooth.ops import schema  # noqa: F401  registers the ops that this module calls
 from vllm_w8a8_bismooth.ops.mixture import ACTIVATIONS
-from vllm_w8a8_bismooth.ops.packing import pack_weight, unpack_weight
-
-__all__ = [
-    "ACTIVATIONS",
-    "cpu_level",
-    "experts",
-    "has_kernel",
-    "linear",
-    "pack_weight",
-    "quantize_activations",
-    "rms_norm_quantize",
-    "scaled_mm",
-    "silu_mul_quantize",
-    "static_linear",
-    "unpack_weight",
-    "unsupported",
-]
-
-_LIBRARY = torch.library.Library("w8a8_bismooth", "FRAGMENT")  # kept alive: the ops go when it goes
-_LIBRARY.define("quantize_activations(Tensor x, int group_size) -> (Tensor, Tensor)")
-_LIBRARY.define(
-    "rms_norm_quantize(Tensor x, Tensor(a!)? residual, Tensor weight, float epsilon, int group_size) "
-    "-> (Tensor, Tensor)"
-)
-_LIBRARY.define("silu_mul_quantize(Tensor x, int group_size) -> (Tensor, Tensor)")
-_LIBRARY.define(
-    "scaled_mm(Tensor a, Tensor b, Tensor a_scale, Tensor b_scale, ScalarType out_dtype, Tensor? bias=None, "
-    "bool constant_b=False) -> Tensor"
-)
-_LIBRARY.define(
-    "experts(Tensor x, Tensor shares, Tensor chosen, Tensor w13, Tensor w13_scale, Tensor w2, Tensor w2_scale, "
-    "str activation) -> Tensor"
-)
-_LIBRARY.impl("experts", mixture.experts, "CompositeExplicitAutograd")
-for _op in ("quantize_activations", "rms_norm_quantize", "silu_mul_quantize", "scaled_mm"):
-    _LIBRARY.impl(_op, getattr(reference, _op), "CompositeExplicitAutograd")
-
-
-def _fake_quantized(x: torch.Tensor, channels: int, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    codes = x.new_empty((x.shape[0], channels), dtype=torch.int8)
-    return codes, x.new_empty((x.shape[0], channels // group_size), dtype=torch.float32)
-
-
-@torch.library.register_fake("w8a8_bismooth::quantize_activations", lib=_LIBRARY)
-def _(x: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    return _fake_quantized(x, x.shape[1], group_size)
-
-
-@torch.library.register_fake("w8a8_bismooth::rms_norm_quantize", lib=_LIBRARY)
-def _(x, residual, weight, epsilon, group_size) -> tuple[torch.Tensor, torch.Tensor]:
-    return _fake_quantized(x, x.shape[1], group_size)
-
-
-@torch.library.register_fake("w8a8_bismooth::silu_mul_quantize", lib=_LIBRARY)
-def _(x, group_size) -> tuple[torch.Tensor, torch.Tensor]:
-    return _fake_quantized(x, x.shape[1] // 2, group_size)
-
-
-@torch.library.register_fake("w8a8_bismooth::scaled_mm", lib=_LIBRARY)
-def _(a, b, a_scale, b_scale, out_dtype, bias=None, constant_b=False) -> torch.Tensor:
-    return a.new_empty((a.shape[0], b_scale.shape[0]), dtype=out_dtype)
-
-
-@torch.library.register_fake("w8a8_bismooth::experts", lib=_LIBRARY)
-def _(x, shares, chosen, w13, w13_scale, w2, w2_scale, activation) -> torch.Tensor:
-    return x.new_empty(x.shape)
-
-
-def _load_kernels() -> None:
-    path = Path(__file__).parents[1] / "_C.so"
-    if not path.exists():
-        return
-    try:
-        torch.ops.load_library(path)
-    except OSError as error:
-        logging.getLogger("vllm.w8a8_bismooth").warning(
-            "the compiled kernels do not load, so they are not used: %s", error
-        )
-
-
-_load_kernels()
+from vllm_w8a8_bismooth.ops.reference import Quantized
 
 
 def has_kernel(device_type: str, op: str = "scaled_mm") -> bool:
-    """Whether a compiled kernel, rather than the reference, does this on this device (``cpu``, ``cuda``)."""
+    """Whether a compiled kernel, rather than the reference, does ``op`` on this device (``cpu``, ``cuda``)."""
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"w8a8_bismooth::{op}", device_type.upper())
 
 
@@ -105,35 +18,43 @@ def cpu_level() -> str:
     return torch.ops.w8a8_bismooth._cpu_level("")
 
 
-def unsupported(rows: int, columns: int, groups: int, device: torch.device) -> str:
-    """Why the device's compiled kernel does not take an ``[N, K]`` weight with ``groups`` scales a row, or ``""``."""
+def unsupported(rows: int, columns: int, group_size: int | None, device: torch.device) -> str:
+    """Why the device's compiled kernel does not take a weight, or ``""``.
+
+    Args:
+        rows, columns: N and K of the weight.
+        group_size: columns that share a weight scale; ``None`` is per-channel.
+        device: where the weight is.
+    """
     if device.type != "cuda":
         return ""
     major, minor = torch.cuda.get_device_capability(device)
-    return torch.ops.w8a8_bismooth.gemm_unsupported(rows, columns, groups, 10 * major + minor)
+    return torch.ops.w8a8_bismooth.gemm_unsupported(rows, columns, group_size, 10 * major + minor)
 
 
-def quantize_activations(x: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_activations(x: torch.Tensor, group_size: int | None) -> Quantized:
     """See :func:`reference.quantize_activations`.
 
     Raises:
         ValueError: x is not ``[M, K]`` with K a multiple of ``group_size``.
     """
-    if x.dim() != 2 or group_size < 1 or x.shape[1] % group_size:
-        raise ValueError(f"x is {list(x.shape)}; it must be [M, K] with K a multiple of group_size = {group_size}")
+    if x.dim() != 2:
+        raise ValueError(f"x is {list(x.shape)}; it must be [M, K]")
+    grouping.groups(x.shape[1], group_size)
     return torch.ops.w8a8_bismooth.quantize_activations(x, group_size)
 
 
 def rms_norm_quantize(
-    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, epsilon: float, group_size: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, epsilon: float, group_size: int | None
+) -> Quantized:
     """See :func:`reference.rms_norm_quantize`.
 
     Raises:
         ValueError: shapes or dtypes do not fit together.
     """
-    if x.dim() != 2 or group_size < 1 or x.shape[1] % group_size:
-        raise ValueError(f"x is {list(x.shape)}; it must be [M, K] with K a multiple of group_size = {group_size}")
+    if x.dim() != 2:
+        raise ValueError(f"x is {list(x.shape)}; it must be [M, K]")
+    grouping.groups(x.shape[1], group_size)
     if weight.shape != x.shape[1:] or weight.dtype != x.dtype:
         raise ValueError(f"weight is {list(weight.shape)} {weight.dtype}; expected {list(x.shape[1:])} {x.dtype}")
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
@@ -141,14 +62,15 @@ def rms_norm_quantize(
     return torch.ops.w8a8_bismooth.rms_norm_quantize(x, residual, weight, epsilon, group_size)
 
 
-def silu_mul_quantize(x: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+def silu_mul_quantize(x: torch.Tensor, group_size: int | None) -> Quantized:
     """See :func:`reference.silu_mul_quantize`.
 
     Raises:
         ValueError: x is not ``[M, 2 K]`` with K a multiple of ``group_size``.
     """
-    if x.dim() != 2 or group_size < 1 or x.shape[1] % (2 * group_size):
-        raise ValueError(f"x is {list(x.shape)}; it must be [M, 2 K] with K a multiple of group_size = {group_size}")
+    if x.dim() != 2 or x.shape[1] % 2:
+        raise ValueError(f"x is {list(x.shape)}; it must be [M, 2 K]")
+    grouping.groups(x.shape[1] // 2, group_size)
     return torch.ops.w8a8_bismooth.silu_mul_quantize(x, group_size)
 
 
@@ -180,7 +102,11 @@ def scaled_mm(
 
 
 def linear(
-    x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, group_size: int, bias: torch.Tensor | None = None
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    group_size: int | None,
+    bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """W8A8 linear layer: quantize the input, multiply, rescale.
 
@@ -191,7 +117,7 @@ def linear(
         x: ``[..., K]`` float.
         weight: int8 ``[N, K]``, or packed as in :func:`scaled_mm`.
         weight_scale: fp32 ``[N, 1]`` or ``[N, G]``.
-        group_size: channels per activation scale: K for per token, ``K / G`` for per token and group.
+        group_size: channels that share an activation scale; ``None`` is per token.
         bias: ``[N]``.
 
     Returns:

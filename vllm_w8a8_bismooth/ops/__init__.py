@@ -1,0 +1,32 @@
+"""The INT8 operations: ``from vllm_w8a8_bismooth import ops; ops.linear(...)``."""
+
+from vllm_w8a8_bismooth.ops.api import (
+    cpu_level,
+    experts,
+    has_kernel,
+    linear,
+    quantize_activations,
+    rms_norm_quantize,
+    scaled_mm,
+    silu_mul_quantize,
+    static_linear,
+    unsupported,
+)
+from vllm_w8a8_bismooth.ops.mixture import ACTIVATIONS
+from vllm_w8a8_bismooth.ops.packing import pack_weight, unpack_weight
+
+__all__ = [
+    "ACTIVATIONS",
+    "cpu_level",
+    "experts",
+    "has_kernel",
+    "linear",
+    "pack_weight",
+    "quantize_activations",
+    "rms_norm_quantize",
+    "scaled_mm",
+    "silu_mul_quantize",
+    "static_linear",
+    "unpack_weight",
+    "unsupported",
+]
