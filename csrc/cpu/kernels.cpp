@@ -102,11 +102,11 @@ void with_float(Float dtype, const F& f) {
 
 template <class T>
 void quantize_row(const typename T::Storage* x, int64_t width, int8_t* codes, float* scale) {
-  // The largest magnitude as bits: those of infinity are above every number's and those of NaN above infinity's.
+  // The largest magnitude as bits: infinity's are above every number's, and those of NaN above infinity's.
   typename T::Storage top = 0;
   for (int64_t i = 0; i < width; ++i) top = std::max<typename T::Storage>(top, x[i] & T::magnitude);
   const float amax = T::widen(top), ratio = 127.0f / amax;
-  const float inverse = ratio <= 3.4028235e38f ? ratio : 0.0f;  // not if infinite or NaN
+  const float inverse = ratio <= 3.4028235e38f ? ratio : 0.0f;  // 0 if that is infinite or NaN
   *scale = amax / 127.0f;
   // Adding kMagic rounds half to even and leaves the integer in the low bits. (-ffp-contract=off: the contract rounds
   // the product first.)
@@ -124,7 +124,7 @@ void quantize(const Quantize& q, const Parallel& parallel) {
   });
 }
 
-// x / (1 + exp(-x)); reference.silu says why and how.
+// x / (1 + exp(-x)) by the steps that reference.silu explains.
 inline float silu(float x) {
   const float low = 87.0f < x ? 87.0f : x;
   const float shifted = std::fma(low, -1.44269502162933349609375f, kMagic), n = shifted - kMagic;

@@ -1,5 +1,5 @@
-// The CPU implementations of the w8a8_bismooth ops, registered on torch's stable ABI. Shapes and what the numbers mean:
-// vllm_w8a8_bismooth/ops/reference.py.
+// The CPU implementations of the w8a8_bismooth ops, registered on torch's stable ABI. Their shapes and numerics are
+// defined in vllm_w8a8_bismooth/ops/reference.py.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -33,7 +33,7 @@ const Level* best() {
 }
 const Level* active = best();
 
-// The level in use, after switching to the one named; "" only asks. For tests: not for use while kernels run.
+// Switches to the level named, or to none for "", and returns the one in use. For tests; no kernel may run meanwhile.
 std::string level(std::string name) {
   for (const Level* level : kLevels)
     if (name == level->name && level->supported()) active = level, name.clear();
@@ -83,7 +83,7 @@ std::tuple<Tensor, Tensor> silu_mul_quantize(Tensor x, std::optional<int64_t> gr
   return {codes, scale};
 }
 
-// constant_b speaks of work still under way on a device: here there is none.
+// constant_b is about work that is still under way on a device; on a CPU there is none.
 Tensor scaled_mm(Tensor a, Tensor b, Tensor a_scale, Tensor b_scale, ScalarType out_dtype, std::optional<Tensor> bias,
                  bool /* constant_b */) {
   STD_TORCH_CHECK(a.dim() == 2 && a_scale.dim() == 2 && b_scale.dim() == 2, "scaled_mm: a and the scales must be 2-D");

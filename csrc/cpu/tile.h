@@ -132,7 +132,7 @@ struct Dot {
 constexpr int kColumns = kBlocks * kLanes;
 
 // Sums of a narrow group start at the bits of 1.5 * 2^23, and are then, reread as fp32, 1.5 * 2^23 + their value: to
-// subtract that is cheaper than to convert. Narrow means |sum| < 2^22, so 255 products of up to 128 * 128.
+// subtract that is cheaper than to convert. Narrow means |sum| < 2^22, which 255 products of at most 128 * 128 keep to.
 constexpr int64_t kNarrow = 255;
 constexpr int32_t kMagicBits = 0x4b400000;
 constexpr float kMagic = 12582912.0f;

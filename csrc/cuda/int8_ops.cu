@@ -150,7 +150,7 @@ Float float_type(ScalarType type, const char* what) {
   return Float::fp32;
 }
 
-// tile < 0: chosen.
+// The product by the tile and split given, or, if tile_index is negative, by those that layout::choose finds fastest.
 Tensor multiply(const Tensor& a_any, const Tensor& b_any, const Tensor& a_scale, const Tensor& b_scale,
                 ScalarType out_dtype, const std::optional<Tensor>& bias_any, bool constant_b, int64_t tile_index,
                 int64_t split) {
@@ -245,8 +245,8 @@ Tensor scaled_mm(Tensor a, Tensor b, Tensor a_scale, Tensor b_scale, ScalarType 
   return multiply(a, b, a_scale, b_scale, out_dtype, bias, constant_b, -1, 1);
 }
 
-// By one tile of layout::TILES, with every tile split along k: for tests and measurements. Graphs of it must not run
-// beside other launches.
+// The product by one kernel of layout::TILES, with every tile of the output split along k. For tests and measurements:
+// graphs of it must not run beside other launches.
 Tensor scaled_mm_tile(Tensor a, Tensor b, Tensor a_scale, Tensor b_scale, ScalarType out_dtype,
                       std::optional<Tensor> bias, int64_t tile, int64_t split, bool constant_b) {
   STD_TORCH_CHECK(tile >= 0, "no tile ", tile);

@@ -48,7 +48,8 @@ __device__ __forceinline__ void mbarrier_arrive(uint64_t* bar) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(bar)) : "memory");
 }
 
-/// At a CTA of the cluster. Not .release.cluster, which costs a fence of the whole GPU: the arrival follows reads only.
+/// Arrives at the mbarrier of a CTA of the cluster. The arrival follows only reads, so it does without
+/// .release.cluster, which costs a fence of the whole GPU.
 __device__ __forceinline__ void mbarrier_arrive_remote(uint64_t* bar, unsigned rank) {
   asm volatile(
       "{ .reg .b32 remote;\n"
