@@ -28,9 +28,8 @@ using ByChannel = fusion::Sm90EVT<Multiply<float>, PerChannel, fusion::Sm90AccFe
 using Scaled = fusion::Sm90EVT<Multiply<Out>, PerToken, ByChannel>;
 
 using Epilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
-    cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Tile, Cluster,
-    cutlass::epilogue::collective::EpilogueTileAuto, int32_t, float, void, RowMajor, 8, Out, RowMajor, 8,
-    cutlass::epilogue::EPILOGUE_SCHEDULE, Scaled>::CollectiveOp;
+    cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Tile, Cluster, cutlass::epilogue::collective::EpilogueTileAuto,
+    int32_t, float, void, RowMajor, 8, Out, RowMajor, 8, cutlass::epilogue::EPILOGUE_SCHEDULE, Scaled>::CollectiveOp;
 using Mainloop = typename cutlass::gemm::collective::CollectiveBuilder<
     cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, int8_t, RowMajor, 16, int8_t, cutlass::layout::ColumnMajor, 16,
     int32_t, Tile, Cluster,
@@ -45,16 +44,15 @@ using Gemm = cutlass::gemm::device::GemmUniversalAdapter<Kernel>;
 // Returns 0, or CUTLASS's status. Needs no workspace.
 extern "C" int int8_gemm(const int8_t* a, const int8_t* b, const float* a_scale, const float* b_scale, Out* d, int m,
                          int n, int k, int sms, cudaStream_t stream) {
-  typename Gemm::Arguments arguments{
-      cutlass::gemm::GemmUniversalMode::kGemm,
-      {m, n, k, 1},
-      {a, cutlass::make_cute_packed_stride(typename Kernel::StrideA{}, {m, k, 1}), b,
-       cutlass::make_cute_packed_stride(typename Kernel::StrideB{}, {n, k, 1})},
-      {{{a_scale}, {{b_scale}, {}, {}}, {}},
-       nullptr,
-       {},
-       d,
-       cutlass::make_cute_packed_stride(typename Kernel::StrideD{}, {m, n, 1})}};
+  typename Gemm::Arguments arguments{cutlass::gemm::GemmUniversalMode::kGemm,
+                                     {m, n, k, 1},
+                                     {a, cutlass::make_cute_packed_stride(typename Kernel::StrideA{}, {m, k, 1}), b,
+                                      cutlass::make_cute_packed_stride(typename Kernel::StrideB{}, {n, k, 1})},
+                                     {{{a_scale}, {{b_scale}, {}, {}}, {}},
+                                      nullptr,
+                                      {},
+                                      d,
+                                      cutlass::make_cute_packed_stride(typename Kernel::StrideD{}, {m, n, 1})}};
   arguments.hw_info.sm_count = sms;
   if (Gemm::get_workspace_size(arguments)) return -1;
   Gemm gemm;

@@ -124,7 +124,7 @@ class Problem:
         # The activations of as many calls: they come from the kernel before, so L2 may hold them, but no CPU core's L1.
         w = self.weights
         self.x = torch.randn(self.m, w.k, device=w.device, dtype=torch.bfloat16)
-        self.codes, self.token_scale = ops.quantize_activations(self.x, w.k)
+        self.codes, self.token_scale = ops.quantize_activations(self.x, None)
         _, self.group_scale = ops.quantize_activations(self.x, GROUP)
 
     def bytes(self, weight_bytes: int) -> int:
@@ -140,9 +140,9 @@ def ours(weight_groups: bool, activation_groups: bool) -> Callable[[Problem], ti
         w = p.weights
         b_scale, b = w.group_scales if weight_groups else [w.channel_scale] * w.copies, w.codes
         if w.device == "cpu" and ops.has_kernel("cpu"):  # packed, as the plugin does it at load
-            groups = b_scale[0].shape[1]
-            b = w.once(f"packed for {groups} groups", lambda codes: ops.pack_weight(codes, groups))
-        a_scale, group = (p.group_scale, GROUP) if activation_groups else (p.token_scale, w.k)
+            size = GROUP if weight_groups else None
+            b = w.once(f"packed for group size {size}", lambda codes: ops.pack_weight(codes, size))
+        a_scale, group = (p.group_scale, GROUP) if activation_groups else (p.token_scale, None)
         # None, True: no bias, and weights at rest, as in the plugin's linear
         multiply, quantize = torch.ops.w8a8_bismooth.scaled_mm, torch.ops.w8a8_bismooth.quantize_activations
         if p.linear:

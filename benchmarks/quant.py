@@ -40,10 +40,10 @@ def plain(m: int, device: str) -> Measured:
         3 * m * HIDDEN,
         len(x),
         {
-            "ours-token": lambda i: ops.quantize_activations(x[i], HIDDEN),
+            "ours-token": lambda i: ops.quantize_activations(x[i], None),
             "ours-group128": lambda i: ops.quantize_activations(x[i], 128),
             "vllm": lambda i: torch.ops._C.dynamic_scaled_int8_quant(codes, x[i], scale, None),
-            "torch": lambda i: reference.quantize_activations(x[i], HIDDEN),
+            "torch": lambda i: reference.quantize_activations(x[i], None),
         },
     )
 
@@ -64,11 +64,11 @@ def add_norm(m: int, device: str) -> Measured:
         7 * m * HIDDEN,
         len(x),
         {
-            "ours-token": lambda i: ops.rms_norm_quantize(x[i], residual[i], gain, EPSILON, HIDDEN),
+            "ours-token": lambda i: ops.rms_norm_quantize(x[i], residual[i], gain, EPSILON, None),
             "ours-group128": lambda i: ops.rms_norm_quantize(x[i], residual[i], gain, EPSILON, 128),
             "vllm": vllm_two,
             "vllm-fused": vllm_fused,
-            "torch": lambda i: reference.rms_norm_quantize(x[i], residual[i], gain, EPSILON, HIDDEN),
+            "torch": lambda i: reference.rms_norm_quantize(x[i], residual[i], gain, EPSILON, None),
         },
     )
 
@@ -86,10 +86,10 @@ def silu_mul(m: int, device: str) -> Measured:
         5 * m * MIDDLE,
         len(x),
         {
-            "ours-token": lambda i: ops.silu_mul_quantize(x[i], MIDDLE),
+            "ours-token": lambda i: ops.silu_mul_quantize(x[i], None),
             "ours-group128": lambda i: ops.silu_mul_quantize(x[i], 128),
             "vllm": vllm_two,
-            "torch": lambda i: reference.silu_mul_quantize(x[i], MIDDLE),
+            "torch": lambda i: reference.silu_mul_quantize(x[i], None),
         },
     )
 

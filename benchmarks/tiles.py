@@ -63,7 +63,7 @@ def main() -> None:
                 us = {name: statistics.median(each) for name, each in times.items()}
                 chosen, order = us.pop("chosen"), sorted(us, key=us.get)
                 lost.append(chosen / us[order[0]])
-                what = torch.ops.w8a8_bismooth.gemm_choice(m, n, k, k // GROUP if grouped else 1, 0)
+                what = torch.ops.w8a8_bismooth.gemm_choice(m, n, k, GROUP if grouped else None, 0)
                 best = "  ".join(f"{name} {us[name]:.1f}" for name in order[:4])
                 print(
                     f"{layer:22}{m:6} {'group' if grouped else 'channel':8} chosen {chosen:8.1f} ({what})  best {best}"

@@ -9,14 +9,14 @@ enum class Float { fp32, bf16, fp16 };
 
 // Calls body(begin, end) over [0, count) on several threads; the binding passes torch's own thread pool.
 struct Parallel {
-    using Body = void (*)(int64_t begin, int64_t end, const void* context);
-    void (*run)(int64_t count, int64_t grain, Body body, const void* context);
-    int threads;
+  using Body = void (*)(int64_t begin, int64_t end, const void* context);
+  void (*run)(int64_t count, int64_t grain, Body body, const void* context);
+  int threads;
 
-    template <class F>
-    void operator()(int64_t count, int64_t grain, const F& f) const {
-        run(count, grain, [](int64_t begin, int64_t end, const void* c) { (*static_cast<const F*>(c))(begin, end); }, &f);
-    }
+  template <class F>
+  void operator()(int64_t count, int64_t grain, const F& f) const {
+    run(count, grain, [](int64_t begin, int64_t end, const void* c) { (*static_cast<const F*>(c))(begin, end); }, &f);
+  }
 };
 
 // Weights are packed for dot products of four bytes: [N / 16][K / 4][16][4], each byte offset by 128 so that it is
@@ -27,42 +27,42 @@ constexpr int kLanes = 16, kDepth = 4, kLine = kLanes * kDepth;
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct Quantize {
-    const void* x;  // [rows, width], contiguous: a row is one token, or one group of a token
-    Float dtype;
-    int64_t rows, width;
-    int8_t* codes;  // [rows, width]
-    float* scale;   // [rows]
+  const void* x;  // [rows, width], contiguous: a row is one token, or one group of a token
+  Float dtype;
+  int64_t rows, width;
+  int8_t* codes;  // [rows, width]
+  float* scale;   // [rows]
 };
 
 struct SiluMul {
-    const void* x;  // [tokens, 2 * channels], contiguous: gate, then up
-    Float dtype;
-    int64_t tokens, channels, width;  // width divides channels: what shares a scale
-    int8_t* codes;  // [tokens, channels]
-    float* scale;   // [tokens, channels / width]
+  const void* x;  // [tokens, 2 * channels], contiguous: gate, then up
+  Float dtype;
+  int64_t tokens, channels, width;  // width divides channels: what shares a scale
+  int8_t* codes;                    // [tokens, channels]
+  float* scale;                     // [tokens, channels / width]
 };
 
 struct Gemm {
-    int64_t m, n, groups, width;  // K = groups * width
-    const int8_t* a;              // [M, K]
-    const uint8_t* packed;        // packed weights, or null
-    const int8_t* b;              // [N, K], read where `packed` is null
-    const float* a_scale;         // [M, a_groups]
-    int64_t a_groups;             // 1 or groups
-    const float* b_scale;         // [N, G] with these strides
-    int64_t b_scale_n, b_scale_g;
-    const float* bias;  // [N] or null
-    void* out;          // [M, N]
-    Float dtype;
+  int64_t m, n, groups, width;  // K = groups * width
+  const int8_t* a;              // [M, K]
+  const uint8_t* packed;        // packed weights, or null
+  const int8_t* b;              // [N, K], read where `packed` is null
+  const float* a_scale;         // [M, a_groups]
+  int64_t a_groups;             // 1 or groups
+  const float* b_scale;         // [N, G] with these strides
+  int64_t b_scale_n, b_scale_g;
+  const float* bias;  // [N] or null
+  void* out;          // [M, N]
+  Float dtype;
 };
 
 // One instruction-set level: the same source, kernels.cpp, compiled with that level's flags.
 struct Level {
-    const char* name;
-    bool (*supported)();
-    void (*quantize)(const Quantize&, const Parallel&);
-    void (*silu_mul_quantize)(const SiluMul&, const Parallel&);
-    void (*gemm)(const Gemm&, const Parallel&);
+  const char* name;
+  bool (*supported)();
+  void (*quantize)(const Quantize&, const Parallel&);
+  void (*silu_mul_quantize)(const SiluMul&, const Parallel&);
+  void (*gemm)(const Gemm&, const Parallel&);
 };
 
 }  // namespace w8a8::cpu

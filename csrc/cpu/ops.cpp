@@ -1,5 +1,5 @@
-// The CPU implementations of the w8a8_bismooth ops, registered on torch's stable ABI. Shapes and what the numbers mean:
-// vllm_w8a8_bismooth/ops/reference.py.
+// The CPU implementations of the w8a8_bismooth ops, registered on torch's stable ABI. Their shapes and numerics are
+// defined in vllm_w8a8_bismooth/ops/reference.py.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -9,11 +9,13 @@
 #include <string>
 #include <tuple>
 
+#include "grouping.h"
 #include "kernels.h"
 
 namespace w8a8::cpu {
 
-#define W8A8_DECLARE(name) namespace name { extern const Level level; }
+#define W8A8_DECLARE(name) \
+  namespace name { extern const Level level; }
 W8A8_LEVELS(W8A8_DECLARE)  // setup.py lists what it compiles for this machine's architecture, the fastest first
 
 namespace {
@@ -25,105 +27,105 @@ using torch::stable::Tensor;
 constexpr const Level* kLevels[] = {W8A8_LEVELS(W8A8_ADDRESS)};
 
 const Level* best() {
-    for (const Level* level : kLevels)
-        if (level->supported()) return level;
-    return nullptr;  // the last one, portable, supports every CPU
+  for (const Level* level : kLevels)
+    if (level->supported()) return level;
+  return nullptr;  // the last one, portable, supports every CPU
 }
 const Level* active = best();
 
-// The level in use, after switching to the one named; "" only asks. For tests: not for use while kernels run.
+// Switches to the level named, or to none for "", and returns the one in use. For tests; no kernel may run meanwhile.
 std::string level(std::string name) {
-    for (const Level* level : kLevels)
-        if (name == level->name && level->supported()) active = level, name.clear();
-    STD_TORCH_CHECK(name.empty(), "this CPU or build has no level '", name, "'");
-    return active->name;
+  for (const Level* level : kLevels)
+    if (name == level->name && level->supported()) active = level, name.clear();
+  STD_TORCH_CHECK(name.empty(), "this CPU or build has no level '", name, "'");
+  return active->name;
 }
 
 Parallel torch_threads() {
-    return {[](int64_t count, int64_t grain, Parallel::Body body, const void* context) {
-                torch::stable::parallel_for(0, count, grain, [&](int64_t b, int64_t e) { body(b, e, context); });
-            },
-            (int)torch::stable::get_num_threads()};
+  return {[](int64_t count, int64_t grain, Parallel::Body body, const void* context) {
+            torch::stable::parallel_for(0, count, grain, [&](int64_t b, int64_t e) { body(b, e, context); });
+          },
+          (int)torch::stable::get_num_threads()};
 }
 
 Float float_of(ScalarType dtype) {
-    switch (dtype) {
-        case ScalarType::Float: return Float::fp32;
-        case ScalarType::BFloat16: return Float::bf16;
-        case ScalarType::Half: return Float::fp16;
-        default: STD_TORCH_CHECK(false, "w8a8_bismooth: the float dtype must be fp32, bf16 or fp16"); __builtin_unreachable();
-    }
+  switch (dtype) {
+    case ScalarType::Float: return Float::fp32;
+    case ScalarType::BFloat16: return Float::bf16;
+    case ScalarType::Half: return Float::fp16;
+    default:
+      STD_TORCH_CHECK(false, "w8a8_bismooth: the float dtype must be fp32, bf16 or fp16");
+      __builtin_unreachable();
+  }
 }
 
-std::tuple<Tensor, Tensor> quantize_activations(Tensor x, int64_t group_size) {
-    STD_TORCH_CHECK(x.dim() == 2 && group_size > 0 && x.size(1) % group_size == 0,
-                    "quantize_activations: x must be [M, K] with K a multiple of group_size");
-    const int64_t m = x.size(0), k = x.size(1), groups = k / group_size;
-    x = torch::stable::contiguous(x);
-    Tensor codes = torch::stable::new_empty(x, {m, k}, ScalarType::Char);
-    Tensor scale = torch::stable::new_empty(x, {m, groups}, ScalarType::Float);
-    active->quantize({x.const_data_ptr(), float_of(x.scalar_type()), m * groups, group_size,
-                      (int8_t*)codes.mutable_data_ptr(), (float*)scale.mutable_data_ptr()},
-                     torch_threads());
-    return {codes, scale};
+std::tuple<Tensor, Tensor> quantize_activations(Tensor x, std::optional<int64_t> group_size) {
+  STD_TORCH_CHECK(x.dim() == 2, "quantize_activations: x must be [M, K]");
+  const int64_t m = x.size(0), k = x.size(1), width = channels_of(group_size, k);
+  x = torch::stable::contiguous(x);
+  Tensor codes = torch::stable::new_empty(x, {m, k}, ScalarType::Char);
+  Tensor scale = torch::stable::new_empty(x, {m, k / width}, ScalarType::Float);
+  active->quantize({x.const_data_ptr(), float_of(x.scalar_type()), m * (k / width), width,
+                    (int8_t*)codes.mutable_data_ptr(), (float*)scale.mutable_data_ptr()},
+                   torch_threads());
+  return {codes, scale};
 }
 
-std::tuple<Tensor, Tensor> silu_mul_quantize(Tensor x, int64_t group_size) {
-    STD_TORCH_CHECK(x.dim() == 2 && group_size > 0 && x.size(1) % (2 * group_size) == 0,
-                    "silu_mul_quantize: x must be [M, 2 K] with K a multiple of group_size");
-    const int64_t m = x.size(0), k = x.size(1) / 2;
-    x = torch::stable::contiguous(x);
-    Tensor codes = torch::stable::new_empty(x, {m, k}, ScalarType::Char);
-    Tensor scale = torch::stable::new_empty(x, {m, k / group_size}, ScalarType::Float);
-    active->silu_mul_quantize({x.const_data_ptr(), float_of(x.scalar_type()), m, k, group_size,
-                               (int8_t*)codes.mutable_data_ptr(), (float*)scale.mutable_data_ptr()},
-                              torch_threads());
-    return {codes, scale};
+std::tuple<Tensor, Tensor> silu_mul_quantize(Tensor x, std::optional<int64_t> group_size) {
+  STD_TORCH_CHECK(x.dim() == 2 && x.size(1) % 2 == 0, "silu_mul_quantize: x must be [M, 2 K]");
+  const int64_t m = x.size(0), k = x.size(1) / 2, width = channels_of(group_size, k);
+  x = torch::stable::contiguous(x);
+  Tensor codes = torch::stable::new_empty(x, {m, k}, ScalarType::Char);
+  Tensor scale = torch::stable::new_empty(x, {m, k / width}, ScalarType::Float);
+  active->silu_mul_quantize({x.const_data_ptr(), float_of(x.scalar_type()), m, k, width,
+                             (int8_t*)codes.mutable_data_ptr(), (float*)scale.mutable_data_ptr()},
+                            torch_threads());
+  return {codes, scale};
 }
 
-// constant_b speaks of work still under way on a device: here there is none.
+// constant_b is about work that is still under way on a device; on a CPU there is none.
 Tensor scaled_mm(Tensor a, Tensor b, Tensor a_scale, Tensor b_scale, ScalarType out_dtype, std::optional<Tensor> bias,
                  bool /* constant_b */) {
-    STD_TORCH_CHECK(a.dim() == 2 && a_scale.dim() == 2 && b_scale.dim() == 2, "scaled_mm: a and the scales must be 2-D");
-    const int64_t m = a.size(0), k = a.size(1), n = b_scale.size(0), groups = b_scale.size(1);
-    STD_TORCH_CHECK(groups > 0 && k % groups == 0 && a_scale.size(0) == m &&
-                        (a_scale.size(1) == 1 || a_scale.size(1) == groups),
-                    "scaled_mm: a [", m, ", ", k, "], a_scale [", a_scale.size(0), ", ", a_scale.size(1), "], b_scale [", n,
-                    ", ", groups, "]: expected [M, K], [M, 1] or [M, G], [N, G] with K a multiple of G");
-    STD_TORCH_CHECK(k < 1 << 17, "scaled_mm: K = ", k, " is not below 131072, where int32 sums may overflow");
-    STD_TORCH_CHECK(a.scalar_type() == ScalarType::Char && a_scale.scalar_type() == ScalarType::Float &&
-                        b_scale.scalar_type() == ScalarType::Float,
-                    "scaled_mm: a must be int8 and the scales fp32");
-    const bool packed = b.dim() == 4;
-    const int64_t steps = groups * ceil_div(k / groups, kDepth);
-    if (packed) {
-        STD_TORCH_CHECK(b.scalar_type() == ScalarType::Byte && b.is_contiguous() && b.size(0) == ceil_div(n, kLanes) &&
-                            b.size(1) == steps && b.size(2) == kLanes && b.size(3) == kDepth,
-                        "scaled_mm: b is not what pack_weight makes of an [N, K] weight with these scales");
-    } else {
-        STD_TORCH_CHECK(b.scalar_type() == ScalarType::Char && b.dim() == 2 && b.size(0) == n && b.size(1) == k,
-                        "scaled_mm: b must be int8 [N, K], or packed");
-    }
-    a = torch::stable::contiguous(a), b = torch::stable::contiguous(b), a_scale = torch::stable::contiguous(a_scale);
-    if (bias) {
-        STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == n, "scaled_mm: bias must be [N]");
-        bias = torch::stable::contiguous(torch::stable::to(*bias, ScalarType::Float));
-    }
-    Tensor out = torch::stable::new_empty(a, {m, n}, out_dtype);
-    Gemm gemm{};
-    gemm.m = m, gemm.n = n, gemm.groups = groups, gemm.width = k / groups;
-    gemm.a = (const int8_t*)a.const_data_ptr();
-    if (packed)
-        gemm.packed = (const uint8_t*)b.const_data_ptr();
-    else
-        gemm.b = (const int8_t*)b.const_data_ptr();
-    gemm.a_scale = (const float*)a_scale.const_data_ptr(), gemm.a_groups = a_scale.size(1);
-    gemm.b_scale = (const float*)b_scale.const_data_ptr();
-    gemm.b_scale_n = b_scale.stride(0), gemm.b_scale_g = b_scale.stride(1);
-    gemm.bias = bias ? (const float*)bias->const_data_ptr() : nullptr;
-    gemm.out = out.mutable_data_ptr(), gemm.dtype = float_of(out_dtype);
-    active->gemm(gemm, torch_threads());
-    return out;
+  STD_TORCH_CHECK(a.dim() == 2 && a_scale.dim() == 2 && b_scale.dim() == 2, "scaled_mm: a and the scales must be 2-D");
+  const int64_t m = a.size(0), k = a.size(1), n = b_scale.size(0), groups = b_scale.size(1);
+  STD_TORCH_CHECK(
+      groups > 0 && k % groups == 0 && a_scale.size(0) == m && (a_scale.size(1) == 1 || a_scale.size(1) == groups),
+      "scaled_mm: a [", m, ", ", k, "], a_scale [", a_scale.size(0), ", ", a_scale.size(1), "], b_scale [", n, ", ",
+      groups, "]: expected [M, K], [M, 1] or [M, G], [N, G] with K a multiple of G");
+  STD_TORCH_CHECK(k < 1 << 17, "scaled_mm: K = ", k, " is not below 131072, where int32 sums may overflow");
+  STD_TORCH_CHECK(a.scalar_type() == ScalarType::Char && a_scale.scalar_type() == ScalarType::Float &&
+                      b_scale.scalar_type() == ScalarType::Float,
+                  "scaled_mm: a must be int8 and the scales fp32");
+  const bool packed = b.dim() == 4;
+  const int64_t steps = groups * ceil_div(k / groups, kDepth);
+  if (packed) {
+    STD_TORCH_CHECK(b.scalar_type() == ScalarType::Byte && b.is_contiguous() && b.size(0) == ceil_div(n, kLanes) &&
+                        b.size(1) == steps && b.size(2) == kLanes && b.size(3) == kDepth,
+                    "scaled_mm: b is not what pack_weight makes of an [N, K] weight with these scales");
+  } else {
+    STD_TORCH_CHECK(b.scalar_type() == ScalarType::Char && b.dim() == 2 && b.size(0) == n && b.size(1) == k,
+                    "scaled_mm: b must be int8 [N, K], or packed");
+  }
+  a = torch::stable::contiguous(a), b = torch::stable::contiguous(b), a_scale = torch::stable::contiguous(a_scale);
+  if (bias) {
+    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == n, "scaled_mm: bias must be [N]");
+    bias = torch::stable::contiguous(torch::stable::to(*bias, ScalarType::Float));
+  }
+  Tensor out = torch::stable::new_empty(a, {m, n}, out_dtype);
+  Gemm gemm{};
+  gemm.m = m, gemm.n = n, gemm.groups = groups, gemm.width = k / groups;
+  gemm.a = (const int8_t*)a.const_data_ptr();
+  if (packed)
+    gemm.packed = (const uint8_t*)b.const_data_ptr();
+  else
+    gemm.b = (const int8_t*)b.const_data_ptr();
+  gemm.a_scale = (const float*)a_scale.const_data_ptr(), gemm.a_groups = a_scale.size(1);
+  gemm.b_scale = (const float*)b_scale.const_data_ptr();
+  gemm.b_scale_n = b_scale.stride(0), gemm.b_scale_g = b_scale.stride(1);
+  gemm.bias = bias ? (const float*)bias->const_data_ptr() : nullptr;
+  gemm.out = out.mutable_data_ptr(), gemm.dtype = float_of(out_dtype);
+  active->gemm(gemm, torch_threads());
+  return out;
 }
 
 }  // namespace
@@ -131,9 +133,9 @@ Tensor scaled_mm(Tensor a, Tensor b, Tensor a_scale, Tensor b_scale, ScalarType 
 STABLE_TORCH_LIBRARY_FRAGMENT(w8a8_bismooth, m) { m.def("_cpu_level(str name) -> str"); }
 STABLE_TORCH_LIBRARY_IMPL(w8a8_bismooth, CompositeExplicitAutograd, m) { m.impl("_cpu_level", TORCH_BOX(&level)); }
 STABLE_TORCH_LIBRARY_IMPL(w8a8_bismooth, CPU, m) {
-    m.impl("quantize_activations", TORCH_BOX(&quantize_activations));
-    m.impl("silu_mul_quantize", TORCH_BOX(&silu_mul_quantize));
-    m.impl("scaled_mm", TORCH_BOX(&scaled_mm));
+  m.impl("quantize_activations", TORCH_BOX(&quantize_activations));
+  m.impl("silu_mul_quantize", TORCH_BOX(&silu_mul_quantize));
+  m.impl("scaled_mm", TORCH_BOX(&scaled_mm));
 }
 
 }  // namespace w8a8::cpu

@@ -64,7 +64,7 @@ __device__ __forceinline__ bool sum_parts(const Gemm& gemm, int (&sums)[COUNT], 
   }
   sync();
   if (thread == 0) {
-    __threadfence();  // of one thread: between barriers it orders what all of them wrote before, and read after
+    __threadfence();  // one thread's is enough: between barriers it orders the writes and reads of all
     *flag = atomicAdd(gemm.tickets + team, 1u);
     __threadfence();
   }

@@ -217,8 +217,7 @@ __global__ void __launch_bounds__(layout::TILES[TILE].threads(), 1) gemm_mma(con
         int at = i / WARPS_K * THREADS + thread;
         total[i / WARPS_K] += exchange[(i % WARPS_K * TOKENS + at / WEIGHTS) * PITCH + at % WEIGHTS];
       }
-      if (unit.split_tile >= 0 &&
-          !sum_parts(gemm, total, unit.split_tile, unit.part, thread, THREADS, flag, sync)) {
+      if (unit.split_tile >= 0 && !sum_parts(gemm, total, unit.split_tile, unit.part, thread, THREADS, flag, sync)) {
         return;
       }
 #pragma unroll
@@ -239,7 +238,7 @@ __global__ void __launch_bounds__(layout::TILES[TILE].threads(), 1) gemm_mma(con
     }
   } else {
     if constexpr (!GROUPS) {
-      int (&flat)[ROWS * COLUMNS * 4] = reinterpret_cast<int(&)[ROWS * COLUMNS * 4]>(partial);
+      int (&flat)[ROWS * COLUMNS * 4] = reinterpret_cast<int (&)[ROWS * COLUMNS * 4]>(partial);
       if (unit.split_tile >= 0) {
         if (!sum_parts(gemm, flat, unit.split_tile, unit.part, thread, THREADS, flag, sync)) return;
         sync();  // the flag lies where outputs are staged

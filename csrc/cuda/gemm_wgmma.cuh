@@ -21,8 +21,8 @@ __global__ void __launch_bounds__(384, 1)
   constexpr int COLUMNS = TOKENS / 2;  // registers of a slab
   constexpr int STAGED = tile.staging_tokens(), PITCH = 64 + 8;
   constexpr bool GROUPS = GRANULARITY != CHANNEL;
-  // Registers of a thread at launch (65536 / 384, in eights), and what the warpgroups make of them. More than the
-  // launch had would wait for ever.
+  // Registers of a thread at launch (65536 / 384, in eights), and what the warpgroups make of them. If they
+  // asked for more than the launch had, they would wait for ever.
   constexpr int LAUNCHED = 168, MULTIPLYING = 232, LOADING = 40;
   static_assert(2 * MULTIPLYING + LOADING <= 3 * LAUNCHED, "more registers than the CTA has");
 
@@ -35,15 +35,15 @@ __global__ void __launch_bounds__(384, 1)
   unsigned* const flags = reinterpret_cast<unsigned*>(empty + STAGES);                   // [warpgroup]
 
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, warpgroup = warp / 4;
-  auto rank = [] { return CLUSTER > 1 ? int(ptx::cluster_rank()) : 0; };  // asked again, as registers are dear
+  auto rank = [] { return CLUSTER > 1 ? int(ptx::cluster_rank()) : 0; };  // read anew each time, to save registers
   auto weights_at = [&](int stage) { return memory + stage * tile.stage_bytes(); };
   auto tokens_at = [&](int stage) { return weights_at(stage) + WEIGHTS * BLOCK; };
   auto first_weight = [&](const Unit& unit) { return (unit.weight_tile * CLUSTER + rank()) * WEIGHTS; };
 
   if (thread == 0) {
     for (int s = 0; s < STAGES; ++s) {
-      ptx::mbarrier_init(full + s, GROUPS ? 1 + 32 : 1);   // the loading thread and the lanes that gather scales
-      ptx::mbarrier_init(empty + s, CLUSTER * 8);          // every multiplying warp of the cluster
+      ptx::mbarrier_init(full + s, GROUPS ? 1 + 32 : 1);  // the loading thread and the lanes that gather scales
+      ptx::mbarrier_init(empty + s, CLUSTER * 8);         // every multiplying warp of the cluster
     }
     ptx::mbarrier_fence_init();
   }
@@ -129,7 +129,7 @@ __global__ void __launch_bounds__(384, 1)
     auto sync = [&] { ptx::named_barrier(1 + warpgroup, 128); };
     auto release = [&](int stage) {
       __syncwarp();
-      const unsigned to = threadIdx.x % 32;  // as registers are dear
+      const unsigned to = threadIdx.x % 32;  // read anew, to save registers
       if constexpr (CLUSTER == 1) {
         if (to == 0) ptx::mbarrier_arrive(empty + stage);
       } else {

@@ -10,6 +10,7 @@
 
 #include "device.h"
 #include "gemm.cuh"
+#include "grouping.h"
 #include "tickets.h"
 
 namespace {
@@ -76,10 +77,9 @@ CUtensorMap tensor_map(const void* base, int rows, int k, int box_rows) {
   CUtensorMap map;
   cuuint64_t sizes[] = {cuuint64_t(k), cuuint64_t(rows)}, pitch[] = {cuuint64_t(k)};
   cuuint32_t box[] = {layout::BLOCK, cuuint32_t(box_rows)}, steps[] = {1, 1};
-  CUresult status =
-      encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, const_cast<void*>(base), sizes, pitch, box, steps,
-             CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  CUresult status = encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, const_cast<void*>(base), sizes, pitch, box, steps,
+                           CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                           CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   STD_TORCH_CHECK(status == CUDA_SUCCESS, "cuTensorMapEncodeTiled: error ", int(status));
   return map;
 }
@@ -125,21 +125,16 @@ void launch(const Gemm& gemm, const layout::Device& device, int device_index, cu
   }
 }
 
-// Why there is no kernel for weights [n, k] with `groups` scales a row on a compute capability (90: 9.0), or nothing.
-std::string gemm_unsupported(int64_t n, int64_t k, int64_t groups, int64_t capability) {
+// Why there is no kernel for weights [n, k] on a compute capability (90: 9.0), or nothing.
+std::string gemm_unsupported(int64_t n, int64_t k, std::optional<int64_t> group_size, int64_t capability) {
   if (capability < 80) return "compute capability " + std::to_string(capability) + " is below 80 (Ampere)";
   if (n % 16 || k % 16 || k < 16) {
     return "N = " + std::to_string(n) + " and K = " + std::to_string(k) + " must be multiples of 16";
   }
   if (k >= 1 << 17) return "K = " + std::to_string(k) + " is not below 131072, where int32 sums may overflow";
-  if (groups < 1 || k % groups || (groups > 1 && k / groups % 32)) {
-    return "K = " + std::to_string(k) + " in " + std::to_string(groups) + " groups: a group must have a multiple of 32";
-  }
+  const int64_t channels = channels_of(group_size, k);
+  if (channels != k && channels % 32) return "group_size = " + std::to_string(channels) + " is not a multiple of 32";
   return "";
-}
-
-layout::Granularity granularity_of(int64_t k, int64_t groups) {
-  return groups == 1 ? layout::CHANNEL : k / groups == 128 ? layout::GROUP_128 : layout::GROUP_ANY;
 }
 
 // A contiguous tensor at an address that TMA and 16-byte loads can use.
@@ -155,7 +150,7 @@ Float float_type(ScalarType type, const char* what) {
   return Float::fp32;
 }
 
-// tile < 0: chosen.
+// The product by the tile and split given, or, if tile_index is negative, by those that layout::choose finds fastest.
 Tensor multiply(const Tensor& a_any, const Tensor& b_any, const Tensor& a_scale, const Tensor& b_scale,
                 ScalarType out_dtype, const std::optional<Tensor>& bias_any, bool constant_b, int64_t tile_index,
                 int64_t split) {
@@ -166,10 +161,10 @@ Tensor multiply(const Tensor& a_any, const Tensor& b_any, const Tensor& a_scale,
   STD_TORCH_CHECK(a_scale.scalar_type() == ScalarType::Float && b_scale.scalar_type() == ScalarType::Float,
                   "scales must be float32");
   int64_t m = a_any.size(0), k = a_any.size(1), n = b_any.size(0), groups = b_scale.size(1);
-  STD_TORCH_CHECK(b_any.size(1) == k && b_scale.size(0) == n && a_scale.size(0) == m &&
+  STD_TORCH_CHECK(b_any.size(1) == k && b_scale.size(0) == n && a_scale.size(0) == m && groups > 0 && k % groups == 0 &&
                       (a_scale.size(1) == 1 || a_scale.size(1) == groups),
-                  "expected a [M, K], b [N, K], a_scale [M, 1] or [M, G], b_scale [N, G]; got a [", m, ", ", k,
-                  "], b [", n, ", ", b_any.size(1), "], a_scale [", a_scale.size(0), ", ", a_scale.size(1),
+                  "expected a [M, K], b [N, K], a_scale [M, 1] or [M, G], b_scale [N, G], G divides K; got a [", m,
+                  ", ", k, "], b [", n, ", ", b_any.size(1), "], a_scale [", a_scale.size(0), ", ", a_scale.size(1),
                   "], b_scale [", b_scale.size(0), ", ", groups, "]");
   STD_TORCH_CHECK(m < 1 << 30 && n < 1 << 30, "M = ", m, " or N = ", n, " is too large");
   int device_index = a_any.get_device_index();
@@ -177,7 +172,7 @@ Tensor multiply(const Tensor& a_any, const Tensor& b_any, const Tensor& a_scale,
                       b_scale.get_device_index() == device_index,
                   "a, b and their scales must be on one device");
   layout::Device device = device_properties(device_index);
-  std::string problem = gemm_unsupported(n, k, groups, device.capability);
+  std::string problem = gemm_unsupported(n, k, k / groups, device.capability);
   STD_TORCH_CHECK(problem.empty(), problem);
 
   torch::stable::accelerator::DeviceGuard guard(device_index);
@@ -192,7 +187,7 @@ Tensor multiply(const Tensor& a_any, const Tensor& b_any, const Tensor& a_scale,
     bias = torch::stable::contiguous(*bias_any);
   }
 
-  layout::Granularity granularity = granularity_of(k, groups);
+  layout::Granularity granularity = layout::granularity_of(k, k / groups);
   layout::Problem shape{int(m), int(n), int(k), granularity};
   layout::Choice choice;
   if (tile_index < 0) {
@@ -239,9 +234,8 @@ Tensor multiply(const Tensor& a_any, const Tensor& b_any, const Tensor& a_scale,
     gemm.schedule.whole = schedule.tiles(), gemm.schedule.split = 1;
   }
 
-  bool found = with_kernel(choice.tile, granularity, a_scale.size(1) > 1, [&](auto kernel) {
-    launch<decltype(kernel)>(gemm, device, device_index, stream);
-  });
+  bool found = with_kernel(choice.tile, granularity, a_scale.size(1) > 1,
+                           [&](auto kernel) { launch<decltype(kernel)>(gemm, device, device_index, stream); });
   STD_TORCH_CHECK(found, "tile ", choice.tile, " has no kernel for this granularity");
   return d;
 }
@@ -251,8 +245,8 @@ Tensor scaled_mm(Tensor a, Tensor b, Tensor a_scale, Tensor b_scale, ScalarType 
   return multiply(a, b, a_scale, b_scale, out_dtype, bias, constant_b, -1, 1);
 }
 
-// By one tile of layout::TILES, with every tile split along k: for tests and measurements. Graphs of it must not run
-// beside other launches.
+// The product by one kernel of layout::TILES, with every tile of the output split along k. For tests and measurements:
+// graphs of it must not run beside other launches.
 Tensor scaled_mm_tile(Tensor a, Tensor b, Tensor a_scale, Tensor b_scale, ScalarType out_dtype,
                       std::optional<Tensor> bias, int64_t tile, int64_t split, bool constant_b) {
   STD_TORCH_CHECK(tile >= 0, "no tile ", tile);
@@ -260,8 +254,9 @@ Tensor scaled_mm_tile(Tensor a, Tensor b, Tensor a_scale, Tensor b_scale, Scalar
 }
 
 // What scaled_mm would run, in words.
-std::string gemm_choice(int64_t m, int64_t n, int64_t k, int64_t groups, int64_t device) {
-  auto choice = layout::choose({int(m), int(n), int(k), granularity_of(k, groups)}, device_properties(int(device)));
+std::string gemm_choice(int64_t m, int64_t n, int64_t k, std::optional<int64_t> group_size, int64_t device) {
+  layout::Problem shape{int(m), int(n), int(k), layout::granularity_of(k, channels_of(group_size, k))};
+  layout::Choice choice = layout::choose(shape, device_properties(int(device)));
   if (choice.tile < 0) return "none";
   const layout::Tile& tile = layout::TILES[choice.tile];
   return std::to_string(choice.tile) + ": " + (tile.wgmma ? "wgmma " : "mma ") + std::to_string(tile.tokens) +
@@ -275,8 +270,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(w8a8_bismooth, m) {
   m.def(
       "scaled_mm_tile(Tensor a, Tensor b, Tensor a_scale, Tensor b_scale, ScalarType out_dtype, Tensor? bias, "
       "int tile, int split, bool constant_b=False) -> Tensor");
-  m.def("gemm_unsupported(int n, int k, int groups, int capability) -> str");
-  m.def("gemm_choice(int m, int n, int k, int groups, int device) -> str");
+  m.def("gemm_unsupported(int n, int k, int? group_size, int capability) -> str");
+  m.def("gemm_choice(int m, int n, int k, int? group_size, int device) -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(w8a8_bismooth, CUDA, m) {

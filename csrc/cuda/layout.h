@@ -51,30 +51,33 @@ struct Schedule {
     // Bands of 8 token tiles, through which all weight tiles pass: CTAs that run together share both operands in L2.
     int band = tile / (8 * weight_tiles), within = tile - band * 8 * weight_tiles;
     int height = least(8, token_tiles - band * 8);
-    return {band * 8 + within % height,
-            within / height,
-            blocks * part / parts,
-            blocks * (part + 1) / parts,
-            entire ? -1 : tile - whole,
-            part};
+    return {
+        band * 8 + within % height, within / height,
+        blocks * part / parts,      blocks * (part + 1) / parts,
+        entire ? -1 : tile - whole, part,
+    };
   }
 };
 
+/// What kernels are specialised for.
 enum Granularity {
   CHANNEL,    // one scale a weight row
   GROUP_128,  // one scale a weight row and 128 columns
   GROUP_ANY,  // groups of any multiple of 32 columns
 };
+LAYOUT_FUNCTION Granularity granularity_of(int64_t k, int64_t channels) {
+  return channels == k ? CHANNEL : channels == 128 ? GROUP_128 : GROUP_ANY;
+}
 
 /// A tile shape that kernels are built for.
 struct Tile {
-  bool wgmma;                      // Hopper's warpgroup MMA; otherwise mma.sync
-  int tokens, weights;             // of one CTA
-  int warp_tokens, warp_weights;   // mma.sync: of one warp
-  int warps_k;                     // mma.sync: warps that share the tile and divide k
-  int stages;                      // mma.sync: of the pipeline; wgmma takes as many as fit
-  int cluster;                     // CTAs with neighbouring weight tiles, which share the activations' loads
-  unsigned granularities;          // bits, by Granularity
+  bool wgmma;                     // Hopper's warpgroup MMA; otherwise mma.sync
+  int tokens, weights;            // of one CTA
+  int warp_tokens, warp_weights;  // mma.sync: of one warp
+  int warps_k;                    // mma.sync: warps that share the tile and divide k
+  int stages;                     // mma.sync: of the pipeline; wgmma takes as many as fit
+  int cluster;                    // CTAs with neighbouring weight tiles, which share the activations' loads
+  unsigned granularities;         // bits, by Granularity
 
   LAYOUT_FUNCTION bool does(int granularity) const { return granularities >> granularity & 1; }
   LAYOUT_FUNCTION int threads() const {
@@ -127,9 +130,7 @@ constexpr Tile TILES[] = {
 constexpr int TILE_COUNT = sizeof(TILES) / sizeof(TILES[0]);
 
 /// What the choice depends on: the product and the device.
-struct Problem {
-  int m, n, k, granularity;
-};
+struct Problem { int m, n, k, granularity; };
 struct Device {
   int capability;    // 80, 86, 89, 90, ...; as far as the kernels' code uses it
   int sms;           // multiprocessors

@@ -1,10 +1,11 @@
 // The few hardware operations that the kernels use, one function each. On the device: atoms of CUTLASS/CuTe where they
 // fit and inline assembly elsewhere (CUTLASS's barrier atoms carry no "memory" clobber, so the compiler may move plain
-// shared-memory accesses across them). On the host: emulation, so that the same kernel sources run in CPU tests.
+// shared-memory accesses across them). A host compiler gets their emulation from tests/csrc instead, so that the same
+// kernel sources run in tests on a CPU; nvcc needs nothing from there.
 #pragma once
 
 #ifndef __CUDACC__
-#include "emulate.h"
+#include "emulate/ptx.h"
 #else
 
 #include <cuda.h>
@@ -47,7 +48,8 @@ __device__ __forceinline__ void mbarrier_arrive(uint64_t* bar) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(bar)) : "memory");
 }
 
-/// At a CTA of the cluster. Not .release.cluster, which costs a fence of the whole GPU: the arrival follows reads only.
+/// Arrives at the mbarrier of a CTA of the cluster. The arrival follows only reads, so it does without
+/// .release.cluster, which costs a fence of the whole GPU.
 __device__ __forceinline__ void mbarrier_arrive_remote(uint64_t* bar, unsigned rank) {
   asm volatile(
       "{ .reg .b32 remote;\n"

@@ -20,12 +20,8 @@ struct alignas(16) Vector {
 };
 
 // Numbers as stored.
-struct Bf16 {
-  uint16_t bits;
-};
-struct Fp16 {
-  uint16_t bits;
-};
+struct Bf16 { uint16_t bits; };
+struct Fp16 { uint16_t bits; };
 
 __device__ __forceinline__ void unpack(const Vector<float>& v, float (&x)[kVector]) {
 #pragma unroll
@@ -58,7 +54,7 @@ __device__ __forceinline__ Vector<T> load(const T* base, int64_t vector) {
   return reinterpret_cast<const Vector<T>*>(base)[vector];
 }
 
-// 1 / x, rightly rounded for 1 <= x < 2^126 by one Newton step, as nvcc's own division does it; 0 above.
+// 1 / x, correctly rounded for 1 <= x < 2^126 by one Newton step, as nvcc's own division does it; 0 above.
 __device__ __forceinline__ float reciprocal(float x) {
 #ifdef __CUDA_ARCH__
   float r;
@@ -69,7 +65,7 @@ __device__ __forceinline__ float reciprocal(float x) {
 #endif
 }
 
-// x / (1 + exp(-x)); reference.silu says why and how.
+// x / (1 + exp(-x)) by the steps that reference.silu explains.
 __device__ __forceinline__ float silu(float x) {
   constexpr float kRounder = 12582912.0f, kLog2e = 1.44269502162933349609375f;
   constexpr float kLn2High = 0.693147182464599609375f, kLn2Low = -1.9046542121259336e-09f;
@@ -85,7 +81,7 @@ __device__ __forceinline__ float silu(float x) {
   power = __fmaf_rn(power, r, 1.0f);
   power = __fmaf_rn(power, r, 1.0f);
   const float scaled = __uint_as_float(__float_as_uint(power) + (__float_as_uint(shifted) << 23));
-  const float exponential = x < -87.0f ? 0x1p127f : scaled;  // has the reciprocal 0
+  const float exponential = x < -87.0f ? 0x1p127f : scaled;  // its reciprocal is taken as 0
   return __fmul_rn(x, reciprocal(__fadd_rn(1.0f, exponential)));
 }
 
@@ -130,7 +126,7 @@ struct SiluMul {
   }
 };
 
-// First what is normed, `sum` of `fetch_terms`; when the norm is known, `make` from that and the gain.
+// What is normed is `sum` of `fetch_terms`; once the norm is known, `make` computes the result from that and the gain.
 template <class T>
 struct RmsNorm {
   using Number = T;
@@ -171,7 +167,7 @@ struct RmsNorm {
 
 __device__ __forceinline__ uint32_t larger(uint32_t a, uint32_t b) { return a > b ? a : b; }
 
-// Largest magnitude as bits: they order like the numbers, and NaN above infinity.
+// The largest magnitude as bits, which are ordered like the numbers, with NaN above infinity.
 template <class T>
 __device__ __forceinline__ uint32_t amax_bits(const Vector<T>& value) {
   float x[kVector];
@@ -203,12 +199,12 @@ __device__ __forceinline__ float sum_of_squares(const Vector<T>& value) {
 #pragma unroll
   for (int j = 0; j < kVector; ++j) x[j] = __fmul_rn(x[j], x[j]);
   return __fadd_rn(__fadd_rn(__fadd_rn(x[0], x[1]), __fadd_rn(x[2], x[3])),
-                  __fadd_rn(__fadd_rn(x[4], x[5]), __fadd_rn(x[6], x[7])));
+                   __fadd_rn(__fadd_rn(x[4], x[5]), __fadd_rn(x[6], x[7])));
 }
 
 __device__ __forceinline__ float inverse_scale(uint32_t amax) {
   const float inverse = __fdiv_rn(127.0f, __uint_as_float(amax));
-  return inverse < INFINITY ? inverse : 0.0f;  // nor NaN
+  return inverse < INFINITY ? inverse : 0.0f;  // 0 also for NaN
 }
 
 __device__ __forceinline__ uint32_t low_bytes(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
@@ -254,7 +250,7 @@ struct Groups {
   }
 };
 
-// Of a block: what leaves each enough registers to keep ITEMS = 4 vectors, or pairs of them, on their way.
+// Threads of a block: few enough that each has registers for ITEMS = 4 vectors, or pairs of them, on their way.
 template <class Source>
 constexpr int kMaxThreads = Source::kNorm || sizeof(typename Source::Number) == 4 ? 512
                             : sizeof(typename Source::Raw) > 16                   ? 896
@@ -368,8 +364,8 @@ __global__ void __launch_bounds__(kMaxThreads<Source>, 1)
   });
 }
 
-// The shape of a launch. Few rows: latency counts, so each thread takes one vector if a block can hold the row. Many:
-// four, which are under way together and share the reductions.
+// The shape of a launch. With few rows latency counts, so each thread takes one vector if a block can hold the row;
+// with many it takes four, which are under way together and share the reductions.
 struct Plan {
   int items, threads;
   Plan(int64_t rows, int vectors, int max_threads) {

@@ -8,6 +8,7 @@
 #include <tuple>
 
 #include "device.h"
+#include "grouping.h"
 #include "quant.cuh"
 
 namespace {
@@ -47,12 +48,11 @@ void launch(const Source& source, const quant::Groups& groups, int threads, cons
 
 // `source_of` makes the source for x's number type from a value of that type.
 template <class SourceOf>
-Quantized quantize(const Tensor& x, int64_t channels, int64_t group_size, SourceOf source_of) {
+Quantized quantize(const Tensor& x, int64_t channels, std::optional<int64_t> given_size, SourceOf source_of) {
   STD_TORCH_CHECK(x.dim() == 2, "x must have two dimensions");
-  STD_TORCH_CHECK(group_size > 0 && channels % group_size == 0 && group_size % quant::kVector == 0 &&
-                      channels < 1 << 18,
-                  "on CUDA, channels (here ", channels, ") must be a multiple of group_size (here ", group_size,
-                  "), that of 8, and at most 262136");
+  const int64_t group_size = channels_of(given_size, channels);
+  STD_TORCH_CHECK(group_size % quant::kVector == 0 && channels < 1 << 18, "on CUDA, group_size (here ", group_size,
+                  ") must be a multiple of 8, and K (here ", channels, ") at most 262136");
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   Quantized out{torch::stable::new_empty(x, {x.size(0), channels}, ScalarType::Char),
                 torch::stable::new_empty(x, {x.size(0), channels / group_size}, ScalarType::Float)};
@@ -81,13 +81,13 @@ const T* data(const Tensor& x) {
   return static_cast<const T*>(x.const_data_ptr());
 }
 
-Quantized quantize_activations(const Tensor& x, int64_t group_size) {
+Quantized quantize_activations(const Tensor& x, std::optional<int64_t> group_size) {
   const Tensor from = loadable(x);
   return quantize(from, from.size(1), group_size,
                   [&](auto number) { return quant::Plain<decltype(number)>{data<decltype(number)>(from)}; });
 }
 
-Quantized silu_mul_quantize(const Tensor& x, int64_t group_size) {
+Quantized silu_mul_quantize(const Tensor& x, std::optional<int64_t> group_size) {
   const Tensor from = loadable(x);
   STD_TORCH_CHECK(from.size(1) % 2 == 0, "x must be [M, 2 K]");
   return quantize(from, from.size(1) / 2, group_size,
@@ -95,7 +95,7 @@ Quantized silu_mul_quantize(const Tensor& x, int64_t group_size) {
 }
 
 Quantized rms_norm_quantize(const Tensor& x, std::optional<Tensor> residual, const Tensor& weight, double epsilon,
-                            int64_t group_size) {
+                            std::optional<int64_t> group_size) {
   const int32_t device = x.get_device_index();
   STD_TORCH_CHECK(weight.get_device_index() == device && (!residual || residual->get_device_index() == device),
                   "x, residual and weight must be on one device");

@@ -11,7 +11,7 @@ extern "C" void set_mutant(int number) { mutant = number; }
 #endif
 
 struct Arguments {
-  int32_t tile, granularity, a_groups, m, n, k, groups, grid, whole, split;
+  int32_t tile, a_groups, m, n, k, groups, grid, whole, split;
   int32_t bias_type, d_type;
   int64_t a_scale_row, a_scale_group, b_scale_row, b_scale_group;
   const int8_t *a, *b;
@@ -24,7 +24,8 @@ struct Arguments {
 static const char* run(const Arguments& x) {
   static std::string error;
   const layout::Tile& tile = layout::TILES[x.tile];
-  auto schedule = layout::schedule({x.m, x.n, x.k, x.granularity}, tile, x.whole, x.split);
+  layout::Granularity granularity = layout::granularity_of(x.k, x.k / x.groups);
+  auto schedule = layout::schedule({x.m, x.n, x.k, granularity}, tile, x.whole, x.split);
   int teams = schedule.split_tiles() * (tile.wgmma ? 2 * tile.cluster : 1);
   size_t parts = size_t(schedule.split_tiles()) * tile.cluster * x.split;
   std::vector<int> partials(parts * tile.tokens * tile.weights, 0x5a5a5a5a);
@@ -43,14 +44,15 @@ static const char* run(const Arguments& x) {
                        unsigned(tile.weights)};
   error.clear();
   try {
-    bool found = with_kernel(x.tile, x.granularity, x.a_groups, [&](auto kernel) {
+    bool found = with_kernel(x.tile, granularity, x.a_groups, [&](auto kernel) {
       using Kernel = decltype(kernel);
       if constexpr (ONLY_TILES >> Kernel::index & 1) {
         unsigned units = unsigned(schedule.units()) * tile.cluster;
         unsigned grid = x.grid ? unsigned(layout::least(x.grid * tile.cluster, int(units))) : units;
         if constexpr (Kernel::tile.wgmma) {
-          emulate::launch({grid}, tile.threads(), Kernel::shared_bytes, x.seed,
-                          [&] { Kernel::function()(gemm, a_map, b_map); }, tile.cluster);
+          emulate::launch(
+              {grid}, tile.threads(), Kernel::shared_bytes, x.seed, [&] { Kernel::function()(gemm, a_map, b_map); },
+              tile.cluster);
         } else {
           emulate::launch({units}, tile.threads(), Kernel::shared_bytes, x.seed, [&] { Kernel::function()(gemm); });
         }
@@ -73,8 +75,8 @@ extern "C" int tile_count() { return layout::TILE_COUNT; }
 /// The whole table: wgmma, tokens, weights, cluster, granularities, shared bytes by granularity.
 extern "C" void tile_at(int index, int* out) {
   const layout::Tile& tile = layout::TILES[index];
-  int values[] = {tile.wgmma, tile.tokens, tile.weights, tile.cluster, int(tile.granularities), tile.block(),
-                  tile.threads(), tile.shared_bytes(0), tile.shared_bytes(1), tile.shared_bytes(2)};
+  int values[] = {tile.wgmma,   tile.tokens,    tile.weights,         tile.cluster,         int(tile.granularities),
+                  tile.block(), tile.threads(), tile.shared_bytes(0), tile.shared_bytes(1), tile.shared_bytes(2)};
   for (int i = 0; i < 10; ++i) out[i] = values[i];
 }
 

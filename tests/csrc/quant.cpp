@@ -31,7 +31,7 @@ void with_number(char source, const void* x, void* residual, const void* gain, f
 
 }  // namespace
 
-// items 0: as the launch plan of the ops has it. Returns null, or what went wrong.
+// With 0 items, the shape of the launch is the ops' own. Returns null, or what went wrong.
 extern "C" const char* quantize(char source, char number, const void* x, void* residual, const void* gain,
                                 float epsilon, int8_t* codes, float* scales, int rows, int channels, int group,
                                 int items, int threads, uint64_t seed) {

@@ -72,7 +72,7 @@ def check_product(case):
     if case["scales_by_group"]:
         b_scale = b_scale.t().contiguous().t()
     if case["packed"]:
-        b = ops.pack_weight(b, groups)
+        b = ops.pack_weight(b, case["width"])
     assert torch.equal(ops.scaled_mm(a, b, a_scale, b_scale, case["dtype"], bias), expected)
 
 
@@ -154,7 +154,7 @@ def test_every_half_is_quantized_and_rounded_as_in_torch(at_level, dtype):
 def test_packing_can_be_undone(n, groups, width, seed):
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randint(-128, 128, (n, groups * width), generator=generator, dtype=torch.int8)
-    packed = ops.pack_weight(weight, groups)
+    packed = ops.pack_weight(weight, width)
     assert torch.equal(ops.unpack_weight(packed, torch.ones(n, groups), groups * width), weight)
     if n % 16 == 0 and width % 4 == 0:
         assert packed.nbytes == weight.nbytes
@@ -162,7 +162,7 @@ def test_packing_can_be_undone(n, groups, width, seed):
 
 def test_a_wrong_operand_is_refused():
     a, one = torch.zeros(2, 64, dtype=torch.int8), torch.ones(2, 1)
-    packed = ops.pack_weight(torch.zeros(32, 64, dtype=torch.int8), 1)
+    packed = ops.pack_weight(torch.zeros(32, 64, dtype=torch.int8), None)
     for b, b_scale, message in [
         (packed, torch.ones(48, 1), "not what pack_weight makes"),
         (packed.view(torch.int8), torch.ones(32, 1), "not what pack_weight makes"),
@@ -171,9 +171,9 @@ def test_a_wrong_operand_is_refused():
         with pytest.raises(RuntimeError, match=message):
             ops.scaled_mm(a, b, one, b_scale, torch.bfloat16)
     with pytest.raises(RuntimeError, match="fp32, bf16 or fp16"):
-        ops.quantize_activations(torch.zeros(2, 64, dtype=torch.float64), 64)
+        ops.quantize_activations(torch.zeros(2, 64, dtype=torch.float64), None)
     with pytest.raises(RuntimeError, match="fp32, bf16 or fp16"):
-        ops.silu_mul_quantize(torch.zeros(2, 64, dtype=torch.float64), 32)
+        ops.silu_mul_quantize(torch.zeros(2, 64, dtype=torch.float64), None)
 
 
 def test_only_stable_symbols_are_needed():
@@ -194,7 +194,7 @@ def fuzzer(tmp_path_factory):
     if not shutil.which("g++"):
         pytest.skip("there is no g++")
     folder = tmp_path_factory.mktemp("fuzz")
-    common = ["g++", "-std=c++17", "-O1", "-g1", *CPU_FLAGS[1:], f"-I{ROOT / 'csrc'}"]
+    common = ["g++", "-std=c++17", "-O1", "-g1", *CPU_FLAGS[1:], f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests/csrc'}"]
     common += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     levels = {name: flags for name, flags in CPU_LEVELS.items() if name != "amx"}
     levels["amx_emulated"] = ["-DW8A8_EMULATE_AMX"]

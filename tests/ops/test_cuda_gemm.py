@@ -239,10 +239,15 @@ def test_plugin_can_ask_what_is_supported():
     unsupported = getattr(torch.ops.w8a8_bismooth, "gemm_unsupported", None)
     if unsupported is None:
         pytest.skip("built without CUDA kernels (nvcc or nvidia-cutlass is missing)")
-    assert unsupported(4096, 14336, 1, 90) == unsupported(4096, 14336, 112, 80) == unsupported(16, 96, 3, 120) == ""
-    assert "below 80" in unsupported(4096, 4096, 1, 75)
-    assert "multiples of 16" in unsupported(4100, 4096, 1, 90) and "multiples of 16" in unsupported(4096, 4104, 1, 90)
-    assert "multiple of 32" in unsupported(4096, 4096, 256, 90) and "131072" in unsupported(16, 1 << 17, 1, 90)
+    assert unsupported(4096, 14336, None, 90) == unsupported(4096, 14336, 128, 80) == unsupported(16, 96, 32, 120) == ""
+    assert unsupported(16, 48, None, 90) == unsupported(16, 48, 48, 90) == ""
+    assert "below 80" in unsupported(4096, 4096, None, 75)
+    assert "multiples of 16" in unsupported(4100, 4096, None, 90)
+    assert "multiples of 16" in unsupported(4096, 4104, None, 90)
+    assert "group_size = 16 is not a multiple of 32" in unsupported(4096, 4096, 16, 90)
+    assert "131072" in unsupported(16, 1 << 17, None, 90)
+    with pytest.raises(RuntimeError, match="K = 96 is not a multiple of group_size = 64"):
+        unsupported(16, 96, 64, 90)
 
 
 # Mutants: what is replaced, by what, and the kernels (tile, K, groups, options) of which one must then fail.
@@ -392,7 +397,7 @@ def mutants(tmp_path_factory):
     for number, (name, (file, old, new, _)) in enumerate(MUTANTS.items(), 1):
         assert sources[file].count(old) == 1, f"{name}: {old!r} is {sources[file].count(old)} times in {file}"
         sources[file] = sources[file].replace(old, re.sub(r"\{0?\}", str(number), new))
-    sources["emulate.h"] += "\ninline int mutant = 0;\n"
+    sources["ptx.h"] += "\ninline int mutant = 0;\n"
     for name, text in sources.items():
         (folder / name).write_text(text)
     only = sum(1 << tile for tile in (MMA, EXCHANGE, HOPPER, CLUSTER))

@@ -66,7 +66,7 @@ def test_norm_matches_exact_arithmetic(tokens, channels, dtype, added, exponent,
     x, residual = (torch.randn(2, tokens, channels, generator=generator) * 10.0**exponent).to(dtype)
     gain = torch.randn(channels, generator=generator).to(dtype)
     summed = residual.clone() if added else None
-    codes, scale = ops.rms_norm_quantize(x, summed, gain, 1e-6, channels)
+    codes, scale = ops.rms_norm_quantize(x, summed, gain, 1e-6, None)
     z = (x.float() + residual.float()).to(dtype) if added else x
     assert not added or torch.equal(summed, z)
     exact = z.double() * (z.double().square().mean(1, keepdim=True) + 1e-6).rsqrt() * gain.double()
@@ -83,7 +83,7 @@ def test_norm_matches_exact_arithmetic(tokens, channels, dtype, added, exponent,
 )
 def test_silu_mul_matches_exact_arithmetic(tokens, channels, dtype, exponent, seed):
     x = (torch.randn(tokens, 2 * channels, generator=torch.Generator().manual_seed(seed)) * 10.0**exponent).to(dtype)
-    codes, scale = ops.silu_mul_quantize(x, channels)
+    codes, scale = ops.silu_mul_quantize(x, None)
     gate, up = x.double().chunk(2, dim=1)
     exact = gate / (1 + (-gate).exp()) * up
     slack = exact.abs() * (2 * torch.finfo(dtype).eps + 2.0**-20) + (torch.finfo(dtype).tiny + 2e-36) * (1 + up.abs())
@@ -186,11 +186,27 @@ def test_linear_keeps_shape_and_dtype(dtype):
     assert out.shape == (3, 5, 12) and out.dtype == dtype
 
 
+def test_no_group_size_is_the_whole_row():
+    """In the kernels where they are built, and in the reference."""
+    x, gain = torch.randn(5, 96), torch.randn(96)
+    for module in (ops, reference):
+        calls = (
+            lambda size: module.quantize_activations(x, size),  # noqa: B023
+            lambda size: module.rms_norm_quantize(x, None, gain, 1e-6, size),  # noqa: B023
+            lambda size: module.silu_mul_quantize(torch.cat([x, x], dim=1), size),  # noqa: B023
+        )
+        for call in calls:
+            (codes, scale), (same, also) = call(None), call(96)
+            assert scale.shape == (5, 1) and torch.equal(codes, same) and torch.equal(scale, also)
+    weight = torch.randint(-128, 128, (20, 96), dtype=torch.int8)
+    assert torch.equal(ops.pack_weight(weight, None), ops.pack_weight(weight, 96))
+
+
 @pytest.mark.parametrize("m", [4, 1, 0])
 def test_opcheck(m):
     """Schemas, fakes with their strides, and tracing with sizes as symbols."""
     a, b, a_scale, b_scale, bias = operands(m, 8, 64, 2, 2)
-    for group_size in (32, 64):
+    for group_size in (None, 32, 64):
         torch.library.opcheck(torch.ops.w8a8_bismooth.quantize_activations.default, (torch.randn(m, 64), group_size))
         torch.library.opcheck(torch.ops.w8a8_bismooth.silu_mul_quantize.default, (torch.randn(m, 128), group_size))
         for residual in (None, torch.randn(m, 64)):
@@ -251,10 +267,10 @@ def test_fakes_have_the_strides_of_the_outputs(m):
     x = torch.randn(m, 256)[:, :128]
     namespace, calls = torch.ops.w8a8_bismooth, []
     calls += [(namespace.quantize_activations, (x, 32)), (namespace.silu_mul_quantize, (x.t().contiguous().t(), 32))]
-    calls += [(namespace.rms_norm_quantize, (x, None, torch.randn(128), 1e-6, 128))]
+    calls += [(namespace.rms_norm_quantize, (x, None, torch.randn(128), 1e-6, None))]
     calls += [(namespace.scaled_mm, (a.t().contiguous().t(), b, a_scale, b_scale, torch.bfloat16))]
     if ops.has_kernel("cpu"):
-        calls += [(namespace.scaled_mm, (a, ops.pack_weight(b, 2), a_scale, b_scale, torch.bfloat16))]
+        calls += [(namespace.scaled_mm, (a, ops.pack_weight(b, 32), a_scale, b_scale, torch.bfloat16))]
     for op, arguments in calls:
         with FakeTensorMode() as mode:
             faked = op(*(mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for v in arguments))
@@ -275,19 +291,22 @@ def test_only_linear_promises_constant_weights(monkeypatch):
     for promise in (False, True):
         assert ops.scaled_mm(a, b, a_scale, b_scale, torch.float32, constant_b=promise).shape == (2, 4)
     ops.scaled_mm(a, b, a_scale, b_scale, torch.float32)
-    ops.linear(torch.randn(2, 64), b, b_scale, 64)
+    ops.linear(torch.randn(2, 64), b, b_scale, None)
     assert promises == [False, True, False, True]
     schema = torch._C._get_schema("w8a8_bismooth::scaled_mm", "")
     assert schema.arguments[-1].name == "constant_b" and schema.arguments[-1].default_value is False
 
 
-def test_compiles_without_breaks_or_recompiles():
+@pytest.mark.parametrize("group_size", [None, 32])
+def test_compiles_without_breaks_or_recompiles(group_size):
     _, weight, _, weight_scale, _ = operands(1, 16, 64, 2, 2)
     counter = CompileCounter()
     compiled = torch.compile(ops.linear, fullgraph=True, dynamic=True, backend=counter)
     for m in (5, 3, 17, 64):  # not 2, the number of groups: the compiler would take the two for one size
         x = torch.randn(m, 64, generator=torch.Generator().manual_seed(m))
-        assert torch.equal(compiled(x, weight, weight_scale, 32), ops.linear(x, weight, weight_scale, 32))
+        assert torch.equal(
+            compiled(x, weight, weight_scale, group_size), ops.linear(x, weight, weight_scale, group_size)
+        )
     assert counter.frame_count == 1
 
 
@@ -295,7 +314,7 @@ def test_fused_ops_compile_and_update_the_residual():
     gain = torch.randn(64, generator=torch.Generator().manual_seed(0))
 
     def block(x, residual):
-        codes, scale = ops.rms_norm_quantize(x, residual, gain, 1e-6, 64)
+        codes, scale = ops.rms_norm_quantize(x, residual, gain, 1e-6, None)
         y = codes * scale
         return residual, *ops.silu_mul_quantize(y, 32)
 
@@ -312,8 +331,11 @@ def test_fused_ops_compile_and_update_the_residual():
     ("call", "message"),
     [
         (lambda: ops.quantize_activations(torch.ones(2, 40), 32), "multiple of group_size = 32"),
-        (lambda: ops.quantize_activations(torch.ones(40), 40), "must be"),
-        (lambda: ops.silu_mul_quantize(torch.ones(2, 96), 32), r"\[M, 2 K\]"),
+        (lambda: ops.quantize_activations(torch.ones(40), None), "must be"),
+        (lambda: ops.quantize_activations(torch.ones(2, 40), 0), "multiple of group_size = 0"),
+        (lambda: ops.silu_mul_quantize(torch.ones(2, 96), 32), "K = 48 is not a multiple of group_size = 32"),
+        (lambda: ops.silu_mul_quantize(torch.ones(2, 97), None), r"\[M, 2 K\]"),
+        (lambda: ops.pack_weight(torch.ones(2, 40, dtype=torch.int8), 32), "K = 40"),
         (lambda: ops.rms_norm_quantize(torch.ones(2, 48), None, torch.ones(48), 1e-6, 32), "group_size = 32"),
         (lambda: ops.rms_norm_quantize(torch.ones(2, 64), None, torch.ones(32), 1e-6, 32), "weight is"),
         (lambda: ops.rms_norm_quantize(torch.ones(2, 64), torch.ones(1, 64), torch.ones(64), 1e-6, 32), "residual is"),

@@ -111,7 +111,7 @@ def test_static_linear_matches_the_definition(tokens, dtype, scale, biased, seed
     codes = np.clip(np.rint(x.float().numpy() * (np.float32(1) / step)), -128, 127).astype(np.int64)
     expected = (codes @ weight.numpy().astype(np.int64).T).astype(np.float32) * step * weight_scale.numpy().T
     expected = torch.from_numpy(expected if bias is None else expected + bias.numpy()).to(dtype)
-    for stored in (weight, ops.pack_weight(weight, 1)):
+    for stored in (weight, ops.pack_weight(weight, None)):
         got = ops.static_linear(x, stored, weight_scale, input_scale, bias)
         assert got.dtype == dtype and torch.equal(got, expected)
 

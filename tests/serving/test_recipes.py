@@ -18,12 +18,12 @@ from tests.convert.test_convert import digests
 from tests.support.agreement import assert_same_up_to_near_ties
 from tests.support.conversion import convert
 from tests.support.engine import PROMPTS, ask
+from vllm_w8a8_bismooth import grouping
 from vllm_w8a8_bismooth.checkpoint.files import Folder
 from vllm_w8a8_bismooth.checkpoint.layout import Layout
 from vllm_w8a8_bismooth.checkpoint.reader import Headers
 from vllm_w8a8_bismooth.convert.estimate import needs
 from vllm_w8a8_bismooth.convert.inspect import survey
-from vllm_w8a8_bismooth.convert.options import _GROUP_SIZES
 from vllm_w8a8_bismooth.recipe import Recipe
 from vllm_w8a8_bismooth.serving import guard
 
@@ -118,12 +118,12 @@ def test_figures_of_405b(llama_405b):
     text = section("serving.md", "LLaMA 3.1 405B on two nodes with eight GPUs of 80 GB")
     rows = {name: cells for name, *cells in (line[1:-1].split("|") for line in text.splitlines() if line[:2] == "| ")}
     ranks = [int(cell.removeprefix(" tp ")) for cell in rows.pop(" ")]
-    found = {size: survey(Folder(llama_405b), 16384, size) for size in _GROUP_SIZES}
+    found = {size: survey(Folder(llama_405b), 16384, size) for size in grouping.SIZES}
     sizes, need = found[128].sizes, found[128].needs["data-free"]
     told = iter([row for row in rows.values() if not row[0].startswith("-")])
     assert [int(cell) for cell in next(told)] == [sizes["heads"] * sizes["head"] // r for r in ranks]
     assert [int(cell) for cell in next(told)] == [sizes["intermediate"] // r for r in ranks]
-    fitting = [[size for size in _GROUP_SIZES if not found[size].per_group[r]] for r in ranks]
+    fitting = [[size for size in grouping.SIZES if not found[size].per_group[r]] for r in ranks]
     assert [[int(size) for size in cell.split(",")] for cell in next(told)] == fitting
     assert [cell.strip() for cell in next(told)] == [f"{need.written_bytes / 1e9 / r:.1f} GB" for r in ranks]
     layout = Layout(Headers(Folder(llama_405b)))

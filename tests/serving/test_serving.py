@@ -125,7 +125,7 @@ def made_by_vllm(group_size: int | None, rows: int, columns: int):
 
 def test_group_size_must_divide_the_share_of_a_rank(on_rank):
     on_rank(0, 1)
-    with pytest.raises(ValueError, match=r"layers.0.mlp.down_proj: K = 352 on this rank .* group_size = 128"):
+    with pytest.raises(ValueError, match=r"layers.0.mlp.down_proj: K = 352 is not .* group_size = 128; 32 would fit"):
         made_by_vllm(128, 64, 352)
 
 
@@ -136,7 +136,7 @@ def test_ranks_add_up(on_rank, group_size, split):
     generator = torch.Generator().manual_seed(0)
     x, bias = torch.randn(5, 128, generator=generator), torch.randn(64, generator=generator)
     codes, scales = quantize_weight(torch.randn(64, 128, generator=generator), group_size)
-    whole = ops.linear(x, codes, scales, group_size or 128, bias)
+    whole = ops.linear(x, codes, scales, group_size, bias)
     outputs = []
     for rank in (0, 1):
         on_rank(rank, 2)
@@ -160,7 +160,7 @@ def test_ranks_add_up(on_rank, group_size, split):
     elif group_size:  # every group lies on one rank, so only the order of fp32 sums differs
         torch.testing.assert_close(outputs[0] + outputs[1], whole, rtol=1e-5, atol=1e-4)
     else:  # each rank quantizes its half of a token by its own range: not the whole's product, but the halves'
-        halves = [ops.linear(x[:, half], codes[:, half], scales, 64) for half in (slice(0, 64), slice(64, 128))]
+        halves = [ops.linear(x[:, half], codes[:, half], scales, None) for half in (slice(0, 64), slice(64, 128))]
         assert torch.equal(outputs[0], halves[0] + bias) and torch.equal(outputs[1], halves[1])
 
 
@@ -185,7 +185,7 @@ def test_shapes_without_a_kernel_are_refused_at_load(on_rank, monkeypatch):
     layer, scheme = made_by_vllm(None, 72, 256)
     layer.weight_scale.data.fill_(1e-3)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    on_gpu = ops.unsupported(*layer.weight.shape, groups=1, device=torch.device("cuda"))
+    on_gpu = ops.unsupported(*layer.weight.shape, group_size=None, device=torch.device("cuda"))
     monkeypatch.setattr(ops, "unsupported", lambda *shape, **more: on_gpu)
     with pytest.raises(ValueError, match="down_proj: N = 72 and K = 256 must be multiples of 16; use"):
         scheme.process_weights_after_loading(layer)

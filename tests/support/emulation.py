@@ -1,4 +1,4 @@
-"""The CUDA GEMM kernels compiled with g++ on the host emulation of ``csrc/cuda/ptx.h``, called through ctypes."""
+"""The CUDA GEMM kernels compiled with g++ on the emulated GPU of ``tests/csrc/emulate``, called through ctypes."""
 
 import ctypes
 import pathlib
@@ -8,16 +8,22 @@ from dataclasses import dataclass
 import torch
 
 ROOT = pathlib.Path(__file__).parents[2]
+EMULATION = ROOT / "tests/csrc"  # the include path of ``emulate/``
 CHANNEL, GROUP_128, GROUP_ANY = range(3)
 FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 def compile_library(source: pathlib.Path, out: pathlib.Path, *flags: str, include: pathlib.Path | None = None):
-    """g++ ``source`` against the kernels in ``include`` (``csrc/cuda`` unless given) to the shared library ``out``."""
+    """g++ ``source`` against the kernels in ``include`` (``csrc/cuda`` unless given) to the shared library ``out``.
+
+    ``tests/csrc`` is on the include path as well, where the kernels find the emulation of the GPU.
+    """
     command = "g++ -std=c++17 -O2 -Wall -Wextra -Wno-unknown-pragmas -ffp-contract=off -march=native -fPIC -shared"
     include = include or ROOT / "csrc/cuda"
     done = subprocess.run(
-        [*command.split(), *flags, f"-I{include}", str(source), "-o", str(out)], capture_output=True, text=True
+        [*command.split(), *flags, f"-I{include}", f"-I{EMULATION}", str(source), "-o", str(out)],
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     assert "warning" not in done.stderr, done.stderr
@@ -30,7 +36,7 @@ def _fields(kind, names: str) -> list[tuple[str, type]]:
 
 class _Arguments(ctypes.Structure):
     _fields_ = [
-        *_fields(ctypes.c_int32, "tile granularity a_groups m n k groups grid whole split bias_type d_type"),
+        *_fields(ctypes.c_int32, "tile a_groups m n k groups grid whole split bias_type d_type"),
         *_fields(ctypes.c_int64, "a_scale_row a_scale_group b_scale_row b_scale_group"),
         *_fields(ctypes.c_void_p, "a b a_scale b_scale bias d"),
         ("seed", ctypes.c_uint64),
@@ -75,13 +81,12 @@ class Kernels:
         one loads weights before it waits for the previous kernel.
         """
         (m, k), (n, groups) = a.shape, b_scale.shape
-        granularity = CHANNEL if groups == 1 else GROUP_128 if k // groups == 128 else GROUP_ANY
         if whole is None:
             whole = 0 if split > 1 else 1 << 30
         whole = min(whole, self.units(m, n, k, tile, 1 << 20, 1)[0])
         d = torch.full((m, n), float("nan"), dtype=dtype)
         arguments = _Arguments(
-            *[tile, granularity, int(a_scale.shape[1] > 1), m, n, k, groups, grid, whole, split],
+            *[tile, int(a_scale.shape[1] > 1), m, n, k, groups, grid, whole, split],
             *[FLOATS[bias.dtype] if bias is not None else 0, FLOATS[dtype], *a_scale.stride(), *b_scale.stride()],
             *[a.data_ptr(), b.data_ptr(), a_scale.data_ptr(), b_scale.data_ptr()],
             *[bias.data_ptr() if bias is not None else None, d.data_ptr(), seed],

@@ -8,6 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from vllm_w8a8_bismooth import grouping
 from vllm_w8a8_bismooth.checkpoint.architectures import ARCHITECTURES, Architecture
 from vllm_w8a8_bismooth.checkpoint.audit import sizes_of
 from vllm_w8a8_bismooth.checkpoint.files import Folder, free_space
@@ -15,7 +16,6 @@ from vllm_w8a8_bismooth.checkpoint.hub import Repository
 from vllm_w8a8_bismooth.checkpoint.layout import PROBLEMS, Layout
 from vllm_w8a8_bismooth.checkpoint.reader import Headers
 from vllm_w8a8_bismooth.convert.estimate import Needs, needs
-from vllm_w8a8_bismooth.convert.options import instead
 from vllm_w8a8_bismooth.errors import BismoothError
 
 TENSOR_PARALLEL = (1, 2, 4, 8, 16)
@@ -43,11 +43,11 @@ def parallel_problems(source: Layout, group_size: int | None) -> dict[int, list[
             width = sizes[columns]
             if width % ranks:
                 found.append(f"{linear}: K = {width} is not a multiple of {ranks}")
-            elif group_size and width // ranks % group_size:
-                share = width // ranks
-                found.append(
-                    f"{linear}: K / {ranks} = {share} is not a multiple of group_size {group_size}; {instead(share)}"
-                )
+                continue
+            try:
+                grouping.groups(width // ranks, group_size)
+            except ValueError as error:
+                found.append(f"{linear} on {ranks} ranks: {error}")
         problems[ranks] = found
     return problems
 

@@ -3,13 +3,12 @@
 import re
 from collections.abc import Sequence
 
+from vllm_w8a8_bismooth import grouping
 from vllm_w8a8_bismooth.checkpoint.architectures import BLOCK, Layer
 from vllm_w8a8_bismooth.checkpoint.layout import Layout
 from vllm_w8a8_bismooth.convert.plan import full_names
 from vllm_w8a8_bismooth.errors import BismoothError
 from vllm_w8a8_bismooth.recipe import Recipe
-
-_GROUP_SIZES = (32, 64, 128, 256, 512, 1024)
 
 
 def named(pattern: re.Pattern[str], block: str, layer: Layer) -> set[str]:
@@ -85,15 +84,10 @@ def check_group_size(source: Layout, recipe: Recipe, grouped: Sequence[set[str]]
     """Raises :class:`BismoothError` if a per-group linear's K is not a multiple of the group size."""
     for i, layer in enumerate(source.layers):
         for linear in sorted(grouped[i]):
-            columns = source.sizes[layer.linears[linear][1]]
-            if columns % recipe.group_size:
+            try:
+                grouping.groups(source.sizes[layer.linears[linear][1]], recipe.group_size)
+            except ValueError as error:
                 raise BismoothError(
-                    f"{BLOCK.format(i)}{linear}: K = {columns} is not a multiple of --group-size {recipe.group_size}; "
-                    f"{instead(columns)}"
-                )
-
-
-def instead(columns: int) -> str:
-    """What to do where the group size does not divide K."""
-    fitting = [g for g in _GROUP_SIZES if columns % g == 0]
-    return f"{', '.join(map(str, fitting))} would fit" if fitting else "use --method bismooth"
+                    f"--group-size {recipe.group_size} does not fit {BLOCK.format(i)}{linear}: {error}; "
+                    "or leave it per-channel"
+                ) from None

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from vllm_w8a8_bismooth import grouping
 from vllm_w8a8_bismooth.checkpoint.architectures import Layer
 from vllm_w8a8_bismooth.checkpoint.blocks import Block, Run, Stage
 from vllm_w8a8_bismooth.method.quantize import quantize_folded
@@ -20,7 +21,7 @@ OUTLIER = 20.0
 
 ANALYZE = Stage("analyze", whole=False)
 
-GROUP_SIZES = (256, 128, 64, 32)
+GROUP_SIZES = tuple(size for size in reversed(grouping.SIZES) if size <= 256)
 """What is tried on a vulnerable linear, in this order, until one repairs it."""
 
 
@@ -113,7 +114,7 @@ def measure(
     sizes = [group_size] if group_size else GROUP_SIZES if search and error > VULNERABLE else []
     groups: dict[int, float] = {}
     for size in sizes:
-        if columns % size == 0:
+        if grouping.fits(columns, size):
             groups[size] = quantize_folded(weight, Fold(), size, threads=threads).column_error()
             if groups[size] <= VULNERABLE:
                 break

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from vllm_w8a8_bismooth import grouping
 from vllm_w8a8_bismooth.method.rows import ALONE, Fold, Memory, Threads
 
 
@@ -59,10 +60,8 @@ def quantize_weight(weight: torch.Tensor, group_size: int | None = None) -> tupl
 def _quantize(weight: torch.Tensor, group_size: int | None, rounded: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
     """:func:`quantize_weight` into given memory, fp32 and int8 ``[N, K]``, both of which get the codes."""
     rows, columns = weight.shape
-    group_size = group_size or columns
-    if columns % group_size:
-        raise ValueError(f"K = {columns} is not a multiple of group_size = {group_size}")
-    shape = (rows, columns // group_size, group_size)
+    groups = grouping.groups(columns, group_size)
+    shape = (rows, groups, columns // groups)
     amax = torch.abs(weight, out=rounded).view(shape).amax(dim=-1)
     scale = amax / amax.new_tensor(127)  # a tensor, because on CUDA torch multiplies by the reciprocal of a scalar
     scale[scale == 0] = 1

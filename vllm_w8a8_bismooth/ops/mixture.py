@@ -6,16 +6,16 @@ from functools import partial
 import torch
 from torch.nn.functional import gelu
 
-Quantized = tuple[torch.Tensor, torch.Tensor]
+from vllm_w8a8_bismooth.ops.reference import Quantized
 
 
 def _silu(inner: torch.Tensor) -> Quantized:
-    return torch.ops.w8a8_bismooth.silu_mul_quantize(inner, inner.shape[1] // 2)
+    return torch.ops.w8a8_bismooth.silu_mul_quantize(inner, None)
 
 
 def _gelu(inner: torch.Tensor, approximate: str) -> Quantized:
     gate, up = inner.chunk(2, dim=1)
-    return torch.ops.w8a8_bismooth.quantize_activations(gelu(gate, approximate=approximate) * up, up.shape[1])
+    return torch.ops.w8a8_bismooth.quantize_activations(gelu(gate, approximate=approximate) * up, None)
 
 
 ACTIVATIONS: Mapping[str, Callable[[torch.Tensor], Quantized]] = {
@@ -60,7 +60,7 @@ def experts(
         ``[T, H]`` in x's dtype.
     """
     multiply = torch.ops.w8a8_bismooth.scaled_mm
-    codes, scale = torch.ops.w8a8_bismooth.quantize_activations(x, x.shape[1])
+    codes, scale = torch.ops.w8a8_bismooth.quantize_activations(x, None)
     flat = chosen.flatten()
     order = flat.argsort(stable=True)
     tokens, shares = order // chosen.shape[1], shares.float().flatten()[order, None]

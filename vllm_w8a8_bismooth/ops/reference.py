@@ -2,22 +2,28 @@
 
 import torch
 
+from vllm_w8a8_bismooth import grouping
 
-def quantize_activations(x: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+Quantized = tuple[torch.Tensor, torch.Tensor]
+"""int8 codes ``[M, K]`` and their fp32 scales ``[M, G]``."""
+
+
+def quantize_activations(x: torch.Tensor, group_size: int | None) -> Quantized:
     """Dynamic symmetric INT8 quantization, per token or per token and group.
 
     Args:
         x: ``[M, K]`` in fp32, bf16 or fp16.
-        group_size: channels that share a scale; K means per token.
+        group_size: channels that share a scale; ``None`` is per token.
 
     Returns:
-        int8 ``[M, K]`` with ``q = round_half_even(x * (127 / amax))``, and fp32 ``[M, K / group_size]`` with
-        ``scale = amax / 127``, all of it computed in fp32. A group that is all zero, or so small that ``127 / amax``
-        overflows (amax < 3.74e-37), gives q 0. A group with a NaN or an infinity has a NaN or infinite scale, so that
-        the product is NaN there; its codes are unspecified.
+        int8 ``[M, K]`` with ``q = round_half_even(x * (127 / amax))``, and fp32 ``[M, K / group_size]`` (``[M, 1]`` per
+        token) with ``scale = amax / 127``, all of it computed in fp32. A group that is all zero, or so small that
+        ``127 / amax`` overflows (amax < 3.74e-37), gives q 0. A group with a NaN or an infinity has a NaN or infinite
+        scale, so that the product is NaN there; its codes are unspecified.
     """
     tokens, channels = x.shape
-    groups = x.float().reshape(tokens, channels // group_size, group_size)
+    count = grouping.groups(channels, group_size)
+    groups = x.float().reshape(tokens, count, channels // count)
     amax = groups.abs().amax(dim=-1)
     # A tensor 127, because torch turns scalar / tensor, and on CUDA tensor / scalar, into products with reciprocals.
     top = amax.new_tensor(127)
@@ -28,8 +34,8 @@ def quantize_activations(x: torch.Tensor, group_size: int) -> tuple[torch.Tensor
 
 
 def rms_norm_quantize(
-    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, epsilon: float, group_size: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, epsilon: float, group_size: int | None
+) -> Quantized:
     """RMSNorm of ``x`` or of ``x + residual``, then :func:`quantize_activations`.
 
     The roundings are those of vLLM's CUDA ``fused_add_rms_norm``: the sum is rounded to x's dtype before it is squared,
@@ -56,7 +62,7 @@ def rms_norm_quantize(
     return quantize_activations(normed.to(x.dtype), group_size)
 
 
-def silu_mul_quantize(x: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+def silu_mul_quantize(x: torch.Tensor, group_size: int | None) -> Quantized:
     """``silu(gate) * up``, then :func:`quantize_activations`.
 
     The roundings are those of vLLM's CUDA ``silu_and_mul``: silu is rounded to x's dtype, and so is the product.
@@ -106,11 +112,11 @@ EXP = (
 )
 
 
-def _fma(a: torch.Tensor, b: float, c: torch.Tensor | float) -> torch.Tensor:
+def _fma(a: torch.Tensor, b: torch.Tensor | float, c: torch.Tensor | float) -> torch.Tensor:
     """fp32 ``a * b + c``, rounded once, which torch has no operation for."""
     product = a.double() * b  # exact
     total = product + c
-    # total is rounded, and would be so again: its error, by Knuth's two-sum, tells which way to make its last bit odd,
+    # total is rounded, and would be so again: its error, by Knuth's two-sum, shows which way to make its last bit odd,
     # after which rounding to fp32 is right.
     partner = total - product
     error = (product - (total - partner)) + (c - partner)

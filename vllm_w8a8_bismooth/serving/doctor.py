@@ -50,7 +50,7 @@ def _layers(device: str) -> dict[str, tuple[str, str, bool]]:
     ours = ("our kernel", f"compiled for {device}", True)
     reference = ("the torch reference", f"this package was installed without its kernels for {device}: slow", False)
     per_group = ours if ops.has_kernel(device) else reference
-    refused = ops.has_kernel(device) and ops.unsupported(4096, 4096, groups=32, device=torch.device(device))
+    refused = ops.has_kernel(device) and ops.unsupported(4096, 4096, group_size=128, device=torch.device(device))
     stock = reason_for_stock()
     return {
         "per-channel": ("vLLM's own kernel", stock, False) if stock else per_group,

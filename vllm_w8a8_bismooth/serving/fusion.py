@@ -48,7 +48,7 @@ def _silu_mul(x: torch.Tensor, layer: torch.nn.Module) -> QuantizedActivation:
     """The layer's quantized input ``[..., K]``, from ``x [..., 2 K]``, gate then up."""
     channels = x.shape[-1] // 2
     shape = x.shape[:-1] + (channels,)
-    codes, scale = ops.silu_mul_quantize(x.reshape(-1, 2 * channels), layer.scheme.activation_group_size or channels)
+    codes, scale = ops.silu_mul_quantize(x.reshape(-1, 2 * channels), layer.scheme.activation_group_size)
     return QuantizedActivation(
         data=codes.view(shape),
         scale=scale.view(*shape[:-1], scale.shape[1]),

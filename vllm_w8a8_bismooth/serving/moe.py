@@ -233,8 +233,8 @@ def _describe(arguments: QuantizationArgs) -> str:
 
 def _packed(weights: torch.Tensor) -> torch.Tensor:
     """int8 ``[E, N, K]`` as :func:`ops.pack_weight` lays out each expert's, with one more of them in memory."""
-    first = ops.pack_weight(weights[0], groups=1)
+    first = ops.pack_weight(weights[0], None)
     packed = first.new_empty(len(weights), *first.shape)
     for weight, place in zip(weights, packed, strict=True):
-        place.copy_(ops.pack_weight(weight, groups=1))
+        place.copy_(ops.pack_weight(weight, None))
     return packed

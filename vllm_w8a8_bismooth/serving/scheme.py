@@ -16,7 +16,7 @@ from vllm.model_executor.parameter import (
     PerTensorScaleParameter,
 )
 
-from vllm_w8a8_bismooth import ops
+from vllm_w8a8_bismooth import grouping, ops
 from vllm_w8a8_bismooth.serving import fusion
 
 logger = init_logger("vllm.w8a8_bismooth")
@@ -70,6 +70,13 @@ class W8A8Scheme(CompressedTensorsScheme):
             ValueError: this rank's share of K is not a multiple of the group size.
         """
         rows, columns = sum(output_partition_sizes), input_size_per_partition
+        try:
+            groups = grouping.groups(columns, self.weight_group_size)
+        except ValueError as error:
+            raise ValueError(
+                f"{getattr(layer, 'prefix', 'linear')}: {error}. K is this rank's share of the input: "
+                "use a smaller tensor parallel size or group size"
+            ) from None
         layer.logical_widths = output_partition_sizes
         weight_loader = self._checking(weight_loader, layer)
         weight = torch.empty(rows, columns, dtype=torch.int8)
@@ -87,16 +94,8 @@ class W8A8Scheme(CompressedTensorsScheme):
         elif self.weight_group_size is None:
             scale = ChannelQuantScaleParameter(data=_unset(rows, 1), output_dim=0, weight_loader=weight_loader)
         else:
-            if columns % self.weight_group_size:
-                raise ValueError(
-                    f"{getattr(layer, 'prefix', 'linear')}: K = {columns} on this rank is not a multiple of "
-                    f"group_size = {self.weight_group_size}; use a smaller tensor parallel size or group size"
-                )
             scale = GroupQuantScaleParameter(
-                data=_unset(rows, columns // self.weight_group_size),
-                input_dim=1,
-                output_dim=0,
-                weight_loader=weight_loader,
+                data=_unset(rows, groups), input_dim=1, output_dim=0, weight_loader=weight_loader
             )
         layer.register_parameter("weight_scale", scale)
 
@@ -132,13 +131,13 @@ class W8A8Scheme(CompressedTensorsScheme):
             largest = torch.nn.Parameter(input_scale.max().reshape(1, 1), requires_grad=False)
             replace_parameter(layer, "input_scale", largest)
         if compiled:
-            if reason := ops.unsupported(*weight.shape, groups=scale.shape[1], device=weight.device):
+            if reason := ops.unsupported(*weight.shape, group_size=self.weight_group_size, device=weight.device):
                 raise ValueError(
                     f"{getattr(layer, 'prefix', 'linear')}: {reason}; use a smaller tensor parallel size, or install "
                     "without the CUDA kernels (BISMOOTH_CUDA=0)"
                 )
             if device == "cpu":
-                packed = ops.pack_weight(weight, groups=scale.shape[1])
+                packed = ops.pack_weight(weight, self.weight_group_size)
                 replace_parameter(layer, "weight", torch.nn.Parameter(packed, requires_grad=False))
         if not self.static:
             fusion.accept_quantized(layer, self.activation_group_size)
@@ -150,7 +149,7 @@ class W8A8Scheme(CompressedTensorsScheme):
         if self.static:
             return ops.static_linear(x, layer.weight, layer.weight_scale, layer.input_scale, bias)
         if (given := fusion.as_quantized(layer, x)) is None:
-            return ops.linear(x, layer.weight, layer.weight_scale, self.activation_group_size or x.shape[-1], bias)
+            return ops.linear(x, layer.weight, layer.weight_scale, self.activation_group_size, bias)
         codes, scale = given.data.flatten(0, -2), given.scale.flatten(0, -2)
         out = ops.scaled_mm(codes, layer.weight, scale, layer.weight_scale, given.orig_dtype, bias, constant_b=True)
         return out.view(*given.orig_shape[:-1], out.shape[1])
@@ -167,7 +166,7 @@ class W8A8Scheme(CompressedTensorsScheme):
             part = next(iter((*shard, *more.values())), None)
             if own is not None and (rows := _rows(layer, part)) is not None:
                 one = own == "input_scale" or (own == "weight_scale" and self.per_tensor)
-                groups = 1 if self.weight_group_size is None else layer.input_size // self.weight_group_size
+                groups = grouping.groups(layer.input_size, self.weight_group_size)
                 expected = [1] if one else [rows, groups if own == "weight_scale" else layer.input_size]
                 if list(loaded.shape) != expected and not (one and loaded.dim() == 0):
                     raise ValueError(
