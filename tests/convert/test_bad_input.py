@@ -189,7 +189,7 @@ CASES = {
         add_tensor("model.layers.0.self_attn.q_proj.bias", (96,)),
         ["self_attn.q_proj.bias", "is not part of", "mend config.json"],
     ),
-    "bias that the config promises": (config(attention_bias=True), ["q_proj.bias [96]", "is missing"]),
+    "bias that the config promises": (config(attention_bias=True), ["q_proj.bias: tensor of shape [96] is missing"]),
     "another recipe.json": (lambda f: (f / "recipe.json").write_text("{}"), ["recipe.json", "rename it"]),
     "shard with a long name": (index_to("a" * 300 + ".safetensors"), ["aaa", "too long"]),
     "config is a list": (lambda f: (f / "config.json").write_text("[]"), ["config.json", "not an object"]),
@@ -276,7 +276,7 @@ OPTIONS = {
     "no expression": (["--method", "mixed", "--group-layers", "("], ["no regular expression"]),
     "ignores no linear": (["--ignore", "lm_head"], ["--ignore 'lm_head' names no linear", "q_proj"]),
     "ignores everything": (["--method", "rtn", "--ignore", "proj"], ["--ignore 'proj' names every linear"]),
-    "ignore is no expression": (["--ignore", "["], ["--ignore '[' is no regular expression"]),
+    "ignore is no expression": (["--ignore", "["], ["--ignore '[': no regular expression"]),
     "ignored and per-group": (
         ["--group-size", "32", "--group-layers", "q_proj", "--ignore", r"layers\.2\.self_attn\.k"],
         ["--group-layers 'q_proj' and --ignore", "both name model.layers.2.self_attn.k_proj", "sibling"],

@@ -30,7 +30,7 @@ from vllm_w8a8_bismooth.measure.prior import Prior
 from vllm_w8a8_bismooth.measure.text import CalibrationText, read_text
 from vllm_w8a8_bismooth.recipe import Recipe
 from vllm_w8a8_bismooth.report.outcome import Report
-from vllm_w8a8_bismooth.verify.checks import verify
+from vllm_w8a8_bismooth.verify import verify
 
 RTN, DATA_FREE = Recipe.of("rtn"), Recipe.of("bismooth")
 CALIBRATED = Recipe.of("bismooth", calibration_tokens=500)
@@ -180,7 +180,7 @@ def test_what_needs_no_activations_reads_its_own_blocks_only(make_checkpoint, tm
     edit_shard(source, lambda tensors: tensors["model.layers.1.self_attn.q_proj.weight"].fill_(float("nan")))
     convert(source, tmp_path / "rtn", RTN, blocks=slice(2, 3))
     for recipe, blocks in ((RTN, slice(1, 2)), (DATA_FREE, slice(2, 3))):
-        with pytest.raises(BismoothError, match="layers.1.self_attn.q_proj.weight .* holds nan"):
+        with pytest.raises(BismoothError, match="layers.1.self_attn.q_proj.weight: holds nan"):
             convert(source, tmp_path / "out", recipe, blocks=blocks)
     assert not list(tmp_path.glob("out*"))
 

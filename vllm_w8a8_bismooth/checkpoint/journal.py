@@ -45,9 +45,8 @@ class Journal:
             self._folder.mkdir(exist_ok=True)
             self._lock = open(self._folder / _LOCK, "w")  # noqa: SIM115 (held until the end of the run)
         except OSError as error:
-            raise BismoothError(
-                f"{self.destination}: cannot be written ({error}); check the path and its permissions"
-            ) from None
+            what = f"cannot be written ({error})"
+            raise BismoothError.of(self.destination, what, "check the path and its permissions") from None
         try:
             self._take(fcntl.LOCK_EX, self._lock)
             if not self._compare():
@@ -67,7 +66,7 @@ class Journal:
         while not nearest.exists():
             nearest = nearest.parent
         if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-            raise BismoothError(f"{self.destination}: cannot be written ({nearest}); check its permissions")
+            raise BismoothError.of(self.destination, f"cannot be written ({nearest})", "check its permissions")
         if self.partial.exists():
             self._refuse_strangers()
         if self._folder.is_dir():
@@ -81,13 +80,15 @@ class Journal:
 
     def _refuse_strangers(self) -> None:
         if any(self.partial.iterdir()) and not self._folder.is_dir():
-            raise BismoothError(f"{self.partial}: exists and is not ours; remove it or choose another destination")
+            remedy = "remove it or choose another destination"
+            raise BismoothError.of(self.partial, "exists and is not ours", remedy)
 
     def _take(self, kind: int, lock: IO) -> None:
         try:
             fcntl.flock(lock, kind | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise BismoothError(f"{self.destination}: another conversion is writing it; stop one of them") from None
+            what = "another conversion is writing it"
+            raise BismoothError.of(self.destination, what, "stop one of them") from None
 
     def _compare(self) -> bool:
         """Whether an earlier run is there; raises if it was another one."""
@@ -95,9 +96,11 @@ class Journal:
             return False
         lines = list(differences(before, self._identity))
         if lines:
-            raise BismoothError(
-                f"{self.partial}: an unfinished conversion of another kind ({'; '.join(lines[:4])}"
-                f"{', ...' if len(lines) > 4 else ''}); finish that one with its own options, or remove the folder"
+            more = ", ..." if len(lines) > 4 else ""
+            raise BismoothError.of(
+                self.partial,
+                f"an unfinished conversion of another kind ({'; '.join(lines[:4])}{more})",
+                "finish that one with its own options, or remove the folder",
             )
         return True
 

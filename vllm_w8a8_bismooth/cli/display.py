@@ -7,6 +7,11 @@ from pathlib import Path
 from vllm_w8a8_bismooth.cli.progress import duration
 
 
+def with_sentences(found) -> dict:
+    """Everything that was found, its problems as text."""
+    return asdict(found) | {"problems": list(map(str, found.problems))}
+
+
 def analysis_json(found) -> dict:
     return {
         "vulnerable": found.vulnerable(),
@@ -157,7 +162,7 @@ def inspection(console, found, source: str) -> None:
     if found.problems:
         console.print(f"[red]{len(found.problems)} problem{'s' if len(found.problems) > 1 else ''}[/red]:")
         for problem in found.problems:
-            console.print(f"  {escape(problem)}")
+            console.print(f"  {escape(str(problem))}")
         console.print(f"Next, once that is mended: bismooth inspect {where}")
     else:
         name = escape(Path(source if found.hub_id is None else found.hub_id).resolve().name)

@@ -42,7 +42,7 @@ def available() -> bool:
 def require() -> None:
     """Raises :class:`BismoothError` if there is no matplotlib."""
     if not available():
-        raise BismoothError("--figures needs matplotlib; pip install vllm-w8a8-bismooth[plot]")
+        raise BismoothError.of("--figures", "needs matplotlib", "pip install vllm-w8a8-bismooth[plot]")
 
 
 @contextmanager
