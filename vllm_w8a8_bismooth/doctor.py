@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 from typing import Any
 
-from vllm_w8a8_bismooth import engine
+from vllm_w8a8_bismooth import NAME, engine
 from vllm_w8a8_bismooth.errors import Problem
 
 PACKAGES = (
@@ -66,12 +66,12 @@ def diagnose() -> Diagnosis:
             "the compiled kernels are absent or do not load: the slow reference would serve",
             "install the package again in this environment, with a C++ compiler",
         )
-    if not any(entry.name == "w8a8_bismooth" for entry in entry_points(group="vllm.general_plugins")):
-        found.fault("plugin", "vLLM's entry point w8a8_bismooth is not installed", "install the package with pip")
+    if not any(entry.name == NAME for entry in entry_points(group="vllm.general_plugins")):
+        found.fault("plugin", f"vLLM's entry point {NAME} is not installed", "install the package with pip")
     allowed = os.environ.get("VLLM_PLUGINS")
-    if allowed is not None and "w8a8_bismooth" not in allowed.split(","):
+    if allowed is not None and NAME not in allowed.split(","):
         what = f"VLLM_PLUGINS={allowed!r} keeps vLLM from loading the plugin"
-        found.fault("plugin", what, "add w8a8_bismooth to it")
+        found.fault("plugin", what, f"add {NAME} to it")
     _ask_vllm(found)
     return found
 

@@ -87,6 +87,7 @@ def layers_of(config: Mapping, architecture: Architecture, sizes: Mapping[str, i
         BismoothError: one of those keys is not what it must be.
     """
     if architecture.sparse is None:
+        assert architecture.dense is not None
         return [architecture.dense] * blocks
     sparse = architecture.sparse.expanded(sizes["experts"])
     if architecture.dense is None:
@@ -104,8 +105,8 @@ def layers_of(config: Mapping, architecture: Architecture, sizes: Mapping[str, i
 def layer_tensors(layer: Layer, sizes: Mapping[str, int], config: Mapping) -> dict[str, tuple[int, ...]]:
     """Name inside a block -> shape, for every tensor that such a block must have."""
     shapes: dict[str, tuple[int, ...]] = {f"{n}.weight": (sizes[size],) for n, size in layer.vectors.items()}
-    for name, (rows, columns) in layer.routers.items():
-        shapes[f"{name}.weight"] = (sizes[rows], sizes[columns])
+    for name, (row, column) in layer.routers.items():
+        shapes[f"{name}.weight"] = (sizes[row], sizes[column])
     for name, (rows, columns) in layer.linears.items():
         length = sum(sizes[part] for part in rows)
         shapes[f"{name}.weight"] = (length, sizes[columns])
@@ -129,8 +130,8 @@ def audit(
     Optional are ``lm_head.weight`` of tied models and old checkpoints' rotary tables, which are passed through;
     anything else inside a block is a problem, because converting it as if it were not there would be silently wrong.
     """
-    required = {EMBEDDING: (sizes["vocab"], sizes["hidden"]), NORM: (sizes["hidden"],)}
-    optional = {HEAD: (sizes["vocab"], sizes["hidden"])}
+    required: dict[str, tuple[int, ...]] = {EMBEDDING: (sizes["vocab"], sizes["hidden"]), NORM: (sizes["hidden"],)}
+    optional: dict[str, tuple[int, ...]] = {HEAD: (sizes["vocab"], sizes["hidden"])}
     if not config.get("tie_word_embeddings", architecture.tied):
         required |= optional
     # Bounded by the headers, not by the config's word for the number of blocks and experts.

@@ -207,7 +207,7 @@ def disk_errors(destination: Path) -> Iterator[None]:
         ) from None
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Call ``write`` with a temporary name, flush it to disk, and give the file its name in one step."""
     temporary = path.with_name(path.name + ".tmp")
     write(temporary)

@@ -88,7 +88,7 @@ class Repository:
         self.hub_id, self._asked = hub_id, revision
         with self._translated():
             info = HfApi().model_info(hub_id, revision=revision, files_metadata=True)
-        self.revision: str = info.sha
+        self.revision: str | None = info.sha
         self._sizes = {file.rfilename: file.size for file in info.siblings or []}
         if self.has(CONFIG):
             self._fetch(CONFIG)  # everybody may see what there is, but not everybody may read it
@@ -117,11 +117,11 @@ class Repository:
                 parsed = HfApi().parse_safetensors_file_metadata(self.hub_id, file, revision=self.revision)
         except (SafetensorsParsingError, AttributeError, TypeError, ValueError) as error:
             raise BismoothError.of(f"{self}/{file}", f"truncated or corrupt ({error})", _PUBLISHER) from None
-        entries = {
+        entries: dict[str, Any] = {
             name: {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": tensor.data_offsets}
             for name, tensor in parsed.tensors.items()
         }
-        end = 8 + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+        end = 8 + max((tensor.data_offsets[1] for tensor in parsed.tensors.values()), default=0)
         if (size := self._sizes[file]) is not None and size < end:
             raise BismoothError.of(f"{self}/{file}", f"truncated ({size} bytes of more than {end})", _PUBLISHER)
         return 0, entries  # where the data begin is of no use here

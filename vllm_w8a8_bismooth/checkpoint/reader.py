@@ -212,7 +212,7 @@ class Checkpoint(Headers):
         header, path = self.headers[name], self.folder / self.headers[name].file
         dtype = torch_dtype(header.dtype)
         tensor = torch.empty(shape, dtype=dtype) if into is None else into.view(dtype).view(shape)
-        view = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+        view = tensor.view(-1).view(torch.uint8).numpy().data
         try:
             with open(path, "rb", buffering=0) as file:
                 done = 0

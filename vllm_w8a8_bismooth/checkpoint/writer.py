@@ -149,7 +149,7 @@ class ShardWriter:
                 self._flushing.pop(0).result()
 
     def _write(self, name: str, first: int, values: torch.Tensor) -> None:
-        view = memoryview(values.contiguous().view(-1).view(torch.uint8).numpy())
+        view = values.contiguous().view(-1).view(torch.uint8).numpy().data
         self.add_bytes(name, first * values.element_size(), view)
 
     def add_bytes(self, name: str, first: int, view: memoryview) -> None:

@@ -124,7 +124,7 @@ def _changed(folder: Path) -> Iterator[Problem]:
     noted = read_json(folder / REPORT).get("sha256")
     noted = noted if isinstance(noted, dict) else {}
     shards, started = sorted(folder.glob("*.safetensors")), time.monotonic()
-    state = _state([folder / REPORT, *shards])
+    state: str | None = _state([folder / REPORT, *shards])
     if os.environ.get(HASHED) == state:
         return
     with ThreadPoolExecutor(os.cpu_count()) as pool:

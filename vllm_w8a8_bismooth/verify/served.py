@@ -3,6 +3,7 @@
 from collections.abc import Collection, Iterator
 from typing import Any
 
+from vllm_w8a8_bismooth import NAME
 from vllm_w8a8_bismooth.checkpoint.architectures import BLOCK
 from vllm_w8a8_bismooth.engine import ask
 from vllm_w8a8_bismooth.errors import Problem
@@ -27,7 +28,7 @@ def problems(config: dict[str, Any], marked: bool, structure: Structure) -> list
         {
             "config": config,
             "marked": marked,
-            "methods": ["compressed-tensors", "w8a8_bismooth"] if not any(linears.values()) else ["w8a8_bismooth"],
+            "methods": [NAME] if any(linears.values()) else ["compressed-tensors", NAME],
             "linears": {name: linears[stored] for name, stored in _names(structure, linears)},
             "float": sorted({"lm_head", *routers, *(name for name, _ in _names(structure, structure.ignored))}),
             "fused": {_last(f): [_last(p) for p in parts] for layer in layers for f, parts in layer.fused.items()},
