@@ -67,7 +67,7 @@ class Setting:
 
     @property
     def draw(self) -> int:
-        """Of the calibration text."""
+        """The seed of the draw of calibration text."""
         return self.seed if self.kind == "healthy" else 0
 
 

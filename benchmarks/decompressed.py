@@ -44,6 +44,6 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
 
 
 def log_probabilities(folder: Path, windows: np.ndarray, log: Path) -> np.ndarray:
-    """As :func:`benchmarks.score.log_probabilities`; the log receives progress bars and warnings."""
+    """Does what :func:`benchmarks.score.log_probabilities` does; the log receives progress bars and warnings."""
     with open(log, "w") as sink, contextlib.redirect_stderr(sink):
         return emulate.log_probabilities(load(folder), windows)

@@ -28,7 +28,7 @@ Measured = tuple[int, int, dict[str, timing.Call]]
 
 
 def inputs(m: int, width: int, device: str) -> list[torch.Tensor]:
-    """As many as keep L2 from holding them at large m; at small m they come from the kernel before, and it does."""
+    """Enough inputs to keep L2 from holding them at large m. At small m they come from the kernel before."""
     copies = min(4, timing.copies_against_caches(device, 2 * m * width))
     return [torch.randn(m, width, device=device, dtype=torch.bfloat16) for _ in range(copies)]
 

@@ -82,7 +82,7 @@ PLANTED_BLOCKS, OUTLIERS, DOUBLINGS = (0, 1, 3), 3, 10
 
 
 def planted() -> Fill:
-    """As :func:`noise`, with the outlier columns of LLaMA3-70B in blocks 0, 1 and 3.
+    """Does what :func:`noise` does, with the outlier columns of LLaMA3-70B in blocks 0, 1 and 3.
 
     There, three channels of each norm have a gain 1024 times smaller, and the columns that read them weights 1024 times
     larger (``norm`` of :mod:`benchmarks.testbed.plant`). That only moves exponents: the model computes, to the last

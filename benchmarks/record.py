@@ -23,7 +23,7 @@ def _git(*arguments: str) -> str:
 
 
 def _commit() -> str:
-    """Of the tree; figures that another benchmark has just written do not make it dirty."""
+    """The tree's commit; figures that another benchmark has just written do not make it dirty."""
     changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
     head = _git("rev-parse", "HEAD")
     return f"{head}-dirty" if changed and head != "unknown" else head

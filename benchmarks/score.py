@@ -71,7 +71,7 @@ def start(model: str, length: int, **options):
 
 
 def score(engine, windows: np.ndarray) -> np.ndarray:
-    """As :func:`log_probabilities`, with an engine of :func:`start`."""
+    """Does what :func:`log_probabilities` does, with an engine of :func:`start`."""
     from vllm import SamplingParams
 
     count, length = windows.shape

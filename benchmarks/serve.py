@@ -329,7 +329,7 @@ class Case:
         return log_probabilities(self.folder(arm), self.windows, log, environment_of(arm))
 
     def bytes(self, arm: str) -> int:
-        """Of the arm's tensors on disk."""
+        """Bytes of the arm's tensors on disk."""
         return sum(path.stat().st_size for path in self.folder(arm).glob("*.safetensors"))
 
     def engine_options(self, arm: str) -> list[str]:

@@ -16,7 +16,7 @@ from benchmarks.record import RESULTS
 
 
 def rows(path: Path) -> list[dict]:
-    """Of a file that :func:`benchmarks.record.write` wrote."""
+    """The rows of a file that :func:`benchmarks.record.write` wrote."""
     return json.loads(path.read_text())["rows"]
 
 
@@ -61,7 +61,7 @@ class Accuracy:
         self.alphas = {row["arm"] for row in self.rows if row["arm"].startswith("alpha")}
 
     def kl(self, bed: str, arm: str, kind: str = "healthy", k: float | None = None) -> list[float]:
-        """One value a seed. ``best alpha`` is the single alpha that is best on average on this bed."""
+        """One value for each seed. ``best alpha`` is the single alpha that is best on average on this bed."""
         if arm == "best alpha":
             return min((self.kl(bed, alpha, kind, k) for alpha in self.alphas), key=mean)
         where = (bed, arm, kind, k)
@@ -71,7 +71,7 @@ class Accuracy:
         return len(self.alphas) > 1 if arm == "best alpha" else any(row["arm"] == arm for row in self.rows)
 
     def ratios(self, arm: str, to: str) -> list[float]:
-        """A value a bed: mean over seeds, healthy."""
+        """One value for each bed: the mean over seeds, on the healthy model."""
         return [mean(self.kl(bed, arm)) / mean(self.kl(bed, to)) for bed in self.beds]
 
     def planted(self, arm: str, to: str, kinds: tuple[str, ...] = ("norm", "residual")) -> list[float]:

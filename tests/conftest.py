@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 
 from benchmarks.testbed import PYTHON
 from benchmarks.testbed.plant import plant
+from tests.support.conversion import convert
 from vllm_w8a8_bismooth.checkpoint.reader import Checkpoint
-from vllm_w8a8_bismooth.convert.pipeline import convert
 from vllm_w8a8_bismooth.measure.text import read_text
 from vllm_w8a8_bismooth.recipe import Recipe
 

@@ -2,11 +2,22 @@ import re
 from pathlib import Path
 
 import pytest
+import typer
+import yaml
 
 from benchmarks import tables
+from vllm_w8a8_bismooth.cli.main import app
+from vllm_w8a8_bismooth.recipe import DEFAULTS
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+README = ROOT / "README.md"
+PAGES = [
+    README,
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "RELEASE.md",
+    ROOT / "CHANGELOG.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 TABLES = tables.every()
 
 
@@ -22,10 +33,18 @@ def test_every_table_is_shown():
         assert f"<!-- {name} -->\n\n{table}\n" in shown, name
 
 
+def headings(page: Path) -> set[str]:
+    """The anchors that GitHub gives a page's headings."""
+    found = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in found}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_files_that_it_names_exist(page):
-    for target in re.findall(r"\]\(([^)#:]+)[)#]", page.read_text()):
-        assert (page.parent / target).exists(), target
+def test_what_it_links_to_exists(page):
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", page.read_text()):
+        there = page.parent / target if target else page
+        assert there.exists(), target
+        assert not anchor or anchor in headings(there), f"{target}#{anchor}"
 
 
 def test_a_table_is_put_between_blank_lines():
@@ -33,3 +52,62 @@ def test_a_table_is_put_between_blank_lines():
     for text in ("", old, f"{old}\n", f"\n{old}\n"):
         page = tables.put(f"before\n\n<!-- kernels of x.json -->\n{text}after\n", found)
         assert page == f"before\n\n<!-- kernels of x.json -->\n\n{found['kernels of x.json']}\n\nafter\n"
+
+
+def test_the_readme_is_short_and_has_no_placeholders():
+    text = README.read_text()
+    assert len(text.split()) <= 1500
+    assert not re.findall(r"<[^!>]+>", text.replace("\n<!--", ""))
+
+
+@pytest.mark.engine  # verify asks vLLM
+def test_the_readmes_python_runs(make_checkpoint, calibration_text, tmp_path, capsys):
+    (code,) = re.findall(r"```python\n(.+?)```", README.read_text(), re.DOTALL)
+    assert len(code.splitlines()) <= 10
+    paths = {"SRC": make_checkpoint(), "DST": tmp_path / "out", "text.txt": calibration_text}
+    for name, path in paths.items():
+        assert f'Path("{name}")' in code
+        code = code.replace(f'Path("{name}")', f"Path({str(path)!r})")
+    exec(code, {})
+    assert (tmp_path / "out" / "config.json").exists()
+    assert capsys.readouterr().out.rstrip().endswith("True")
+
+
+def options() -> dict[str, str]:
+    """Option -> methods that it goes with, as docs/converter.md has them."""
+    table = (ROOT / "docs/converter.md").read_text().partition("\n## Options\n")[2].partition("\n## ")[0]
+    return dict(re.findall(r"^\| `(--[a-z-]+)[^`]*` \| (.*?) ?\|", table, re.MULTILINE))
+
+
+def test_the_table_of_options_is_that_of_the_command():
+    parameters = typer.main.get_command(app).commands["convert"].params
+    named = {each.opts[0] for each in parameters if each.param_type_name == "option"}
+    assert options().keys() == named
+
+
+def test_the_table_of_options_says_which_methods_they_go_with():
+    for option, methods in options().items():
+        name = option.removeprefix("--").replace("-", "_")
+        takers = [method for method, given in DEFAULTS.items() if name in given]
+        if takers:
+            assert methods == ", ".join(f"`{method}`" for method in takers), option
+
+
+def test_the_walks_name_what_there_is():
+    """Every ``file:name`` of CONTRIBUTING.md is defined in that file."""
+    places = re.findall(r"`([\w/]+\.(?:py|cpp|cu)):(\w+)`", (ROOT / "CONTRIBUTING.md").read_text())
+    assert len(places) >= 25
+    missing = []
+    for file, name in places:
+        path = ROOT / file if file.startswith("csrc") else ROOT / "vllm_w8a8_bismooth" / file
+        defined = rf"^\s*(?:def|class|\w[\w:<>, ]*) {name}\b[(:]"
+        if not path.exists() or not re.search(defined, path.read_text(), re.MULTILINE):
+            missing.append(f"{file}:{name}")
+    assert not missing
+
+
+def test_the_bug_form_asks_for_what_helps():
+    form = yaml.safe_load((ROOT / ".github/ISSUE_TEMPLATE/bug.yml").read_text())
+    required = {field["id"] for field in form["body"] if field.get("validations", {}).get("required")}
+    assert required == {"doctor", "command", "message", "model"}
+    assert "bismooth doctor --json" in str(form)

@@ -1,4 +1,4 @@
-"""The installed vLLM, asked in a process of its own: this half of the package never imports it."""
+"""Asks the installed vLLM, in a process of its own, because this half of the package never imports it."""
 
 import importlib.util
 import json
@@ -12,7 +12,7 @@ _PATIENCE = 300  # seconds for vLLM to start and answer; 15 are usual
 
 
 class Silent(Exception):
-    """There was no answer; says why, without a full stop."""
+    """vLLM gave no answer; the message says why, without a full stop."""
 
 
 def ask(module: str, request: Any = None) -> Any:

@@ -1,4 +1,4 @@
-"""Every choice of a conversion as frozen data, and what of it the readers of the checkpoint must know."""
+"""Every choice of a conversion, as frozen data, and the part of it that goes into the checkpoint's config.json."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -150,7 +150,7 @@ def expressions(chosen: Sequence[set[str]], layers: Sequence[Layer]) -> list[str
 
     Args:
         chosen: names of linears inside each block, closed under fusion.
-        layers: of the same blocks, for the fused names.
+        layers: those of the same blocks, for the fused names.
     """
     where: dict[str, list[int]] = {}
     for index, (names, layer) in enumerate(zip(chosen, layers, strict=True)):
@@ -177,11 +177,11 @@ def quantization_config(
     """The ``quantization_config`` of the written ``config.json``: compressed-tensors ``int-quantized`` plus our marker.
 
     Args:
-        recipe: the run.
+        recipe: the run's choices.
         grouped: each block's per-group linears.
         ignored: each block's linears that stay in float.
-        layers: of the same blocks.
-        version: of this package.
+        layers: those of the same blocks.
+        version: this package's.
     """
     targets = expressions(grouped, layers)
     groups = [_group(targets, recipe.group_size)] if targets else []

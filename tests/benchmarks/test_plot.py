@@ -18,7 +18,7 @@ from matplotlib.text import Text
 from benchmarks import accuracy, plot, tables
 from benchmarks.record import RESULTS
 from benchmarks.testbed import PYTHON
-from vllm_w8a8_bismooth.convert.pipeline import convert
+from tests.support.conversion import convert
 from vllm_w8a8_bismooth.recipe import Recipe
 
 CPU = {"cpu": "AMD EPYC", "cores": 2, "gpu": None}

@@ -16,9 +16,9 @@ from benchmarks.compare import distance
 from benchmarks.testbed import BEDS, PYTHON, Bed
 from benchmarks.testbed.plant import plant
 from benchmarks.testbed.split import extents, split
+from tests.support.conversion import convert
 from vllm_w8a8_bismooth.checkpoint.layout import Source
 from vllm_w8a8_bismooth.checkpoint.reader import Checkpoint
-from vllm_w8a8_bismooth.convert.pipeline import convert
 from vllm_w8a8_bismooth.measure.text import read_text, tokenize
 from vllm_w8a8_bismooth.recipe import Recipe
 

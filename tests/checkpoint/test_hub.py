@@ -13,9 +13,9 @@ import torch
 
 from tests.conftest import edit_json, tiny_model, write_checkpoint
 from tests.convert.test_convert import digests
+from tests.support.conversion import convert
 from tests.support.hub import COMMIT, serving
 from vllm_w8a8_bismooth.checkpoint.hub import parse
-from vllm_w8a8_bismooth.convert.pipeline import convert
 from vllm_w8a8_bismooth.recipe import Recipe
 
 WEIGHTS_READ = 100_008

@@ -14,9 +14,9 @@ import pytest
 from rich.console import Console
 
 from tests.convert.test_bad_input import run
+from tests.support.conversion import convert
 from vllm_w8a8_bismooth import __version__
 from vllm_w8a8_bismooth.cli.progress import Progress
-from vllm_w8a8_bismooth.convert.pipeline import convert
 from vllm_w8a8_bismooth.errors import BismoothError, Problem
 from vllm_w8a8_bismooth.recipe import Recipe
 

@@ -9,13 +9,13 @@ from benchmarks.testbed import BEDS
 from tests.convert.test_bad_input import run
 from tests.convert.test_convert import digests, tensors_of
 from tests.convert.test_resume import Failing
-from vllm_w8a8_bismooth.convert.pipeline import convert
+from tests.support.conversion import convert
 from vllm_w8a8_bismooth.errors import BismoothError, Interrupted
 from vllm_w8a8_bismooth.measure import perturbation
 from vllm_w8a8_bismooth.measure.calibration import Calibration
 from vllm_w8a8_bismooth.measure.text import read_text
 from vllm_w8a8_bismooth.recipe import Recipe
-from vllm_w8a8_bismooth.report.outcome import Report
+from vllm_w8a8_bismooth.report.outcome import Outcome
 from vllm_w8a8_bismooth.verify import verify
 
 HEADERS = BEDS["headers"]
@@ -26,7 +26,7 @@ def recipe_of(**options) -> Recipe:
     return Recipe.of("auto", **{"group_size": 32, "calibration_tokens": 1024, **options})
 
 
-def grouped(report: Report) -> list[str]:
+def grouped(report: Outcome) -> list[str]:
     return [name for name, entry in report.linears.items() if entry["group_size"]]
 
 

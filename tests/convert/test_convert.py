@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from benchmarks import emulate
 from tests.conftest import MODEL_TYPES, edit_json, tiny_model, write_checkpoint
 from tests.method.test_moments import moments
+from tests.support.conversion import convert
 from vllm_w8a8_bismooth.checkpoint.architectures import BLOCK
 from vllm_w8a8_bismooth.checkpoint.layout import Source
 from vllm_w8a8_bismooth.checkpoint.reader import Checkpoint
-from vllm_w8a8_bismooth.convert.pipeline import convert
 from vllm_w8a8_bismooth.errors import BismoothError
 from vllm_w8a8_bismooth.measure.calibration import Calibration
 from vllm_w8a8_bismooth.measure.text import CalibrationText, read_text, tokenize

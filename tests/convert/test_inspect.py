@@ -12,10 +12,10 @@ from benchmarks.convert import WHOLE_70B
 from benchmarks.random_llama import checkpoint, hole
 from tests.conftest import MODEL_TYPES, edit_json
 from tests.convert.test_bad_input import CASES, INDEX, Q, edit_shard, index_to, run, shard_of, truncate
+from tests.support.conversion import convert
 from vllm_w8a8_bismooth.checkpoint import architectures
 from vllm_w8a8_bismooth.checkpoint.files import Folder
 from vllm_w8a8_bismooth.convert.inspect import TENSOR_PARALLEL, survey
-from vllm_w8a8_bismooth.convert.pipeline import convert
 from vllm_w8a8_bismooth.recipe import Recipe
 
 

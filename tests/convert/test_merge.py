@@ -20,16 +20,16 @@ from tests.conftest import edit_json, tiny_model, write_checkpoint
 from tests.convert.test_bad_input import edit_shard, run
 from tests.convert.test_convert import digests
 from tests.convert.test_resume import Failing
+from tests.support.conversion import convert
 from vllm_w8a8_bismooth.convert import merge as merging
 from vllm_w8a8_bismooth.convert import part
 from vllm_w8a8_bismooth.convert.merge import prepare
-from vllm_w8a8_bismooth.convert.pipeline import convert
 from vllm_w8a8_bismooth.errors import BismoothError, Interrupted
 from vllm_w8a8_bismooth.measure.calibration import Calibration
 from vllm_w8a8_bismooth.measure.prior import Prior
 from vllm_w8a8_bismooth.measure.text import CalibrationText, read_text
 from vllm_w8a8_bismooth.recipe import Recipe
-from vllm_w8a8_bismooth.report.outcome import Report
+from vllm_w8a8_bismooth.report.outcome import Outcome
 from vllm_w8a8_bismooth.verify import verify
 
 RTN, DATA_FREE = Recipe.of("rtn"), Recipe.of("bismooth")
@@ -69,7 +69,7 @@ def parts_of(
     return made
 
 
-def merge(parts: Sequence[Path], destination: Path, **options) -> Report:
+def merge(parts: Sequence[Path], destination: Path, **options) -> Outcome:
     return merging.merge(prepare(parts, destination), **options)
 
 

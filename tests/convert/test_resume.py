@@ -10,7 +10,7 @@ import pytest
 from tests.conftest import edit_json
 from tests.convert.test_bad_input import run
 from tests.convert.test_convert import digests
-from vllm_w8a8_bismooth.convert.pipeline import convert
+from tests.support.conversion import convert
 from vllm_w8a8_bismooth.errors import BismoothError, Interrupted
 from vllm_w8a8_bismooth.measure.calibration import Calibration
 from vllm_w8a8_bismooth.measure.text import read_text

@@ -12,6 +12,7 @@ from benchmarks.testbed import PYTHON
 from benchmarks.testbed.plant import plant
 from tests.convert.test_bad_input import edit_shard, run
 from vllm_w8a8_bismooth.checkpoint.architectures import ARCHITECTURES
+from vllm_w8a8_bismooth.convert.options import named
 from vllm_w8a8_bismooth.measure import weights
 from vllm_w8a8_bismooth.method.quantize import quantize_folded
 from vllm_w8a8_bismooth.method.rows import Fold
@@ -48,11 +49,11 @@ def test_choice_is_closed_under_fusion():
         "self_attn.v_proj",
         "mlp.down_proj",
     }
-    assert weights.named(re.compile(r"layers\.1\.mlp\.up"), "model.layers.1.", LLAMA) == {
+    assert named(re.compile(r"layers\.1\.mlp\.up"), "model.layers.1.", LLAMA) == {
         "mlp.up_proj",
         "mlp.gate_proj",
     }
-    assert weights.named(re.compile(r"layers\.1\.mlp\.up"), "model.layers.11.", LLAMA) == set()
+    assert named(re.compile(r"layers\.1\.mlp\.up"), "model.layers.11.", LLAMA) == set()
 
 
 def test_measure_tells_what_stands_out():

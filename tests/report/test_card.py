@@ -12,8 +12,8 @@ from huggingface_hub import ModelCard
 from tests.convert.test_bad_input import edit_shard, run
 from tests.convert.test_convert import RTN, digests
 from tests.method.test_moments import moments, noise
+from tests.support.conversion import convert
 from vllm_w8a8_bismooth.checkpoint.layout import Source
-from vllm_w8a8_bismooth.convert.pipeline import convert
 from vllm_w8a8_bismooth.errors import BismoothError
 from vllm_w8a8_bismooth.measure.text import read_text
 from vllm_w8a8_bismooth.method.balance import by_error

@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM
 from benchmarks import emulate
 from tests.conftest import MODEL_TYPES, tiny_model, write_checkpoint
 from tests.support import engines
+from tests.support.conversion import convert
 from vllm_w8a8_bismooth.checkpoint.reader import Checkpoint
-from vllm_w8a8_bismooth.convert.pipeline import convert
 from vllm_w8a8_bismooth.measure.text import read_text
 from vllm_w8a8_bismooth.method.quantize import dequantize_weight
 from vllm_w8a8_bismooth.recipe import Recipe

@@ -12,8 +12,8 @@ from torch._dynamo.testing import CompileCounter
 from benchmarks.score import engine_environment
 from benchmarks.testbed import PYTHON
 from tests.support.agreement import assert_same_up_to_near_ties
+from tests.support.conversion import convert
 from vllm_w8a8_bismooth import ops
-from vllm_w8a8_bismooth.convert.pipeline import convert
 from vllm_w8a8_bismooth.measure.text import read_text
 from vllm_w8a8_bismooth.method.quantize import quantize_weight
 from vllm_w8a8_bismooth.recipe import Recipe

@@ -18,8 +18,8 @@ from benchmarks.score import engine_environment
 from tests.conftest import SHARD, edit_json, patience, tiny_model, write_checkpoint
 from tests.convert.test_bad_input import INDEX, edit_shard, shard_of
 from tests.serving.test_serving import JSON, STOCK, config_class
+from tests.support.conversion import convert
 from vllm_w8a8_bismooth.checkpoint import writer
-from vllm_w8a8_bismooth.convert.pipeline import convert
 from vllm_w8a8_bismooth.recipe import Recipe
 from vllm_w8a8_bismooth.serving import guard
 

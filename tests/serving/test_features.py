@@ -14,8 +14,8 @@ from benchmarks.testbed import PYTHON
 from tests.conftest import edit_json, write_adapter
 from tests.support import engine
 from tests.support.agreement import CLOSE_THROUGHOUT, assert_close_to_emulation, assert_same_up_to_near_ties
+from tests.support.conversion import convert
 from tests.support.engine import PROMPTS, ask
-from vllm_w8a8_bismooth.convert.pipeline import convert
 from vllm_w8a8_bismooth.recipe import Recipe
 
 LONG_PROMPTS = [PYTHON.calibration.read_text()[start : start + 600] for start in range(0, 6000, 1500)]

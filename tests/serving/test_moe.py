@@ -19,8 +19,8 @@ from tests.conftest import edit_json
 from tests.serving.test_architectures import SPARSE, WINDOWS, divergence, transformers_predictions, write
 from tests.serving.test_serving import STOCK, TOKEN, W8A8, config_class
 from tests.support import engines
+from tests.support.conversion import convert
 from vllm_w8a8_bismooth import ops
-from vllm_w8a8_bismooth.convert.pipeline import convert
 from vllm_w8a8_bismooth.measure.text import read_text
 from vllm_w8a8_bismooth.method.quantize import dequantize_weight, quantize_weight
 from vllm_w8a8_bismooth.recipe import Recipe

@@ -16,6 +16,7 @@ from benchmarks.server import command_of, running, serve
 from tests.conftest import edit_json, tiny_model, write_checkpoint
 from tests.convert.test_convert import digests
 from tests.support.agreement import assert_same_up_to_near_ties
+from tests.support.conversion import convert
 from tests.support.engine import PROMPTS, ask
 from vllm_w8a8_bismooth.checkpoint.files import Folder
 from vllm_w8a8_bismooth.checkpoint.layout import Layout
@@ -23,7 +24,6 @@ from vllm_w8a8_bismooth.checkpoint.reader import Headers
 from vllm_w8a8_bismooth.convert.estimate import needs
 from vllm_w8a8_bismooth.convert.inspect import survey
 from vllm_w8a8_bismooth.convert.options import _GROUP_SIZES
-from vllm_w8a8_bismooth.convert.pipeline import convert
 from vllm_w8a8_bismooth.recipe import Recipe
 from vllm_w8a8_bismooth.serving import guard
 

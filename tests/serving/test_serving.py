@@ -9,9 +9,9 @@ from benchmarks.server import serve
 from tests.conftest import tiny_model, write_adapter, write_checkpoint
 from tests.support import engine
 from tests.support.agreement import CLOSE_THROUGHOUT, assert_close_to_emulation, assert_same_up_to_near_ties
+from tests.support.conversion import convert
 from tests.support.engine import PROMPTS, ask
 from vllm_w8a8_bismooth import ops, register
-from vllm_w8a8_bismooth.convert.pipeline import convert
 from vllm_w8a8_bismooth.method.quantize import quantize_weight
 from vllm_w8a8_bismooth.recipe import Recipe
 

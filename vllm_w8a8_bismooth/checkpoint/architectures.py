@@ -65,6 +65,14 @@ class Layer:
         linear = tensor.removesuffix(".weight")
         return linear if linear != tensor and linear in self.linears else None
 
+    def with_siblings(self, names: Iterable[str]) -> set[str]:
+        """Names inside the block, and the siblings that vLLM fuses them with: a fused linear has one granularity."""
+        chosen = set(names)
+        for parts in self.fused.values():
+            if chosen & set(parts):
+                chosen |= set(parts)
+        return chosen
+
     def expanded(self, experts: int) -> "Layer":
         """The same layer with every ``{}`` replaced by the numbers of ``experts`` experts."""
 

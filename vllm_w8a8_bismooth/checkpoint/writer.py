@@ -120,11 +120,13 @@ class ShardWriter:
         def flush() -> None:
             if self._failed:
                 return
-            self._failed = True
-            for descriptor in open_now:
-                os.fdatasync(descriptor)
-            action()
-            self._failed = False
+            try:
+                for descriptor in open_now:
+                    os.fdatasync(descriptor)
+                action()
+            except BaseException:
+                self._failed = True  # what comes behind it must not be noted as safe
+                raise
 
         self._collect(only_done=True)
         self._flushing.append(self._thread.submit(flush))

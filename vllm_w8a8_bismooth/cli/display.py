@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # torch comes with them, and it is imported inside commands
     from vllm_w8a8_bismooth.doctor import Diagnosis
     from vllm_w8a8_bismooth.measure import weights
     from vllm_w8a8_bismooth.recipe import Recipe
-    from vllm_w8a8_bismooth.report.outcome import Report
+    from vllm_w8a8_bismooth.report.outcome import Outcome
     from vllm_w8a8_bismooth.verify import Verification
 
 
@@ -244,7 +244,7 @@ def merger(console: "Console", ready: "Merger") -> None:
     console.print("Nothing was written. Next: the same command without --dry-run")
 
 
-def report_json(report: "Report") -> dict[str, Any]:
+def report_json(report: "Outcome") -> dict[str, Any]:
     return {
         "destination": str(report.destination),
         "part": None if report.part is None else [report.part.start, report.part.stop],
@@ -259,7 +259,7 @@ def report_json(report: "Report") -> dict[str, Any]:
     }
 
 
-def summary(console: "Console", report: "Report", recipe: "Recipe") -> None:
+def summary(console: "Console", report: "Outcome", recipe: "Recipe") -> None:
     from rich.markup import escape
 
     where = escape(str(report.destination))

@@ -198,9 +198,10 @@ def convert(
         if (folder := hub.cached(source)) is None:
             remedy = "bismooth inspect shows size, needs and problems from the headers alone"
             raise BismoothError.of(source, "not downloaded yet, and --dry-run writes nothing", remedy)
+        from vllm_w8a8_bismooth.convert.preparation import prepare
         from vllm_w8a8_bismooth.convert.preview import preview
 
-        plan = preview(folder, destination, recipe, text, device, blocks)
+        plan = preview(prepare(folder, destination, recipe, text, device, blocks))
         if as_json:
             print(json.dumps(asdict(plan) | {"destination": str(destination)}, indent=2))
         else:
@@ -208,9 +209,11 @@ def convert(
         return
     folder = hub.fetch(source)
     from vllm_w8a8_bismooth.convert.pipeline import convert as run
+    from vllm_w8a8_bismooth.convert.preparation import prepare
 
+    ready = prepare(folder, destination, recipe, text, device, blocks)
     with Progress(console) as progress:
-        report = run(folder, destination, recipe, text, device, progress, blocks)
+        report = run(ready, progress)
     if as_json:
         print(json.dumps(display.report_json(report), indent=2))
     else:
@@ -284,11 +287,12 @@ def analyze(
     from rich.console import Console
 
     from vllm_w8a8_bismooth.checkpoint import hub
+    from vllm_w8a8_bismooth.checkpoint.blocks import Run
     from vllm_w8a8_bismooth.checkpoint.layout import Source
-    from vllm_w8a8_bismooth.convert.pipeline import device_of
+    from vllm_w8a8_bismooth.convert.preparation import device_of
     from vllm_w8a8_bismooth.measure import perturbation
     from vllm_w8a8_bismooth.measure.text import read_text, tokenize
-    from vllm_w8a8_bismooth.measure.weights import survey
+    from vllm_w8a8_bismooth.measure.weights import analyze as measure
     from vllm_w8a8_bismooth.method import balance
     from vllm_w8a8_bismooth.recipe import Recipe
     from vllm_w8a8_bismooth.report import figures as drawing
@@ -302,18 +306,18 @@ def analyze(
     text = read_text(Path(calibration)) if calibration is not None else None
     console, where, moved = Console(stderr=True, soft_wrap=True), device_of(device), None
     with Progress(console) as progress:
-        checkpoint = Source(hub.fetch(source))
-        found = survey(checkpoint, where, group_size, progress)
+        over = Run(Source(hub.fetch(source)), where, progress=progress)
+        found = measure(over, group_size)
         if text is not None:
-            tokens = tokenize(text, checkpoint.checkpoint, calibration_tokens or 16384)
-            moved = perturbation.survey(checkpoint, tokens, where, balance.by_error, progress)
+            tokens = tokenize(text, over.source.checkpoint, calibration_tokens or 16384)
+            moved = perturbation.view(over, tokens, balance.by_error)
     if as_json:
         print(json.dumps({"source": source, **display.analysis_json(found), "perturbation": moved}, indent=2))
     else:
         display.analysis(found, source, group_size, top)
         if moved is not None:
             display.perturbation(moved, top)
-    for path in drawing.of_survey(found, figures) if figures is not None else []:
+    for path in drawing.of_analysis(found, figures) if figures is not None else []:
         console.print(f"Drew {path}", markup=False)
 
 

@@ -8,10 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from vllm_w8a8_bismooth.checkpoint import journal
 from vllm_w8a8_bismooth.checkpoint.architectures import inside
 from vllm_w8a8_bismooth.checkpoint.files import check_space, disk_errors, free_space
-from vllm_w8a8_bismooth.checkpoint.journal import Journal
+from vllm_w8a8_bismooth.checkpoint.journal import Journal, clear
 from vllm_w8a8_bismooth.checkpoint.layout import Source
 from vllm_w8a8_bismooth.checkpoint.writer import NAMES, ShardWriter
 from vllm_w8a8_bismooth.convert.destination import already_converted, refuse_overlap
@@ -19,11 +18,11 @@ from vllm_w8a8_bismooth.convert.options import ignored_by_name
 from vllm_w8a8_bismooth.convert.part import AGAIN, PART, Part
 from vllm_w8a8_bismooth.convert.pipeline import complete
 from vllm_w8a8_bismooth.convert.plan import Plan, full_names, span
-from vllm_w8a8_bismooth.convert.stages import Progress
 from vllm_w8a8_bismooth.errors import BismoothError, Interrupted
 from vllm_w8a8_bismooth.method.rows import Threads
+from vllm_w8a8_bismooth.progress import Progress, silent
 from vllm_w8a8_bismooth.recipe import Recipe
-from vllm_w8a8_bismooth.report.outcome import Report
+from vllm_w8a8_bismooth.report.outcome import Outcome
 
 _PIECE = 2**22
 
@@ -58,7 +57,7 @@ class Merger:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def journal(self) -> Journal:
-        """Of the merge; one of other parts is another."""
+        """This merge's journal; a merge of other parts never resumes it."""
         return Journal(self.target, {"parts": {span(part.blocks): part.digest for part in self.parts}})
 
 
@@ -93,13 +92,13 @@ def prepare(folders: Sequence[Path], destination: Path) -> Merger:
     reused = already_converted(target, recipe, lambda: recipe.source)
     ready = Merger(destination, target, parts, source, recipe, plan, plan.tensors(), free_space(target), reused)
     if not reused:
-        diary = ready.journal()
-        diary.look()
-        check_space(diary.partial, ready.nbytes() - diary.nbytes())
+        journal = ready.journal()
+        journal.look()
+        check_space(journal.partial, ready.nbytes() - journal.nbytes())
     return ready
 
 
-def merge(ready: Merger, progress: Progress = lambda stage, done, total, written: None) -> Report:
+def merge(ready: Merger, progress: Progress = silent) -> Outcome:
     """Make a checkpoint of its parts. The destination ends up whole or absent; the parts are only read.
 
     The result is what :func:`pipeline.convert` would have written at once, byte for byte. A run that is killed leaves
@@ -114,20 +113,20 @@ def merge(ready: Merger, progress: Progress = lambda stage, done, total, written
     """
     source, plan, destination = ready.source, ready.plan, ready.destination
     if ready.reused:
-        journal.clear(ready.target)  # of a run that was killed right after its last step
-        return Report(destination, reused=True, blocks=len(source.layers))
-    done = Report(destination, source.nbytes(), ignored=full_names(plan.ignored), blocks=len(source.layers))
+        clear(ready.target)  # of a run that was killed right after its last step
+        return Outcome(destination, reused=True, blocks=len(source.layers))
+    outcome = Outcome(destination, source.nbytes(), ignored=full_names(plan.ignored), blocks=len(source.layers))
     for part in ready.parts:
-        done.linears |= part.linears
-        done.sites |= part.sites
-    with ready.journal() as diary:
-        with ShardWriter(diary.partial, destination, ready.tensors) as writer:
-            _copy_all(ready.parts, diary, writer, progress)
-            done.files, done.written_bytes = writer.finish(), writer.nbytes
+        outcome.linears |= part.linears
+        outcome.sites |= part.sites
+    with ready.journal() as journal:
+        with ShardWriter(journal.partial, destination, ready.tensors) as writer:
+            _copy_all(ready.parts, journal, writer, progress)
+            outcome.files, outcome.written_bytes = writer.finish(), writer.nbytes
         with disk_errors(destination):
-            complete(diary.partial, source, ready.recipe, plan, done, ready.parts[0].provenance)
-        diary.commit()
-    return done
+            complete(journal.partial, source, ready.recipe, plan, outcome, ready.parts[0].provenance)
+        journal.commit()
+    return outcome
 
 
 def _open(folders: Sequence[Path]) -> list[Part]:
@@ -195,16 +194,16 @@ def _strangers(part: Part, plan: Plan) -> Iterator[str]:
         yield f"{part.folder}: tensor {name} is in none of its files; {AGAIN}"
 
 
-def _copy_all(parts: Sequence[Part], diary: Journal, writer: ShardWriter, progress: Progress) -> None:
-    """Copy the tensors of all parts to their places, several shards at a time, but for those that the diary has."""
+def _copy_all(parts: Sequence[Part], journal: Journal, writer: ShardWriter, progress: Progress) -> None:
+    """Copy the tensors of all parts to their places, several shards at a time, but for those that the journal has."""
     shards = [(part, shard) for part in parts for shard in part.shards]
-    left = [(part, shard) for part, shard in shards if diary.record(_unit(part, shard)) is None]
+    left = [(part, shard) for part, shard in shards if journal.record(_unit(part, shard)) is None]
     before = len(shards) - len(left)
     progress("merge", before, len(shards), 0)
     with Threads() as threads:
         copied = threads.map(lambda item: _copy(*item, writer), left)
         for done, ((part, shard), _) in enumerate(zip(left, copied, strict=True), before + 1):
-            writer.then(partial(diary.finish, _unit(part, shard), True))
+            writer.then(partial(journal.finish, _unit(part, shard), True))
             progress("merge", done, len(shards), writer.written)
 
 

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 
-from vllm_w8a8_bismooth.checkpoint.architectures import BLOCK
+from vllm_w8a8_bismooth.checkpoint.architectures import BLOCK, Layer
 from vllm_w8a8_bismooth.checkpoint.layout import Layout
 from vllm_w8a8_bismooth.convert.plan import full_names
 from vllm_w8a8_bismooth.errors import BismoothError
@@ -12,16 +12,19 @@ from vllm_w8a8_bismooth.recipe import Recipe
 _GROUP_SIZES = (32, 64, 128, 256, 512, 1024)
 
 
+def named(pattern: re.Pattern[str], block: str, layer: Layer) -> set[str]:
+    """The linears of the block ``model.layers.i.`` whose full name ``pattern`` finds, with siblings."""
+    return layer.with_siblings(name for name in layer.linears if pattern.search(block + name))
+
+
 def _named(source: Layout, option: str, expression: str) -> list[set[str]]:
     """Per block, the linears that an option's regular expression finds, with siblings.
 
     Raises:
         BismoothError: there are none.
     """
-    from vllm_w8a8_bismooth.measure import weights
-
     pattern = re.compile(expression)
-    chosen = [weights.named(pattern, BLOCK.format(i), layer) for i, layer in enumerate(source.layers)]
+    chosen = [named(pattern, BLOCK.format(i), layer) for i, layer in enumerate(source.layers)]
     if not any(chosen):
         raise BismoothError(
             f"{option} {expression!r} names no linear; "

@@ -13,6 +13,7 @@ from vllm_w8a8_bismooth.checkpoint.journal import FOLDER, differences
 from vllm_w8a8_bismooth.checkpoint.layout import Source
 from vllm_w8a8_bismooth.errors import BismoothError
 from vllm_w8a8_bismooth.recipe import Recipe
+from vllm_w8a8_bismooth.report.outcome import Outcome
 
 PART = "part.json"
 _SOURCE = "source"
@@ -25,7 +26,7 @@ def write(
     identity: Mapping[str, Any],
     provenance: Mapping[str, Any],
     checksums: Mapping[str, str],
-    done: Any,
+    outcome: Outcome,
 ) -> None:
     """Write what goes beside the shards of a part.
 
@@ -33,21 +34,21 @@ def write(
         folder: to write into.
         source: what was converted.
         identity, provenance, checksums: see :class:`Part`, which reads them.
-        done: the :class:`outcome.Report`.
+        outcome: the :class:`outcome.Outcome`.
     """
     place, outline = source.checkpoint.place, outline_of(source)
     kept = f"{_SOURCE}/{place.path.resolve().name}"  # by its name, which the model card tells
     for relative in outline["files"]:
         copy(place.path / relative, folder / kept / relative)
     content = {
-        "blocks": [done.part.start, done.part.stop],
+        "blocks": [outcome.part.start, outcome.part.stop],
         "identity": _shared(identity),
         "provenance": provenance,
         "source": {"folder": kept, "hub_id": place.hub_id, "revision": place.revision, **outline},
         "checksums": checksums,
-        "linears": done.linears,
-        "sites": list(done.sites.values()),
-        "shards": done.files,
+        "linears": outcome.linears,
+        "sites": list(outcome.sites.values()),
+        "shards": outcome.files,
     }
     content = json.loads(json.dumps(content))
     (folder / PART).write_text(json.dumps({"sha256": _digest(content), "part": content}))
@@ -65,7 +66,7 @@ class Part:
         provenance: see :func:`pipeline.complete`.
         outline: of the source, see :func:`outline_of`.
         checksums: of those of the source's tensors that were read, see :class:`files.Checksum`.
-        linears, sites: what was made of them, see :class:`outcome.Report`.
+        linears, sites: what was made of them, see :class:`outcome.Outcome`.
         shards: files of tensors -> SHA-256.
 
     Raises:

@@ -3,16 +3,15 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from vllm_w8a8_bismooth.checkpoint.files import Folder, check_space, free_space
+from vllm_w8a8_bismooth.checkpoint.blocks import finished
+from vllm_w8a8_bismooth.checkpoint.files import check_space, free_space
 from vllm_w8a8_bismooth.checkpoint.journal import Journal
 from vllm_w8a8_bismooth.checkpoint.writer import split
 from vllm_w8a8_bismooth.convert.estimate import needs
-from vllm_w8a8_bismooth.convert.pipeline import prepare
 from vllm_w8a8_bismooth.convert.plan import Plan, full_names
-from vllm_w8a8_bismooth.convert.stages import done_before
+from vllm_w8a8_bismooth.convert.preparation import Preparation
+from vllm_w8a8_bismooth.convert.stages import CARRY, CONVERT, GRANULARITY
 from vllm_w8a8_bismooth.measure import calibration, perturbation
-from vllm_w8a8_bismooth.measure.text import CalibrationText
-from vllm_w8a8_bismooth.recipe import Recipe
 
 
 @dataclass
@@ -49,32 +48,25 @@ class Preview:
     free_bytes: int = 0
 
 
-def preview(
-    folder: Path | Folder,
-    destination: Path,
-    recipe: Recipe,
-    text: CalibrationText | None,
-    device: str,
-    blocks: slice | None = None,
-) -> Preview:
-    """Do everything that :func:`pipeline.convert` does before its first write; the arguments are the same.
+def preview(ready: Preparation) -> Preview:
+    """Check what :func:`pipeline.convert` would before its first write, and say what it would do.
 
     Raises:
         BismoothError: whatever the conversion would refuse before it reads the weights.
     """
-    ready = prepare(folder, destination, recipe, text, device, blocks)
     part = None if ready.part is None else (ready.part.start, ready.part.stop)
     if ready.reused:
-        return Preview(destination, reused=True, part=part)
-    source, diary = ready.source, Journal(ready.target, ready.identity)
-    diary.look()
-    done = done_before(diary, ready.blocks)
-    grouped = done.grouped if ready.named is None else ready.named
+        return Preview(ready.destination, reused=True, part=part)
+    source, journal = ready.source, Journal(ready.target, ready.identity)
+    journal.look()
+    grouped = ready.named
+    if grouped is None and (known := journal.record(GRANULARITY)) is not None:
+        grouped = [set(names) for names in known]
     tensors = Plan(source, ready.recipe, grouped or [set()] * len(source.layers), ready.ignored).tensors(ready.part)
     files = split(tensors, ready.stem).filename_to_tensors
     shards = {file: sum(tensors[name].nbytes for name in names) for file, names in files.items()}
     written = sum(shards.values())
-    check_space(diary.partial, written - diary.nbytes())
+    check_space(journal.partial, written - journal.nbytes())
     tokens = None
     if ready.tokens is not None:
         calibration.Calibration(source, ready.tokens, ready.device)  # transformers may refuse the config
@@ -82,11 +74,12 @@ def preview(
     measured = 0
     if ready.recipe.method == "auto":
         measured = perturbation.SAMPLE * (1 + 2 * max(len(perturbation.units(layer)) for layer in source.layers))
-    left = ready.blocks[done.blocks :]
-    carried = range(done.carried, ready.blocks.start if ready.recipe.smoothing and not done.blocks else 0)
-    need = needs(source, tokens, measured, blocks=left, carried=carried)
+    resumed = finished(journal, CONVERT, ready.blocks)
+    before = range(ready.blocks.start if ready.recipe.smoothing and not resumed else 0)
+    left = range(finished(journal, CARRY, before), before.stop)
+    need = needs(source, tokens, measured, blocks=ready.blocks[resumed:], carried=left)
     return Preview(
-        destination=destination,
+        destination=ready.destination,
         reused=False,
         source_bytes=source.nbytes(ready.part),
         written_bytes=written,
@@ -96,8 +89,8 @@ def preview(
         tokens=tokens,
         part=part,
         blocks=len(ready.blocks),
-        resumed=done.blocks,
+        resumed=resumed,
         memory_bytes=need.memory_bytes,
         seconds=need.seconds,
-        free_bytes=free_space(diary.partial),
+        free_bytes=free_space(journal.partial),
     )

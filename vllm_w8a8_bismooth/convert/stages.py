@@ -1,380 +1,170 @@
-"""The stages of a conversion, block after block: choose granularity, calibrate, smooth, quantize, write."""
+"""The stages of a conversion: choose granularity, carry activations, smooth, quantize, write."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from vllm_w8a8_bismooth.checkpoint.architectures import BLOCK, inside
-from vllm_w8a8_bismooth.checkpoint.journal import Journal
-from vllm_w8a8_bismooth.checkpoint.layout import Source
-from vllm_w8a8_bismooth.checkpoint.readahead import AHEAD, ReadAhead
-from vllm_w8a8_bismooth.checkpoint.writer import PARTIAL, WHOLE, ShardWriter
+from vllm_w8a8_bismooth.checkpoint.architectures import inside
+from vllm_w8a8_bismooth.checkpoint.blocks import Block, Run, Stage, Walk
+from vllm_w8a8_bismooth.checkpoint.writer import ShardWriter
 from vllm_w8a8_bismooth.convert.options import check_group_size
 from vllm_w8a8_bismooth.convert.plan import Plan
+from vllm_w8a8_bismooth.convert.preparation import Preparation
 from vllm_w8a8_bismooth.errors import BismoothError
-from vllm_w8a8_bismooth.measure import calibration, perturbation, weights
-from vllm_w8a8_bismooth.measure.prior import Prior
+from vllm_w8a8_bismooth.measure import perturbation, weights
+from vllm_w8a8_bismooth.measure.activations import MOMENTS, STREAM, Activations
 from vllm_w8a8_bismooth.method.balance import rule_of
 from vllm_w8a8_bismooth.method.moments import Moments
 from vllm_w8a8_bismooth.method.quantize import quantize_folded
 from vllm_w8a8_bismooth.method.rows import Threads
 from vllm_w8a8_bismooth.method.smooth import Smoothing, smooth_block
-from vllm_w8a8_bismooth.recipe import Recipe
 
-_OUTSIDE, _GRANULARITY = "outside", "granularity"
-
-Progress = Callable[[str, int, int, int], None]
-"""Called as ``progress(stage, blocks_done, blocks, bytes_written)``; the bytes are those of this run."""
-
-
-@dataclass(frozen=True)
-class Preparation:
-    """A conversion before its first write: all that can be checked without reading the weights is checked.
-
-    Attributes:
-        target: the resolved destination.
-        source: audited.
-        recipe: complete but for the source's fingerprint.
-        device: where blocks are worked on.
-        named: per block, the per-group linears; ``None`` if the weights have to tell.
-        ignored: per block, the linears that stay in float.
-        tokens: int64 ``[windows, length]`` for calibration; ``None`` is data-free.
-        identity: what an unfinished run must have in common with this one to be continued.
-        part: the blocks to convert, if the result is to be a part of a checkpoint; ``None`` is all, and the whole.
-        reused: the destination already holds the result; then ``named``, ``ignored`` and ``tokens`` are not known.
-    """
-
-    target: Path
-    source: Source
-    recipe: Recipe
-    device: torch.device
-    named: list[set[str]] | None
-    ignored: list[set[str]]
-    tokens: torch.Tensor | None
-    identity: dict[str, Any]
-    part: range | None = None
-    reused: bool = False
-
-    @property
-    def blocks(self) -> range:
-        """The blocks to convert."""
-        return range(len(self.source.layers)) if self.part is None else self.part
-
-    def within(self, names: Sequence[set[str]]) -> list[set[str]]:
-        """Linears of each block, without those of blocks that are not to be converted."""
-        return [chosen if index in self.blocks else set() for index, chosen in enumerate(names)]
-
-    @property
-    def stem(self) -> str:
-        """What the names of the shards begin with."""
-        return WHOLE if self.part is None else PARTIAL
+PERTURB = Stage("analyze", spends=((STREAM, -1),))
+"""Measures what per-group scales would gain in each linear, by the outputs of its block."""
+CARRY = Stage("carry", spends=((STREAM, -1),))
+"""Carries activations through the blocks before a part, which other parts hold."""
+CONVERT = Stage("convert", spends=((MOMENTS, 0), (STREAM, -1)))
+OUTSIDE, GRANULARITY = "outside", "granularity"
+"""Work that is done once, not for each block."""
 
 
 class Stages:
-    """The stages of one conversion, each of which goes on from what the journal says is done."""
+    """The stages of one conversion, each of which goes on from what an earlier run has done.
 
-    def __init__(self, ready: Preparation, progress: Progress):
-        self.source, self.recipe, self.device, self.progress = ready.source, ready.recipe, ready.device, progress
-        self.tokens, self.ignored, self.chosen = ready.tokens, ready.ignored, ready.blocks
+    Args:
+        ready: what is to be done.
+        run: over its source.
+        threads: that work on the rows of weights.
+    """
 
-    def granularity(self, diary: Journal) -> list[set[str]]:
-        """Per block, the linears that get per-group scales because weights, or measured errors, call for them."""
-        known = diary.record(_GRANULARITY)
-        if known is None:
-            known = self.worth(diary) if self.recipe.method == "auto" else self.vulnerable()
-            diary.finish(_GRANULARITY, known)
-        chosen = [set(names) for names in known]
-        check_group_size(self.source, self.recipe, chosen)
-        return chosen
+    def __init__(self, ready: Preparation, run: Run, threads: Threads):
+        self._ready, self._run, self._threads = ready, run, threads
+        self._source, self._recipe = ready.source, ready.recipe
+        self._activations = Activations(run, ready.tokens)
 
-    def vulnerable(self) -> list[list[str]]:
-        """Per block, the linears whose weights INT8 would lose."""
-        known: list[list[str]] = [[] for _ in self.source.layers]
-        for done, (index, measured) in enumerate(weights.blocks(self.source, self.device, chosen=self.chosen), 1):
-            errors = {linear: measure.column_error for linear, measure in measured.items()}
-            known[index] = sorted(weights.vulnerable(errors, self.source.layers[index]) - self.ignored[index])
-            self.progress("analyze", done, len(self.chosen), 0)
-        return known
-
-    def worth(self, diary: Journal) -> list[list[str]]:
-        """Per block, the linears whose per-group scales pay. What the sites read is kept for the conversion."""
-        source, first = self.source, len(list(self.measured(diary)))
-        group_size = self.recipe.group_size
-        variants = {
-            perturbation.CHANNEL: perturbation.Variant(),
-            perturbation.GROUP: perturbation.Variant(group_size=group_size),
-        }
-        activity = self.activity(diary, first)
-        with self.reader(range(first, len(source.layers))) as reader, Threads() as threads:
-            for index in range(first, len(source.layers)):
-                block = _Lent(reader, BLOCK.format(index), source.blocks[index], self.device)
-                hidden = perturbation.sample(activity)
-                smoothing = self.smooth(diary, activity, index, block, threads)
-                errors = perturbation.measure(activity, index, block, smoothing, hidden, variants)
-                for name in block:
-                    block.drop(name)
-                diary.finish(_measured(index), errors)
-                diary.forget(_stream(index - 1))
-                self.progress("analyze", index + 1, len(source.layers), 0)
-        diary.forget(_stream(len(source.layers) - 1))
-        per_block: list[list[str]] = [[] for _ in source.layers]
-        for entry in self.evidence(diary):
-            for index, name in map(inside, entry.linears if entry.chosen else ()):
-                per_block[index].append(name)
-        return per_block
-
-    def measured(self, diary: Journal) -> Iterator[dict[str, dict[str, float]]]:
-        """What quantization does to the units of each block, as far as an earlier pass got."""
-        return _records(diary, map(_measured, range(len(self.source.layers))))
-
-    def evidence(self, diary: Journal) -> list[perturbation.Evidence]:
-        """What was measured of every unit and made of it. Empty where granularity is not chosen by it."""
-        if self.recipe.method != "auto":
-            return []
-        layers = self.source.layers
-        open_units = [
-            {unit: found for unit, found in errors.items() if not set(perturbation.units(layer)[unit]) & ignored}
-            for errors, layer, ignored in zip(self.measured(diary), layers, self.ignored, strict=True)
-        ]
-        return perturbation.choose(open_units, layers, self.recipe.group_budget)
-
-    def activity(self, diary: Journal, first: int) -> calibration.Calibration | Prior | None:
-        """What tells of the activations from block ``first`` on; ``None`` if nothing has to, or the journal knows.
+    def granularity(self) -> list[set[str]]:
+        """Per block, the linears that get per-group scales: by name, by their weights, or by measured errors.
 
         Raises:
-            BismoothError: its state behind an earlier run's last block is gone.
+            BismoothError: K of one of them is not a multiple of the group size; or see :meth:`Checkpoint.read`.
         """
-        source = self.source
-        if self.recipe.smoothing is None or diary.record(_GRANULARITY) is not None or first == self.chosen.stop:
-            return None
-        if self.tokens is None:
-            activity = Prior(source, self.device)
-        else:
-            activity = calibration.Calibration(source, self.tokens, self.device)
-        if first:
-            activity.hidden = self.state(diary, _stream(first - 1))["hidden"].to(self.device)
-        return activity
+        if self._ready.named is not None:
+            return self._ready.named
+        choose = self._worthwhile if self._recipe.method == "auto" else self._vulnerable
+        chosen = [set(names) for names in self._run.once(GRANULARITY, choose)]
+        check_group_size(self._source, self._recipe, chosen)
+        return chosen
 
-    @staticmethod
-    def state(diary: Journal, unit: str) -> dict[str, torch.Tensor]:
-        """A state that must be there."""
-        if (state := diary.state(unit)) is None:
-            raise BismoothError(
-                f"{diary.partial}: the state {unit} of an earlier run is gone, from which it would go on; "
-                "run the same command again, which starts anew"
-            )
-        return state
+    def _vulnerable(self) -> list[list[str]]:
+        """Per block, the linears whose weights INT8 would lose."""
+        chosen: list[list[str]] = [[] for _ in self._source.layers]
+        walk = self._run.walk(weights.ANALYZE, self._ready.blocks)
+        for index, block in walk:
+            measured = weights.measure_block(block, self._source.layers[index], self._threads)
+            block.record = {linear: measure.column_error for linear, measure in measured.items()}
+        for index, errors in walk.records.items():
+            chosen[index] = sorted(weights.vulnerable(errors, self._source.layers[index]) - self._ready.ignored[index])
+        return chosen
 
-    def reader(self, blocks: range) -> ReadAhead:
-        """Reads these blocks."""
-        source = self.source
-        names = [BLOCK.format(i) + name for i in blocks for name in source.blocks[i]]
-        return ReadAhead(source.checkpoint, names, source.block_nbytes() + AHEAD)
+    def _worthwhile(self) -> list[list[str]]:
+        """Per block, the linears whose per-group scales pay. What the sites read is kept for the conversion."""
+        variants = {
+            perturbation.CHANNEL: perturbation.Variant(),
+            perturbation.GROUP: perturbation.Variant(group_size=self._recipe.group_size),
+        }
+        for index, block in self._run.walk(PERTURB):
+            calibration = self._activations.calibration(index)
+            hidden = perturbation.sample(calibration)
+            smoothing = self._smooth(block, self._activations.read_by(block, self._threads))
+            block.record = perturbation.measure(calibration, index, block, smoothing, hidden, variants)
+        chosen: list[list[str]] = [[] for _ in self._source.layers]
+        for entry in self.evidence():
+            for index, name in map(inside, entry.linears if entry.chosen else ()):
+                chosen[index].append(name)
+        return chosen
 
-    def carried(self, diary: Journal) -> dict[str, str]:
-        """Carry activations through the blocks before a part, which other parts hold; returns their checksums."""
-        before = range(self.chosen.start if self.recipe.smoothing else 0)
-        records = list(_records(diary, map(_carried, before)))
-        first = len(records)
-        if first < len(before):
-            activity = self.activity(diary, first)
-            with self.reader(before[first:]) as reader, Threads() as threads:
-                for index in before[first:]:
-                    block = _Lent(reader, BLOCK.format(index), self.source.blocks[index], self.device)
-                    activity.advance(index, block, threads)
-                    for name in block:
-                        block.drop(name)
-                    records.append({name: reader.digests.pop(name) for name in block.full_names()})
-                    diary.keep(_stream(index), {"hidden": activity.hidden.cpu()})
-                    diary.finish(_carried(index), records[-1])
-                    diary.forget(_stream(index - 1))
-                    self.progress("carry", index + 1, len(before), 0)
-        return {name: digest for record in records for name, digest in record.items()}
+    def evidence(self) -> list[perturbation.Evidence]:
+        """What was measured of every unit and made of it. Empty where granularity is not chosen by it."""
+        if self._recipe.method != "auto":
+            return []
+        assert self._recipe.group_budget is not None
+        layers = self._source.layers
+        errors = self._run.walk(PERTURB).records.values()
+        open_units = [
+            {unit: error for unit, error in of_block.items() if not set(perturbation.units(layer)[unit]) & ignored}
+            for of_block, layer, ignored in zip(errors, layers, self._ready.ignored, strict=True)
+        ]
+        return perturbation.choose(open_units, layers, self._recipe.group_budget)
 
-    def outside(self, diary: Journal, writer: ShardWriter) -> dict[str, str]:
+    def carry(self) -> dict[str, str]:
+        """Carry activations through the blocks before a part; returns those blocks' checksums."""
+        walk = self._run.walk(CARRY, range(self._ready.blocks.start if self._recipe.smoothing else 0))
+        for _, block in walk:
+            self._activations.carry(block, self._threads)
+        return walk.checksums
+
+    def outside(self, writer: ShardWriter) -> dict[str, str]:
         """Pass what is outside the blocks through, in pieces; returns the tensors' checksums."""
-        digests = diary.record(_OUTSIDE)
-        if digests is None:
-            digests = {}
-            for name in self.source.outside_with(self.chosen):
-                digests[name] = writer.copy_tensor(name, self.source.checkpoint)
-            writer.then(partial(diary.finish, _OUTSIDE, digests))
-        return digests
+        checkpoint, names = self._source.checkpoint, self._source.outside_with(self._ready.blocks)
+        return self._run.once(OUTSIDE, lambda: {name: writer.copy_tensor(name, checkpoint) for name in names}, writer)
 
-    def blocks(self, diary: Journal, writer: ShardWriter, plan: Plan) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Convert block after block; yields each one's index and record: linears, sites, digests of its tensors."""
-        source, start = self.source, self.chosen.start
-        first = start
-        for first, record in enumerate(_records(diary, map(_unit, self.chosen)), start + 1):
-            yield first - 1, {**record, "resumed": True}
-        self.progress("convert", first - start, len(self.chosen), writer.written)
-        activity = self.activity(diary, first)
-        with self.reader(range(first, self.chosen.stop)) as reader, Threads() as threads:
-            for index in range(first, self.chosen.stop):
-                block = _Lent(reader, BLOCK.format(index), source.blocks[index], self.device)
-                smoothing = self.smooth(diary, activity, index, block, threads)
-                record = self.convert_block(index, block, smoothing, plan, writer, threads)
-                record["digests"] = {name: reader.digests.pop(name) for name in block.full_names()}
-                writer.then(partial(diary.finish, _unit(index), record))
-                for done in (_unit(index), _stream(index - 1)):  # a run would go on from this block's stream
-                    writer.then(partial(diary.forget, done))
-                self.progress("convert", index + 1 - start, len(self.chosen), writer.written)
-                yield index, record
+    def convert(self, plan: Plan, writer: ShardWriter) -> Walk:
+        """Convert block after block; the records hold ``linears`` and ``sites``, see :class:`outcome.Outcome`."""
+        walk = self._run.walk(CONVERT, self._ready.blocks, writer)
+        for _, block in walk:
+            if self._recipe.smoothing is None:
+                smoothing = Smoothing()
+            elif self._recipe.method == "auto":  # the other pass has found out
+                smoothing = self._smooth(block, self._activations.recall(block))
+            else:
+                smoothing = self._smooth(block, self._activations.read_by(block, self._threads))
+            linears = self._write(block, smoothing, plan, writer)
+            block.record = {"linears": linears, "sites": [asdict(site) for site in smoothing.sites]}
+        return walk
 
-    def smooth(
-        self,
-        diary: Journal,
-        activity: calibration.Calibration | Prior | None,
-        index: int,
-        block: Mapping[str, torch.Tensor],
-        threads: Threads,
-    ) -> Smoothing:
-        """The smoothing of a block, by what its sites read, which is kept until the block is converted."""
-        if self.recipe.smoothing is None:
-            return Smoothing()
-        if activity is not None and diary.state(_stream(index)) is None:
-            moments = activity.advance(index, block, threads)
-            kept = {f"{site}/{name}": t for site, found in moments.items() for name, t in found.tensors().items()}
-            diary.keep(_unit(index), {name: tensor.cpu() for name, tensor in kept.items()})
-            diary.keep(_stream(index), {"hidden": activity.hidden.cpu()})
-        else:
-            sites: dict[str, dict[str, torch.Tensor]] = {}
-            for key, tensor in self.state(diary, _unit(index)).items():
-                site, _, name = key.rpartition("/")
-                sites.setdefault(site, {})[name] = tensor
-            moments = {site: Moments.of(tensors, self.device) for site, tensors in sites.items()}
-            if activity is not None:
-                activity.hidden = self.state(diary, _stream(index))["hidden"].to(self.device)
-        source = self.source
-        layer, offset = source.layers[index], source.architecture.offset
-        return smooth_block(block, moments, layer, source.sizes, rule_of(self.recipe), offset, threads)
+    def _smooth(self, block: Block, moments: Mapping[str, Moments]) -> Smoothing:
+        source = self._source
+        layer, rule, offset = source.layers[block.index], rule_of(self._recipe), source.architecture.offset
+        return smooth_block(block, moments, layer, source.sizes, rule, offset, self._threads)
 
-    def convert_block(
-        self,
-        index: int,
-        block: "_Lent",
-        smoothing: Smoothing,
-        plan: Plan,
-        writer: ShardWriter,
-        threads: Threads,
-    ) -> dict[str, Any]:
-        """Quantize one block and hand it to the writer; returns what is to be reported of it."""
-        source, layer, prefix = self.source, self.source.layers[index], BLOCK.format(index)
-        linears = {}
-        for name in source.blocks[index]:
-            linear, fold = layer.linear_of(name), smoothing.fold(name.removesuffix(".weight"))
-            if linear is not None and linear not in plan.ignored[index]:
-                group_size = self.recipe.group_size if linear in plan.grouped[index] else None
-                take = partial(self.take, writer, prefix + name)
-                loss = quantize_folded(block[name], fold, group_size, take, threads)
-                self.check_range(prefix + name, loss.power)
-                linears[prefix + linear] = {
+    def _write(self, block: Block, smoothing: Smoothing, plan: Plan, writer: ShardWriter) -> dict[str, dict[str, Any]]:
+        """Fold, quantize and write one block; returns what is to be reported of its linears, by full name."""
+        layer, linears = self._source.layers[block.index], {}
+        for name in block:
+            full, linear = block.prefix + name, layer.linear_of(name)
+            fold = smoothing.fold(name.removesuffix(".weight"))
+            if linear is not None and linear not in plan.ignored[block.index]:
+                group_size = self._recipe.group_size if linear in plan.grouped[block.index] else None
+                loss = quantize_folded(block[name], fold, group_size, partial(_add, writer, full), self._threads)
+                self._check_range(full, loss.power)
+                linears[block.prefix + linear] = {
                     "group_size": group_size,
                     "column_error": loss.column_error(),
                     "sqnr": loss.sqnr(),
                 }
             elif name in smoothing.vectors:
-                writer.add(prefix + name, smoothing.vectors[name].cpu())
+                writer.add(full, smoothing.vectors[name].cpu())
             else:
-                kept = fold.apply(block[name], threads) if fold else block[name]
-                self.check_range(prefix + name, kept)
-                writer.add(prefix + name, kept.cpu())
-            block.drop(name)
-        return {"linears": linears, "sites": [asdict(site) for site in smoothing.sites]}
+                kept = fold.apply(block[name], self._threads) if fold else block[name]
+                self._check_range(full, kept)
+                writer.add(full, kept.cpu())
+            block.release(name)
+        return linears
 
-    @staticmethod
-    def take(writer: ShardWriter, name: str, start: int, codes: torch.Tensor, scale: torch.Tensor) -> None:
-        """Write some rows of a quantized weight."""
-        writer.add_rows(name, start, codes.cpu())
-        writer.add_rows(f"{name}_scale", start, scale.cpu())
-
-    def check_range(self, name: str, values: torch.Tensor) -> None:
+    def _check_range(self, name: str, values: torch.Tensor) -> None:
         """Raises :class:`BismoothError` if a tensor, or what was summed up of it, left the range of its dtype."""
         if not values.isfinite().all():
-            smoothed = " after smoothing" if self.recipe.smoothing else ""
+            smoothed = " after smoothing" if self._recipe.smoothing else ""
             raise BismoothError(
                 f"tensor {name} holds values beyond 1e19{smoothed}, whose squares fp32 cannot hold; no sound model has "
                 "such weights, repair it"
             )
 
 
-class _Lent(Mapping[str, torch.Tensor]):
-    """The stored tensors of a block by name inside it, read when first asked for, on the device, until dropped."""
-
-    def __init__(self, reader: ReadAhead, prefix: str, names: list[str], device: torch.device):
-        self._reader, self._prefix, self._names, self._device = reader, prefix, names, device
-        self._tensors: dict[str, torch.Tensor] = {}
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        if name not in self._names:
-            raise KeyError(name)
-        if name not in self._tensors:
-            self._tensors[name] = self._reader.take(self._prefix + name).to(self._device)
-        return self._tensors[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def full_names(self) -> list[str]:
-        return [self._prefix + name for name in self._names]
-
-    def drop(self, name: str) -> None:
-        self[name]  # whoever drops without a look has still been given it
-        del self._tensors[name]
-        self._reader.release(self._prefix + name)
-
-
-def _unit(index: int) -> str:
-    return f"block-{index:05d}"
-
-
-def _stream(index: int) -> str:
-    return f"stream-{index:05d}"
-
-
-def _measured(index: int) -> str:
-    return f"measured-{index:05d}"
-
-
-def _carried(index: int) -> str:
-    return f"carried-{index:05d}"
-
-
-def _records(diary: Journal, units: Iterable[str]) -> Iterator[Any]:
-    """The records of consecutive units of work, as far as an earlier run got."""
-    for unit in units:
-        if (record := diary.record(unit)) is None:
-            return
-        yield record
-
-
-@dataclass(frozen=True)
-class Done:
-    """What an earlier run left.
-
-    Attributes:
-        grouped: the per-group linears that it chose; ``None`` if it did not.
-        carried: blocks before the part through which it carried activations.
-        blocks: blocks that it finished.
-    """
-
-    grouped: list[set[str]] | None
-    carried: int
-    blocks: int
-
-
-def done_before(diary: Journal, chosen: range) -> Done:
-    """What an earlier run left that was to convert these blocks."""
-    known = diary.record(_GRANULARITY)
-    return Done(
-        None if known is None else [set(names) for names in known],
-        len(list(_records(diary, map(_carried, range(chosen.start))))),
-        len(list(_records(diary, map(_unit, chosen)))),
-    )
+def _add(writer: ShardWriter, name: str, start: int, codes: torch.Tensor, scale: torch.Tensor) -> None:
+    """Write some rows of a quantized weight, int8 ``[n, K]``, and their scales, fp32 ``[n, G]``."""
+    writer.add_rows(name, start, codes.cpu())
+    writer.add_rows(f"{name}_scale", start, scale.cpu())

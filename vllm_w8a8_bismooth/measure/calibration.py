@@ -55,9 +55,16 @@ class Calibration:
             _materialize_buffers(model)
             model.embed_tokens.weight = torch.nn.Parameter(rows, requires_grad=False)
             model.norm = torch.nn.Identity()
-            self._blocks, self._forwards, captured = list(model.layers), [b.forward for b in model.layers], []
+            self._blocks, self._forwards = list(model.layers), [block.forward for block in model.layers]
+            captured: list[dict[str, object]] = []
+
+            def capture(hidden: torch.Tensor, **given: object) -> torch.Tensor:
+                """Stands in for a block's forward: notes what else it is given, and passes the states on."""
+                captured.append(given)
+                return hidden
+
             for block in self._blocks:
-                block.forward = lambda hidden, **given: captured.append(given) or hidden
+                block.forward = capture
             self.hidden = torch.cat(
                 [model(input_ids=window, use_cache=False).last_hidden_state for window in compact.split(1)]
             ).to(device)
@@ -124,7 +131,7 @@ class Calibration:
 
         with self.lend(index, tensors, self.hidden.dtype) as (block, run):
             hooks = [
-                # The last consumer, because of a mixture's experts only the router sees all tokens.
+                # Hook the last consumer: in a mixture, only the router sees every token.
                 block.get_submodule(architecture.built(site.consumers[-1])).register_forward_pre_hook(
                     recorder(site.name)
                 )

@@ -5,15 +5,15 @@ of the calibration's hidden states. What counts is the change of the residual st
 later blocks get to see: an error of a linear that hardly adds to the stream does no harm, however large it is.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
 from vllm_w8a8_bismooth.checkpoint.architectures import BLOCK, Layer
-from vllm_w8a8_bismooth.checkpoint.layout import Source
-from vllm_w8a8_bismooth.checkpoint.readahead import AHEAD, ReadAhead
+from vllm_w8a8_bismooth.checkpoint.blocks import Run, Stage
+from vllm_w8a8_bismooth.measure.activations import Activations
 from vllm_w8a8_bismooth.measure.calibration import Calibration
 from vllm_w8a8_bismooth.method.balance import Rule
 from vllm_w8a8_bismooth.method.quantize import dequantize_weight, quantize_weight
@@ -143,6 +143,7 @@ class Evidence:
     reason: str
 
 
+PERTURB = Stage("perturb")
 CHANNEL, GROUP = "per_channel", "per_group"
 
 VIEW = {
@@ -153,40 +154,27 @@ VIEW = {
 """What ``analyze`` shows: which side an error comes from, before and after smoothing."""
 
 
-def survey(
-    source: Source,
-    tokens: torch.Tensor,
-    device: torch.device,
-    rule: Rule,
-    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
-) -> dict[str, dict[str, float]]:
+def view(run: Run, tokens: torch.Tensor, rule: Rule) -> dict[str, dict[str, float]]:
     """:func:`measure` every unit of a checkpoint in the ways of :data:`VIEW`.
 
     Args:
-        source: the checkpoint.
+        run: over the checkpoint; its progress shows the stage ``perturb``.
         tokens: int64 ``[windows, length]``.
-        device: where blocks are worked on.
         rule: for the smoothing.
-        progress: called as ``progress("perturb", blocks_done, blocks)``.
 
     Returns:
         Full name of the unit -> variant -> error.
     """
-    calibration, found = Calibration(source, tokens, device), {}
-    names = [BLOCK.format(i) + name for i, names in enumerate(source.blocks) for name in names]
-    with ReadAhead(source.checkpoint, names, source.block_nbytes() + AHEAD) as reader, Threads() as threads:
-        for index, layer in enumerate(source.layers):
-            prefix = BLOCK.format(index)
-            block = {name: reader.take(prefix + name).to(device) for name in source.blocks[index]}
+    source, activations, found = run.source, Activations(run, tokens), {}
+    with Threads() as threads:
+        for index, block in run.walk(PERTURB):
+            calibration = activations.calibration(index)
             hidden = sample(calibration)
-            moments = calibration.advance(index, block, threads)
-            offset = source.architecture.offset
+            moments = activations.read_by(block, threads)
+            layer, offset = source.layers[index], source.architecture.offset
             smoothing = smooth_block(block, moments, layer, source.sizes, rule, offset, threads)
             errors = measure(calibration, index, block, smoothing, hidden, VIEW)
-            found |= {prefix + unit: by_variant for unit, by_variant in errors.items()}
-            for name in source.blocks[index]:
-                reader.release(prefix + name)
-            progress("perturb", index + 1, len(source.layers))
+            found |= {block.prefix + unit: by_variant for unit, by_variant in errors.items()}
     return found
 
 
@@ -224,7 +212,7 @@ def choose(
         else:
             reason = f"removes {removed:.1%} of the error for {cost:.1%} of the linears"
         chosen = GROUP in found and removed >= WORTH * cost and len(parts) <= left
-        left -= len(parts) * chosen
+        left -= len(parts) if chosen else 0
         names = tuple(prefix + part for part in parts)
         evidence.append(Evidence(prefix + unit, names, found[CHANNEL], found.get(GROUP), removed, chosen, reason))
     return evidence

@@ -1,15 +1,13 @@
 """What INT8 does to each linear, from the weights alone: how much is lost, why, and what would repair it."""
 
 import math
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 
-from vllm_w8a8_bismooth.checkpoint.architectures import BLOCK, Layer
-from vllm_w8a8_bismooth.checkpoint.layout import Source
-from vllm_w8a8_bismooth.checkpoint.readahead import AHEAD, ReadAhead
+from vllm_w8a8_bismooth.checkpoint.architectures import Layer
+from vllm_w8a8_bismooth.checkpoint.blocks import Block, Run, Stage
 from vllm_w8a8_bismooth.method.quantize import quantize_folded
 from vllm_w8a8_bismooth.method.rows import ALONE, Fold, Threads
 
@@ -19,6 +17,8 @@ large brings them to about 0.2, three of 1000 times to nearly 1, because the row
 
 OUTLIER = 20.0
 """Times the median from which a column or row is counted: about where one such column makes a linear vulnerable."""
+
+ANALYZE = Stage("analyze", whole=False)
 
 GROUP_SIZES = (256, 128, 64, 32)
 """What is tried on a vulnerable linear, in this order, until one repairs it."""
@@ -127,35 +127,20 @@ def measure(
     )
 
 
-def blocks(
-    source: Source,
-    device: torch.device,
-    group_size: int | None = None,
-    search: bool = False,
-    chosen: range | None = None,
-) -> Iterator[tuple[int, dict[str, Measure]]]:
-    """Measure block after block: index, and linear (by name inside the block) -> :func:`measure` of its weight.
-
-    ``chosen`` are the blocks; ``None`` is all.
-    """
-    chosen = range(len(source.layers)) if chosen is None else chosen
-    linears = {i: [name for name in source.blocks[i] if source.layers[i].linear_of(name)] for i in chosen}
-    order = [BLOCK.format(i) + name for i, names in linears.items() for name in names]
-    # Two of the largest: one is worked on while the next is read.
-    budget = 2 * max((source.checkpoint.headers[name].nbytes for name in order), default=0)
-    with ReadAhead(source.checkpoint, order, max(AHEAD, budget)) as reader, Threads() as threads:
-        for index, names in linears.items():
-            measured = {}
-            for name in names:
-                full = BLOCK.format(index) + name
-                weight = reader.take(full).to(device)
-                measured[name.removesuffix(".weight")] = measure(weight, group_size, search, threads)
-                reader.release(full)
-            yield index, measured
+def measure_block(
+    block: Block, layer: Layer, threads: Threads, group_size: int | None = None, search: bool = False
+) -> dict[str, Measure]:
+    """Linear (by name inside the block) -> :func:`measure` of its weight; each is released before the next is read."""
+    measured = {}
+    for name in block:
+        if (linear := layer.linear_of(name)) is not None:
+            measured[linear] = measure(block[name], group_size, search, threads)
+            block.release(name)
+    return measured
 
 
 @dataclass(frozen=True)
-class Survey:
+class Analysis:
     """A whole checkpoint, measured.
 
     Attributes:
@@ -192,43 +177,29 @@ class Survey:
         return min(min(groups) for groups in trials), max(groups[min(groups)] for groups in trials)
 
 
-def survey(
-    source: Source,
-    device: torch.device,
-    group_size: int | None = None,
-    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
-) -> Survey:
+def analyze(run: Run, group_size: int | None = None) -> Analysis:
     """Measure every linear, with one block in memory at a time.
 
     Args:
-        source: the checkpoint.
-        device: where blocks are worked on.
+        run: over the checkpoint; its progress shows the stage ``analyze``.
         group_size: also measure what per-group scales of this size would leave of each linear; without it
             :data:`GROUP_SIZES` are tried on vulnerable ones.
-        progress: called as ``progress("analyze", blocks_done, blocks)``.
 
     Raises:
         BismoothError: see :meth:`Checkpoint.read`.
     """
     linears: dict[str, Measure] = {}
-    grouped, experts = [], []
-    for index, measured in blocks(source, device, group_size, search=group_size is None):
-        prefix, layer = BLOCK.format(index), source.layers[index]
-        linears |= {prefix + name: measure for name, measure in measured.items()}
-        chosen = vulnerable({name: measure.column_error for name, measure in measured.items()}, layer)
-        grouped += [prefix + name for name in sorted(chosen)]
-        experts += [prefix + name for name in sorted(layer.experts) if measured[name].vulnerable()]
-        progress("analyze", index + 1, len(source.layers))
-    return Survey(linears, grouped, experts)
-
-
-def close_under_fusion(names: Iterable[str], layer: Layer) -> set[str]:
-    """Names inside a block, plus the siblings that vLLM fuses them with: one fused linear has one granularity."""
-    chosen = set(names)
-    for parts in layer.fused.values():
-        if chosen & set(parts):
-            chosen |= set(parts)
-    return chosen
+    grouped: list[str] = []
+    experts: list[str] = []
+    with Threads() as threads:
+        for index, block in run.walk(ANALYZE):
+            layer = run.source.layers[index]
+            measured = measure_block(block, layer, threads, group_size, search=group_size is None)
+            linears |= {block.prefix + name: measure for name, measure in measured.items()}
+            chosen = vulnerable({name: measure.column_error for name, measure in measured.items()}, layer)
+            grouped += [block.prefix + name for name in sorted(chosen)]
+            experts += [block.prefix + name for name in sorted(layer.experts) if measured[name].vulnerable()]
+    return Analysis(linears, grouped, experts)
 
 
 def vulnerable(errors: Mapping[str, float], layer: Layer) -> set[str]:
@@ -236,9 +207,4 @@ def vulnerable(errors: Mapping[str, float], layer: Layer) -> set[str]:
 
     Experts are left out, because vLLM serves them per-channel only.
     """
-    return close_under_fusion((name for name, error in errors.items() if error > VULNERABLE), layer) - layer.experts
-
-
-def named(pattern: re.Pattern, block: str, layer: Layer) -> set[str]:
-    """The linears of the block ``model.layers.i.`` whose full name ``pattern`` finds, with siblings."""
-    return close_under_fusion((n for n in layer.linears if pattern.search(block + n)), layer)
+    return layer.with_siblings(name for name, error in errors.items() if error > VULNERABLE) - layer.experts

@@ -13,8 +13,8 @@ def by_range(activation: Moments, weight: Moments, alpha: float) -> torch.Tensor
     """``s_j = max|X_j|^alpha / max|W_j|^(1 - alpha)`` (SmoothQuant, arXiv 2211.10438, eq. 4).
 
     Args:
-        activation: of the K input channels.
-        weight: of the K weight columns over all consumers.
+        activation: moments of the K input channels.
+        weight: moments of the K weight columns over all consumers.
         alpha: share of the activations' range that is moved into the weights, 0 to 1.
 
     Returns:
@@ -27,7 +27,7 @@ def by_range(activation: Moments, weight: Moments, alpha: float) -> torch.Tensor
 
 
 def by_error(activation: Moments, weight: Moments) -> torch.Tensor:
-    """The factors that make the expected error of the sites' outputs least.
+    """The factors that make the expected error of the consumers' outputs least.
 
     Rounding to INT8 leaves an error of variance ``step^2 / 12`` in every element, and the step is the row's largest
     magnitude over 127. With activations ``x / s`` and weights ``w * s`` the output's error is, up to a constant::
@@ -44,7 +44,7 @@ def by_error(activation: Moments, weight: Moments) -> torch.Tensor:
         activation, weight: as for :func:`by_range`.
 
     Returns:
-        As :func:`by_range`.
+        fp32 ``[K]``, as from :func:`by_range`.
     """
     logs = [_logs(values / side.rows) for side in (activation, weight) for values in (side.high, side.square)]
     log_s = (logs[0] - logs[2]) / (2 * ORDER)  # typical magnitudes are balanced: the search has little left to do

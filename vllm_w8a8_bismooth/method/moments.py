@@ -20,8 +20,8 @@ class Moments:
     """Sums over rows of K channels. Every row counts as much as any other: it is divided by its root mean square.
 
     Attributes:
-        rows: how many were added.
-        largest: fp32 ``[K]``, largest magnitude, as it was.
+        rows: number of rows that were added.
+        largest: fp32 ``[K]``, largest magnitude, before rows are divided.
         square: fp64 ``[K]``, sum of squares.
         high: fp64 ``[K]``, sum of magnitudes to the power :data:`ORDER`.
     """
@@ -33,7 +33,7 @@ class Moments:
 
     @classmethod
     def none(cls, channels: int, device: torch.device | str = "cpu") -> "Moments":
-        """Of no rows."""
+        """Moments of no rows."""
         return cls(
             0,
             torch.zeros(channels, device=device),
@@ -51,19 +51,22 @@ class Moments:
         self.high += square.square_().double().square_().sum(dim=0)
 
     def merge(self, other: "Moments") -> None:
-        """Count the rows of another one, too."""
+        """Add the rows that another one has counted."""
         self.rows += other.rows
         torch.maximum(self.largest, other.largest, out=self.largest)
         self.square += other.square
         self.high += other.high
 
     def scaled(self, factor: torch.Tensor) -> "Moments":
-        """Of the same rows with channel k multiplied by ``factor[k]``, fp32 ``[K]``, after they were counted."""
+        """Moments of the same rows after channel k is multiplied by ``factor[k]``, fp32 ``[K]``.
+
+        Each row keeps the root mean square that it was counted with.
+        """
         f = factor.double()
         return Moments(self.rows, self.largest * factor, self.square * f**2, self.high * f**ORDER)
 
     def tied(self, repeats: int, width: int) -> "Moments":
-        """Of ``K / repeats`` channels where ``repeats`` times ``width`` neighbours share theirs; see smooth.spread."""
+        """Moments of ``K / repeats`` channels, ``repeats`` runs of ``width`` of which become one; see smooth.spread."""
 
         def folded(values: torch.Tensor) -> torch.Tensor:
             return values.view(-1, repeats, width)
@@ -75,21 +78,21 @@ class Moments:
         )
 
     def rms(self) -> torch.Tensor:
-        """fp32 ``[K]``: root mean square of each channel; that of the median where it is 0, so that none is."""
+        """fp32 ``[K]``, root mean square of each channel. Zeros become the median, so that none is left."""
         return typical(self.square / max(1, self.rows)).sqrt().float()
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """For a file."""
+        """The moments by name, for a file; :meth:`of` is the way back."""
         return {"rows": torch.tensor([self.rows]), "largest": self.largest, "square": self.square, "high": self.high}
 
     @classmethod
     def of(cls, tensors: Mapping[str, torch.Tensor], device: torch.device | str) -> "Moments":
-        """From what :meth:`tensors` gave."""
+        """Moments from what :meth:`tensors` gave."""
         vectors = (tensors[name].to(device) for name in ("largest", "square", "high"))
         return cls(int(tensors["rows"]), *vectors)
 
 
 def typical(values: torch.Tensor) -> torch.Tensor:
-    """``[K]`` nonnegative values, with the median of the others where one is 0: what was not seen is taken as usual."""
+    """Replaces zeros in nonnegative ``[K]`` by the median of the others: unseen is treated as typical."""
     seen = values > 0
     return torch.where(seen, values, values[seen].median() if seen.any() else values.new_ones(()))

@@ -94,7 +94,7 @@ def quantize_folded(
         group_size: see :func:`quantize_weight`, whose codes and scales these are.
         take: called with the first row, int8 codes ``[n, K]`` and fp32 scales ``[n, G]`` of ``n`` rows, from any thread
             and in any order. The codes do not outlive the call.
-        threads: that do the work.
+        threads: share the rows.
 
     Raises:
         ValueError: K is not a multiple of ``group_size``.

@@ -132,7 +132,10 @@ class Fold:
         return torch.stack(list(threads.over(weight, self, work))).amax(dim=0)
 
     def moments(self, weight: torch.Tensor, basis: torch.Tensor, threads: Threads = ALONE) -> Moments:
-        """Of the folded weight's columns over its rows, whose size is told with column k times ``basis[k]``, fp32."""
+        """Column moments of the folded weight; each row is scaled by its RMS after column k is multiplied by basis[k].
+
+        ``basis`` is fp32 ``[K]``.
+        """
         scaled = Fold(self.rows, basis if self.columns is None else self.columns * basis)
 
         def work(start: int, rows: int, pieces: Iterator[tuple[int, torch.Tensor]], memory: Memory) -> Moments:

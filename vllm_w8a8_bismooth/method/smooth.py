@@ -43,7 +43,7 @@ class Smoothing:
     """What smoothing does to one decoder block.
 
     Attributes:
-        folds: linear or router -> what happens to its weight. Those without an entry stay.
+        folds: linear or router -> what happens to its weight. Those without an entry are left as they are.
         vectors: tensor name (a norm's gain, a bias) -> the vector to store instead, in its storage dtype.
         sites: one record per site.
     """
@@ -107,12 +107,12 @@ def smooth_block(
 
     Args:
         block: stored tensors by name inside the block (``self_attn.q_proj.weight``). Not modified.
-        activations: site name -> of its K input channels over tokens. Sites without an entry stay.
+        activations: site name -> moments of its K input channels over tokens. Sites without an entry are left alone.
         layer: the block's couplings, producers that are linears first (see :class:`Layer`).
-        sizes: of the architecture.
-        rule: one of balance.py: what feeds a site, its weight columns -> factors fp32 ``[K]``.
-        offset: of the architecture's norms, see :func:`fold_vector`.
-        threads: that look through the weights.
+        sizes: the architecture's, by name.
+        rule: one of balance.py: moments of what feeds a site and of its weight columns -> factors fp32 ``[K]``.
+        offset: what the architecture's norms add to their stored gains, see :func:`fold_vector`.
+        threads: share the weights' rows.
     """
     smoothing = Smoothing()
     for site in layer.sites:

@@ -15,6 +15,7 @@ from vllm_w8a8_bismooth.checkpoint.layout import Source
 from vllm_w8a8_bismooth.measure.weights import VULNERABLE
 from vllm_w8a8_bismooth.recipe import Recipe
 from vllm_w8a8_bismooth.report import figures
+from vllm_w8a8_bismooth.report.outcome import Outcome
 
 CARD, ORIGINAL_CARD, FIGURES = "README.md", "ORIGINAL_README.md", "figures"
 OURS = (REPORT, ORIGINAL_CARD, f"{FIGURES}/{figures.ERRORS}", f"{FIGURES}/{figures.WEIGHTS}")
@@ -37,7 +38,7 @@ def place_of(relative: Path) -> Path:
     return Path(ORIGINAL_CARD) if relative == Path(CARD) else relative
 
 
-def write(folder: Path, source: Source, recipe: Recipe, done: Any, base_model: str | None = None) -> None:
+def write(folder: Path, source: Source, recipe: Recipe, outcome: Outcome, base_model: str | None = None) -> None:
     """Write report.json, the figures and the card of a finished conversion.
 
     Equal conversions give equal bytes, whatever the folders are called and however often they were resumed. Without
@@ -47,24 +48,24 @@ def write(folder: Path, source: Source, recipe: Recipe, done: Any, base_model: s
         folder: to write into.
         source: what was converted.
         recipe: how.
-        done: the :class:`outcome.Report`.
+        outcome: the :class:`outcome.Outcome`.
         base_model: the source's Hub id, if it has one.
     """
     write_json(
         folder / REPORT,
         {
-            "source_bytes": done.source_bytes,
-            "written_bytes": done.written_bytes,
-            "vulnerable": done.vulnerable(),
-            "linears": done.linears,
-            "ignored": done.ignored,
-            "sites": {str(index): sites for index, sites in done.sites.items()},
-            "granularity": [asdict(entry) for entry in done.granularity],
-            "sha256": done.files,
+            "source_bytes": outcome.source_bytes,
+            "written_bytes": outcome.written_bytes,
+            "vulnerable": outcome.vulnerable(),
+            "linears": outcome.linears,
+            "ignored": outcome.ignored,
+            "sites": {str(index): sites for index, sites in outcome.sites.items()},
+            "granularity": [asdict(entry) for entry in outcome.granularity],
+            "sha256": outcome.files,
         },
     )
-    drawn = figures.of_conversion(done.linears, done.sites, folder / FIGURES) if figures.available() else []
-    content = _card(source, recipe, done, base_model, [path.relative_to(folder).as_posix() for path in drawn])
+    drawn = figures.of_conversion(outcome.linears, outcome.sites, folder / FIGURES) if figures.available() else []
+    content = _card(source, recipe, outcome, base_model, [path.relative_to(folder).as_posix() for path in drawn])
     (folder / CARD).write_bytes(content.encode())
 
 
@@ -95,7 +96,7 @@ def inherited(card: Path) -> dict[str, Any]:
     return found
 
 
-def _card(source: Source, recipe: Recipe, done: Any, base_model: str | None, drawn: Sequence[str]) -> str:
+def _card(source: Source, recipe: Recipe, outcome: Outcome, base_model: str | None, drawn: Sequence[str]) -> str:
     """The model card: YAML front matter, then Markdown."""
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -108,7 +109,7 @@ def _card(source: Source, recipe: Recipe, done: Any, base_model: str | None, dra
         tags=["int8", "w8a8", "compressed-tensors", "vllm", "bismooth"],
     )
     name = _plain(base_model or source.checkpoint.folder.resolve().name)
-    grouped = sum(entry["group_size"] is not None for entry in done.linears.values())
+    grouped = sum(entry["group_size"] is not None for entry in outcome.linears.values())
     body = _BODY.format(
         name=name,
         model=f"[{name}](https://huggingface.co/{name})" if base_model else name,
@@ -116,17 +117,17 @@ def _card(source: Source, recipe: Recipe, done: Any, base_model: str | None, dra
         original=f"\nThe original's own card is [{ORIGINAL_CARD}]({ORIGINAL_CARD}).\n" if original.is_file() else "",
         method=_method(recipe) + (_EXEMPT if recipe.ignore else ""),
         recipe=json.dumps(asdict(recipe), indent=2),
-        linears=len(done.linears),
-        ignored=len(done.ignored),
-        grouped=f"{grouped} ({grouped / len(done.linears):.1%})",
+        linears=len(outcome.linears),
+        ignored=len(outcome.ignored),
+        grouped=f"{grouped} ({grouped / len(outcome.linears):.1%})",
         plugin=_NEEDS_PLUGIN if grouped else _NEEDS_NOTHING,
-        before=f"{done.source_bytes / 1e9:.3f}",
-        after=f"{done.written_bytes / 1e9:.3f}",
-        share=f"{done.written_bytes / done.source_bytes:.0%}",
+        before=f"{outcome.source_bytes / 1e9:.3f}",
+        after=f"{outcome.written_bytes / 1e9:.3f}",
+        share=f"{outcome.written_bytes / outcome.source_bytes:.0%}",
         threshold=VULNERABLE,
-        verdict=_verdict(done),
-        kinds=_kinds(done.linears),
-        worst=_worst(done.linears),
+        verdict=_verdict(outcome),
+        kinds=_kinds(outcome.linears),
+        worst=_worst(outcome.linears),
         figures="".join(f"\n![{_CAPTIONS[Path(path).name]}]({path})\n" for path in drawn),
     )
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}"))
@@ -164,11 +165,11 @@ def _decibels(sqnr: float | None) -> str:
     return "exact" if sqnr is None else f"{sqnr:.1f}"
 
 
-def _verdict(done: Any) -> str:
-    bad = done.vulnerable()
+def _verdict(outcome: Outcome) -> str:
+    bad = outcome.vulnerable()
     if not bad:
         return f"No linear is above {VULNERABLE}."
-    return f"**{len(bad)} of {len(done.linears)} linears are above {VULNERABLE}: expect a worse model.**"
+    return f"**{len(bad)} of {len(outcome.linears)} linears are above {VULNERABLE}: expect a worse model.**"
 
 
 def _kinds(linears: Mapping[str, Mapping[str, Any]]) -> str:

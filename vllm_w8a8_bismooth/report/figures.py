@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from vllm_w8a8_bismooth.checkpoint.architectures import kind_of
 from vllm_w8a8_bismooth.errors import BismoothError
-from vllm_w8a8_bismooth.measure.weights import VULNERABLE, Measure, Survey
+from vllm_w8a8_bismooth.measure.weights import VULNERABLE, Analysis, Measure
 
 # A background of its own and dark ink: legible on light and dark pages alike.
 STYLE: dict[str, Any] = {
@@ -60,14 +60,14 @@ def drawing(path: Path, width: float, height: float, layout: Literal["constraine
         figure.savefig(path, format="svg", metadata={"Date": None})
 
 
-def of_survey(survey: Survey, folder: Path) -> list[Path]:
+def of_analysis(analysis: Analysis, folder: Path) -> list[Path]:
     """Draw what ``analyze`` measured, by block and kind of linear: the columns' maxima, and the column errors.
 
     Returns:
         The files, in ``folder``.
     """
     members: dict[tuple[str, int], list[Measure]] = {}
-    for name, measure in survey.linears.items():
+    for name, measure in analysis.linears.items():
         members.setdefault(kind_of(name), []).append(measure)
     panels: dict[str, dict[str, dict[int, Band]]] = {}
     for (kind, block), measures in sorted(members.items(), key=lambda member: (rank(member[0][0]), member[0][1])):
@@ -77,7 +77,7 @@ def of_survey(survey: Survey, folder: Path) -> list[Path]:
         series[label][block] = _joined((e.minimum, e.median, e.maximum) for e in extents)
     title = "Largest weight of each input column: smallest, median and largest, by block"
     _bands(folder / WEIGHTS, title, panels, {"healthy": (GOOD, 0.6), "vulnerable": (BAD, 0.6)})
-    errors = {name: measure.column_error for name, measure in survey.linears.items()}
+    errors = {name: measure.column_error for name, measure in analysis.linears.items()}
     _heat(folder / ERRORS, "Mean relative error that per-channel INT8 leaves in a column", errors, ())
     return [folder / WEIGHTS, folder / ERRORS]
 

@@ -1,4 +1,4 @@
-"""The online half: the only place that imports vLLM. :mod:`versions` has the releases that it is made for."""
+"""The online half, the only one that imports vLLM. :mod:`versions` names the releases that it is made for."""
 
 import functools
 
@@ -7,8 +7,8 @@ import functools
 def register() -> None:
     """Add ``w8a8_bismooth`` to vLLM's quantization methods, once; patches nothing.
 
-    Cheap, because vLLM calls it in every process that it starts, whatever the model: by then, it has imported itself
-    what this imports of it.
+    It must be cheap, because vLLM calls it in every process that it starts, whatever the model. What it imports of
+    vLLM is loaded by then.
 
     Raises:
         Exception: whatever a vLLM that differs too much raises; the caller logs it.

@@ -1,4 +1,4 @@
-"""What vLLM's table of quantization methods holds of us: which checkpoints are ours, without what serves them."""
+"""Decides which checkpoints are ours, without importing what serves them."""
 
 import logging
 from collections.abc import Mapping
@@ -12,7 +12,8 @@ from vllm_w8a8_bismooth import MARKER, NAME
 class Claim(QuantizationConfig):
     """Stands in for :class:`config.BiSmoothConfig`, whose import takes a second, until a checkpoint needs it.
 
-    vLLM asks this class which checkpoints it takes and for the config of such a one; it makes no instance of it.
+    vLLM keeps this class in its table of quantization methods, and asks it which checkpoints it takes and for their
+    config. It makes no instance of it.
     """
 
     @classmethod
@@ -39,7 +40,7 @@ class Claim(QuantizationConfig):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> QuantizationConfig:
-        """A :class:`config.BiSmoothConfig`."""
+        """Makes a :class:`config.BiSmoothConfig`."""
         from vllm_w8a8_bismooth.serving.config import BiSmoothConfig
 
         return BiSmoothConfig.from_config(config)

@@ -39,7 +39,7 @@ class BiSmoothConfig(CompressedTensorsConfig):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "BiSmoothConfig":
-        """From a raw ``quantization_config``.
+        """Reads a raw ``quantization_config``.
 
         Raises:
             ValueError: linears are quantized in a way that this package has no kernels for, or none is; see also
@@ -75,14 +75,14 @@ class BiSmoothConfig(CompressedTensorsConfig):
             guard.check_files(Path(model_name))
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        """:func:`moe.method_of` has the first word on experts."""
+        """Asks :func:`moe.method_of` about experts; all else is left to compressed-tensors."""
         ours = moe.method_of(self, layer, prefix) if isinstance(layer, RoutedExperts) else None
         return ours or super().get_quant_method(layer, prefix)
 
     def _get_scheme_from_parts(
         self, weight_quant: QuantizationArgs, input_quant: QuantizationArgs, *args: Any, **kwargs: Any
     ) -> CompressedTensorsScheme:
-        """Ours, unless vLLM's own kernel is the faster one."""
+        """Chooses :class:`W8A8Scheme`, unless vLLM's own kernel is the faster one."""
         if weight_quant.strategy != GROUP and (reason := reason_for_stock()):
             logger.info_once("w8a8_bismooth: per-channel linears run on vLLM's own kernel, because %s", reason)
             return super()._get_scheme_from_parts(weight_quant, input_quant, *args, **kwargs)
@@ -96,9 +96,10 @@ class BiSmoothConfig(CompressedTensorsConfig):
 
 
 def reason_for_stock() -> str | None:
-    """Why vLLM's own kernel, which is faster than the torch reference, should serve per-channel linears, if it should.
+    """Why vLLM's own kernel should serve per-channel linears; ``None`` where it should not.
 
-    Not on CUDA of compute capability 10 and above, for which vLLM picks an INT8 kernel that fails (vLLM issue 54311).
+    It is faster than the torch reference, so it takes the place of kernels that are missing, but not on CUDA of compute
+    capability 10 and above, for which vLLM picks an INT8 kernel that fails (vLLM issue 54311).
     """
     if current_platform.is_cpu():
         return None
@@ -111,11 +112,11 @@ def reason_for_stock() -> str | None:
 
 
 def _unfit(group: Mapping[str, Any], stored: str | None) -> str:
-    """What about a config group of linears no kernel here is made for, or ``""``.
+    """What in a config group of linears no kernel here is made for; ``""`` if they serve it.
 
     Args:
-        group: of a raw ``quantization_config``.
-        stored: the format of groups that do not say theirs.
+        group: one of the ``config_groups`` of a raw ``quantization_config``.
+        stored: the format of groups that do not name theirs.
     """
     sides = {}
     for side, raw in (("weights", group["weights"]), ("activations", group.get("input_activations"))):

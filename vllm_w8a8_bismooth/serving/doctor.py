@@ -1,4 +1,4 @@
-"""Who would serve our layers in the installed vLLM, and why, asked in a process of its own.
+"""Shows who would serve our layers in the installed vLLM, and why; runs in a process of its own.
 
 ``python -m vllm_w8a8_bismooth.serving.doctor ANSWER.json`` writes what :func:`answer` returns.
 """

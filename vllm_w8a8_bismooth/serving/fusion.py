@@ -37,7 +37,7 @@ def accept_quantized(layer: LinearBase, group_size: int | None) -> None:
 
 
 def as_quantized(layer: LinearBase, x: torch.Tensor | QuantizedActivation) -> QuantizedActivation | None:
-    """``x`` if it is quantized: int8 data ``[..., K]``, fp32 scale ``[..., 1]`` or ``[..., G]``.
+    """``x`` if it is quantized, else ``None``: int8 data ``[..., K]``, fp32 scale ``[..., 1]`` or ``[..., G]``.
 
     Raises:
         AssertionError: x was quantized for another kind of layer (vLLM's check).
@@ -46,7 +46,7 @@ def as_quantized(layer: LinearBase, x: torch.Tensor | QuantizedActivation) -> Qu
 
 
 def _silu_mul(x: torch.Tensor, layer: LinearBase) -> QuantizedActivation:
-    """``x [..., 2 K]``, gate then up, as the layer's input."""
+    """The layer's quantized input ``[..., K]``, from ``x [..., 2 K]``, gate then up."""
     channels = x.shape[-1] // 2
     shape = x.shape[:-1] + (channels,)
     codes, scale = ops.silu_mul_quantize(x.reshape(-1, 2 * channels), layer.scheme.activation_group_size or channels)

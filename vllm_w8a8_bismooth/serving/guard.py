@@ -83,8 +83,8 @@ def check_files(folder: Path) -> None:
     starts do not hash them again, unless a file has changed.
 
     Args:
-        folder: as vLLM was told; one that is not on this machine is passed over, and so is one without weights
-            (``--load-format dummy``).
+        folder: the model as vLLM was given it. One that is not on this machine is passed over, and so is one without
+            weights (``--load-format dummy``).
 
     Raises:
         ValueError: names the tensor or the file, and the remedy.

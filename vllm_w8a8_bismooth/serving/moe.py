@@ -32,8 +32,8 @@ def method_of(config: CompressedTensorsConfig, layer: RoutedExperts, prefix: str
     expert to the host, which no CUDA graph can hold.
 
     Args:
-        config: of the checkpoint.
-        layer: not yet with weights.
+        config: the checkpoint's.
+        layer: the experts' layer, before it has weights.
         prefix: its name, as in ``model.layers.0.mlp.experts``.
 
     Raises:
@@ -127,7 +127,7 @@ class Experts(FusedMoEMethodBase):
     ) -> torch.Tensor:
         """``[T, H]`` to ``[T, H]``, without the shared experts, which the runner adds.
 
-        Where a rank holds but a part of the experts or of their channels, a part of the sum.
+        A rank that holds a part of the experts, or of their channels, returns its part of the sum.
         """
         chosen = topk_ids if layer.expert_map is None else layer.expert_map[topk_ids]
         if layer.apply_router_weight_on_input:

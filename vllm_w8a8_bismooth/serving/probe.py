@@ -1,4 +1,4 @@
-"""What the installed vLLM makes of a quantization config, asked in a process of its own.
+"""Shows what the installed vLLM makes of a quantization config; runs in a process of its own.
 
 ``python -m vllm_w8a8_bismooth.serving.probe ANSWER.json`` reads a request from stdin (see :func:`problems`) and writes
 a list of ``[where, what]``, empty if vLLM takes everything as it is meant.
@@ -25,8 +25,8 @@ def problems(request: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     Args:
         request: ``config``, the raw quantization_config; ``marked``, whether it must be claimed without a flag;
             ``methods``, vLLM's names of those that must take it; ``linears``, vLLM's name -> group size (``None`` =
-            per-channel); ``float``, linears that must stay in float; ``fused``, last part of a fused name -> of its
-            parts.
+            per-channel); ``float``, linears that must stay in float; ``fused``, last part of a fused name -> those
+            of its parts.
     """
     register()
     claimed = Claim.override_quantization_method(request["config"], None if request["marked"] else NAME)

@@ -34,7 +34,7 @@ class W8A8Scheme(CompressedTensorsScheme):
         activation_group_size: channels that share an activation scale; ``None`` is per token.
         per_tensor: the checkpoint has one weight scale a linear; it becomes per-channel on loading.
         static: the checkpoint has an activation scale for each linear, ``input_scale``.
-        fused: last part of a merged linear's name -> of its parts as the checkpoint has them, for messages.
+        fused: last part of a merged linear's name -> those of its parts, as the checkpoint names them, for messages.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class W8A8Scheme(CompressedTensorsScheme):
     ) -> None:
         """Register int8 ``weight [N, K]`` and fp32 ``weight_scale [N, 1]`` or ``[N, K / g]``; N and K are this rank's.
 
-        What is one of each linear has one of each fused linear here: ``weight_scale`` per tensor, and ``input_scale``.
+        Per-linear scalars (``input_scale``, ``weight_scale`` per tensor) become one entry per part of a fused linear.
 
         Raises:
             ValueError: this rank's share of K is not a multiple of the group size.
@@ -107,8 +107,8 @@ class W8A8Scheme(CompressedTensorsScheme):
 
         On CPU, ``weight`` becomes what :func:`ops.pack_weight` makes of it, in the same amount of memory, and
         :func:`ops.unpack_weight` gives the logical ``[N, K]``; vLLM's reloading packs anew. ``weight_scale`` becomes or
-        stays ``[N, 1]`` or ``[N, K / g]``, the latter stored group by group. Of fused linears' ``input_scale``, which
-        calibration makes equal, the largest is kept, as fp32 ``[1, 1]``.
+        stays ``[N, 1]`` or ``[N, K / g]``, the latter stored group by group. Fused linears keep the
+        largest of their ``input_scale``, which calibration makes equal, as fp32 ``[1, 1]``.
 
         Raises:
             ValueError: a scale is missing from the checkpoint, or is not finite, or that of activations not positive;
@@ -149,7 +149,7 @@ class W8A8Scheme(CompressedTensorsScheme):
     def apply_weights(
         self, layer: LinearBase, x: "torch.Tensor | fusion.QuantizedActivation", bias: torch.Tensor | None
     ) -> torch.Tensor:
-        """``[..., K]``, in floats or quantized by what precedes the layer, to ``[..., N]`` in the floats' dtype."""
+        """Maps ``[..., K]``, floats or quantized by what precedes the layer, to ``[..., N]`` in the floats' dtype."""
         if self.static:
             return ops.static_linear(x, layer.weight, layer.weight_scale, layer.input_scale, bias)
         if (given := fusion.as_quantized(layer, x)) is None:
@@ -159,7 +159,7 @@ class W8A8Scheme(CompressedTensorsScheme):
         return out.view(*given.orig_shape[:-1], out.shape[1])
 
     def _checking(self, weight_loader: Callable, layer: LinearBase) -> Callable:
-        """The same loader for tensors of the right shape only; others raise a ValueError that names them.
+        """Wraps the loader: tensors of another shape than the layer's raise a ValueError that names them.
 
         vLLM's own takes the part of a larger tensor that it has room for, and otherwise fails a bare assertion.
         """
@@ -197,7 +197,7 @@ class W8A8Scheme(CompressedTensorsScheme):
         )
 
     def _stored_name(self, layer: LinearBase, parameter: str, part: int | str | None) -> str:
-        """What the checkpoint calls a parameter, or that part of a merged one."""
+        """The name of a parameter, or of that part of a merged one, in the checkpoint."""
         module, _, last = getattr(layer, "prefix", "linear").rpartition(".")
         parts = self._fused.get(last, ())
         index = _QKV.get(part, part)
@@ -207,7 +207,7 @@ class W8A8Scheme(CompressedTensorsScheme):
 
 
 def _rows(layer: LinearBase, part: Any) -> int | None:
-    """Rows that the checkpoint has of a vLLM linear, or of that part of it; ``None`` where that cannot be told."""
+    """Rows that the checkpoint has of a vLLM linear, or of that part of it; ``None`` where that is not known."""
     if not hasattr(layer, "output_size"):  # a head
         return None
     sizes = getattr(layer, "output_sizes", [layer.output_size])

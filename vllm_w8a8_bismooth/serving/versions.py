@@ -1,7 +1,7 @@
-"""The range of vLLM releases, and where they differ: what all of them have, serving/ imports from vLLM itself.
+"""Supported vLLM releases, and names that only some of them have.
 
-What a release has is looked up, not concluded from its number. The tests hold this module, and all else in serving/,
-against the oldest and the newest release.
+What all of them have, serving/ imports from vLLM itself. What a release has is looked up, not concluded from its
+number. The tests hold this module, and all else in serving/, against the oldest and the newest release.
 """
 
 import importlib
@@ -16,7 +16,7 @@ TESTED = ((0, 26), (0, 33))
 SINCE = {
     "_FUSED_ACT_QUANT": ("vllm.model_executor.layers.fusion.fused_act_quant", (0, 30)),
 }
-"""What some of them lack: name -> its module, the first release that has it."""
+"""Names that some releases lack: name -> its module, the first release that has it."""
 
 
 def find(name: str) -> Any | None:

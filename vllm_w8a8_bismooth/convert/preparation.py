@@ -1,0 +1,161 @@
+"""A conversion before its first write: opened, audited, and checked as far as that goes without reading weights."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vllm_w8a8_bismooth import __version__
+from vllm_w8a8_bismooth.checkpoint.files import Folder
+from vllm_w8a8_bismooth.checkpoint.layout import Source
+from vllm_w8a8_bismooth.checkpoint.writer import PARTIAL, WHOLE
+from vllm_w8a8_bismooth.convert.destination import RECIPE, already_a_part, already_converted, refuse_overlap
+from vllm_w8a8_bismooth.convert.options import chosen_by_name, ignored_by_name
+from vllm_w8a8_bismooth.convert.plan import blocks_of, span
+from vllm_w8a8_bismooth.errors import BismoothError
+from vllm_w8a8_bismooth.measure.text import CalibrationText, tokenize
+from vllm_w8a8_bismooth.recipe import Recipe
+from vllm_w8a8_bismooth.report import card
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What :func:`pipeline.convert` will do, and :func:`preview.preview` shows.
+
+    Attributes:
+        destination, target: the folder to be, as given and resolved.
+        source: audited.
+        recipe: complete but for the source's fingerprint.
+        device: where blocks are worked on.
+        named: per block, the per-group linears; ``None`` if the weights have to tell.
+        ignored: per block, the linears that stay in float.
+        tokens: int64 ``[windows, length]`` for calibration; ``None`` is data-free.
+        identity: what an unfinished run must have in common with this one to be continued.
+        provenance: where the choices came from, for people.
+        part: the blocks to convert, if the result is to be a part of a checkpoint; ``None`` is all, and the whole.
+        reused: the destination already holds the result; then ``named``, ``ignored`` and ``tokens`` are not known.
+    """
+
+    destination: Path
+    target: Path
+    source: Source
+    recipe: Recipe
+    device: torch.device
+    named: list[set[str]] | None
+    ignored: list[set[str]]
+    tokens: torch.Tensor | None
+    identity: Mapping[str, Any]
+    provenance: Mapping[str, Any]
+    part: range | None = None
+    reused: bool = False
+
+    @property
+    def blocks(self) -> range:
+        """The blocks to convert."""
+        return range(len(self.source.layers)) if self.part is None else self.part
+
+    def within(self, names: Sequence[set[str]]) -> list[set[str]]:
+        """Linears of each block, without those of blocks that are not to be converted."""
+        return [chosen if index in self.blocks else set() for index, chosen in enumerate(names)]
+
+    @property
+    def stem(self) -> str:
+        """What the names of the shards begin with."""
+        return WHOLE if self.part is None else PARTIAL
+
+
+def prepare(
+    folder: Path | Folder,
+    destination: Path,
+    recipe: Recipe,
+    text: CalibrationText | None = None,
+    device: str = "cpu",
+    blocks: slice | None = None,
+) -> Preparation:
+    """Open, audit and check everything before a conversion, and write nothing.
+
+    Args:
+        folder: of a checkpoint in safetensors, of a model type in :data:`architectures.ARCHITECTURES`.
+        destination: must be absent, an empty folder, or hold the result of the same conversion.
+        recipe: what to do.
+        text: calibration text; without it ``bismooth`` estimates the activations from the weights.
+        device: torch's name of where blocks are worked on.
+        blocks: makes a part of the checkpoint, see :class:`part.Part`, for :func:`merge.merge`.
+
+    Raises:
+        BismoothError: anything wrong with the input or the destination.
+    """
+    # realpath, because unlike Path.resolve it survives links in a circle
+    place, target, where = Folder.of(folder), Path(os.path.realpath(destination)), device_of(device)
+    refuse_overlap(place.path, target)
+    for name in (RECIPE, *card.OURS):
+        if (place.path / name).exists():
+            raise BismoothError(f"{place.path / name}: our own {name} would take its place in the copy; rename it")
+    source = Source(place)
+    part = None if blocks is None else blocks_of(blocks, len(source.layers))
+    recipe = replace(
+        recipe,
+        calibration=text.sha256 if text is not None else None,
+        calibration_tokens=recipe.calibration_tokens if text is not None else None,
+    )
+    identity = {
+        "recipe": asdict(recipe),
+        "source": source.checkpoint.signature(),
+        "device": where.type,
+        "versions": {"vllm_w8a8_bismooth": __version__, "torch": torch.__version__},
+    }
+    if part is not None:
+        identity["blocks"] = span(part)
+        reused = already_a_part(target, identity, part, source)
+    else:
+        reused = already_converted(target, recipe, source.checkpoint.read_fingerprint)
+    named, ignored, tokens = None, [], None
+    if not reused:
+        if recipe.method == "auto":
+            _check_auto(part, text)
+        ignored = ignored_by_name(source, recipe)
+        named = chosen_by_name(source, recipe, ignored)
+        if text is not None:
+            assert recipe.calibration_tokens is not None
+            tokens = tokenize(text, source.checkpoint, recipe.calibration_tokens)
+    provenance = {
+        "vllm_w8a8_bismooth": __version__,
+        "torch": torch.__version__,
+        "source": place.hub_id or place.path.resolve().name,
+        "revision": place.revision,
+        "calibration": text.path.name if text is not None else None,
+        "device": device,
+    }
+    return Preparation(
+        destination, target, source, recipe, where, named, ignored, tokens, identity, provenance, part, reused
+    )
+
+
+def _check_auto(part: range | None, text: CalibrationText | None) -> None:
+    """Raises :class:`BismoothError` where ``--method auto`` lacks what it decides by."""
+    if part is not None:
+        raise BismoothError(
+            "--method auto spends one budget on the blocks of the whole model, of which --blocks sees some: convert on "
+            "one machine, or name the linears with --method bismooth --group-size and --group-layers"
+        )
+    if text is None:
+        raise BismoothError("--method auto measures what quantization does to activations: give it --calibration FILE")
+
+
+def device_of(name: str) -> torch.device:
+    """torch's device of that name.
+
+    Raises:
+        BismoothError: there is none.
+    """
+    try:
+        device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("only cpu and cuda are supported")
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch asserts where it was built without CUDA
+        raise BismoothError(f"--device {name}: {str(error).splitlines()[0]}; leave it out to use the CPU") from None
+    return device

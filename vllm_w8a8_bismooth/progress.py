@@ -1,0 +1,19 @@
+"""How work that takes long shows how far it is: one type for all of it."""
+
+from typing import Protocol
+
+
+class Progress(Protocol):
+    """Called after each piece of work.
+
+    Args:
+        stage: what is being done: ``analyze``, ``carry``, ``convert``, ``merge``, ``read``, ``compare``, ``perturb``.
+        done, total: decoder blocks; shards in the stages ``merge`` and ``read``.
+        written: bytes that this run has written.
+    """
+
+    def __call__(self, stage: str, done: int, total: int, written: int = 0) -> None: ...
+
+
+def silent(stage: str, done: int, total: int, written: int = 0) -> None:
+    """The progress of work that nobody watches."""
