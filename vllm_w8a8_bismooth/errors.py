@@ -30,7 +30,7 @@ class BismoothError(Exception):
         problems: one or more. The text of the exception shows the first eight.
     """
 
-    def __init__(self, *problems: Problem | str):
+    def __init__(self, *problems: Problem):
         super().__init__(*problems)
         self.problems = problems
 

@@ -272,10 +272,10 @@ def test_source_is_refused(make_checkpoint, tmp_path, case):
 OPTIONS = {
     "K and group size": (["--method", "mixed", "--group-size", "64", "--group-layers", "down_proj"], ["K = 96", "32"]),
     "group size of 48": (["--method", "mixed", "--group-size", "48"], ["--group-size 48", "multiple of 32"]),
-    "names no linear": (["--method", "mixed", "--group-layers", "lm_head"], ["'lm_head' names no linear", "q_proj"]),
+    "names no linear": (["--method", "mixed", "--group-layers", "lm_head"], ["'lm_head': names no linear", "q_proj"]),
     "no expression": (["--method", "mixed", "--group-layers", "("], ["no regular expression"]),
-    "ignores no linear": (["--ignore", "lm_head"], ["--ignore 'lm_head' names no linear", "q_proj"]),
-    "ignores everything": (["--method", "rtn", "--ignore", "proj"], ["--ignore 'proj' names every linear"]),
+    "ignores no linear": (["--ignore", "lm_head"], ["--ignore 'lm_head': names no linear", "q_proj"]),
+    "ignores everything": (["--method", "rtn", "--ignore", "proj"], ["--ignore 'proj': names every linear"]),
     "ignore is no expression": (["--ignore", "["], ["--ignore '[': no regular expression"]),
     "ignored and per-group": (
         ["--group-size", "32", "--group-layers", "q_proj", "--ignore", r"layers\.2\.self_attn\.k"],

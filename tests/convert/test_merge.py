@@ -389,7 +389,7 @@ def test_a_source_that_differs_where_nobody_could_tell(pair, tmp_path):
 COVER = {
     "last": ([(0, 2), (2, 4)], ["blocks 4:6 are in none of the parts", "--blocks 4:6"]),
     "first": ([(1, 3), (3, 6)], ["blocks 0:1 are in none"]),
-    "gaps": ([(1, 2), (4, 5)], ["blocks 0:1 are", "also: blocks 2:4 are", "also: blocks 5:6 are"]),
+    "gaps": ([(1, 2), (4, 5)], ["blocks 0:1 are", "also: merge: blocks 2:4 are", "also: merge: blocks 5:6 are"]),
     "overlap": ([(0, 3), (2, 6)], ["blocks 2:3 are in ", "0-3 and in ", "2-6; leave one of the parts out"]),
     "inside": ([(0, 6), (2, 4)], ["blocks 2:4 are in "]),
     "twice": ([(0, 3), (0, 3), (3, 6)], ["blocks 0:3 are in "]),
@@ -522,9 +522,9 @@ def test_the_command(make_checkpoint, tmp_path, calibration_text):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--blocks", "2:4"], "--blocks 2:4 names no blocks of this model, which are 0:3"),
-        (["--blocks", "2:2"], "--blocks 2:2 names no blocks"),
-        (["--blocks", "3:"], "--blocks 3:3 names no blocks"),
+        (["--blocks", "2:4"], "--blocks 2:4: names no blocks of this model, which are 0:3"),
+        (["--blocks", "2:2"], "--blocks 2:2: names no blocks"),
+        (["--blocks", "3:"], "--blocks 3:3: names no blocks"),
         (["--blocks", "1-2"], "'1-2' are no blocks; write 42:84"),
         (["--blocks", "0:1", "--method", "auto"], "--method auto spends one budget on the blocks of the whole model"),
     ],

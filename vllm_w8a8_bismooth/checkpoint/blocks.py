@@ -143,9 +143,10 @@ class Run:
         found = self.journal.state(unit) if self.journal is not None else None
         if found is None:
             where = self.source.checkpoint.folder if self.journal is None else self.journal.partial
-            raise BismoothError(
-                f"{where}: the state {unit} of an earlier run is gone, from which it would go on; "
-                "run the same command again, which starts anew"
+            raise BismoothError.of(
+                where,
+                f"the state {unit} of an earlier run is gone, from which it would go on",
+                "run the same command again, which starts anew",
             )
         return {name: tensor.to(self.device) for name, tensor in found.items()}
 

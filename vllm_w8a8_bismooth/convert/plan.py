@@ -71,7 +71,6 @@ def blocks_of(chosen: slice, count: int) -> range:
     """
     start, stop = chosen.start or 0, count if chosen.stop is None else chosen.stop
     if not 0 <= start < stop <= count:
-        raise BismoothError(
-            f"--blocks {start}:{stop} names no blocks of this model, which are 0:{count}; the last is not included"
-        )
+        what = f"names no blocks of this model, which are 0:{count}"
+        raise BismoothError.of(f"--blocks {start}:{stop}", what, "choose among them; the last one is not included")
     return range(start, stop)

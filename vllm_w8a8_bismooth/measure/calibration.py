@@ -94,9 +94,10 @@ class Calibration:
             block.load_state_dict(lent, assign=True)
             yield block, lambda hidden: self._forwards[index](hidden, **arguments)
         except Exception as error:
-            raise BismoothError(
-                f"{self.source.checkpoint.folder}: the forward pass failed in block {index} "
-                f"({type(error).__name__}: {error}); check config.json, or use --calibration none"
+            raise BismoothError.of(
+                self.source.checkpoint.folder,
+                f"the forward pass failed in block {index} ({type(error).__name__}: {error})",
+                "check config.json, or use --calibration none",
             ) from error
         finally:
             block.to("meta")
@@ -144,7 +145,8 @@ class Calibration:
                 hook.remove()
         for site, found in seen.items():
             if not found.high.isfinite().all():
-                raise BismoothError(f"{prefix}* overflows at site {site} in calibration; the model itself is broken")
+                what = f"overflows at site {site} in calibration"
+                raise BismoothError.of(f"{prefix}*", what, "the model itself is broken, repair it")
         return {site: found for site, found in seen.items() if found.rows}
 
 
