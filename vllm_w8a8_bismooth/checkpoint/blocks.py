@@ -55,7 +55,8 @@ class Block(Mapping[str, torch.Tensor]):
     """
 
     def __init__(self, run: "Run", reader: ReadAhead, index: int):
-        self.index, self.prefix, self.record = index, BLOCK.format(index), None
+        self.index, self.prefix = index, BLOCK.format(index)
+        self.record: Any = None
         self._run, self._reader = run, reader
         self._names = run.source.blocks[index]
         self._tensors: dict[str, torch.Tensor] = {}

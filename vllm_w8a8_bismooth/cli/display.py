@@ -26,7 +26,7 @@ def with_sentences(found: "inspect.Survey | Diagnosis") -> dict[str, Any]:
     return asdict(found) | {"problems": list(map(str, found.problems))}
 
 
-def analysis_json(found: "weights.Survey") -> dict[str, Any]:
+def analysis_json(found: "weights.Analysis") -> dict[str, Any]:
     return {
         "vulnerable": found.vulnerable(),
         "vulnerable_share": found.share(),
@@ -35,7 +35,7 @@ def analysis_json(found: "weights.Survey") -> dict[str, Any]:
     }
 
 
-def analysis(found: "weights.Survey", source: str, group_size: int | None, top: int) -> None:
+def analysis(found: "weights.Analysis", source: str, group_size: int | None, top: int) -> None:
     """The table on stdout: it is what was asked for."""
     from rich.console import Console
     from rich.table import Table
@@ -101,7 +101,7 @@ def perturbation(found: Mapping[str, Mapping[str, float]], top: int) -> None:
     )
 
 
-def _advice(found: "weights.Survey", source: str, group_size: int | None) -> Iterator[str]:
+def _advice(found: "weights.Analysis", source: str, group_size: int | None) -> Iterator[str]:
     from vllm_w8a8_bismooth.measure.weights import VULNERABLE
 
     if not found.vulnerable():
@@ -191,7 +191,7 @@ def preview(console: "Console", plan: "Preview", recipe: "Recipe") -> None:
         _nothing_to_do(console, plan.destination)
         return
     table = Table("shard", "GB")
-    for file, size in plan.shards.items():
+    for file, size in (plan.shards or {}).items():
         table.add_row(file, f"{size / 1e9:.3f}")
     console.print(table)
     if plan.part is not None:

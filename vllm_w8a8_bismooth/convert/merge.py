@@ -81,7 +81,8 @@ def prepare(folders: Sequence[Path], destination: Path) -> Merger:
     source = first.source()
     _refuse(_uncovered(parts, len(source.layers)))
     checksums = {name: digest for part in parts for name, digest in part.checksums.items()}
-    recipe = replace(first.recipe, source=source.checkpoint.fingerprint(checksums))
+    fingerprint = source.checkpoint.fingerprint(checksums)
+    recipe = replace(first.recipe, source=fingerprint)
     grouped: list[set[str]] = [set() for _ in source.layers]
     for linear, entry in (item for part in parts for item in part.linears.items()):
         if entry["group_size"] is not None:
@@ -89,7 +90,7 @@ def prepare(folders: Sequence[Path], destination: Path) -> Merger:
             grouped[index].add(name)
     plan = Plan(source, recipe, grouped, ignored_by_name(source, recipe))
     _refuse(line for part in parts for line in _strangers(part, plan))
-    reused = already_converted(target, recipe, lambda: recipe.source)
+    reused = already_converted(target, recipe, lambda: fingerprint)
     ready = Merger(destination, target, parts, source, recipe, plan, plan.tensors(), free_space(target), reused)
     if not reused:
         journal = ready.journal()
@@ -203,7 +204,7 @@ def _copy_all(parts: Sequence[Part], journal: Journal, writer: ShardWriter, prog
     before = len(shards) - len(left)
     progress("merge", before, len(shards), 0)
     with Threads() as threads:
-        copied = threads.map(lambda item: _copy(*item, writer), left)
+        copied = threads.map(lambda item: _copy(item[0], item[1], writer), left)
         for done, ((part, shard), _) in enumerate(zip(left, copied, strict=True), before + 1):
             writer.then(partial(journal.finish, _unit(part, shard), True))
             progress("merge", done, len(shards), writer.written)

@@ -85,6 +85,7 @@ def check_group_size(source: Layout, recipe: Recipe, grouped: Sequence[set[str]]
     for i, layer in enumerate(source.layers):
         for linear in sorted(grouped[i]):
             columns = source.sizes[layer.linears[linear][1]]
+            assert recipe.group_size is not None
             if columns % recipe.group_size:
                 what = f"K = {columns} is not a multiple of --group-size {recipe.group_size}"
                 raise BismoothError.of(f"{BLOCK.format(i)}{linear}", what, instead(columns))

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ def write(
         identity, provenance, checksums: see :class:`Part`, which reads them.
         outcome: the :class:`outcome.Outcome`.
     """
+    assert outcome.part is not None
     place, outline = source.checkpoint.place, outline_of(source)
     kept = f"{_SOURCE}/{place.path.resolve().name}"  # by its name, which the model card tells
     for relative in outline["files"]:
@@ -156,7 +157,7 @@ class Part:
 class _Outline(Folder):
     """A checkpoint's folder without its weights, and their headers, as if all were in one file."""
 
-    headers: Mapping[str, Any] | None = None
+    headers: Mapping[str, Any] = field(default_factory=dict)
 
     def has(self, file: str) -> bool:
         return file == SINGLE or super().has(file)

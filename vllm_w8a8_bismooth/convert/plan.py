@@ -43,7 +43,8 @@ class Plan:
                         tensors[full] = torch.empty(header.shape, dtype=torch_dtype(header.dtype))
                         continue
                     rows, columns = header.shape
-                    groups = columns // self.recipe.group_size if linear in self.grouped[index] else 1
+                    size = self.recipe.group_size if linear in self.grouped[index] else None
+                    groups = 1 if size is None else columns // size
                     tensors[full] = torch.empty(rows, columns, dtype=torch.int8)
                     tensors[f"{full}_scale"] = torch.empty(rows, groups, dtype=torch.float32)
         return tensors

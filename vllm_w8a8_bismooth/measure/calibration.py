@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -11,6 +12,9 @@ from vllm_w8a8_bismooth.errors import BismoothError
 from vllm_w8a8_bismooth.measure.text import refused, transformers_config
 from vllm_w8a8_bismooth.method.moments import Moments
 from vllm_w8a8_bismooth.method.rows import Threads
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _ROWS = 64  # tokens measured at once, which fit a core's cache
 _CHUNK = 1024  # tokens that pass through a block at once; bounds the MLP's intermediate
@@ -154,7 +158,7 @@ def separate_experts(layers: Iterable[torch.nn.Module], architecture: Architectu
     """Make every expert of the decoder blocks a module of its own, of linears named as in the checkpoint."""
     for block in layers:
         if hasattr(block.mlp, "experts"):
-            block.mlp.experts = _Experts(block.mlp.experts, architecture.expert_linears)
+            block.mlp.experts = _Experts(block.get_submodule("mlp.experts"), architecture.expert_linears)
 
 
 class _Experts(torch.nn.Module):
@@ -164,7 +168,7 @@ class _Experts(torch.nn.Module):
     experts ``[T, k]``, their weights ``[T, k]``).
     """
 
-    def __init__(self, stacked: torch.nn.Module, names: tuple[str, str, str]):
+    def __init__(self, stacked: Any, names: tuple[str, str, str]):
         super().__init__()
         for e in range(stacked.num_experts):
             self.add_module(str(e), _Expert(stacked, names))
@@ -179,7 +183,7 @@ class _Experts(torch.nn.Module):
 
 
 class _Expert(torch.nn.Module):
-    def __init__(self, stacked: torch.nn.Module, names: tuple[str, str, str]):
+    def __init__(self, stacked: Any, names: tuple[str, str, str]):
         super().__init__()
         hidden, inner, dtype = stacked.hidden_dim, stacked.intermediate_dim, stacked.down_proj.dtype
         for name, shape in zip(names, ((hidden, inner), (hidden, inner), (inner, hidden)), strict=True):
@@ -191,14 +195,14 @@ class _Expert(torch.nn.Module):
         return down(self._activation(gate(hidden)) * up(hidden))
 
 
-def _materialize_buffers(model: torch.nn.Module) -> None:
+def _materialize_buffers(model: "PreTrainedModel") -> None:
     """Values for the buffers that no checkpoint holds (rotary tables, Gemma's embedding scale), as from_pretrained
     gives them: by the model's own initialization, which on parameters without storage does nothing."""
     for module in model.modules():
-        names = [name for name, _ in module.named_buffers(recurse=False)]
-        for name in names:
-            module._buffers[name] = torch.empty_like(module._buffers[name], device="cpu")
-        if names:
+        buffers = list(module.named_buffers(recurse=False))
+        for name, buffer in buffers:
+            module._buffers[name] = torch.empty_like(buffer, device="cpu")
+        if buffers:
             model._init_weights(module)
 
 
