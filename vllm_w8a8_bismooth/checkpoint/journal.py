@@ -1,4 +1,4 @@
-"""The diary of a run that may be killed at any moment: what is done, and the states from which it goes on."""
+"""The journal of a run that may be killed at any moment: what is done, and the states from which it goes on."""
 
 import fcntl
 import json
@@ -19,7 +19,7 @@ _LOCK, _RUN = "lock", "run.json"
 
 
 class Journal:
-    """The partial folder of one run, locked against others, and its diary in ``.bismooth`` inside.
+    """The partial folder of one run, locked against others, and its journal in ``.bismooth`` inside.
 
     Use as a context manager. Left by an error of the input the folder is removed; left by anything else (a full disk,
     an interrupt, SIGKILL) it stays, and the next run with the same identity goes on from it.
@@ -151,7 +151,7 @@ class Journal:
         (self._folder / f"{unit}.safetensors").unlink(missing_ok=True)
 
     def commit(self) -> None:
-        """Flush everything to disk and give the folder its name. The diary goes last: it marks the folder as ours."""
+        """Flush everything to disk and give the folder its name. The journal goes last: it marks the folder as ours."""
         with disk_errors(self.destination):
             for path in self.partial.rglob("*"):
                 if path.is_file():
@@ -162,7 +162,7 @@ class Journal:
 
 
 def clear(destination: Path) -> None:
-    """Remove the diary from a committed folder."""
+    """Remove the journal from a committed folder."""
     shutil.rmtree(destination / FOLDER, ignore_errors=True)
 
 

@@ -90,7 +90,7 @@ class ReadAhead:
         return self._closed or self._wanted is not None or self._held + nbytes <= self._budget
 
     def _buffer(self, nbytes: int):
-        """Released memory of just this size, else new memory, for which idle memory is given back first."""
+        """Released memory of this very size, or new memory; released memory of other sizes makes room for that."""
         import torch
 
         for place, buffer in enumerate(self._free):

@@ -1,7 +1,7 @@
 """The values in a converted checkpoint's shards, and whether the shards are those that the conversion wrote."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -10,21 +10,20 @@ from vllm_w8a8_bismooth.checkpoint.files import REPORT, read_json, sha256
 from vllm_w8a8_bismooth.checkpoint.reader import Checkpoint
 from vllm_w8a8_bismooth.errors import BismoothError, Interrupted, Problem
 from vllm_w8a8_bismooth.method.rows import Threads
+from vllm_w8a8_bismooth.progress import Progress
 
 AGAIN = "copy the file again from where it is whole, or convert the source again"
 SCALE = ".weight_scale"
 _SMALLEST, _LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max / 127
 
 
-def read(
-    checkpoint: Checkpoint, marked: bool, progress: Callable[[str, int, int], None]
-) -> tuple[dict[str, str], list[Problem]]:
+def read(checkpoint: Checkpoint, marked: bool, progress: Progress) -> tuple[dict[str, str], list[Problem]]:
     """Read every shard once.
 
     Args:
         checkpoint: to be read.
         marked: whether its codes must keep to -127 to 127, as ours do.
-        progress: called as ``progress("read", done, shards)``.
+        progress: counts shards in the stage ``read``.
 
     Returns:
         The SHA-256 of each shard, and a problem for each tensor with values that cannot be worked with.

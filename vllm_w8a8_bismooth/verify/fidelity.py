@@ -8,7 +8,7 @@ folded into it. If the ranges of a producer's rows and its consumers' columns do
 """
 
 import json
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from math import inf
 
 import torch
@@ -20,6 +20,7 @@ from vllm_w8a8_bismooth.checkpoint.reader import Checkpoint
 from vllm_w8a8_bismooth.errors import Problem
 from vllm_w8a8_bismooth.method.rows import Threads
 from vllm_w8a8_bismooth.method.smooth import gather, rows_of, spread
+from vllm_w8a8_bismooth.progress import Progress
 from vllm_w8a8_bismooth.report.card import place_of
 from vllm_w8a8_bismooth.verify.match import Match, Range, match
 
@@ -83,13 +84,13 @@ class Comparison:
         for name in self.source.outside:
             self.equal(name)
 
-    def blocks(self, judge: bool, progress: Callable[[str, int, int], None]) -> None:
+    def blocks(self, judge: bool, progress: Progress) -> None:
         """Compare block after block.
 
         Args:
             judge: whether linears must be roundings of the source's with factors that cancel; if not, their SQNR is
                 measured and no more.
-            progress: called as ``progress("compare", done, blocks)``.
+            progress: counts blocks in the stage ``compare``.
         """
         with Threads() as threads:
             for index, layer in enumerate(self.source.layers):
@@ -122,7 +123,7 @@ class _Block:
     """One decoder block of both checkpoints.
 
     Attributes:
-        claims: consumer -> fp32 ``[K]``, by what its columns were multiplied as far as the producer tells.
+        claims: consumer -> fp32 ``[K]``, by what its columns were multiplied as far as the producer shows.
         free: linear -> the rows that may have been divided to feed another linear.
     """
 

@@ -1,6 +1,6 @@
 """The whole check, from the config to the source, and what it found."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypedDict
@@ -13,13 +13,11 @@ from vllm_w8a8_bismooth.checkpoint.reader import FLOAT_DTYPES, Checkpoint
 from vllm_w8a8_bismooth.convert.part import PART
 from vllm_w8a8_bismooth.engine import Silent
 from vllm_w8a8_bismooth.errors import BismoothError, Problem
+from vllm_w8a8_bismooth.progress import Progress, silent
 from vllm_w8a8_bismooth.verify import contents, served
 from vllm_w8a8_bismooth.verify.fidelity import Comparison
 from vllm_w8a8_bismooth.verify.schemes import KEY, Schemes, config_problems
 from vllm_w8a8_bismooth.verify.structure import Structure
-
-Progress = Callable[[str, int, int], None]
-"""Called as ``progress(stage, done, total)``: shards of stage ``read``, blocks of stage ``compare``."""
 
 
 class Linear(TypedDict):
@@ -61,7 +59,7 @@ class Verification:
 def verify(
     folder: Path,
     against: Path | Folder | None = None,
-    progress: Progress = lambda stage, done, total: None,
+    progress: Progress = silent,
     engine: bool = True,
 ) -> Verification:
     """Check a converted checkpoint.
@@ -69,7 +67,7 @@ def verify(
     Args:
         folder: the checkpoint, ours or another INT8 W8A8 one in compressed-tensors' ``int-quantized`` format.
         against: the checkpoint that it was made from; see :mod:`fidelity` for what is compared.
-        progress: see :data:`Progress`.
+        progress: counts shards in the stage ``read``, blocks in the stage ``compare``.
         engine: whether to ask vLLM, if it is installed and nothing else is wrong; that takes 10 to 20 seconds.
 
     Raises:
