@@ -8,6 +8,8 @@ FORMAT = "int-quantized"
 """How compressed-tensors calls the storage of our checkpoints: plain int8 weights and their scales."""
 MARKER = "bismooth"
 """The key of ``quantization_config`` by which the plugin claims our checkpoints; other readers ignore it."""
+NAME = "w8a8_bismooth"
+"""How vLLM calls the quantization method of the plugin."""
 
 
 @functools.cache

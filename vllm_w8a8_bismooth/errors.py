@@ -1,22 +1,49 @@
-"""The exceptions that are meant for a user."""
+"""What is wrong with the input, as data, and the exceptions that are meant for a user."""
+
+from dataclasses import dataclass
 
 _SHOWN = 8
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong.
+
+    Attributes:
+        where: the tensor, file or option.
+        what: what is wrong with it, with the value.
+        remedy: what the user can do about it.
+    """
+
+    where: str
+    what: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.what}; {self.remedy}"
 
 
 class BismoothError(Exception):
     """Bad input. The CLI prints the message and exits with 2.
 
     Args:
-        problems: one or more messages; each names the tensor or file, the value and the remedy. ``args`` holds them
-            all, the text of the exception the first eight.
+        problems: one or more. The text of the exception shows the first eight.
     """
 
-    def __init__(self, *problems: str):
+    def __init__(self, *problems: Problem):
         super().__init__(*problems)
+        self.problems = problems
+
+    @classmethod
+    def of(cls, where: object, what: str, remedy: str) -> "BismoothError":
+        """The error of a single problem; ``where`` may be a path."""
+        return cls(Problem(str(where), what, remedy))
 
     def __str__(self) -> str:
-        more = [f"and {len(self.args) - _SHOWN} more; bismooth inspect lists them"] if len(self.args) > _SHOWN else []
-        return "\n  ".join([*self.args[:1], *(f"also: {problem}" for problem in self.args[1:_SHOWN]), *more])
+        first, *others = map(str, self.problems[:_SHOWN])
+        left = len(self.problems) - _SHOWN
+        more = [f"and {left} more; bismooth inspect lists them"] if left > 0 else []
+        return "\n  ".join([first, *(f"also: {problem}" for problem in others), *more])
 
 
 class Interrupted(BismoothError):

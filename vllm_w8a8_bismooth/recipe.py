@@ -70,38 +70,45 @@ class Recipe:
     def of(cls, method: str, **given: Any) -> "Recipe":
         """A recipe from what a user gave (``None`` = not given) and the method's defaults."""
         if method not in DEFAULTS:
-            raise BismoothError(f"--method {method!r} is unknown; choose one of {', '.join(DEFAULTS)}")
+            raise BismoothError.of(f"--method {method!r}", "unknown", f"choose one of {', '.join(DEFAULTS)}")
         given = {key: value for key, value in given.items() if value is not None}
         for key in given:
             if key not in DEFAULTS[method]:
-                raise BismoothError(f"--{key.replace('_', '-')} has no effect with --method {method}; leave it out")
+                option = f"--{key.replace('_', '-')}"
+                raise BismoothError.of(f"--method {method}", f"{option} has no effect", "leave it out")
         options = {**DEFAULTS[method], **given}
         if options.get("smoothing") == "alpha":
             options["alpha"] = options["alpha"] if options["alpha"] is not None else ALPHA
         elif "alpha" in given:
-            raise BismoothError(
-                "--alpha has no effect with --smoothing balanced; leave it out, or say --smoothing alpha"
-            )
+            remedy = "leave it out, or say --smoothing alpha"
+            raise BismoothError.of("--smoothing balanced", "--alpha has no effect", remedy)
         if method == "bismooth" and (options["group_size"] is None) != (options["group_layers"] is None):
-            raise BismoothError("--method bismooth needs both --group-layers and --group-size, or neither")
+            what = "needs both --group-layers and --group-size, or neither"
+            raise BismoothError.of("--method bismooth", what, "give the other one too")
         return cls(method, **options)
 
     def __post_init__(self) -> None:
         if self.smoothing not in (None, *SMOOTHINGS):
-            raise BismoothError(f"--smoothing {self.smoothing!r} is unknown; choose one of {', '.join(SMOOTHINGS)}")
+            raise BismoothError.of(
+                f"--smoothing {self.smoothing!r}", "unknown", f"choose one of {', '.join(SMOOTHINGS)}"
+            )
         if self.alpha is not None and not 0 <= self.alpha <= 1:
-            raise BismoothError(f"--alpha {self.alpha} is outside 0 to 1")
+            raise BismoothError.of(f"--alpha {self.alpha}", "outside 0 to 1", "give a share, like 0.5")
         if self.calibration_tokens is not None and self.calibration_tokens < 1:
-            raise BismoothError(f"--calibration-tokens {self.calibration_tokens} must be positive")
+            raise BismoothError.of(
+                f"--calibration-tokens {self.calibration_tokens}", "not positive", "give a number of tokens, like 16384"
+            )
         if self.group_size is not None and (self.group_size < 32 or self.group_size % 32):
-            raise BismoothError(f"--group-size {self.group_size} must be a positive multiple of 32")
+            raise BismoothError.of(
+                f"--group-size {self.group_size}", "not a positive multiple of 32", "give one, like 128"
+            )
         if self.group_budget is not None and not 0 <= self.group_budget <= 1:
-            raise BismoothError(f"--group-budget {self.group_budget} is outside 0 to 1")
+            raise BismoothError.of(f"--group-budget {self.group_budget}", "outside 0 to 1", "give a share, 3% or 0.03")
         for option, pattern in {"--group-layers": self.group_layers, "--ignore": self.ignore}.items():
             try:
                 re.compile(pattern or "")
             except re.error as error:
-                raise BismoothError(f"{option} {pattern!r} is no regular expression: {error}") from None
+                raise BismoothError.of(f"{option} {pattern!r}", f"no regular expression ({error})", "mend it") from None
 
     def differences(self, other: Mapping[str, Any]) -> list[str]:
         """Fields in which a stored recipe (a dict from recipe.json) differs from this one, as readable lines."""

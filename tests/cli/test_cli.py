@@ -17,7 +17,7 @@ from tests.convert.test_bad_input import run
 from tests.support.conversion import convert
 from vllm_w8a8_bismooth import __version__
 from vllm_w8a8_bismooth.cli.progress import Progress
-from vllm_w8a8_bismooth.errors import BismoothError
+from vllm_w8a8_bismooth.errors import BismoothError, Problem
 from vllm_w8a8_bismooth.recipe import Recipe
 
 BISMOOTH = str(Path(sys.executable).with_name("bismooth"))
@@ -205,6 +205,8 @@ def test_progress_on_a_terminal():
 
 
 def test_many_problems_are_one_message():
-    assert str(BismoothError("a")) == "a"
-    assert str(BismoothError("a", "b")) == "a\n  also: b"
-    assert str(BismoothError(*"abcdefghij")).endswith("also: h\n  and 2 more; bismooth inspect lists them")
+    problems = [Problem(file, "absent", "download it") for file in "abcdefghij"]
+    assert str(BismoothError(problems[0])) == str(BismoothError.of(Path("a"), "absent", "download it"))
+    assert str(BismoothError(*problems[:2])) == "a: absent; download it\n  also: b: absent; download it"
+    ending = "also: h: absent; download it\n  and 2 more; bismooth inspect lists them"
+    assert str(BismoothError(*problems)).endswith(ending)

@@ -42,16 +42,16 @@ def without_vllm(monkeypatch):
 
 def test_without_vllm(without_vllm):
     found = doctor.diagnose()
-    assert found.serving is None and ["vLLM is not installed" in problem for problem in found.problems] == [True]
+    assert found.serving is None and ["vLLM is not installed" in problem.what for problem in found.problems] == [True]
     code, message = run("doctor")
-    assert code == 1 and "Problem: vLLM is not installed" in message
+    assert code == 1 and "Problem: serving: vLLM is not installed" in message
 
 
 def test_without_kernels(without_vllm, monkeypatch):
     monkeypatch.setattr(ops, "has_kernel", lambda device: False)
     found = doctor.diagnose()
     assert found.kernels == {"cpu": None, "cuda": None}
-    assert any("the compiled kernels are absent" in problem for problem in found.problems)
+    assert any("the compiled kernels are absent" in problem.what for problem in found.problems)
 
 
 def test_a_broken_torch(without_vllm, monkeypatch):
@@ -59,11 +59,13 @@ def test_a_broken_torch(without_vllm, monkeypatch):
         raise OSError("libcudart.so.13: cannot open shared object file")
 
     monkeypatch.setattr(ops, "has_kernel", broken)
-    assert any("libcudart.so.13: cannot open" in problem for problem in doctor.diagnose().problems)
+    assert any("libcudart.so.13: cannot open" in problem.what for problem in doctor.diagnose().problems)
 
 
 def test_a_vllm_that_does_not_start(monkeypatch, tmp_path):
     (tmp_path / "vllm").mkdir()
     (tmp_path / "vllm" / "__init__.py").write_text("raise ImportError('libtorch is too old')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
-    assert any("libtorch is too old), so nothing can be served" in problem for problem in doctor.diagnose().problems)
+    assert any(
+        "libtorch is too old), so nothing can be served" in problem.what for problem in doctor.diagnose().problems
+    )

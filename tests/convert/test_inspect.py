@@ -97,7 +97,7 @@ def test_all_problems_at_once(make_checkpoint):
     code, found = inspect(source)
     problems = found["problems"]
     assert code == 2 and len(problems) == 4, problems
-    for part in (lost, f"{other} in", narrow, "holds tensor model.norm.weight"):
+    for part in (lost, f"{other}: has dtype", narrow, "holds tensor model.norm.weight"):
         assert sum(part in problem for problem in problems) == 1, (part, problems)
     assert found["dtypes"]["F8_E4M3"]["tensors"] == 1 and found["needs"]["data-free"]["written_bytes"] > 0
     assert found["per_channel"]["2"] == [] and found["sizes"]["blocks"] == 3

@@ -30,7 +30,7 @@ from vllm_w8a8_bismooth.measure.prior import Prior
 from vllm_w8a8_bismooth.measure.text import CalibrationText, read_text
 from vllm_w8a8_bismooth.recipe import Recipe
 from vllm_w8a8_bismooth.report.outcome import Outcome
-from vllm_w8a8_bismooth.verify.checks import verify
+from vllm_w8a8_bismooth.verify import verify
 
 RTN, DATA_FREE = Recipe.of("rtn"), Recipe.of("bismooth")
 CALIBRATED = Recipe.of("bismooth", calibration_tokens=500)
@@ -180,7 +180,7 @@ def test_what_needs_no_activations_reads_its_own_blocks_only(make_checkpoint, tm
     edit_shard(source, lambda tensors: tensors["model.layers.1.self_attn.q_proj.weight"].fill_(float("nan")))
     convert(source, tmp_path / "rtn", RTN, blocks=slice(2, 3))
     for recipe, blocks in ((RTN, slice(1, 2)), (DATA_FREE, slice(2, 3))):
-        with pytest.raises(BismoothError, match="layers.1.self_attn.q_proj.weight .* holds nan"):
+        with pytest.raises(BismoothError, match="layers.1.self_attn.q_proj.weight: holds nan"):
             convert(source, tmp_path / "out", recipe, blocks=blocks)
     assert not list(tmp_path.glob("out*"))
 
@@ -389,7 +389,7 @@ def test_a_source_that_differs_where_nobody_could_tell(pair, tmp_path):
 COVER = {
     "last": ([(0, 2), (2, 4)], ["blocks 4:6 are in none of the parts", "--blocks 4:6"]),
     "first": ([(1, 3), (3, 6)], ["blocks 0:1 are in none"]),
-    "gaps": ([(1, 2), (4, 5)], ["blocks 0:1 are", "also: blocks 2:4 are", "also: blocks 5:6 are"]),
+    "gaps": ([(1, 2), (4, 5)], ["blocks 0:1 are", "also: merge: blocks 2:4 are", "also: merge: blocks 5:6 are"]),
     "overlap": ([(0, 3), (2, 6)], ["blocks 2:3 are in ", "0-3 and in ", "2-6; leave one of the parts out"]),
     "inside": ([(0, 6), (2, 4)], ["blocks 2:4 are in "]),
     "twice": ([(0, 3), (0, 3), (3, 6)], ["blocks 0:3 are in "]),
@@ -522,9 +522,9 @@ def test_the_command(make_checkpoint, tmp_path, calibration_text):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--blocks", "2:4"], "--blocks 2:4 names no blocks of this model, which are 0:3"),
-        (["--blocks", "2:2"], "--blocks 2:2 names no blocks"),
-        (["--blocks", "3:"], "--blocks 3:3 names no blocks"),
+        (["--blocks", "2:4"], "--blocks 2:4: names no blocks of this model, which are 0:3"),
+        (["--blocks", "2:2"], "--blocks 2:2: names no blocks"),
+        (["--blocks", "3:"], "--blocks 3:3: names no blocks"),
         (["--blocks", "1-2"], "'1-2' are no blocks; write 42:84"),
         (["--blocks", "0:1", "--method", "auto"], "--method auto spends one budget on the blocks of the whole model"),
     ],

@@ -79,7 +79,7 @@ def test_statistics_are_read_and_not_made_again(make_checkpoint, tmp_path, calib
         return advance(self, index, *arguments)
 
     def dying(*arguments, **options):
-        raise Interrupted("after the statistics of a block, before its conversion")
+        raise Interrupted.of("disk", "full after the statistics of a block, before its conversion", "make room")
 
     monkeypatch.setattr(Calibration, "advance", counting)
     with monkeypatch.context() as patch:

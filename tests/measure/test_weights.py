@@ -198,7 +198,7 @@ def test_experts_are_left_to_smoothing(make_checkpoint):
 def test_bad_options(make_checkpoint, tmp_path, monkeypatch):
     source = make_checkpoint()
     for options, message in (
-        (["--group-size", 33], "--group-size 33 must be a positive multiple of 32"),
+        (["--group-size", 33], "--group-size 33: not a positive multiple of 32"),
         (["--figures", source / "config.json"], "config.json"),
     ):
         code, output = run("analyze", source, *options)

@@ -108,15 +108,15 @@ FAULTS: Mapping[str, tuple[Callable[[Path], object], str | None]] = {
     "empty": (edit_bytes(bytearray.clear), r"model-0000\d.* truncated or corrupt"),
     "absent": (lambda folder: shard_of(folder, K).unlink(), r"model-0000\d.* named by .* but absent"),
     "bit-in-header": (flip(30), r"model-0000\d.*(truncated or corrupt|SHA-256|missing)"),
-    "bit-in-data": (flip(-1), r"model-0000\d\S*safetensors has SHA-256 .* report.json noted"),
-    "scale-missing": (unhashed(drop_scale), f"tensor {K}_scale is missing"),
+    "bit-in-data": (flip(-1), r"model-0000\d\S*safetensors: has SHA-256 .* report.json noted"),
+    "scale-missing": (unhashed(drop_scale), f"{K}_scale: is missing"),
     "scale-nan": (
         unhashed(lambda folder: edit_shard(folder, lambda t: t[f"{K}_scale"][5].fill_(float("nan")), K)),
         f"{K}_scale holds values that are missing or not finite",
     ),
     "scale-misshapen": (
         unhashed(lambda folder: edit_shard(folder, lambda t: t.update({f"{K}_scale": t[f"{K}_scale"][:7]}), K)),
-        rf"tensor {K}_scale has shape \[7, 1\]",
+        rf"{K}_scale: has shape \[7, 1\]",
     ),
     "shape": (unhashed(narrow), rf"{K} has shape \[56, 128\], but config.json makes it \[64, 128\]"),
     "another-config": (
@@ -195,7 +195,7 @@ def test_hashing_can_be_left_out(make_checkpoint, tmp_path, monkeypatch):
     content = bytearray((out / "model.safetensors").read_bytes())
     content[-1] ^= 1
     (out / "model.safetensors").write_bytes(content)
-    with pytest.raises(ValueError, match="model.safetensors has SHA-256"):
+    with pytest.raises(ValueError, match="model.safetensors: has SHA-256"):
         guard.check_files(out)
     monkeypatch.setenv(guard.SKIP, "1")
     guard.check_files(out)

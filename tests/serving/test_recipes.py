@@ -230,6 +230,6 @@ def test_what_was_hashed_is_not_hashed_again(make_checkpoint, tmp_path, monkeypa
     content[-1] ^= 1
     shard.write_bytes(content)
     for times in (2, 3):
-        with pytest.raises(ValueError, match="model.safetensors has SHA-256"):
+        with pytest.raises(ValueError, match="model.safetensors: has SHA-256"):
             guard.check_files(folder)
         assert hashed == [shard] * times

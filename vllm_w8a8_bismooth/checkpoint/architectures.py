@@ -267,8 +267,9 @@ EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_he
 
 def inside(name: str) -> tuple[int, str]:
     """The block of a full name, and the name inside it."""
-    block, rest = _INSIDE.fullmatch(name).groups()
-    return int(block), rest
+    match = _INSIDE.fullmatch(name)
+    assert match, name
+    return int(match[1]), match[2]
 
 
 def kind_of(linear: str) -> tuple[str, int]:

@@ -3,7 +3,8 @@
 from collections.abc import Iterator, Mapping, Sequence, Set
 
 from vllm_w8a8_bismooth.checkpoint.architectures import ARCHITECTURES, BLOCK, EMBEDDING, HEAD, NORM, Architecture, Layer
-from vllm_w8a8_bismooth.errors import BismoothError
+from vllm_w8a8_bismooth.checkpoint.files import CONFIG
+from vllm_w8a8_bismooth.errors import BismoothError, Problem
 
 
 def architecture_of(config: Mapping) -> Architecture:
@@ -15,14 +16,15 @@ def architecture_of(config: Mapping) -> Architecture:
     for key in ("quantization_config", "compression_config"):
         if config.get(key):
             method = config[key].get("quant_method", "?") if isinstance(config[key], dict) else "?"
-            raise BismoothError(
-                f"config.json: the checkpoint is already quantized ({key}.quant_method = {method!r}); "
-                "convert the original bf16, fp16 or fp32 checkpoint instead"
+            raise BismoothError.of(
+                CONFIG,
+                f"the checkpoint is already quantized ({key}.quant_method = {method!r})",
+                "convert the original bf16, fp16 or fp32 checkpoint instead",
             )
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
-        raise BismoothError(
-            f"config.json: model_type = {model_type!r} is not supported; known are {', '.join(sorted(ARCHITECTURES))}"
+        raise BismoothError.of(
+            CONFIG, f"model_type = {model_type!r} is not supported", f"known are {', '.join(sorted(ARCHITECTURES))}"
         )
     return ARCHITECTURES[model_type]
 
@@ -31,32 +33,31 @@ def sizes_of(config: Mapping, architecture: Architecture) -> dict[str, int]:
     """Sizes named in :class:`Layer`, plus ``blocks`` and ``vocab``.
 
     Raises:
-        BismoothError: sizes that are missing, not positive integers, or told twice differently, all of them; or heads
-            that do not divide.
+        BismoothError: with every size that is missing, no positive integer, or given twice differently, and heads that
+            do not divide.
     """
-    problems = []
+    problems: list[Problem] = []
 
     def size(key: str, derived: int | None = None) -> int:
         value = config.get(key)
         value = architecture.silent.get(key, derived) if value is None else value
         if type(value) is int and 0 < value < 2**48:  # products of two can still be printed
             return value
-        problems.append(f"config.json: {key} = {config.get(key)!r}; it must be a positive integer below 2**48")
+        problems.append(Problem(CONFIG, f"{key} = {config.get(key)!r} is no positive integer below 2**48", "mend it"))
         return 1
 
     def alias(keys: Sequence[str]) -> int:
         found = [key for key in keys if key in config] or keys[:1]
         values = {key: size(key) for key in found}
         if len(set(values.values())) > 1:
-            problems.append(f"config.json: {values} contradict each other; remove one of the keys")
+            problems.append(Problem(CONFIG, f"{values} contradict each other", "remove one of the keys"))
         return values[found[0]]
 
     hidden, heads = size("hidden_size"), size("num_attention_heads")
     kv_heads = size("num_key_value_heads", heads)
     if heads % kv_heads:
-        problems.append(
-            f"config.json: num_attention_heads = {heads} is not a multiple of num_key_value_heads = {kv_heads}; mend it"
-        )
+        what = f"num_attention_heads = {heads} is not a multiple of num_key_value_heads = {kv_heads}"
+        problems.append(Problem(CONFIG, what, "mend it"))
     head = size("head_dim", 1 if problems else hidden // heads)
     sizes = {
         "blocks": size("num_hidden_layers"),
@@ -86,15 +87,17 @@ def layers_of(config: Mapping, architecture: Architecture, sizes: Mapping[str, i
         BismoothError: one of those keys is not what it must be.
     """
     if architecture.sparse is None:
+        assert architecture.dense is not None
         return [architecture.dense] * blocks
     sparse = architecture.sparse.expanded(sizes["experts"])
     if architecture.dense is None:
         return [sparse] * blocks
     dense, step = config.get("mlp_only_layers") or [], config.get("decoder_sparse_step", 1)
     if not isinstance(dense, list) or type(step) is not int or step < 1:
-        raise BismoothError(
-            f"config.json: mlp_only_layers = {dense!r}, decoder_sparse_step = {step!r}; "
-            "they must be a list of block numbers and a positive integer"
+        raise BismoothError.of(
+            CONFIG,
+            f"mlp_only_layers = {dense!r}, decoder_sparse_step = {step!r}",
+            "make them a list of block numbers and a positive integer",
         )
     return [sparse if i not in dense and (i + 1) % step == 0 else architecture.dense for i in range(blocks)]
 
@@ -102,8 +105,8 @@ def layers_of(config: Mapping, architecture: Architecture, sizes: Mapping[str, i
 def layer_tensors(layer: Layer, sizes: Mapping[str, int], config: Mapping) -> dict[str, tuple[int, ...]]:
     """Name inside a block -> shape, for every tensor that such a block must have."""
     shapes: dict[str, tuple[int, ...]] = {f"{n}.weight": (sizes[size],) for n, size in layer.vectors.items()}
-    for name, (rows, columns) in layer.routers.items():
-        shapes[f"{name}.weight"] = (sizes[rows], sizes[columns])
+    for name, (row, column) in layer.routers.items():
+        shapes[f"{name}.weight"] = (sizes[row], sizes[column])
     for name, (rows, columns) in layer.linears.items():
         length = sum(sizes[part] for part in rows)
         shapes[f"{name}.weight"] = (length, sizes[columns])
@@ -119,16 +122,16 @@ def audit(
     sizes: Mapping[str, int],
     shapes: Mapping[str, tuple[int, ...]],
     lost: Set[str] = frozenset(),
-) -> Iterator[str]:
-    """Compare what the config promises with the shapes in the headers; yields one problem at a time, with its remedy.
+) -> Iterator[Problem]:
+    """Compare what the config promises with the shapes in the headers; yields one problem at a time.
 
     Tensors that are ``lost`` are known to be missing: they count as part of the checkpoint and are no further problem.
 
     Optional are ``lm_head.weight`` of tied models and old checkpoints' rotary tables, which are passed through;
     anything else inside a block is a problem, because converting it as if it were not there would be silently wrong.
     """
-    required = {EMBEDDING: (sizes["vocab"], sizes["hidden"]), NORM: (sizes["hidden"],)}
-    optional = {HEAD: (sizes["vocab"], sizes["hidden"])}
+    required: dict[str, tuple[int, ...]] = {EMBEDDING: (sizes["vocab"], sizes["hidden"]), NORM: (sizes["hidden"],)}
+    optional: dict[str, tuple[int, ...]] = {HEAD: (sizes["vocab"], sizes["hidden"])}
     if not config.get("tie_word_embeddings", architecture.tied):
         required |= optional
     # Bounded by the headers, not by the config's word for the number of blocks and experts.
@@ -145,17 +148,19 @@ def audit(
 
     for name, shape in required.items():
         if name not in shapes and name not in lost:
-            yield f"tensor {name} {list(shape)} is missing; download the checkpoint again or mend config.json"
+            what = f"tensor of shape {list(shape)} is missing"
+            yield Problem(name, what, f"download the checkpoint again or mend {CONFIG}")
     if len(required) > 2 * bound or sizes.get("experts", 0) > bound:
-        yield f"config.json implies many more tensors than the {bound} in the files; mend it or download the rest"
+        yield Problem(
+            CONFIG, f"implies many more tensors than the {bound} in the files", "mend it or download the rest"
+        )
         return
     for name, shape in shapes.items():
         expected = required.get(name) or optional.get(name)
         if expected is None:
             if name.startswith(BLOCK.format("")[:-1]):
-                yield (
-                    f"tensor {name} {list(shape)} is not part of a {config['model_type']} model with this config.json; "
-                    "remove it or mend config.json"
-                )
+                what = f"tensor of shape {list(shape)} is not part of a {config['model_type']} model with this {CONFIG}"
+                yield Problem(name, what, f"remove it or mend {CONFIG}")
         elif shape != expected:
-            yield f"tensor {name} has shape {list(shape)}, config.json implies {list(expected)}; one of them is wrong"
+            what = f"has shape {list(shape)}, {CONFIG} implies {list(expected)}"
+            yield Problem(name, what, "mend the one that is wrong")

@@ -55,7 +55,8 @@ class Block(Mapping[str, torch.Tensor]):
     """
 
     def __init__(self, run: "Run", reader: ReadAhead, index: int):
-        self.index, self.prefix, self.record = index, BLOCK.format(index), None
+        self.index, self.prefix = index, BLOCK.format(index)
+        self.record: Any = None
         self._run, self._reader = run, reader
         self._names = run.source.blocks[index]
         self._tensors: dict[str, torch.Tensor] = {}
@@ -143,9 +144,10 @@ class Run:
         found = self.journal.state(unit) if self.journal is not None else None
         if found is None:
             where = self.source.checkpoint.folder if self.journal is None else self.journal.partial
-            raise BismoothError(
-                f"{where}: the state {unit} of an earlier run is gone, from which it would go on; "
-                "run the same command again, which starts anew"
+            raise BismoothError.of(
+                where,
+                f"the state {unit} of an earlier run is gone, from which it would go on",
+                "run the same command again, which starts anew",
             )
         return {name: tensor.to(self.device) for name, tensor in found.items()}
 

@@ -16,8 +16,9 @@ from vllm_w8a8_bismooth.errors import BismoothError, Interrupted
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 REPORT = "report.json"
-"""Of a conversion, beside the weights; its `sha256` has every shard's."""
+"""Written beside the weights; its ``sha256`` maps shards to hashes."""
 _JSON_LIMIT = 100 * 2**20  # the same bound that safetensors puts on a header
+_SHARD_AGAIN = "download the shard again"
 WEIGHT_SUFFIXES = {
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".pkl", ".pickle", ".npz",
 }  # fmt: skip
@@ -32,18 +33,20 @@ def read_json(path: Path) -> dict:
     """
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe would wait forever
-            raise BismoothError(f"{path}: not a regular file; put the checkpoint's {path.name} there")
+            raise BismoothError.of(path, "not a regular file", f"put the checkpoint's {path.name} there")
         if path.stat().st_size > _JSON_LIMIT:
-            raise BismoothError(f"{path}: larger than {_JSON_LIMIT >> 20} MiB; this is not a checkpoint's {path.name}")
+            remedy = f"put the checkpoint's {path.name} there; this cannot be it"
+            raise BismoothError.of(path, f"larger than {_JSON_LIMIT >> 20} MiB", remedy)
         value = json.loads(path.read_bytes(), object_pairs_hook=_once)
     except FileNotFoundError:
-        raise BismoothError(f"{path}: not found; is this the folder of a Hugging Face checkpoint?") from None
+        raise BismoothError.of(path, "not found", "give the folder of a Hugging Face checkpoint") from None
     except OSError as error:
-        raise BismoothError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from None
+        what = f"cannot be read ({error.strerror})"
+        raise BismoothError.of(path, what, "check the path and its permissions") from None
     except (ValueError, RecursionError) as error:
-        raise BismoothError(f"{path}: not valid JSON ({error}); mend it or download the file again") from None
+        raise BismoothError.of(path, f"not valid JSON ({error})", "mend it or download the file again") from None
     if not isinstance(value, dict):
-        raise BismoothError(f"{path}: holds a JSON {type(value).__name__}, not an object; download the file again")
+        raise BismoothError.of(path, f"holds a JSON {type(value).__name__}, not an object", "download the file again")
     return value
 
 
@@ -66,10 +69,10 @@ def sha256(path: Path) -> str:
 
 
 class Checksum:
-    """Tells one tensor's bytes from another's, at the speed of memory; an adversary could deceive it.
+    """A checksum at the speed of memory, which tells tensors apart unless an adversary made them.
 
-    SHA-256 over the sums, by rows and by columns, of pieces of 128 x 1024 words of 64 bits. With the interface of
-    hashlib's objects; every :meth:`update` but the last must be of whole MiB.
+    It is the SHA-256 of the sums, by rows and by columns, of pieces of 128 x 1024 words of 64 bits. It has the
+    interface of hashlib's objects; every :meth:`update` but the last must be of whole MiB.
     """
 
     def __init__(self):
@@ -89,13 +92,13 @@ class Checksum:
 
 
 class Place(Protocol):
-    """Where the files of a checkpoint are; as a string, what messages call it."""
+    """Where the files of a checkpoint are. Messages call it what ``str`` makes of it."""
 
     def has(self, file: str) -> bool:
         """Whether there is such a file."""
 
     def json(self, file: str) -> dict:
-        """The object in a JSON file; errors as of :func:`read_json`."""
+        """The object in a JSON file; raises as :func:`read_json` does."""
 
     def header(self, file: str) -> tuple[int, dict[str, Any]]:
         """Where in a safetensors file the data begin, and tensor name -> ``dtype``, ``shape`` and ``data_offsets``.
@@ -107,7 +110,7 @@ class Place(Protocol):
 
 @dataclass(frozen=True)
 class Folder:
-    """A folder of this machine, and which commit of which repository on the Hub it holds, if that is known.
+    """A folder on this machine, and the repository and commit on the Hub that it holds, if they are known.
 
     Raises:
         BismoothError: on construction, if there is no such folder.
@@ -119,7 +122,7 @@ class Folder:
 
     def __post_init__(self) -> None:
         if not self.path.is_dir():
-            raise BismoothError(f"{self.path}: no such folder; give the path of a local Hugging Face checkpoint")
+            raise BismoothError.of(self.path, "no such folder", "give the path of a local Hugging Face checkpoint")
 
     @classmethod
     def of(cls, folder: "str | Path | Folder") -> "Folder":
@@ -150,7 +153,8 @@ class Folder:
             if path.suffix in WEIGHT_SUFFIXES or path.name.endswith(".index.json") or relative == Path(CONFIG):
                 continue
             if path.is_symlink() and not path.exists():
-                raise BismoothError(f"{path}: a link that leads nowhere; download the file again or remove the link")
+                remedy = "download the file again or remove the link"
+                raise BismoothError.of(path, "a link that leads nowhere", remedy)
             if path.is_file():
                 yield relative
 
@@ -160,13 +164,13 @@ class Folder:
         path = self.path / file
         try:
             if not path.is_file():
-                raise BismoothError(f"{path}: named by {INDEX} but absent; download the shard again")
+                raise BismoothError.of(path, f"named by {INDEX} but absent", _SHARD_AGAIN)
             # safe_open checks sizes and offsets; for numpy it does so without torch
             with safe_open(path, framework="np"), open(path, "rb") as raw:
                 length = int.from_bytes(raw.read(8), "little")
                 entries = json.loads(raw.read(length), object_pairs_hook=_once)
         except (SafetensorError, OSError, ValueError) as error:
-            raise BismoothError(f"{path}: truncated or corrupt ({error}); download the shard again") from None
+            raise BismoothError.of(path, f"truncated or corrupt ({error})", _SHARD_AGAIN) from None
         entries.pop("__metadata__", None)
         return 8 + length, entries
 
@@ -195,13 +199,15 @@ def disk_errors(destination: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise Interrupted(
-            f"{destination}: cannot be written ({error}). Check space and permissions, then run the same command "
-            f"again: it goes on where it stopped. Removing {partial_folder(destination)} gives it up"
+        raise Interrupted.of(
+            destination,
+            f"cannot be written ({error})",
+            "check space and permissions, then run the same command again: it goes on where it stopped. "
+            f"Removing {partial_folder(destination)} gives it up",
         ) from None
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Call ``write`` with a temporary name, flush it to disk, and give the file its name in one step."""
     temporary = path.with_name(path.name + ".tmp")
     write(temporary)
@@ -221,7 +227,8 @@ def free_space(folder: Path) -> int:
 def check_space(folder: Path, needed: int, what: str = "result") -> None:
     """Raises :class:`BismoothError` if the disk that will hold ``folder`` has too little room for ``what``."""
     if (free := free_space(folder)) < needed:
-        raise BismoothError(
-            f"{folder}: the {what} needs {needed / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free; "
-            "make room or choose another place"
+        raise BismoothError.of(
+            folder,
+            f"the {what} needs {needed / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free",
+            "make room or choose another place",
         )

@@ -15,6 +15,7 @@ from vllm_w8a8_bismooth.errors import BismoothError
 _HUB_ID = re.compile(r"(?a:(\w[\w.-]*/\w[\w.-]*))(?:@(.+))?")
 _SIDE_FILES = ["*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "*.py", "*.md", "LICENSE*", "NOTICE*"]
 """What is downloaded beside the shards; never pickles or copies of the weights in other formats."""
+_PUBLISHER = "tell the publisher"
 
 
 class _Unreachable(BismoothError):
@@ -85,9 +86,9 @@ class Repository:
         from huggingface_hub import HfApi
 
         self.hub_id, self._asked = hub_id, revision
-        with self._told():
+        with self._translated():
             info = HfApi().model_info(hub_id, revision=revision, files_metadata=True)
-        self.revision: str = info.sha
+        self.revision: str | None = info.sha
         self._sizes = {file.rfilename: file.size for file in info.siblings or []}
         if self.has(CONFIG):
             self._fetch(CONFIG)  # everybody may see what there is, but not everybody may read it
@@ -100,7 +101,9 @@ class Repository:
 
     def json(self, file: str) -> dict:
         if not self.has(file):
-            raise BismoothError(f"{self}/{file}: not in the repository; is this a Hugging Face checkpoint?")
+            raise BismoothError.of(
+                f"{self}/{file}", "not in the repository", "name a repository that holds a Hugging Face checkpoint"
+            )
         return read_json(self._fetch(file))
 
     def header(self, file: str) -> tuple[int, dict[str, Any]]:
@@ -108,19 +111,19 @@ class Repository:
         from huggingface_hub.errors import SafetensorsParsingError
 
         if not self.has(file):
-            raise BismoothError(f"{self}/{file}: named by {INDEX} but absent; tell the publisher")
+            raise BismoothError.of(f"{self}/{file}", f"named by {INDEX} but absent", _PUBLISHER)
         try:
-            with self._told():
+            with self._translated():
                 parsed = HfApi().parse_safetensors_file_metadata(self.hub_id, file, revision=self.revision)
         except (SafetensorsParsingError, AttributeError, TypeError, ValueError) as error:
-            raise BismoothError(f"{self}/{file}: truncated or corrupt ({error}); tell the publisher") from None
-        entries = {
+            raise BismoothError.of(f"{self}/{file}", f"truncated or corrupt ({error})", _PUBLISHER) from None
+        entries: dict[str, Any] = {
             name: {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": tensor.data_offsets}
             for name, tensor in parsed.tensors.items()
         }
-        end = 8 + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+        end = 8 + max((tensor.data_offsets[1] for tensor in parsed.tensors.values()), default=0)
         if (size := self._sizes[file]) is not None and size < end:
-            raise BismoothError(f"{self}/{file}: truncated ({size} bytes of more than {end}); tell the publisher")
+            raise BismoothError.of(f"{self}/{file}", f"truncated ({size} bytes of more than {end})", _PUBLISHER)
         return 0, entries  # where the data begin is of no use here
 
     def download(self, shards: list[str]) -> Folder:
@@ -134,51 +137,52 @@ class Repository:
         ]
         check_space(Path(constants.HF_HUB_CACHE), sum(self._sizes[file] or 0 for file in absent), f"download of {self}")
         patterns = [*_SIDE_FILES, *(glob.escape(file) for file in shards)]
-        with self._told():
+        with self._translated():
             path = Path(snapshot_download(self.hub_id, revision=self._asked, allow_patterns=patterns))
         return Folder(path, self.hub_id, path.name)
 
     def _fetch(self, file: str) -> Path:
         from huggingface_hub import hf_hub_download
 
-        with self._told():  # by the name that was asked for, so that the cache knows it when offline
+        with self._translated():  # by the name that was asked for, so that the cache knows it when offline
             return Path(hf_hub_download(self.hub_id, file, revision=self._asked))
 
     @contextmanager
-    def _told(self) -> Iterator[None]:
-        """Turns the errors of the Hub's library into one message with the remedy."""
+    def _translated(self) -> Iterator[None]:
+        """Turns the errors of the Hub's library into a problem with its remedy."""
         from huggingface_hub import constants, errors
 
         url = f"{constants.ENDPOINT}/{self.hub_id}"
         try:
             yield
         except errors.GatedRepoError:
-            message = f"{self}: access is restricted; accept the licence at {url}, then log in with: hf auth login"
+            what, remedy = "access is restricted", f"accept the licence at {url}, then log in with: hf auth login"
         except errors.RepositoryNotFoundError:
-            message = (
-                f"{self}: neither a folder here nor a repository on the Hub ({url}); check the name, "
-                "or log in with: hf auth login, if it is private"
-            )
+            what = f"neither a folder here nor a repository on the Hub ({url})"
+            remedy = "check the name, or log in with: hf auth login, if it is private"
         except errors.RevisionNotFoundError:
-            message = f"{self}: the repository has no revision {self._asked!r}; choose one of those at {url}/refs"
+            what = f"the repository has no revision {self._asked!r}"
+            remedy = f"choose one of those at {url}/refs"
         except errors.HfHubHTTPError as error:
             status = error.response.status_code
             if status >= 500 or status == 429:
                 raise self._unreachable(f"status {status}") from None
-            message = f"{self}: the Hub refuses (status {status}: {error.server_message}); check access at {url}"
+            what = f"the Hub refuses (status {status}: {error.server_message})"
+            remedy = f"check access at {url}"
         except errors.HFValidationError as error:
-            message = f"{self}: neither a folder here nor a name that the Hub allows ({error}); check it"
+            what, remedy = f"neither a folder here nor a name that the Hub allows ({error})", "check it"
         except _connection_errors() as error:
             reason = f"{type(error).__name__}: {error}".partition("\n")[0]
             raise self._unreachable("HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else reason) from None
         else:
             return
-        raise BismoothError(message)
+        raise BismoothError.of(self, what, remedy)
 
-    def _unreachable(self, why: str) -> _Unreachable:
-        return _Unreachable(
-            f"{self}: no such folder here, no complete copy in the cache, and the Hub cannot be reached ({why}); "
-            "mend the connection and run the same command again, or give the path of a local folder"
+    def _unreachable(self, why: str) -> BismoothError:
+        return _Unreachable.of(
+            self,
+            f"no such folder here, no complete copy in the cache, and the Hub cannot be reached ({why})",
+            "mend the connection and run the same command again, or give the path of a local folder",
         )
 
 

@@ -1,4 +1,4 @@
-"""The diary of a run that may be killed at any moment: what is done, and the states from which it goes on."""
+"""The journal of a run that may be killed at any moment: what is done, and the states from which it goes on."""
 
 import fcntl
 import json
@@ -19,7 +19,7 @@ _LOCK, _RUN = "lock", "run.json"
 
 
 class Journal:
-    """The partial folder of one run, locked against others, and its diary in ``.bismooth`` inside.
+    """The partial folder of one run, locked against others, and its journal in ``.bismooth`` inside.
 
     Use as a context manager. Left by an error of the input the folder is removed; left by anything else (a full disk,
     an interrupt, SIGKILL) it stays, and the next run with the same identity goes on from it.
@@ -45,9 +45,8 @@ class Journal:
             self._folder.mkdir(exist_ok=True)
             self._lock = open(self._folder / _LOCK, "w")  # noqa: SIM115 (held until the end of the run)
         except OSError as error:
-            raise BismoothError(
-                f"{self.destination}: cannot be written ({error}); check the path and its permissions"
-            ) from None
+            what = f"cannot be written ({error})"
+            raise BismoothError.of(self.destination, what, "check the path and its permissions") from None
         try:
             self._take(fcntl.LOCK_EX, self._lock)
             if not self._compare():
@@ -67,7 +66,7 @@ class Journal:
         while not nearest.exists():
             nearest = nearest.parent
         if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-            raise BismoothError(f"{self.destination}: cannot be written ({nearest}); check its permissions")
+            raise BismoothError.of(self.destination, f"cannot be written ({nearest})", "check its permissions")
         if self.partial.exists():
             self._refuse_strangers()
         if self._folder.is_dir():
@@ -81,13 +80,15 @@ class Journal:
 
     def _refuse_strangers(self) -> None:
         if any(self.partial.iterdir()) and not self._folder.is_dir():
-            raise BismoothError(f"{self.partial}: exists and is not ours; remove it or choose another destination")
+            remedy = "remove it or choose another destination"
+            raise BismoothError.of(self.partial, "exists and is not ours", remedy)
 
     def _take(self, kind: int, lock: IO) -> None:
         try:
             fcntl.flock(lock, kind | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise BismoothError(f"{self.destination}: another conversion is writing it; stop one of them") from None
+            what = "another conversion is writing it"
+            raise BismoothError.of(self.destination, what, "stop one of them") from None
 
     def _compare(self) -> bool:
         """Whether an earlier run is there; raises if it was another one."""
@@ -95,9 +96,11 @@ class Journal:
             return False
         lines = list(differences(before, self._identity))
         if lines:
-            raise BismoothError(
-                f"{self.partial}: an unfinished conversion of another kind ({'; '.join(lines[:4])}"
-                f"{', ...' if len(lines) > 4 else ''}); finish that one with its own options, or remove the folder"
+            more = ", ..." if len(lines) > 4 else ""
+            raise BismoothError.of(
+                self.partial,
+                f"an unfinished conversion of another kind ({'; '.join(lines[:4])}{more})",
+                "finish that one with its own options, or remove the folder",
             )
         return True
 
@@ -148,7 +151,7 @@ class Journal:
         (self._folder / f"{unit}.safetensors").unlink(missing_ok=True)
 
     def commit(self) -> None:
-        """Flush everything to disk and give the folder its name. The diary goes last: it marks the folder as ours."""
+        """Flush everything to disk and give the folder its name. The journal goes last: it marks the folder as ours."""
         with disk_errors(self.destination):
             for path in self.partial.rglob("*"):
                 if path.is_file():
@@ -159,7 +162,7 @@ class Journal:
 
 
 def clear(destination: Path) -> None:
-    """Remove the diary from a committed folder."""
+    """Remove the journal from a committed folder."""
     shutil.rmtree(destination / FOLDER, ignore_errors=True)
 
 

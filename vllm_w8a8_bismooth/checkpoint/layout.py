@@ -1,6 +1,7 @@
 """A checkpoint laid out as a model: audited, its tensors sorted into decoder blocks."""
 
 import re
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -8,10 +9,10 @@ from vllm_w8a8_bismooth.checkpoint.architectures import BLOCK, Architecture, Lay
 from vllm_w8a8_bismooth.checkpoint.audit import architecture_of, audit, layers_of, sizes_of
 from vllm_w8a8_bismooth.checkpoint.files import Folder
 from vllm_w8a8_bismooth.checkpoint.reader import Checkpoint, Headers
-from vllm_w8a8_bismooth.errors import BismoothError
+from vllm_w8a8_bismooth.errors import BismoothError, Problem
 
 PROBLEMS = 1000
-"""How many problems of one checkpoint are told at most."""
+"""How many problems of one checkpoint are listed at most."""
 _BLOCK_TENSOR = re.compile(r"model\.layers\.(0|[1-9]\d*)\.(.+)")
 
 
@@ -32,8 +33,8 @@ class Layout:
 
     def __init__(self, headers: Headers):
         self.checkpoint = headers
-        self.problems: list[str] = list(islice(headers.problems, PROBLEMS))
-        if not headers.config and self.problems:  # of which config.json is one
+        self.problems: list[Problem] = list(islice(headers.problems, PROBLEMS))
+        if not headers.config and self.problems:  # config.json is one of them
             raise BismoothError(*self.problems)
         shapes = {name: header.shape for name, header in headers.headers.items()}
         try:
@@ -43,7 +44,7 @@ class Layout:
                 found = audit(headers.config, self.architecture, self.sizes, shapes, headers.lost)
                 self.problems += islice(found, PROBLEMS - len(self.problems))
         except BismoothError as error:
-            raise BismoothError(*self.problems, *error.args) from None
+            raise BismoothError(*self.problems, *error.problems) from None
         if max(self.sizes["blocks"], self.sizes.get("experts", 0)) > len(shapes) + len(headers.lost):
             raise BismoothError(*self.problems)  # too large to lay out, and no header backs it
         self.layers: list[Layer] = layers_of(headers.config, self.architecture, self.sizes, self.sizes["blocks"])
@@ -57,13 +58,14 @@ class Layout:
                 self.outside.append(name)
 
     def outside_with(self, blocks: range) -> list[str]:
-        """What of the tensors outside the blocks goes with some of these: all with the first block, else nothing."""
+        """The tensors outside the blocks that go with a range of blocks: all with the first block, else none."""
         return self.outside if blocks.start == 0 else []
 
     def refuse(self) -> None:
         """Raises :class:`BismoothError` with the problems, if there are any."""
         if self.problems:
-            raise BismoothError(f"{self.checkpoint.place}: {self.problems[0]}", *self.problems[1:])
+            first, *others = self.problems
+            raise BismoothError(replace(first, where=f"{self.checkpoint.place}: {first.where}"), *others)
 
     def nbytes(self, blocks: range | None = None) -> int:
         """Bytes of all tensors, or of a part with these blocks."""

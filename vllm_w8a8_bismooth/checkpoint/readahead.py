@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Sequence
+from functools import partial
 
 from vllm_w8a8_bismooth.checkpoint.files import Checksum
 from vllm_w8a8_bismooth.checkpoint.reader import Checkpoint
@@ -67,7 +68,7 @@ class ReadAhead:
         for name in self._names:
             nbytes = self._checkpoint.headers[name].nbytes
             with self._changed:
-                self._changed.wait_for(lambda n=nbytes: self._closed or self._wanted or self._held + n <= self._budget)
+                self._changed.wait_for(partial(self._may_go_on, nbytes))
                 if self._closed:
                     return
                 self._held += nbytes
@@ -85,8 +86,11 @@ class ReadAhead:
                 self._wanted = None if self._wanted == name else self._wanted
                 self._changed.notify_all()
 
+    def _may_go_on(self, nbytes: int) -> bool:
+        return self._closed or self._wanted is not None or self._held + nbytes <= self._budget
+
     def _buffer(self, nbytes: int):
-        """Released memory of just this size, else new memory, for which idle memory is given back first."""
+        """Released memory of this very size, or new memory; released memory of other sizes makes room for that."""
         import torch
 
         for place, buffer in enumerate(self._free):
@@ -108,6 +112,7 @@ class ReadAhead:
                 self._changed.notify_all()
                 self._changed.wait_for(lambda: name in self._ready or self._error is not None)
             if name not in self._ready:
+                assert self._error is not None
                 raise self._error
             return self._ready.pop(name)
 

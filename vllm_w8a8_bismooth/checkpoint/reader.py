@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_w8a8_bismooth.checkpoint.files import CONFIG, INDEX, SINGLE, Checksum, Folder, Place, sha256
-from vllm_w8a8_bismooth.errors import BismoothError, Interrupted
+from vllm_w8a8_bismooth.errors import BismoothError, Interrupted, Problem
 
 FLOAT_DTYPES = ("BF16", "F16", "F32")
 # safetensors' name -> torch's; I8 is what we write.
@@ -40,12 +40,12 @@ class Headers:
     """What a checkpoint says of itself before any weight is read: its config, its index, the headers of its shards.
 
     Attributes:
-        place: of its files.
+        place: where its files are.
         config: the parsed ``config.json``; empty if that cannot be read.
         files: the shards.
         headers: tensor name -> :class:`Header`, in the order of the files, of every dtype.
         problems: what is missing, unreadable, inconsistent or truncated, and dtypes that are not accepted.
-        lost: tensors that are not where the index says, as some problem tells already.
+        lost: tensors that are not where the index says, for which there is a problem already.
 
     Args:
         place: holds ``config.json`` and safetensors, sharded or not.
@@ -57,12 +57,12 @@ class Headers:
         self.config: dict = {}
         self.files: list[str] = []
         self.headers: dict[str, Header] = {}
-        self.problems: list[str] = []
+        self.problems: list[Problem] = []
         self.lost: set[str] = set()
         try:
             self.config = place.json(CONFIG)
         except BismoothError as error:
-            self.problems += error.args
+            self.problems += error.problems
         weight_map = self._read_index()
         if weight_map is not None:
             self.files = sorted(set(weight_map.values())) or [SINGLE]
@@ -79,27 +79,26 @@ class Headers:
         if not self.place.has(INDEX):
             if self.place.has(SINGLE):
                 return {}
-            self.problems.append(
-                f"{self.place}: neither {SINGLE} nor {INDEX}; only safetensors checkpoints can be converted "
-                "(pickled .bin files are refused: save the model again with save_pretrained)"
+            self._fault(
+                self.place,
+                f"neither {SINGLE} nor {INDEX}: only safetensors checkpoints can be converted",
+                "pickled .bin files are refused: save the model again with save_pretrained",
             )
             return None
         path = f"{self.place}/{INDEX}"
         try:
             weight_map = self.place.json(INDEX).get("weight_map")
         except BismoothError as error:
-            self.problems += error.args
+            self.problems += error.problems
             return None
         if not isinstance(weight_map, dict) or not weight_map:
-            self.problems.append(f"{path}: no weight_map; download the file again")
+            self._fault(path, "no weight_map", "download the file again")
             return None
         for name, file in weight_map.items():
             fits = isinstance(file, str) and Path(file).name == file and file.endswith(".safetensors")
             if not fits or not file.isprintable():
-                self.problems.append(
-                    f"{path}: {name} is said to be in {file!r}, which is not a shard of this folder; "
-                    "download the file again"
-                )
+                what = f"{name} is said to be in {file!r}, which is not a shard of this folder"
+                self._fault(path, what, "download the file again")
                 self.lost.add(name)
         return {name: file for name, file in weight_map.items() if name not in self.lost} or None
 
@@ -117,26 +116,26 @@ class Headers:
         weight_map: Mapping[str, str],
     ) -> None:
         if isinstance(answer, BismoothError):
-            self.problems += answer.args
+            self.problems += answer.problems
             self.lost |= promised
             return
         path, (begin, entries) = f"{self.place}/{file}", answer
         for name in sorted(promised - entries.keys()):
-            self.problems.append(f"{path}: tensor {name} is missing, {INDEX} says that it is here; download both again")
+            self._fault(path, f"tensor {name} is missing, {INDEX} says that it is here", "download both again")
             self.lost.add(name)
         for name, entry in entries.items():
             place = weight_map.get(name) if weight_map else file
-            if math.prod(max(1, size) for size in entry["shape"]) >= 2**63:  # of an empty tensor, or torch could not be
-                self.problems.append(f"tensor {name} in {file} has shape {entry['shape']}; no tensor is that large")
+            if math.prod(max(1, size) for size in entry["shape"]) >= 2**63:  # even if it is empty, torch cannot hold it
+                what = f"has shape {entry['shape']} in {file}, and no tensor is that large"
+                self._fault(name, what, "download the shard again")
                 self.lost.add(name)
             elif place == file:
                 first, last = entry["data_offsets"]
                 self.headers[name] = Header(file, tuple(entry["shape"]), entry["dtype"], begin + first, last - first)
             elif name not in self.lost:
-                self.problems.append(
-                    f"{path}: holds tensor {name}, which {INDEX} {f'places in {place}' if place else 'does not name'}; "
-                    "one of them is a duplicate or stale, download both again"
-                )
+                says = f"places in {place}" if place else "does not name"
+                remedy = "one of them is a duplicate or stale, download both again"
+                self._fault(path, f"holds tensor {name}, which {INDEX} {says}", remedy)
                 self.lost.add(name)
 
     def _check_dtypes(self, accepted: Sequence[str]) -> None:
@@ -146,10 +145,11 @@ class Headers:
                 others.setdefault(header.dtype, []).append(name)
         for dtype, names in others.items():
             more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-            self.problems.append(
-                f"tensor {names[0]} in {self.headers[names[0]].file}{more} has dtype {dtype}: already quantized or not "
-                f"a weight; only {', '.join(accepted)} checkpoints can be converted"
-            )
+            what = f"has dtype {dtype} in {self.headers[names[0]].file}{more}: already quantized or not a weight"
+            self._fault(names[0], what, f"only {', '.join(accepted)} checkpoints can be converted")
+
+    def _fault(self, where: object, what: str, remedy: str) -> None:
+        self.problems.append(Problem(str(where), what, remedy))
 
     def nbytes(self) -> int:
         """Bytes of all tensors."""
@@ -212,7 +212,7 @@ class Checkpoint(Headers):
         header, path = self.headers[name], self.folder / self.headers[name].file
         dtype = torch_dtype(header.dtype)
         tensor = torch.empty(shape, dtype=dtype) if into is None else into.view(dtype).view(shape)
-        view = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+        view = tensor.view(-1).view(torch.uint8).numpy().data
         try:
             with open(path, "rb", buffering=0) as file:
                 done = 0
@@ -222,18 +222,16 @@ class Checkpoint(Headers):
                         raise OSError("the file has become shorter")
                     done += got
         except OSError as error:
-            raise Interrupted(
-                f"{path}: tensor {name} can no longer be read ({error}); did the source change meanwhile?"
-            ) from None
+            what = f"tensor {name} can no longer be read ({error})"
+            raise Interrupted.of(path, what, "leave the files at rest and run the same command again") from None
         if digest is not None:
             digest.update(view)
         if tensor.numel() and not all(bound.isfinite() for bound in tensor.aminmax()):
             bad = (~tensor.view(-1).isfinite()).nonzero().view(-1)
             place = [int(i) for i in torch.unravel_index(first + bad[0], header.shape)]
-            raise BismoothError(
-                f"tensor {name} in {header.file} holds {tensor.view(-1)[bad[0]].item()} at {place} "
-                f"({len(bad)} such values); download the shard again or repair the model"
-            )
+            found = f"{tensor.view(-1)[bad[0]].item()} at {place} ({len(bad)} such values)"
+            remedy = "download the shard again or repair the model"
+            raise BismoothError.of(name, f"holds {found} in {header.file}", remedy)
         return tensor
 
     def signature(self) -> dict[str, list[int]]:
@@ -244,7 +242,8 @@ class Checkpoint(Headers):
         try:
             stats = {relative.as_posix(): (self.folder / relative).stat() for relative in sorted(files)}
         except OSError as error:
-            raise BismoothError(f"{error.filename}: gone ({error.strerror}); the source changed meanwhile") from None
+            what = f"gone ({error.strerror}): the source changed meanwhile"
+            raise BismoothError.of(error.filename, what, "leave it at rest and run the same command again") from None
         return {name: [found.st_size, found.st_mtime_ns] for name, found in stats.items()}
 
     def digest(self, name: str) -> str:

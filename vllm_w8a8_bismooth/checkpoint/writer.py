@@ -14,7 +14,7 @@ from vllm_w8a8_bismooth.checkpoint.reader import Checkpoint
 
 SHARD_SIZE = "5GB"
 WHOLE, PARTIAL = "model", "part"
-"""What the names of shards begin with, of a checkpoint and of a part of one, which no reader shall take for one."""
+"""Beginnings of shards' names: of a checkpoint, and of a part of one, which no reader shall take for a checkpoint."""
 NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int8: "I8"}
 """safetensors' names, in the order in which its own writer lays tensors out: wide dtypes first, so that all align."""
 
@@ -151,7 +151,7 @@ class ShardWriter:
                 self._flushing.pop(0).result()
 
     def _write(self, name: str, first: int, values: torch.Tensor) -> None:
-        view = memoryview(values.contiguous().view(-1).view(torch.uint8).numpy())
+        view = values.contiguous().view(-1).view(torch.uint8).numpy().data
         self.add_bytes(name, first * values.element_size(), view)
 
     def add_bytes(self, name: str, first: int, view: memoryview) -> None:

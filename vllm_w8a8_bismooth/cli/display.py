@@ -1,13 +1,32 @@
 """What the ``bismooth`` command shows to people, and the JSON that it gives to programs."""
 
 import sys
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from vllm_w8a8_bismooth.cli.progress import duration
 
+if TYPE_CHECKING:  # torch comes with them, and it is imported inside commands
+    from rich.console import Console
 
-def analysis_json(found) -> dict:
+    from vllm_w8a8_bismooth.convert import inspect
+    from vllm_w8a8_bismooth.convert.merge import Merger
+    from vllm_w8a8_bismooth.convert.preview import Preview
+    from vllm_w8a8_bismooth.doctor import Diagnosis
+    from vllm_w8a8_bismooth.measure import weights
+    from vllm_w8a8_bismooth.recipe import Recipe
+    from vllm_w8a8_bismooth.report.outcome import Outcome
+    from vllm_w8a8_bismooth.verify import Verification
+
+
+def with_sentences(found: "inspect.Survey | Diagnosis") -> dict[str, Any]:
+    """Everything that was found, its problems as text."""
+    return asdict(found) | {"problems": list(map(str, found.problems))}
+
+
+def analysis_json(found: "weights.Analysis") -> dict[str, Any]:
     return {
         "vulnerable": found.vulnerable(),
         "vulnerable_share": found.share(),
@@ -16,7 +35,7 @@ def analysis_json(found) -> dict:
     }
 
 
-def analysis(found, source: str, group_size: int | None, top: int) -> None:
+def analysis(found: "weights.Analysis", source: str, group_size: int | None, top: int) -> None:
     """The table on stdout: it is what was asked for."""
     from rich.console import Console
     from rich.table import Table
@@ -57,7 +76,7 @@ def analysis(found, source: str, group_size: int | None, top: int) -> None:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def perturbation(found, top: int) -> None:
+def perturbation(found: Mapping[str, Mapping[str, float]], top: int) -> None:
     """The table of ``analyze --calibration`` on stdout: where output error comes from, worst units first."""
     from rich.console import Console
     from rich.table import Table
@@ -82,7 +101,7 @@ def perturbation(found, top: int) -> None:
     )
 
 
-def _advice(found, source: str, group_size: int | None):
+def _advice(found: "weights.Analysis", source: str, group_size: int | None) -> Iterator[str]:
     from vllm_w8a8_bismooth.measure.weights import VULNERABLE
 
     if not found.vulnerable():
@@ -113,7 +132,7 @@ def _gb(count: int) -> str:
     return f"{count / 1e9:.2f} GB"
 
 
-def inspection(console, found, source: str) -> None:
+def inspection(console: "Console", found: "inspect.Survey", source: str) -> None:
     """The survey of a checkpoint for people, on stdout: nothing is left out but what is empty."""
     from rich.markup import escape
     from rich.table import Table
@@ -157,14 +176,14 @@ def inspection(console, found, source: str) -> None:
     if found.problems:
         console.print(f"[red]{len(found.problems)} problem{'s' if len(found.problems) > 1 else ''}[/red]:")
         for problem in found.problems:
-            console.print(f"  {escape(problem)}")
+            console.print(f"  {escape(str(problem))}")
         console.print(f"Next, once that is mended: bismooth inspect {where}")
     else:
         name = escape(Path(source if found.hub_id is None else found.hub_id).resolve().name)
         console.print(f"Next: bismooth convert {where} ./{name}-int8")
 
 
-def preview(console, plan, recipe) -> None:
+def preview(console: "Console", plan: "Preview", recipe: "Recipe") -> None:
     from rich.markup import escape
     from rich.table import Table
 
@@ -172,7 +191,7 @@ def preview(console, plan, recipe) -> None:
         _nothing_to_do(console, plan.destination)
         return
     table = Table("shard", "GB")
-    for file, size in plan.shards.items():
+    for file, size in (plan.shards or {}).items():
         table.add_row(file, f"{size / 1e9:.3f}")
     console.print(table)
     if plan.part is not None:
@@ -195,7 +214,7 @@ def preview(console, plan, recipe) -> None:
     console.print("Nothing was written. Next: the same command without --dry-run")
 
 
-def merger_json(ready) -> dict:
+def merger_json(ready: "Merger") -> dict[str, Any]:
     return {
         "destination": str(ready.destination),
         "reused": ready.reused,
@@ -205,7 +224,7 @@ def merger_json(ready) -> dict:
     }
 
 
-def merger(console, ready) -> None:
+def merger(console: "Console", ready: "Merger") -> None:
     """The plan of a merge for people, on stdout."""
     from rich.markup import escape
     from rich.table import Table
@@ -225,7 +244,7 @@ def merger(console, ready) -> None:
     console.print("Nothing was written. Next: the same command without --dry-run")
 
 
-def report_json(report) -> dict:
+def report_json(report: "Outcome") -> dict[str, Any]:
     return {
         "destination": str(report.destination),
         "part": None if report.part is None else [report.part.start, report.part.stop],
@@ -240,7 +259,7 @@ def report_json(report) -> dict:
     }
 
 
-def summary(console, report, recipe) -> None:
+def summary(console: "Console", report: "Outcome", recipe: "Recipe") -> None:
     from rich.markup import escape
 
     where = escape(str(report.destination))
@@ -283,23 +302,23 @@ def summary(console, report, recipe) -> None:
     console.print(f"Next: bismooth verify {where}\n      vllm serve {where}", highlight=False)
 
 
-def _nothing_to_do(console, destination: Path) -> None:
+def _nothing_to_do(console: "Console", destination: Path) -> None:
     from rich.markup import escape
 
     console.print(f"[bold]{escape(str(destination))}[/bold] already holds this conversion; nothing to do.")
 
 
-def verification_json(found) -> dict:
+def verification_json(found: "Verification") -> dict[str, Any]:
     return {
         "ok": found.ok,
-        "findings": [vars(finding) for finding in found.findings],
+        "findings": [asdict(finding) for finding in found.findings],
         "notes": found.notes,
         "linears": found.linears,
         "ignored": found.ignored,
     }
 
 
-def verification(console, found) -> None:
+def verification(console: "Console", found: "Verification") -> None:
     from rich.markup import escape
     from rich.table import Table
 
@@ -325,7 +344,7 @@ def verification(console, found) -> None:
         console.print(f"[bold]{where}[/bold]: {len(found.linears)} INT8 linears, {ignored}nothing wrong.")
 
 
-def diagnosis(console, found) -> None:
+def diagnosis(console: "Console", found: "Diagnosis") -> None:
     """Plain lines, made to be pasted."""
 
     def section(title: str, values: dict) -> None:

@@ -43,6 +43,8 @@ _SourceArgument = Annotated[
     ),
 ]
 
+_WITHOUT_TEXT = "--calibration-tokens has no effect without --calibration FILE"
+
 
 def _share(text: str) -> float:
     """``3%`` or ``0.03``."""
@@ -83,7 +85,7 @@ def inspect(
     ] = 128,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
-    """Tell from headers alone what a conversion needs and everything that stands in its way; no weights are read.
+    """Show from headers alone what a conversion needs and everything that stands in its way; no weights are read.
 
     Exits with 2 if there are problems.
     """
@@ -94,7 +96,7 @@ def inspect(
 
     found = survey(hub.find(source), calibration_tokens, group_size)
     if as_json:
-        print(json.dumps(asdict(found), indent=2))
+        print(json.dumps(display.with_sentences(found), indent=2))
     else:
         display.inspection(Console(soft_wrap=True, highlight=False), found, source)
     if found.problems:
@@ -176,12 +178,12 @@ def convert(
     text = None
     if calibration not in (None, "none"):
         if "calibration_tokens" not in DEFAULTS.get(method, {}):
-            raise BismoothError(f"--calibration has no effect with --method {method}; leave it out")
+            raise BismoothError.of(f"--method {method}", "--calibration has no effect", "leave it out")
         from vllm_w8a8_bismooth.measure.text import read_text
 
         text = read_text(Path(calibration))
     elif calibration_tokens is not None:
-        raise BismoothError("--calibration-tokens has no effect without --calibration FILE; leave it out")
+        raise BismoothError.of("convert", _WITHOUT_TEXT, "leave it out")
     recipe = Recipe.of(
         method,
         smoothing=smoothing,
@@ -194,10 +196,8 @@ def convert(
     )
     if dry_run:
         if (folder := hub.cached(source)) is None:
-            raise BismoothError(
-                f"{source}: not downloaded yet, and --dry-run writes nothing; bismooth inspect tells size, needs and "
-                "problems from the headers alone"
-            )
+            remedy = "bismooth inspect shows size, needs and problems from the headers alone"
+            raise BismoothError.of(source, "not downloaded yet, and --dry-run writes nothing", remedy)
         from vllm_w8a8_bismooth.convert.preparation import prepare
         from vllm_w8a8_bismooth.convert.preview import preview
 
@@ -302,7 +302,7 @@ def analyze(
     if figures is not None:
         drawing.require()
     if calibration_tokens is not None and calibration is None:
-        raise BismoothError("--calibration-tokens has no effect without --calibration FILE; leave it out")
+        raise BismoothError.of("analyze", _WITHOUT_TEXT, "leave it out")
     text = read_text(Path(calibration)) if calibration is not None else None
     console, where, moved = Console(stderr=True, soft_wrap=True), device_of(device), None
     with Progress(console) as progress:
@@ -337,7 +337,7 @@ def verify(
     from rich.console import Console
 
     from vllm_w8a8_bismooth.checkpoint import hub
-    from vllm_w8a8_bismooth.verify.checks import verify as run
+    from vllm_w8a8_bismooth.verify import verify as run
 
     console = Console(stderr=True, soft_wrap=True)
     with Progress(console) as progress:
@@ -364,7 +364,7 @@ def doctor(
     with Console(stderr=True).status("asking vLLM"):
         found = diagnose()
     if as_json:
-        print(json.dumps(asdict(found), indent=2))
+        print(json.dumps(display.with_sentences(found), indent=2))
     else:
         display.diagnosis(Console(soft_wrap=True), found)
     raise typer.Exit(1 if found.problems else 0)

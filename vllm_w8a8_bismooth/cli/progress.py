@@ -2,6 +2,11 @@
 
 import resource
 import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import TaskID
 
 
 class Progress:
@@ -13,7 +18,7 @@ class Progress:
     UNITS = {"read": "shards", "merge": "shards"}
     """What a stage counts, if not blocks."""
 
-    def __init__(self, console):
+    def __init__(self, console: "Console") -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         self.console = console
@@ -26,9 +31,9 @@ class Progress:
             TextColumn("{task.fields[note]}"),
             console=console,
         )
-        self.tasks: dict = {}
+        self.tasks: dict[str, TaskID] = {}
         self.begun: dict[str, tuple[float, int]] = {}
-        self.told = 0.0
+        self.last = 0.0
 
     def __enter__(self) -> "Progress":
         return self
@@ -49,9 +54,9 @@ class Progress:
             return
         now = time.monotonic()
         started, first = self.begun.setdefault(stage, (now, done))
-        if started != now and done < total and now - self.told < self.PAUSE:
+        if started != now and done < total and now - self.last < self.PAUSE:
             return
-        self.told = now
+        self.last = now
         left = f", {duration((now - started) / (done - first) * (total - done))} left" if first < done < total else ""
         self.console.print(f"{stage}: {done} of {total} {unit}{left}, {note}", highlight=False)
 

@@ -17,6 +17,7 @@ from vllm_w8a8_bismooth.errors import BismoothError
 from vllm_w8a8_bismooth.recipe import Recipe
 
 RECIPE = "recipe.json"
+_ELSEWHERE = "remove it or choose another folder"
 _MARKS = {RECIPE: "a whole checkpoint", PART: "a part of a checkpoint"}
 
 
@@ -25,29 +26,27 @@ def refuse_overlap(folder: Path, destination: Path, what: str = "source") -> Non
     read = Path(os.path.realpath(folder))
     for written in (destination, partial_folder(destination)):
         if written == read or written in read.parents or read in written.parents:
-            raise BismoothError(f"{written}: overlaps the {what} {folder}; choose a destination beside it")
+            raise BismoothError.of(written, f"overlaps the {what} {folder}", "choose a destination beside it")
 
 
 def _is_free(destination: Path, mark: str) -> bool:
     """Whether nothing is at the destination; raises if what is there lacks the file that marks what is to be there."""
     if destination.is_symlink():
-        raise BismoothError(f"{destination}: a link in a circle; remove it or choose another folder")
+        raise BismoothError.of(destination, "a link in a circle", _ELSEWHERE)
     if not destination.exists() or (destination.is_dir() and not any(destination.iterdir())):
         return True
     found = [name for name in _MARKS if (destination / name).is_file()]
     if mark not in found:
         what = f"holds {_MARKS[found[0]]}" if found else "exists and is no result of bismooth"
-        raise BismoothError(f"{destination}: {what}; remove it or choose another folder")
+        raise BismoothError.of(destination, what, _ELSEWHERE)
     return False
 
 
 def _refuse_another(destination: Path, differences: Sequence[str]) -> None:
     if differences:
         more = ["..."] if len(differences) > 10 else []
-        raise BismoothError(
-            f"{destination}: holds another conversion ({'; '.join([*differences[:10], *more])}); "
-            "remove it or choose another folder"
-        )
+        what = f"holds another conversion ({'; '.join([*differences[:10], *more])})"
+        raise BismoothError.of(destination, what, _ELSEWHERE)
 
 
 def already_a_part(destination: Path, identity: Mapping[str, Any], blocks: range, source: Source) -> bool:

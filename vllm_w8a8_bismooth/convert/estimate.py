@@ -54,7 +54,7 @@ def needs(
     headers, item = source.checkpoint.headers, {"BF16": 2, "F16": 2, "F32": 4}
     chosen = source.checkpoint.config.get("num_experts_per_tok")
     share = min(1, chosen / source.sizes["experts"]) if type(chosen) is int and "experts" in source.sizes else 1
-    written, work = sum(headers[name].nbytes for name in source.outside_with(blocks)), 0
+    written, work = sum(headers[name].nbytes for name in source.outside_with(blocks)), 0.0
     for index in (*carried, *blocks):
         layer, converted = source.layers[index], index in blocks
         for name in source.blocks[index]:

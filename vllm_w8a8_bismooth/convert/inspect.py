@@ -16,7 +16,7 @@ from vllm_w8a8_bismooth.checkpoint.hub import Repository
 from vllm_w8a8_bismooth.checkpoint.layout import PROBLEMS, Layout
 from vllm_w8a8_bismooth.checkpoint.reader import Headers
 from vllm_w8a8_bismooth.convert.estimate import Needs, needs
-from vllm_w8a8_bismooth.errors import BismoothError
+from vllm_w8a8_bismooth.errors import BismoothError, Problem
 
 TENSOR_PARALLEL = (1, 2, 4, 8, 16)
 
@@ -99,7 +99,7 @@ class Survey:
     needs: dict[str, Needs] = field(default_factory=dict)
     per_channel: dict[int, list[str]] = field(default_factory=dict)
     per_group: dict[int, list[str]] = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
 
 
 def survey(place: Folder | Repository, calibration_tokens: int, group_size: int) -> Survey:
@@ -135,13 +135,13 @@ def survey(place: Folder | Repository, calibration_tokens: int, group_size: int)
     try:
         layout = Layout(headers)
     except BismoothError as error:
-        result.problems = list(islice(error.args, PROBLEMS))
+        result.problems = list(islice(error.problems, PROBLEMS))
         return result
     result.problems = layout.problems
     try:
         _ = list(place.side_files()) if isinstance(place, Folder) else []
     except BismoothError as error:
-        result.problems += error.args
+        result.problems += error.problems
     result.needs = {"data-free": needs(layout, None), "calibrated": needs(layout, calibration_tokens)}
     result.per_channel, result.per_group = parallel_problems(layout, None), parallel_problems(layout, group_size)
     return result

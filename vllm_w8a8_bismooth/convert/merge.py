@@ -18,7 +18,7 @@ from vllm_w8a8_bismooth.convert.options import ignored_by_name
 from vllm_w8a8_bismooth.convert.part import AGAIN, PART, Part
 from vllm_w8a8_bismooth.convert.pipeline import complete
 from vllm_w8a8_bismooth.convert.plan import Plan, full_names, span
-from vllm_w8a8_bismooth.errors import BismoothError, Interrupted
+from vllm_w8a8_bismooth.errors import BismoothError, Interrupted, Problem
 from vllm_w8a8_bismooth.method.rows import Threads
 from vllm_w8a8_bismooth.progress import Progress, silent
 from vllm_w8a8_bismooth.recipe import Recipe
@@ -81,7 +81,8 @@ def prepare(folders: Sequence[Path], destination: Path) -> Merger:
     source = first.source()
     _refuse(_uncovered(parts, len(source.layers)))
     checksums = {name: digest for part in parts for name, digest in part.checksums.items()}
-    recipe = replace(first.recipe, source=source.checkpoint.fingerprint(checksums))
+    fingerprint = source.checkpoint.fingerprint(checksums)
+    recipe = replace(first.recipe, source=fingerprint)
     grouped: list[set[str]] = [set() for _ in source.layers]
     for linear, entry in (item for part in parts for item in part.linears.items()):
         if entry["group_size"] is not None:
@@ -89,7 +90,7 @@ def prepare(folders: Sequence[Path], destination: Path) -> Merger:
             grouped[index].add(name)
     plan = Plan(source, recipe, grouped, ignored_by_name(source, recipe))
     _refuse(line for part in parts for line in _strangers(part, plan))
-    reused = already_converted(target, recipe, lambda: recipe.source)
+    reused = already_converted(target, recipe, lambda: fingerprint)
     ready = Merger(destination, target, parts, source, recipe, plan, plan.tensors(), free_space(target), reused)
     if not reused:
         journal = ready.journal()
@@ -131,67 +132,69 @@ def merge(ready: Merger, progress: Progress = silent) -> Outcome:
 
 def _open(folders: Sequence[Path]) -> list[Part]:
     """The parts, in the order of their blocks; raises with the problems of all."""
-    found, problems = [], []
+    found: list[Part] = []
+    problems: list[Problem] = []
     for folder in folders:
         try:
             found.append(Part(folder))
         except BismoothError as error:
-            problems += error.args
+            problems += error.problems
     if problems:
         raise BismoothError(*problems)
     return sorted(found, key=lambda part: (part.blocks.start, part.blocks.stop))
 
 
-def _refuse(problems: Iterable[str]) -> None:
+def _refuse(problems: Iterable[Problem]) -> None:
     if found := list(problems):
         raise BismoothError(*found)
 
 
-def _unlike(parts: Sequence[Part]) -> Iterator[str]:
+def _unlike(parts: Sequence[Part]) -> Iterator[Problem]:
     """Parts that are not of the same conversion as an earlier one."""
     for number, part in enumerate(parts):
         for other in parts[:number]:
             if lines := part.unlike(other.identity, other.outline, other.checksums):
                 more = f", and {len(lines) - 4} more" if len(lines) > 4 else ""
-                yield (
-                    f"{part.folder}: of another conversion than {other.folder} ({'; '.join(lines[:4])}{more}); "
-                    "convert one of them again, with the options and the source of the other"
+                yield Problem(
+                    str(part.folder),
+                    f"of another conversion than {other.folder} ({'; '.join(lines[:4])}{more})",
+                    "convert one of them again, with the options and the source of the other",
                 )
                 break
 
 
-def _uncovered(parts: Sequence[Part], count: int) -> Iterator[str]:
+def _uncovered(parts: Sequence[Part], count: int) -> Iterator[Problem]:
     """Blocks that are in no part, or in two."""
-    reached, last = 0, None
+    reached, last = 0, parts[0]
     for part in parts:
         start, stop = part.blocks.start, part.blocks.stop
         if start > reached:
             yield _missing(reached, start)
         elif start < reached:
-            yield (
-                f"blocks {span(range(start, min(stop, reached)))} are in {last.folder} and in {part.folder}; "
-                "leave one of the parts out"
-            )
+            blocks = span(range(start, min(stop, reached)))
+            what = f"blocks {blocks} are in {last.folder} and in {part.folder}"
+            yield Problem("merge", what, "leave one of the parts out")
         if stop > reached:
             reached, last = stop, part
     if reached < count:
         yield _missing(reached, count)
 
 
-def _missing(start: int, stop: int) -> str:
+def _missing(start: int, stop: int) -> Problem:
     blocks = span(range(start, stop))
-    return f"blocks {blocks} are in none of the parts; name theirs too, or convert them with --blocks {blocks}"
+    remedy = f"name theirs too, or convert them with --blocks {blocks}"
+    return Problem("merge", f"blocks {blocks} are in none of the parts", remedy)
 
 
-def _strangers(part: Part, plan: Plan) -> Iterator[str]:
+def _strangers(part: Part, plan: Plan) -> Iterator[Problem]:
     """Tensors that a part's blocks do not have, or have otherwise."""
     expected = {name: (NAMES[t.dtype], list(t.shape)) for name, t in plan.tensors(part.blocks).items()}
     for shard in part.shards:
         for name, entry in part.header(shard)[1].items():
             if expected.pop(name, None) != (entry["dtype"], entry["shape"]):
-                yield f"{part.folder / shard}: tensor {name} is not as {PART} has it; {AGAIN}"
+                yield Problem(str(part.folder / shard), f"tensor {name} is not as {PART} has it", AGAIN)
     for name in expected:
-        yield f"{part.folder}: tensor {name} is in none of its files; {AGAIN}"
+        yield Problem(str(part.folder), f"tensor {name} is in none of its files", AGAIN)
 
 
 def _copy_all(parts: Sequence[Part], journal: Journal, writer: ShardWriter, progress: Progress) -> None:
@@ -201,7 +204,7 @@ def _copy_all(parts: Sequence[Part], journal: Journal, writer: ShardWriter, prog
     before = len(shards) - len(left)
     progress("merge", before, len(shards), 0)
     with Threads() as threads:
-        copied = threads.map(lambda item: _copy(*item, writer), left)
+        copied = threads.map(lambda item: _copy(item[0], item[1], writer), left)
         for done, ((part, shard), _) in enumerate(zip(left, copied, strict=True), before + 1):
             writer.then(partial(journal.finish, _unit(part, shard), True))
             progress("merge", done, len(shards), writer.written)
@@ -230,9 +233,7 @@ def _copy(part: Part, shard: str, writer: ShardWriter) -> None:
                     digest.update(piece)
                     writer.add_bytes(name, start - first, memoryview(piece))
     except OSError as error:
-        raise Interrupted(
-            f"{path}: can no longer be read ({error}); run the same command again once it can, it goes on where it "
-            "stopped"
-        ) from None
+        remedy = "run the same command again once it can, it goes on where it stopped"
+        raise Interrupted.of(path, f"can no longer be read ({error})", remedy) from None
     if digest.hexdigest() != part.shards[shard]:
-        raise BismoothError(f"{path}: does not have the SHA-256 that it had when it was written; {AGAIN}")
+        raise BismoothError.of(path, "does not have the SHA-256 that it had when it was written", AGAIN)

@@ -25,10 +25,8 @@ def _named(source: Layout, option: str, expression: str) -> list[set[str]]:
     pattern = re.compile(expression)
     chosen = [named(pattern, BLOCK.format(i), layer) for i, layer in enumerate(source.layers)]
     if not any(chosen):
-        raise BismoothError(
-            f"{option} {expression!r} names no linear; "
-            f"they are called like {BLOCK.format(0)}{next(iter(source.layers[0].linears))}"
-        )
+        remedy = f"they are called like {BLOCK.format(0)}{next(iter(source.layers[0].linears))}"
+        raise BismoothError.of(f"{option} {expression!r}", "names no linear", remedy)
     return chosen
 
 
@@ -42,13 +40,15 @@ def ignored_by_name(source: Layout, recipe: Recipe) -> list[set[str]]:
         return [set() for _ in source.layers]
     chosen = _named(source, "--ignore", recipe.ignore)
     if all(names == layer.linears.keys() for names, layer in zip(chosen, source.layers, strict=True)):
-        raise BismoothError(f"--ignore {recipe.ignore!r} names every linear; nothing would be left to quantize")
+        what = "names every linear: nothing would be left to quantize"
+        raise BismoothError.of(f"--ignore {recipe.ignore!r}", what, "let it name fewer")
     for i, layer in enumerate(source.layers):
         experts = sorted(chosen[i] & layer.experts)
         if experts and (others := sorted(layer.experts - chosen[i])):
-            raise BismoothError(
-                f"--ignore {recipe.ignore!r} names {BLOCK.format(i)}{experts[0]} and not {others[0]}: "
-                "vLLM serves all experts of a block alike; name all their linears or none"
+            raise BismoothError.of(
+                f"--ignore {recipe.ignore!r}",
+                f"names {BLOCK.format(i)}{experts[0]} and not {others[0]}: vLLM serves all experts of a block alike",
+                "name all their linears or none",
             )
     return chosen
 
@@ -66,16 +66,15 @@ def chosen_by_name(source: Layout, recipe: Recipe, ignored: Sequence[set[str]]) 
         return None
     chosen = _named(source, "--group-layers", recipe.group_layers)
     if both := full_names([chosen[i] & names for i, names in enumerate(ignored)]):
-        raise BismoothError(
-            f"--group-layers {recipe.group_layers!r} and --ignore {recipe.ignore!r} both name {both[0]}, "
-            "or a sibling that vLLM fuses with it; leave it out of one"
+        raise BismoothError.of(
+            f"--group-layers {recipe.group_layers!r} and --ignore {recipe.ignore!r}",
+            f"both name {both[0]}, or a sibling that vLLM fuses with it",
+            "leave it out of one",
         )
     for i, layer in enumerate(source.layers):
         if experts := sorted(chosen[i] & layer.experts):
-            raise BismoothError(
-                f"--group-layers {recipe.group_layers!r} names {BLOCK.format(i)}{experts[0]}: "
-                "experts are served per-channel only; leave them out"
-            )
+            what = f"names {BLOCK.format(i)}{experts[0]}: experts are served per-channel only"
+            raise BismoothError.of(f"--group-layers {recipe.group_layers!r}", what, "leave them out")
     check_group_size(source, recipe, chosen)
     return chosen
 
@@ -84,10 +83,11 @@ def check_group_size(source: Layout, recipe: Recipe, grouped: Sequence[set[str]]
     """Raises :class:`BismoothError` if a per-group linear's K is not a multiple of the group size."""
     for i, layer in enumerate(source.layers):
         for linear in sorted(grouped[i]):
-            try:
-                grouping.groups(source.sizes[layer.linears[linear][1]], recipe.group_size)
-            except ValueError as error:
-                raise BismoothError(
-                    f"--group-size {recipe.group_size} does not fit {BLOCK.format(i)}{linear}: {error}; "
-                    "or leave it per-channel"
-                ) from None
+            columns = source.sizes[layer.linears[linear][1]]
+            if not grouping.fits(columns, recipe.group_size):
+                sizes = ", ".join(map(str, grouping.fitting(columns)))
+                raise BismoothError.of(
+                    f"{BLOCK.format(i)}{linear}",
+                    f"K = {columns} is not a multiple of --group-size {recipe.group_size}",
+                    f"{sizes} would fit, or leave it per-channel" if sizes else "leave it per-channel",
+                )

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from vllm_w8a8_bismooth import __version__
 from vllm_w8a8_bismooth.checkpoint.files import CONFIG, SINGLE, Folder, copy, partial_folder, read_json, sha256
 from vllm_w8a8_bismooth.checkpoint.journal import FOLDER, differences
 from vllm_w8a8_bismooth.checkpoint.layout import Source
-from vllm_w8a8_bismooth.errors import BismoothError
+from vllm_w8a8_bismooth.errors import BismoothError, Problem
 from vllm_w8a8_bismooth.recipe import Recipe
 from vllm_w8a8_bismooth.report.outcome import Outcome
 
@@ -36,6 +36,7 @@ def write(
         identity, provenance, checksums: see :class:`Part`, which reads them.
         outcome: the :class:`outcome.Outcome`.
     """
+    assert outcome.part is not None
     place, outline = source.checkpoint.place, outline_of(source)
     kept = f"{_SOURCE}/{place.path.resolve().name}"  # by its name, which the model card tells
     for relative in outline["files"]:
@@ -78,16 +79,19 @@ class Part:
         if not (folder / PART).is_file():
             for unfinished in (folder, partial_folder(folder)):
                 if (unfinished / FOLDER).is_dir():
-                    raise BismoothError(f"{unfinished}: not finished; run the command again that began it")
-            raise BismoothError(f"{folder / PART}: not found; give the folder of a part, as convert --blocks makes it")
+                    raise BismoothError.of(unfinished, "not finished", "run the command again that began it")
+            remedy = "give the folder of a part, as convert --blocks makes it"
+            raise BismoothError.of(folder / PART, "not found", remedy)
         stored = read_json(folder / PART)
         content, self.digest = stored.get("part"), stored.get("sha256")
         if not isinstance(content, dict) or self.digest != _digest(content):
-            raise BismoothError(f"{folder / PART}: damaged, it does not have the SHA-256 that it names; {AGAIN}")
+            what = "damaged, it does not have the SHA-256 that it names"
+            raise BismoothError.of(folder / PART, what, AGAIN)
         self.identity: dict[str, Any] = content["identity"]
         version = self.identity["versions"]["vllm_w8a8_bismooth"]
         if version != __version__:
-            raise BismoothError(f"{folder}: made by bismooth {version}, and this is {__version__}; merge with that one")
+            what = f"made by bismooth {version}, and this is {__version__}"
+            raise BismoothError.of(folder, what, "merge with that one")
         self.blocks, self.recipe = range(*content["blocks"]), Recipe(**self.identity["recipe"])
         self.provenance: dict[str, Any] = content["provenance"]
         self.outline: dict[str, Any] = {key: content["source"][key] for key in ("files", "headers")}
@@ -104,29 +108,29 @@ class Part:
             _Outline(self.folder / stored["folder"], stored["hub_id"], stored["revision"], self.outline["headers"])
         )
 
-    def problems(self) -> Iterator[str]:
+    def problems(self) -> Iterator[Problem]:
         """What is absent or damaged of it, as far as that is seen without reading its shards."""
         for relative, digest in self.outline["files"].items():
             path = self.folder / self._source["folder"] / relative
             if not path.is_file():
-                yield f"{path}: absent; {AGAIN}"
+                yield Problem(str(path), "absent", AGAIN)
             elif sha256(path) != digest:
-                yield f"{path}: does not have the SHA-256 that {PART} names; {AGAIN}"
+                yield Problem(str(path), f"does not have the SHA-256 that {PART} names", AGAIN)
         for shard in self.shards:
             try:
                 self.header(shard)
             except BismoothError as error:
-                yield str(error)
+                yield from error.problems
 
     def header(self, shard: str) -> tuple[int, dict[str, Any]]:
         """See :class:`files.Place`."""
         path = self.folder / shard
         if not path.is_file():
-            raise BismoothError(f"{path}: absent; {AGAIN}")
+            raise BismoothError.of(path, "absent", AGAIN)
         try:
             return Folder(self.folder).header(shard)
         except BismoothError as error:
-            raise BismoothError(f"{str(error).rpartition('; ')[0]}; {AGAIN}") from None
+            raise BismoothError(*(replace(problem, remedy=AGAIN) for problem in error.problems)) from None
 
     def unlike(
         self, identity: Mapping[str, Any], outline: Mapping[str, Any], checksums: Mapping[str, str]
@@ -153,7 +157,7 @@ class Part:
 class _Outline(Folder):
     """A checkpoint's folder without its weights, and their headers, as if all were in one file."""
 
-    headers: Mapping[str, Any] | None = None
+    headers: Mapping[str, Any] = field(default_factory=dict)
 
     def has(self, file: str) -> bool:
         return file == SINGLE or super().has(file)

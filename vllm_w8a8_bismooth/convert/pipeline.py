@@ -73,9 +73,8 @@ def _finish(folder: Path, ready: Preparation, plan: Plan, outcome: Outcome, chec
             complete(folder, ready.source, recipe, plan, outcome, ready.provenance)
     before, now = ready.identity["source"], checkpoint.signature()
     if changed := [name for name in sorted(now.keys() | before.keys()) if now.get(name) != before.get(name)]:
-        raise BismoothError(
-            f"{checkpoint.folder / changed[0]}: changed during the conversion; convert again, with it at rest"
-        )
+        remedy = "convert again, with it at rest"
+        raise BismoothError.of(checkpoint.folder / changed[0], "changed during the conversion", remedy)
 
 
 def complete(

@@ -43,7 +43,8 @@ class Plan:
                         tensors[full] = torch.empty(header.shape, dtype=torch_dtype(header.dtype))
                         continue
                     rows, columns = header.shape
-                    groups = columns // self.recipe.group_size if linear in self.grouped[index] else 1
+                    size = self.recipe.group_size if linear in self.grouped[index] else None
+                    groups = 1 if size is None else columns // size
                     tensors[full] = torch.empty(rows, columns, dtype=torch.int8)
                     tensors[f"{full}_scale"] = torch.empty(rows, groups, dtype=torch.float32)
         return tensors
@@ -71,7 +72,6 @@ def blocks_of(chosen: slice, count: int) -> range:
     """
     start, stop = chosen.start or 0, count if chosen.stop is None else chosen.stop
     if not 0 <= start < stop <= count:
-        raise BismoothError(
-            f"--blocks {start}:{stop} names no blocks of this model, which are 0:{count}; the last is not included"
-        )
+        what = f"names no blocks of this model, which are 0:{count}"
+        raise BismoothError.of(f"--blocks {start}:{stop}", what, "choose among them; the last one is not included")
     return range(start, stop)

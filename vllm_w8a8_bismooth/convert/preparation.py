@@ -93,7 +93,7 @@ def prepare(
     refuse_overlap(place.path, target)
     for name in (RECIPE, *card.OURS):
         if (place.path / name).exists():
-            raise BismoothError(f"{place.path / name}: our own {name} would take its place in the copy; rename it")
+            raise BismoothError.of(place.path / name, f"our own {name} would take its place in the copy", "rename it")
     source = Source(place)
     part = None if blocks is None else blocks_of(blocks, len(source.layers))
     recipe = replace(
@@ -137,12 +137,14 @@ def prepare(
 def _check_auto(part: range | None, text: CalibrationText | None) -> None:
     """Raises :class:`BismoothError` where ``--method auto`` lacks what it decides by."""
     if part is not None:
-        raise BismoothError(
-            "--method auto spends one budget on the blocks of the whole model, of which --blocks sees some: convert on "
-            "one machine, or name the linears with --method bismooth --group-size and --group-layers"
+        raise BismoothError.of(
+            "--blocks",
+            "--method auto spends one budget on the blocks of the whole model, and would see only some",
+            "convert on one machine, or name the linears with --method bismooth --group-size and --group-layers",
         )
     if text is None:
-        raise BismoothError("--method auto measures what quantization does to activations: give it --calibration FILE")
+        what = "measures what quantization does to activations"
+        raise BismoothError.of("--method auto", what, "give it --calibration FILE")
 
 
 def device_of(name: str) -> torch.device:
@@ -157,5 +159,6 @@ def device_of(name: str) -> torch.device:
             raise RuntimeError("only cpu and cuda are supported")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:  # torch asserts where it was built without CUDA
-        raise BismoothError(f"--device {name}: {str(error).splitlines()[0]}; leave it out to use the CPU") from None
+        what = str(error).splitlines()[0]
+        raise BismoothError.of(f"--device {name}", what, "leave it out to use the CPU") from None
     return device

@@ -158,9 +158,10 @@ class Stages:
         """Raises :class:`BismoothError` if a tensor, or what was summed up of it, left the range of its dtype."""
         if not values.isfinite().all():
             smoothed = " after smoothing" if self._recipe.smoothing else ""
-            raise BismoothError(
-                f"tensor {name} holds values beyond 1e19{smoothed}, whose squares fp32 cannot hold; no sound model has "
-                "such weights, repair it"
+            raise BismoothError.of(
+                name,
+                f"holds values beyond 1e19{smoothed}, whose squares fp32 cannot hold",
+                "no sound model has such weights, repair it",
             )
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -11,6 +12,9 @@ from vllm_w8a8_bismooth.errors import BismoothError
 from vllm_w8a8_bismooth.measure.text import refused, transformers_config
 from vllm_w8a8_bismooth.method.moments import Moments
 from vllm_w8a8_bismooth.method.rows import Threads
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _ROWS = 64  # tokens measured at once, which fit a core's cache
 _CHUNK = 1024  # tokens that pass through a block at once; bounds the MLP's intermediate
@@ -94,9 +98,10 @@ class Calibration:
             block.load_state_dict(lent, assign=True)
             yield block, lambda hidden: self._forwards[index](hidden, **arguments)
         except Exception as error:
-            raise BismoothError(
-                f"{self.source.checkpoint.folder}: the forward pass failed in block {index} "
-                f"({type(error).__name__}: {error}); check config.json, or use --calibration none"
+            raise BismoothError.of(
+                self.source.checkpoint.folder,
+                f"the forward pass failed in block {index} ({type(error).__name__}: {error})",
+                "check config.json, or use --calibration none",
             ) from error
         finally:
             block.to("meta")
@@ -144,7 +149,8 @@ class Calibration:
                 hook.remove()
         for site, found in seen.items():
             if not found.high.isfinite().all():
-                raise BismoothError(f"{prefix}* overflows at site {site} in calibration; the model itself is broken")
+                what = f"overflows at site {site} in calibration"
+                raise BismoothError.of(f"{prefix}*", what, "the model itself is broken, repair it")
         return {site: found for site, found in seen.items() if found.rows}
 
 
@@ -152,7 +158,7 @@ def separate_experts(layers: Iterable[torch.nn.Module], architecture: Architectu
     """Make every expert of the decoder blocks a module of its own, of linears named as in the checkpoint."""
     for block in layers:
         if hasattr(block.mlp, "experts"):
-            block.mlp.experts = _Experts(block.mlp.experts, architecture.expert_linears)
+            block.mlp.experts = _Experts(block.get_submodule("mlp.experts"), architecture.expert_linears)
 
 
 class _Experts(torch.nn.Module):
@@ -162,7 +168,7 @@ class _Experts(torch.nn.Module):
     experts ``[T, k]``, their weights ``[T, k]``).
     """
 
-    def __init__(self, stacked: torch.nn.Module, names: tuple[str, str, str]):
+    def __init__(self, stacked: Any, names: tuple[str, str, str]):
         super().__init__()
         for e in range(stacked.num_experts):
             self.add_module(str(e), _Expert(stacked, names))
@@ -177,7 +183,7 @@ class _Experts(torch.nn.Module):
 
 
 class _Expert(torch.nn.Module):
-    def __init__(self, stacked: torch.nn.Module, names: tuple[str, str, str]):
+    def __init__(self, stacked: Any, names: tuple[str, str, str]):
         super().__init__()
         hidden, inner, dtype = stacked.hidden_dim, stacked.intermediate_dim, stacked.down_proj.dtype
         for name, shape in zip(names, ((hidden, inner), (hidden, inner), (inner, hidden)), strict=True):
@@ -189,14 +195,14 @@ class _Expert(torch.nn.Module):
         return down(self._activation(gate(hidden)) * up(hidden))
 
 
-def _materialize_buffers(model: torch.nn.Module) -> None:
+def _materialize_buffers(model: "PreTrainedModel") -> None:
     """Values for the buffers that no checkpoint holds (rotary tables, Gemma's embedding scale), as from_pretrained
     gives them: by the model's own initialization, which on parameters without storage does nothing."""
     for module in model.modules():
-        names = [name for name, _ in module.named_buffers(recurse=False)]
-        for name in names:
-            module._buffers[name] = torch.empty_like(module._buffers[name], device="cpu")
-        if names:
+        buffers = list(module.named_buffers(recurse=False))
+        for name, buffer in buffers:
+            module._buffers[name] = torch.empty_like(buffer, device="cpu")
+        if buffers:
             model._init_weights(module)
 
 

@@ -70,7 +70,8 @@ def measure(
         Unit -> variant -> mean over tokens of ``|change of the block's output|^2 / |output|^2``. Variants whose groups
         do not divide K are left out.
     """
-    layer, found = calibration.source.layers[index], {}
+    layer = calibration.source.layers[index]
+    found: dict[str, dict[str, float]] = {}
     built = calibration.source.architecture.built
     with calibration.lend(index, tensors, torch.float32) as (block, run):
         hidden = hidden.float()
@@ -98,6 +99,7 @@ def _quantized(block: torch.nn.Module, folds: Mapping[str, Fold], variant: Varia
     kept, hooks = {}, []
     for name, fold in folds.items():
         linear = block.get_submodule(name)
+        assert isinstance(linear, torch.nn.Linear)
         s = fold.columns if fold.columns is not None else linear.weight.new_ones(linear.weight.shape[1])
 
         def rounded(rows: torch.Tensor) -> torch.Tensor:
@@ -165,7 +167,8 @@ def view(run: Run, tokens: torch.Tensor, rule: Rule) -> dict[str, dict[str, floa
     Returns:
         Full name of the unit -> variant -> error.
     """
-    source, activations, found = run.source, Activations(run, tokens), {}
+    source, activations = run.source, Activations(run, tokens)
+    found: dict[str, dict[str, float]] = {}
     with Threads() as threads:
         for index, block in run.walk(PERTURB):
             calibration = activations.calibration(index)

@@ -79,9 +79,10 @@ class Prior:
         seen = {"the residual stream": self.hidden} | {f"site {name}": moments.high for name, moments in found.items()}
         for place, sizes in seen.items():
             if not sizes.isfinite().all():
-                raise BismoothError(
-                    f"{BLOCK.format(index)}*: what the weights up to here make of the embedding overflows at {place}; "
-                    "no sound model has such weights, repair them"
+                raise BismoothError.of(
+                    f"{BLOCK.format(index)}*",
+                    f"what the weights up to here make of the embedding overflows at {place}",
+                    "no sound model has such weights, repair them",
                 )
         return found
 

@@ -34,18 +34,20 @@ def read_text(path: Path) -> CalibrationText:
         BismoothError: missing, empty, not UTF-8, another suffix, or a line that is not such an object.
     """
     if path.suffix not in (".txt", ".jsonl"):
-        raise BismoothError(f"{path}: calibration text must be a .txt or .jsonl file, or 'none'")
+        raise BismoothError.of(path, "no .txt or .jsonl file", "give calibration text as one, or 'none'")
     try:
         data = path.read_bytes()
         text = data.decode("utf-8")
     except OSError as error:
-        raise BismoothError(f"{path}: calibration file cannot be read ({error.strerror}); check the path") from None
+        what = f"calibration file cannot be read ({error.strerror})"
+        raise BismoothError.of(path, what, "check the path") from None
     except UnicodeDecodeError as error:
-        raise BismoothError(f"{path}: not UTF-8 (byte {error.start}); convert the calibration file to UTF-8") from None
+        what = f"not UTF-8 (byte {error.start})"
+        raise BismoothError.of(path, what, "convert the calibration file to UTF-8") from None
     documents = [text] if path.suffix == ".txt" else [_document(path, n, line) for n, line in _lines(text)]
     documents = [d for d in documents if d.strip()]
     if not documents:
-        raise BismoothError(f"{path}: the calibration file is empty; give it text, or use --calibration none")
+        raise BismoothError.of(path, "the calibration file is empty", "give it text, or use --calibration none")
     return CalibrationText(path, tuple(documents), hashlib.sha256(data).hexdigest())
 
 
@@ -59,7 +61,7 @@ def _document(path: Path, number: int, line: str) -> str:
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict) or not isinstance(value.get("text"), str):
-        raise BismoothError(f'{path}: line {number} is not a JSON object with a string "text"')
+        raise BismoothError.of(path, f'line {number} is not a JSON object with a string "text"', "mend it")
     return value["text"]
 
 
@@ -97,17 +99,17 @@ def tokenize(text: CalibrationText, checkpoint: Checkpoint, budget: int) -> torc
         for document, i in _spread(pieces, math.ceil(share * len(pieces))):
             ids += tokenizer(document[i : i + _PIECE], add_special_tokens=False, verbose=False).input_ids
     except Exception as error:  # transformers raises anything from OSError to KeyError here
-        raise BismoothError(
-            f"{checkpoint.folder}: no usable tokenizer ({type(error).__name__}: {error}); "
-            "add tokenizer.json, or use --calibration none"
-        ) from None
+        what = f"no usable tokenizer ({type(error).__name__}: {error})"
+        raise BismoothError.of(checkpoint.folder, what, "add tokenizer.json, or use --calibration none") from None
     if not ids:
-        raise BismoothError(f"{text.path}: the checkpoint's tokenizer makes no tokens of it; use --calibration none")
+        what = "the checkpoint's tokenizer makes no tokens of it"
+        raise BismoothError.of(text.path, what, "use --calibration none")
     vocabulary = checkpoint.headers[EMBEDDING].shape[0]
     if max(ids) >= vocabulary:
-        raise BismoothError(
-            f"{checkpoint.folder}: the tokenizer gives id {max(ids)}, {EMBEDDING} has {vocabulary} rows; "
-            "tokenizer and model do not belong together"
+        raise BismoothError.of(
+            checkpoint.folder,
+            f"the tokenizer gives id {max(ids)}, {EMBEDDING} has {vocabulary} rows",
+            "put the tokenizer there that belongs to the model",
         )
     longest = checkpoint.config.get("max_position_embeddings")
     longest = longest if isinstance(longest, int) and longest > 0 else WINDOW
@@ -136,7 +138,8 @@ def transformers_config(checkpoint: Checkpoint):
 
 
 def refused(checkpoint: Checkpoint, error: Exception) -> BismoothError:
-    return BismoothError(
-        f"{checkpoint.folder}: transformers refuses config.json ({type(error).__name__}: {error}); mend it, "
-        "or use --calibration none"
+    return BismoothError.of(
+        checkpoint.folder,
+        f"transformers refuses config.json ({type(error).__name__}: {error})",
+        "mend it, or use --calibration none",
     )

@@ -102,7 +102,10 @@ Rule = Callable[[Moments, Moments], torch.Tensor]
 
 def rule_of(recipe: Recipe) -> Rule:
     """The rule that a recipe names."""
-    return {"balanced": by_error, "alpha": partial(by_range, alpha=recipe.alpha)}[recipe.smoothing]
+    if recipe.smoothing == "alpha":
+        assert recipe.alpha is not None
+        return partial(by_range, alpha=recipe.alpha)
+    return by_error
 
 
 def _logs(values: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,7 @@ _SLAB = 2**23  # elements that a thread takes at once; their codes are written a
 class Memory(threading.local):
     """What one thread works in, used again and again: faulting in fresh pages takes longer than the work on them."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._buffers: dict = {}
 
     def get(self, role: str, rows: int, like: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -36,7 +36,7 @@ class Threads:
     Use as a context manager. A GPU is given its work by the calling thread alone, as is everything outside the context.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._memory = Memory()
         self._pool: ThreadPoolExecutor | None = None
 
@@ -57,6 +57,7 @@ class Threads:
         return self
 
     def __exit__(self, *exception) -> None:
+        assert self._pool is not None
         self._pool.shutdown(cancel_futures=True)
         self._pool = None
 

@@ -69,8 +69,8 @@ def write(folder: Path, source: Source, recipe: Recipe, outcome: Outcome, base_m
     (folder / CARD).write_bytes(content.encode())
 
 
-def inherited(card: Path) -> dict[str, str | list[str]]:
-    """Licence and languages from the YAML front matter of a model card.
+def inherited(card: Path) -> dict[str, Any]:
+    """Licence and languages from the YAML front matter of a model card: key -> string, or list of strings.
 
     The card is not trusted: only its first 64 KiB count, values are plain strings, and those that do not look like
     what they should be are left out. No card, or one that cannot be parsed, gives nothing.
@@ -87,7 +87,7 @@ def inherited(card: Path) -> dict[str, str | list[str]]:
         return {}
     if not isinstance(stored, dict):
         return {}
-    found: dict[str, str | list[str]] = {}
+    found: dict[str, Any] = {}
     for key, pattern in _INHERITED.items():
         value = stored.get(key)
         values = value if key == "language" and isinstance(value, list) else [value]
@@ -101,12 +101,12 @@ def _card(source: Source, recipe: Recipe, outcome: Outcome, base_model: str | No
     from huggingface_hub import ModelCard, ModelCardData
 
     original = source.checkpoint.folder / CARD
+    base = {"base_model": base_model, "base_model_relation": "quantized"} if base_model else {}
     data = ModelCardData(
-        **inherited(original),
+        **inherited(original) | base,
         library_name="vllm",
         pipeline_tag="text-generation",
         tags=["int8", "w8a8", "compressed-tensors", "vllm", "bismooth"],
-        **({"base_model": base_model, "base_model_relation": "quantized"} if base_model else {}),
     )
     name = _plain(base_model or source.checkpoint.folder.resolve().name)
     grouped = sum(entry["group_size"] is not None for entry in outcome.linears.values())

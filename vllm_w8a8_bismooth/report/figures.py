@@ -6,14 +6,14 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 from vllm_w8a8_bismooth.checkpoint.architectures import kind_of
 from vllm_w8a8_bismooth.errors import BismoothError
 from vllm_w8a8_bismooth.measure.weights import VULNERABLE, Analysis, Measure
 
 # A background of its own and dark ink: legible on light and dark pages alike.
-STYLE = {
+STYLE: dict[str, Any] = {
     "font.size": 11,
     "figure.facecolor": "white",
     "axes.facecolor": "white",
@@ -42,11 +42,11 @@ def available() -> bool:
 def require() -> None:
     """Raises :class:`BismoothError` if there is no matplotlib."""
     if not available():
-        raise BismoothError("--figures needs matplotlib; pip install vllm-w8a8-bismooth[plot]")
+        raise BismoothError.of("--figures", "needs matplotlib", "pip install vllm-w8a8-bismooth[plot]")
 
 
 @contextmanager
-def drawing(path: Path, width: float, height: float, layout: str | None = None) -> Iterator[Any]:
+def drawing(path: Path, width: float, height: float, layout: Literal["constrained"] | None = None) -> Iterator[Any]:
     """An empty matplotlib figure of so many inches, to be drawn on inside; written to ``path`` afterwards, undated."""
     import matplotlib
     from matplotlib.figure import Figure
@@ -188,9 +188,10 @@ def _heat(path: Path, title: str, errors: Mapping[str, float], grouped: Collecti
         cells[kind_of(name)] = max(error, cells.get(kind_of(name), 0.0))
     kinds = sorted({kind for kind, _ in cells}, key=rank)
     blocks = 1 + max(block for _, block in cells)
-    norm = LogNorm(0.005, 1.0)
+    lowest = 0.005
+    norm = LogNorm(lowest, 1.0)
     table = [[cells.get((kind, block), math.nan) for block in range(blocks)] for kind in kinds]
-    table = [[norm.vmin if error < norm.vmin else error for error in row] for row in table]  # 0 has no logarithm
+    table = [[lowest if error < lowest else error for error in row] for row in table]  # 0 has no logarithm
     width, height = 9.0, 1.2 + 0.3 * len(kinds)
     left = 0.3 + 0.085 * max(map(len, kinds))
     with drawing(path, width, height) as figure:

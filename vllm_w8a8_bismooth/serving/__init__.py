@@ -15,8 +15,9 @@ def register() -> None:
     """
     from vllm.model_executor.layers.quantization import register_quantization_config
 
+    from vllm_w8a8_bismooth import NAME
     from vllm_w8a8_bismooth.serving import versions
-    from vllm_w8a8_bismooth.serving.claim import NAME, Claim
+    from vllm_w8a8_bismooth.serving.claim import Claim
 
     register_quantization_config(NAME)(Claim)
     versions.warn_if_untested()

@@ -6,9 +6,7 @@ from typing import Any
 
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
-from vllm_w8a8_bismooth import MARKER
-
-NAME = "w8a8_bismooth"
+from vllm_w8a8_bismooth import MARKER, NAME
 
 
 class Claim(QuantizationConfig):

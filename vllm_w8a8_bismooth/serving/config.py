@@ -13,9 +13,8 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
 from vllm.model_executor.layers.quantization.compressed_tensors.schemes import CompressedTensorsScheme
 from vllm.platforms import current_platform
 
-from vllm_w8a8_bismooth import FORMAT, MARKER, ops
+from vllm_w8a8_bismooth import FORMAT, MARKER, NAME, ops
 from vllm_w8a8_bismooth.serving import guard, moe
-from vllm_w8a8_bismooth.serving.claim import NAME
 from vllm_w8a8_bismooth.serving.scheme import W8A8Scheme
 
 logger = init_logger("vllm.w8a8_bismooth")

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from vllm_w8a8_bismooth import NAME
+
 
 def answer() -> dict[str, Any]:
     """What vLLM says of itself here, as its own processes would see it.
@@ -24,11 +26,11 @@ def answer() -> dict[str, Any]:
 
     load_general_plugins()
     capability = current_platform.get_device_capability()
-    found = {
+    found: dict[str, Any] = {
         "platform": current_platform.device_type,
         "device": current_platform.get_device_name(),
         "capability": capability and capability.as_version_str(),
-        "registered": "w8a8_bismooth" in QUANTIZATION_METHODS,
+        "registered": NAME in QUANTIZATION_METHODS,
         "problem": None,
         "layers": {},
     }

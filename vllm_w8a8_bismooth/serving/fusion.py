@@ -9,6 +9,7 @@ needs the input, nothing changes: the linear quantizes its own input.
 import torch
 from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.fusion.quant_activation import QuantizedActivation, as_quantized_activation
+from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.quantization.utils.quant_utils import GroupShape, QuantKey, ScaleDesc
 
 from vllm_w8a8_bismooth import ops
@@ -21,7 +22,7 @@ class Key(QuantKey):
     """Ours alone: unequal to any ``QuantKey`` of vLLM, so that our rows serve our linears and no others."""
 
 
-def accept_quantized(layer: torch.nn.Module, group_size: int | None) -> None:
+def accept_quantized(layer: LinearBase, group_size: int | None) -> None:
     """Let what precedes the layer quantize for it, if this vLLM has the hook and the layer's device our fused kernel.
 
     Args:
@@ -35,7 +36,7 @@ def accept_quantized(layer: torch.nn.Module, group_size: int | None) -> None:
     REGISTRY[SiluAndMul, layer._input_quant_key] = _silu_mul
 
 
-def as_quantized(layer: torch.nn.Module, x: torch.Tensor | QuantizedActivation) -> QuantizedActivation | None:
+def as_quantized(layer: LinearBase, x: torch.Tensor | QuantizedActivation) -> QuantizedActivation | None:
     """``x`` if it is quantized, else ``None``: int8 data ``[..., K]``, fp32 scale ``[..., 1]`` or ``[..., G]``.
 
     Raises:
@@ -44,7 +45,7 @@ def as_quantized(layer: torch.nn.Module, x: torch.Tensor | QuantizedActivation) 
     return None if REGISTRY is None else as_quantized_activation(x, getattr(layer, "_input_quant_key", None))
 
 
-def _silu_mul(x: torch.Tensor, layer: torch.nn.Module) -> QuantizedActivation:
+def _silu_mul(x: torch.Tensor, layer: LinearBase) -> QuantizedActivation:
     """The layer's quantized input ``[..., K]``, from ``x [..., 2 K]``, gate then up."""
     channels = x.shape[-1] // 2
     shape = x.shape[:-1] + (channels,)

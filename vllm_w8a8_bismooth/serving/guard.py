@@ -18,7 +18,7 @@ from vllm.logger import init_logger
 
 from vllm_w8a8_bismooth.checkpoint.files import REPORT, WEIGHT_SUFFIXES, read_json, sha256
 from vllm_w8a8_bismooth.checkpoint.reader import FLOAT_DTYPES, Checkpoint
-from vllm_w8a8_bismooth.errors import BismoothError
+from vllm_w8a8_bismooth.errors import BismoothError, Problem
 
 logger = init_logger("vllm.w8a8_bismooth")
 
@@ -96,47 +96,43 @@ def check_files(folder: Path) -> None:
         checkpoint = Checkpoint(folder, dtypes=(*FLOAT_DTYPES, "I8"))
         problems = [*_unpaired(checkpoint), *_changed(folder)]
     except BismoothError as error:
-        problems = [str(error)]
+        problems = [*error.problems]
     if problems:
-        raise ValueError(f"{folder} is damaged: " + "\n".join(problems))
+        raise ValueError(f"{folder} is damaged: " + "\n".join(map(str, problems)))
 
 
-def _unpaired(checkpoint: Checkpoint) -> Iterator[str]:
+def _unpaired(checkpoint: Checkpoint) -> Iterator[Problem]:
     """INT8 weights whose scales are absent or of another shape, and scales without weights."""
     headers = checkpoint.headers
     for name, header in headers.items():
         if name.endswith(_SUFFIX) and headers.get(name.removesuffix("_scale"), header).dtype != "I8":
-            yield f"tensor {name} is the scale of no INT8 weight; convert the source again"
+            yield Problem(name, "is the scale of no INT8 weight", "convert the source again")
         if header.dtype != "I8":
             continue
         scale = headers.get(f"{name}_scale")
         if scale is None:
-            yield f"tensor {name}_scale is missing; copy the checkpoint again, or convert the source again"
+            yield Problem(f"{name}_scale", "is missing", "copy the checkpoint again, or convert the source again")
         elif len(header.shape) != 2 or len(scale.shape) != 2 or scale.shape[0] != header.shape[0]:
-            yield (
-                f"tensor {name}_scale has shape {list(scale.shape)}, {name} {list(header.shape)}; "
-                "convert the source again"
-            )
+            what = f"has shape {list(scale.shape)}, {name} has {list(header.shape)}"
+            yield Problem(f"{name}_scale", what, "convert the source again")
 
 
-def _changed(folder: Path) -> Iterator[str]:
+def _changed(folder: Path) -> Iterator[Problem]:
     """Shards that are not what the conversion wrote."""
     if not (folder / REPORT).exists() or os.environ.get(SKIP) == "1":
         return
     noted = read_json(folder / REPORT).get("sha256")
     noted = noted if isinstance(noted, dict) else {}
     shards, started = sorted(folder.glob("*.safetensors")), time.monotonic()
-    state = _state([folder / REPORT, *shards])
+    state: str | None = _state([folder / REPORT, *shards])
     if os.environ.get(HASHED) == state:
         return
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for path, found in zip(shards, pool.map(sha256, shards), strict=True):
             if noted.get(path.name, found) != found:
                 state = None
-                yield (
-                    f"{path.name} has SHA-256 {found}, {REPORT} noted {noted[path.name]} when it was written; "
-                    "copy the file again, or convert the source again"
-                )
+                what = f"has SHA-256 {found}, {REPORT} noted {noted[path.name]} when it was written"
+                yield Problem(path.name, what, "copy the file again, or convert the source again")
     logger.info("w8a8_bismooth: hashed %d shards in %.1f s", len(shards), time.monotonic() - started)
     if state is not None:
         os.environ[HASHED] = state

@@ -199,7 +199,8 @@ def _load(layer: RoutedExperts, param, loaded_weight, weight_name, shard_id, exp
     return layer.weight_loader(param, loaded_weight, weight_name, shard_id, expert_id, return_success)
 
 
-_load.supports_moe_loading = RoutedExperts.weight_loader.supports_moe_loading  # some models' loaders ask for it
+# Some models' loaders ask for it.
+_load.supports_moe_loading = RoutedExperts.weight_loader.supports_moe_loading  # type: ignore[attr-defined]
 
 
 def _check_served(layer: RoutedExperts) -> None:

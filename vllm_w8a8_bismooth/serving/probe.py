@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from vllm.model_executor.layers.quantization import get_quantization_config
 
+from vllm_w8a8_bismooth import NAME
 from vllm_w8a8_bismooth.serving import register
-from vllm_w8a8_bismooth.serving.claim import NAME, Claim
+from vllm_w8a8_bismooth.serving.claim import Claim
 
 
 def problems(request: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

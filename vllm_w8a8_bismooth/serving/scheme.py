@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from vllm.logger import init_logger
+from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.quantization.compressed_tensors.schemes import CompressedTensorsScheme
 from vllm.model_executor.layers.quantization.utils import replace_parameter
 from vllm.model_executor.parameter import (
@@ -21,7 +22,8 @@ from vllm_w8a8_bismooth.serving import fusion
 
 logger = init_logger("vllm.w8a8_bismooth")
 
-_QKV = {"q": 0, "k": 1, "v": 2}  # how vLLM's loader calls the parts of a merged attention projection
+# How vLLM's loader calls the parts of a merged attention projection.
+_QKV: Mapping[object, int] = {"q": 0, "k": 1, "v": 2}
 
 
 class W8A8Scheme(CompressedTensorsScheme):
@@ -55,7 +57,7 @@ class W8A8Scheme(CompressedTensorsScheme):
 
     def create_weights(
         self,
-        layer: torch.nn.Module,
+        layer: LinearBase,
         output_partition_sizes: list[int],
         input_size_per_partition: int,
         params_dtype: torch.dtype,
@@ -99,7 +101,7 @@ class W8A8Scheme(CompressedTensorsScheme):
             )
         layer.register_parameter("weight_scale", scale)
 
-    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+    def process_weights_after_loading(self, layer: LinearBase) -> None:
         """Check that scales arrived, and lay weights and scales out for the kernels.
 
         On CPU, ``weight`` becomes what :func:`ops.pack_weight` makes of it, in the same amount of memory, and
@@ -131,7 +133,8 @@ class W8A8Scheme(CompressedTensorsScheme):
             largest = torch.nn.Parameter(input_scale.max().reshape(1, 1), requires_grad=False)
             replace_parameter(layer, "input_scale", largest)
         if compiled:
-            if reason := ops.unsupported(*weight.shape, group_size=self.weight_group_size, device=weight.device):
+            rows, columns = weight.shape
+            if reason := ops.unsupported(rows, columns, group_size=self.weight_group_size, device=weight.device):
                 raise ValueError(
                     f"{getattr(layer, 'prefix', 'linear')}: {reason}; use a smaller tensor parallel size, or install "
                     "without the CUDA kernels (BISMOOTH_CUDA=0)"
@@ -143,7 +146,7 @@ class W8A8Scheme(CompressedTensorsScheme):
             fusion.accept_quantized(layer, self.activation_group_size)
 
     def apply_weights(
-        self, layer: torch.nn.Module, x: "torch.Tensor | fusion.QuantizedActivation", bias: torch.Tensor | None
+        self, layer: LinearBase, x: "torch.Tensor | fusion.QuantizedActivation", bias: torch.Tensor | None
     ) -> torch.Tensor:
         """Maps ``[..., K]``, floats or quantized by what precedes the layer, to ``[..., N]`` in the floats' dtype."""
         if self.static:
@@ -154,7 +157,7 @@ class W8A8Scheme(CompressedTensorsScheme):
         out = ops.scaled_mm(codes, layer.weight, scale, layer.weight_scale, given.orig_dtype, bias, constant_b=True)
         return out.view(*given.orig_shape[:-1], out.shape[1])
 
-    def _checking(self, weight_loader: Callable, layer: torch.nn.Module) -> Callable:
+    def _checking(self, weight_loader: Callable, layer: LinearBase) -> Callable:
         """Wraps the loader: tensors of another shape than the layer's raise a ValueError that names them.
 
         vLLM's own takes the part of a larger tensor that it has room for, and otherwise fails a bare assertion.
@@ -177,7 +180,7 @@ class W8A8Scheme(CompressedTensorsScheme):
 
         return load
 
-    def _check_arrived(self, layer: torch.nn.Module, parameter: str, good: torch.Tensor, fault: str) -> None:
+    def _check_arrived(self, layer: LinearBase, parameter: str, good: torch.Tensor, fault: str) -> None:
         """Raise a ValueError that names the first tensor of the checkpoint with a value that is not ``good``.
 
         ``good`` is bool ``[N, ...]`` with a value for each row, or ``[parts]`` for each part of a merged linear.
@@ -192,7 +195,7 @@ class W8A8Scheme(CompressedTensorsScheme):
             "the checkpoint is incomplete or corrupt, convert it again"
         )
 
-    def _stored_name(self, layer: torch.nn.Module, parameter: str, part: int | str | None) -> str:
+    def _stored_name(self, layer: LinearBase, parameter: str, part: int | str | None) -> str:
         """The name of a parameter, or of that part of a merged one, in the checkpoint."""
         module, _, last = getattr(layer, "prefix", "linear").rpartition(".")
         parts = self._fused.get(last, ())
@@ -202,7 +205,7 @@ class W8A8Scheme(CompressedTensorsScheme):
         return f"{module}.{last}.{parameter}"
 
 
-def _rows(layer: torch.nn.Module, part: Any) -> int | None:
+def _rows(layer: LinearBase, part: Any) -> int | None:
     """Rows that the checkpoint has of a vLLM linear, or of that part of it; ``None`` where that is not known."""
     if not hasattr(layer, "output_size"):  # a head
         return None

@@ -1,4 +1,4 @@
-"""Whether a converted checkpoint still computes what its source does, told from the two checkpoints alone.
+"""Whether a converted checkpoint still computes what its source does, seen from the two checkpoints alone.
 
 Smoothing divides what feeds a linear and multiplies the linear's columns. What a norm gave up is on record: its old
 gain over its new one. What ``v_proj`` or ``up_proj`` gave up is not, but it can be found again: a code ``q`` of step
@@ -8,10 +8,8 @@ folded into it. If the ranges of a producer's rows and its consumers' columns do
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from math import inf, log10
-from typing import Any
+from collections.abc import Collection, Iterator
+from math import inf
 
 import torch
 
@@ -19,118 +17,15 @@ from vllm_w8a8_bismooth.checkpoint.architectures import BLOCK, Layer, Site
 from vllm_w8a8_bismooth.checkpoint.files import CONFIG, sha256
 from vllm_w8a8_bismooth.checkpoint.layout import Source
 from vllm_w8a8_bismooth.checkpoint.reader import Checkpoint
-from vllm_w8a8_bismooth.method.quantize import dequantize_weight
+from vllm_w8a8_bismooth.errors import Problem
 from vllm_w8a8_bismooth.method.rows import Threads
 from vllm_w8a8_bismooth.method.smooth import gather, rows_of, spread
+from vllm_w8a8_bismooth.progress import Progress
 from vllm_w8a8_bismooth.report.card import place_of
+from vllm_w8a8_bismooth.verify.match import Match, Range, match
 
-_PIECE = 2**20  # elements worked on at once
-_HALF = 0.5 + 2e-4  # of a step: fp32 rounds the division before the code is
-_ROOM = 1e-5  # relative, between factors that are equal but for fp32
 _FUNCTION = "this checkpoint computes another function; convert the source again"
 _SOURCE = "convert the source again, or name the right one with --against"
-
-
-@dataclass
-class Range:
-    """Factors that are possible, fp32 ``[n]`` each. They are positive."""
-
-    low: torch.Tensor
-    high: torch.Tensor
-
-    @classmethod
-    def unknown(cls, n: int) -> "Range":
-        return cls(torch.full((n,), -inf), torch.full((n,), inf))
-
-    def narrow(self, low: torch.Tensor, high: torch.Tensor) -> None:
-        self.low, self.high = torch.maximum(self.low, low), torch.minimum(self.high, high)
-
-    def empty(self) -> torch.Tensor:
-        """bool ``[n]``: no factor is possible."""
-        return (self.low > self.high) | (self.high <= 0)
-
-    def misses(self, other: "Range") -> torch.Tensor:
-        """bool ``[n]``: the two ranges have nothing in common, though neither is empty."""
-        low, high = torch.maximum(self.low, other.low), torch.minimum(self.high, other.high)
-        return (low - high > _ROOM * high.abs()) & ~self.empty() & ~other.empty()
-
-
-@dataclass
-class Match:
-    """How one ``[N, K]`` linear, INT8 or float, relates to its source's weight times the column factors claimed.
-
-    Attributes:
-        rows: factors of the free rows, ``[n]``.
-        factor: fp32 ``[n]``, the least-squares estimate of the same.
-        columns: factors of the columns over and above the claimed ones, from the other rows; ``[K]``.
-        sqnr: in dB, of the stored against the folded weight; ``None`` where nothing was lost.
-    """
-
-    rows: Range
-    factor: torch.Tensor
-    columns: Range
-    sqnr: float | None
-
-
-def match(
-    threads: Threads, source: Checkpoint, result: Checkpoint, name: str, columns: torch.Tensor, free: slice
-) -> Match:
-    """Compare a linear with its source, a few rows a thread in memory at a time.
-
-    Args:
-        threads: that do the work.
-        source, result: the two checkpoints.
-        name: of the weight, in both.
-        columns: fp32 ``[K]`` factors claimed for the columns; 0 where nothing is known and nothing depends on it.
-        free: the rows that may have been divided by factors yet unknown.
-    """
-    rows, width = source.headers[name].shape
-    silent = (columns == 0).nonzero().view(-1)
-    step = max(1, _PIECE // width)
-    found = Match(Range.unknown(free.stop - free.start), torch.ones(free.stop - free.start), Range.unknown(width), None)
-
-    def compare(start: int) -> tuple[Range, float, float]:
-        """Columns' factors, power and error of some rows; the rows' own factors go to their places."""
-        count, possible = min(step, rows - start), Range.unknown(width)
-        claimed = source.rows(name, start, count).float() * columns
-        stored, half = _stored(result, name, start, count)
-        stored[:, silent] = 0
-        inverse = claimed.reciprocal()
-        middle, reach = stored * inverse, half * inverse.abs()
-        low, high = middle - reach, middle.add_(reach)
-        if not low.isfinite().all():
-            nothing = inverse.isinf()  # weights of 0 tell nothing, but no factor makes anything else of them
-            low[nothing], high[nothing] = -inf, inf
-            low[(claimed == 0) & (stored != 0)] = inf
-        first, last = (min(max(edge - start, 0), count) for edge in (free.start, free.stop))
-        for fixed in (slice(0, first), slice(last, count)):
-            if fixed.start < fixed.stop:
-                possible.narrow(low[fixed].amax(dim=0), high[fixed].amin(dim=0))
-        if first < last:
-            mine, of = slice(first, last), slice(start + first - free.start, start + last - free.start)
-            found.rows.low[of], found.rows.high[of] = low[mine].amax(dim=1), high[mine].amin(dim=1)
-            estimate = (stored[mine] * claimed[mine]).sum(dim=1) / claimed[mine].square().sum(dim=1)
-            found.factor[of] = torch.where(estimate.isfinite() & (estimate > 0), estimate, 1.0)
-            claimed[mine] *= found.factor[of].unsqueeze(1)
-        return possible, float(claimed.square().sum()), float(stored.sub_(claimed).square_().sum())
-
-    power = error = 0.0
-    for possible, more_power, more_error in threads.map(compare, range(0, rows, step)):
-        found.columns.narrow(possible.low, possible.high)
-        power, error = power + more_power, error + more_error
-    found.sqnr = 10 * log10(power / error) if error > 0 and power > 0 else None
-    return found
-
-
-def _stored(result: Checkpoint, name: str, start: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Some rows of a linear, fp32 ``[n, K]``, and how far from each value may lie what was rounded to it."""
-    rows = result.rows(name, start, count)
-    if rows.is_floating_point():
-        dtype, stored = torch.finfo(rows.dtype), rows.float()
-        return stored, stored.abs() * (dtype.eps / 2 + _ROOM) + dtype.eps * dtype.smallest_normal
-    scale = result.rows(f"{name}_scale", start, count).float()
-    half, width = scale * _HALF, rows.shape[1] // scale.shape[1]
-    return dequantize_weight(rows, scale), half.repeat_interleave(width, dim=1) if scale.shape[1] > 1 else half
 
 
 class Comparison:
@@ -139,29 +34,30 @@ class Comparison:
     Args:
         source: what it was made from.
         result: what was made.
-        linears: its sound linears, INT8 or float -> their entry of the report, to which ``sqnr`` is added.
+        linears: its sound linears, INT8 or float.
         unreadable: its tensors whose values cannot be worked with.
-        fault: called with where, what and remedy for each difference.
+
+    Attributes:
+        problems: the differences, found by the methods.
+        sqnr: linear -> SQNR in dB against the folded source, ``None`` where nothing was lost; filled by :meth:`blocks`.
     """
 
-    def __init__(
-        self,
-        source: Source,
-        result: Checkpoint,
-        linears: Mapping[str, dict[str, Any]],
-        unreadable: set[str],
-        fault: Callable[..., None],
-    ):
-        self.source, self.result, self.fault = source, result, fault
+    def __init__(self, source: Source, result: Checkpoint, linears: Collection[str], unreadable: set[str]):
+        self.source, self.result = source, result
+        self.problems: list[Problem] = []
+        self.sqnr: dict[str, float | None] = {}
         before, after = source.checkpoint.headers, result.headers
         self.linears = {
-            name: entry
-            for name, entry in linears.items()
+            name
+            for name in linears
             if not {f"{name}.weight", f"{name}.weight_scale"} & unreadable
             and f"{name}.weight" in before
             and before[f"{name}.weight"].shape == after[f"{name}.weight"].shape
         }
         self._unreadable = unreadable
+
+    def fault(self, where: str, what: str, remedy: str) -> None:
+        self.problems.append(Problem(where, what, remedy))
 
     def files(self) -> None:
         """config.json must be equal but for what it says of quantization, side files byte for byte."""
@@ -186,15 +82,15 @@ class Comparison:
         for name in sorted(name for name in after.keys() - before.keys() if not name.startswith(BLOCK.format("")[:-1])):
             self.fault(name, "is not in the source", "remove it or convert the source again")
         for name in self.source.outside:
-            self._equal(name)
+            self.equal(name)
 
-    def blocks(self, judge: bool, progress: Callable[[str, int, int], None]) -> None:
+    def blocks(self, judge: bool, progress: Progress) -> None:
         """Compare block after block.
 
         Args:
             judge: whether linears must be roundings of the source's with factors that cancel; if not, their SQNR is
                 measured and no more.
-            progress: called as ``progress("compare", done, blocks)``.
+            progress: counts blocks in the stage ``compare``.
         """
         with Threads() as threads:
             for index, layer in enumerate(self.source.layers):
@@ -212,7 +108,8 @@ class Comparison:
             return False
         return True
 
-    def _equal(self, name: str) -> None:
+    def equal(self, name: str) -> None:
+        """A tensor that must be the same, bit for bit."""
         if not self.both(name):
             return
         pieces = (checkpoint.pieces(name) for checkpoint in (self.source.checkpoint, self.result))
@@ -226,7 +123,7 @@ class _Block:
     """One decoder block of both checkpoints.
 
     Attributes:
-        claims: consumer -> fp32 ``[K]``, by what its columns were multiplied as far as the producer tells.
+        claims: consumer -> fp32 ``[K]``, by what its columns were multiplied as far as the producer shows.
         free: linear -> the rows that may have been divided to feed another linear.
     """
 
@@ -289,7 +186,7 @@ class _Block:
             columns, free = self.claims.get(linear), self.free.get(linear, slice(0, 0))
             columns = torch.ones(self._columns(linear)) if columns is None else columns
             found = self.matches[linear] = match(threads, self.source, self.result, name, columns, free)
-            self.all.linears[self.prefix + linear]["sqnr"] = found.sqnr
+            self.all.sqnr[self.prefix + linear] = found.sqnr
 
     def _judge_linears(self) -> None:
         for linear, found in self.matches.items():
@@ -362,7 +259,7 @@ class _Block:
         elif name == f"{module}.bias" and module in self.free:
             self._bias_elsewhere(full, self.free[module])
         else:
-            self.all._equal(full)
+            self.all.equal(full)
 
     def _router(self, name: str, columns: torch.Tensor) -> None:
         """A router keeps its dtype; its columns take the norm's factor and are rounded once."""

@@ -1,0 +1,106 @@
+"""The values in a converted checkpoint's shards, and whether the shards are those that the conversion wrote."""
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from vllm_w8a8_bismooth.checkpoint.files import REPORT, read_json, sha256
+from vllm_w8a8_bismooth.checkpoint.reader import Checkpoint
+from vllm_w8a8_bismooth.errors import BismoothError, Interrupted, Problem
+from vllm_w8a8_bismooth.method.rows import Threads
+from vllm_w8a8_bismooth.progress import Progress
+
+AGAIN = "copy the file again from where it is whole, or convert the source again"
+SCALE = ".weight_scale"
+_SMALLEST, _LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max / 127
+
+
+def read(checkpoint: Checkpoint, marked: bool, progress: Progress) -> tuple[dict[str, str], list[Problem]]:
+    """Read every shard once.
+
+    Args:
+        checkpoint: to be read.
+        marked: whether its codes must keep to -127 to 127, as ours do.
+        progress: counts shards in the stage ``read``.
+
+    Returns:
+        The SHA-256 of each shard, and a problem for each tensor with values that cannot be worked with.
+    """
+    files: dict[str, list[str]] = {}
+    for name in sorted(checkpoint.headers, key=lambda name: checkpoint.headers[name].offset):
+        files.setdefault(checkpoint.headers[name].file, []).append(name)
+    digests: dict[str, str] = {}
+    problems: list[Problem] = []
+    with Threads() as threads:
+        shards = threads.map(lambda file: _read_shard(checkpoint, file, files[file], marked), files)
+        for done, (file, (digest, found)) in enumerate(zip(files, shards, strict=True), 1):
+            digests[file] = digest
+            problems += found
+            progress("read", done, len(files))
+    return digests, problems
+
+
+def _read_shard(checkpoint: Checkpoint, file: str, names: Sequence[str], marked: bool) -> tuple[str, list[Problem]]:
+    """SHA-256 of a shard, and what is wrong with the values in it."""
+    path, digest, whole = checkpoint.folder / file, hashlib.sha256(), True
+    problems: list[Problem] = []
+    with open(path, "rb") as head:
+        digest.update(head.read(checkpoint.headers[names[0]].offset))
+    for name in names:
+        try:
+            problems += _values(checkpoint, name, digest, marked)
+        except Interrupted:
+            raise
+        except BismoothError as error:  # NaN or infinity; the rest of the tensor has not been read
+            problems += error.problems
+            whole = False
+    return digest.hexdigest() if whole else sha256(path), problems
+
+
+def _values(checkpoint: Checkpoint, name: str, digest, marked: bool) -> Iterator[Problem]:
+    """What is wrong with the finite values of one tensor."""
+    header, first, used, count, example = checkpoint.headers[name], 0, False, 0, ""
+    is_scale = name.endswith(SCALE)
+    for piece in checkpoint.pieces(name, digest):
+        wrong = None
+        if header.dtype == "I8":
+            low, high = piece.aminmax()
+            used = used or bool(low) or bool(high)
+            wrong = piece == -128 if marked and low == -128 else None  # others may use it
+        elif is_scale:
+            wrong = (piece < _SMALLEST) | (piece > _LARGEST)
+        if wrong is not None and wrong.any():
+            at = int(wrong.nonzero()[0])
+            place = [int(i) for i in torch.unravel_index(torch.tensor(first + at), header.shape)]
+            example = example or f"{piece[at].item()} at {place}"
+            count += int(wrong.sum())
+        first += len(piece)
+    if count:
+        says = "scales outside 1.2e-38 to 2.7e36" if is_scale else "codes outside -127 to 127"
+        yield Problem(name, f"holds {says}: {example} ({count} such values)", AGAIN)
+    if header.dtype == "I8" and first and not used:
+        yield Problem(name, "has no code but 0; the linear does nothing", AGAIN)
+
+
+def noted(folder: Path) -> Mapping[str, str] | None:
+    """What the conversion noted: shard -> SHA-256; ``None`` if it noted nothing.
+
+    Raises:
+        BismoothError: ``report.json`` cannot be read.
+    """
+    stored = read_json(folder / REPORT).get("sha256") if (folder / REPORT).exists() else None
+    return stored if isinstance(stored, dict) else None
+
+
+def changed(noted: Mapping[str, str], digests: Mapping[str, str]) -> Iterator[Problem]:
+    """Shards whose SHA-256 is not the one that the conversion noted."""
+    for file in sorted(noted.keys() | digests.keys()):
+        if file not in digests:
+            yield Problem(file, f"is named by {REPORT} but absent", AGAIN)
+        elif file not in noted:
+            yield Problem(file, f"is not among the shards that {REPORT} names", AGAIN)
+        elif noted[file] != digests[file]:
+            what = f"has SHA-256 {digests[file]}, {REPORT} noted {noted[file]} when it was written"
+            yield Problem(file, what, AGAIN)

@@ -1,0 +1,51 @@
+"""What the installed vLLM, in a process of its own, would do with each linear."""
+
+from collections.abc import Collection, Iterator
+from typing import Any
+
+from vllm_w8a8_bismooth import NAME
+from vllm_w8a8_bismooth.checkpoint.architectures import BLOCK
+from vllm_w8a8_bismooth.engine import ask
+from vllm_w8a8_bismooth.errors import Problem
+from vllm_w8a8_bismooth.verify.structure import Structure
+
+
+def problems(config: dict[str, Any], marked: bool, structure: Structure) -> list[Problem]:
+    """Where vLLM refuses or misreads a checkpoint.
+
+    Args:
+        config: its ``quantization_config``.
+        marked: whether vLLM must hand it to the plugin without being asked to.
+        structure: without problems.
+
+    Raises:
+        Silent: vLLM gives no answer.
+    """
+    linears, layers = structure.linears, structure.layers
+    routers = (BLOCK.format(i) + n for i, layer in enumerate(layers) for n in layer.routers)
+    answers = ask(
+        "probe",
+        {
+            "config": config,
+            "marked": marked,
+            "methods": [NAME] if any(linears.values()) else ["compressed-tensors", NAME],
+            "linears": {name: linears[stored] for name, stored in _names(structure, linears)},
+            "float": sorted({"lm_head", *routers, *(name for name, _ in _names(structure, structure.ignored))}),
+            "fused": {_last(f): [_last(p) for p in parts] for layer in layers for f, parts in layer.fused.items()},
+        },
+    )
+    return [Problem(where, what, "mend config.json, or use a vLLM from 0.26 to 0.33") for where, what in answers]
+
+
+def _names(structure: Structure, linears: Collection[str]) -> Iterator[tuple[str, str]]:
+    """Linears by the names that they have in vLLM, and by their own; of experts, the first, as vLLM asks it."""
+    for i, layer in enumerate(structure.layers):
+        block = BLOCK.format(i)
+        name_of = {part: fused for fused, parts in layer.fused.items() for part in parts}
+        for linear in layer.linears:
+            if (linear not in layer.experts or ".experts.0." in linear) and block + linear in linears:
+                yield block + name_of.get(linear, linear), block + linear
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]

@@ -1,0 +1,186 @@
+"""Names, shapes and dtypes of a converted checkpoint, beside what its config says of them."""
+
+from collections.abc import Iterator, Sequence
+
+from vllm_w8a8_bismooth.checkpoint.architectures import BLOCK, HEAD, Layer
+from vllm_w8a8_bismooth.checkpoint.audit import architecture_of, audit, layers_of, sizes_of
+from vllm_w8a8_bismooth.checkpoint.files import CONFIG, INDEX, read_json
+from vllm_w8a8_bismooth.checkpoint.reader import FLOAT_DTYPES, Checkpoint, Header
+from vllm_w8a8_bismooth.errors import BismoothError, Problem
+from vllm_w8a8_bismooth.verify.contents import AGAIN, SCALE
+from vllm_w8a8_bismooth.verify.schemes import KEY, Schemes
+
+_CONVERT = "convert the source again"
+
+
+class Structure:
+    """What the headers of a checkpoint hold, held against its config.
+
+    Args:
+        checkpoint: opened with INT8 among its dtypes.
+        schemes: what its config says of linears; ``None`` if that cannot be read.
+        marked: whether it says that bismooth made it.
+
+    Attributes:
+        layers: what each block should hold; empty if the config does not say.
+        linears: INT8 linear in which files and config agree -> group size (``None`` = per-channel).
+        ignored: linears that are float, as the config says.
+        problems: what does not fit.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, schemes: Schemes | None, marked: bool):
+        self._headers, self._schemes, self._marked = checkpoint.headers, schemes, marked
+        self.problems: list[Problem] = []
+        self.layers = self._lay_out(checkpoint)
+        inside = list(enumerate(self.layers))
+        self._linears = {BLOCK.format(i) + n for i, layer in inside for n in layer.linears}
+        routers = {BLOCK.format(i) + n for i, layer in inside for n in layer.routers}
+        self._modules = {*self._linears, *routers, HEAD.removesuffix(".weight")}
+        self.linears = self._quantized()
+        self.ignored = [name for name in self._in_float() if name in self._linears and self._leaves_in_float(name)]
+        for problems in (self._stray_scales(), self._stray_int8(), self._floats(), self._blocks(), _index(checkpoint)):
+            self.problems += problems
+
+    def _lay_out(self, checkpoint: Checkpoint) -> list[Layer]:
+        """What each block should hold, after the audit of names and shapes."""
+        config = {k: v for k, v in checkpoint.config.items() if k not in (KEY, "compression_config")}
+        shapes = {name: header.shape for name, header in self._headers.items() if not name.endswith(SCALE)}
+        try:
+            architecture = architecture_of(config)
+            sizes = sizes_of(config, architecture)
+            self.problems += audit(config, architecture, sizes, shapes)
+            if max(sizes["blocks"], sizes.get("experts", 0)) <= len(shapes):  # else the audit has said so
+                return layers_of(config, architecture, sizes, sizes["blocks"])
+        except BismoothError as error:
+            self.problems += error.problems
+        return []
+
+    def _quantized(self) -> dict[str, int | None]:
+        linears = {}
+        for name, header in self._headers.items():
+            if name.endswith(".weight") and header.dtype == "I8":
+                try:
+                    linears[name.removesuffix(".weight")] = self._group_size(name, header)
+                except BismoothError as error:
+                    self.problems += error.problems
+        return linears
+
+    def _group_size(self, name: str, weight: Header) -> int | None:
+        """The group size of an INT8 weight, in which its scale and the config agree.
+
+        Raises:
+            BismoothError: they do not.
+        """
+        linear, scale = name.removesuffix(".weight"), self._headers.get(f"{name}_scale")
+        if len(weight.shape) != 2:
+            what = f"is INT8 of shape {list(weight.shape)}; only matrices can be"
+            raise BismoothError.of(name, what, "convert again")
+        if scale is None:
+            raise BismoothError.of(f"{name}_scale", f"is missing; {name} is INT8", AGAIN)
+        quantized, size = self._schemes.of(linear) if self._schemes else (True, _group_size_of(weight, scale))
+        if not quantized:
+            what = f"is stored as INT8, but {CONFIG} leaves it in float (by {KEY}.ignore, or no target names it)"
+            raise BismoothError.of(linear, what, f"mend {CONFIG} or {_CONVERT}")
+        rows, columns = weight.shape
+        shape = (rows, 1) if size is None else (rows, columns // size)
+        if scale.shape != shape or (size is not None and columns % size):
+            says = "per-channel" if size is None else f"per group of {size} columns"
+            raise BismoothError.of(
+                f"{name}_scale",
+                f"has shape {list(scale.shape)}; {CONFIG} says {says}, which is {list(shape)} for {rows} x {columns}",
+                f"mend the targets in {CONFIG} or {_CONVERT}",
+            )
+        if scale.dtype not in (("F32",) if self._marked else FLOAT_DTYPES):
+            raise BismoothError.of(f"{name}_scale", f"has dtype {scale.dtype}, not F32", _CONVERT)
+        return size
+
+    def _in_float(self) -> Iterator[str]:
+        """Modules whose weights are float, though INT8 weights may be under their names."""
+        for name, header in self._headers.items():
+            module = name.removesuffix(".weight")
+            if module != name and module in self._modules and header.dtype != "I8":
+                yield module
+
+    def _leaves_in_float(self, module: str) -> bool:
+        return self._schemes is not None and not self._schemes.quantizes(module)
+
+    def _stray_scales(self) -> Iterator[Problem]:
+        for name in self._headers:
+            weight = name.removesuffix("_scale")
+            if name.endswith(SCALE) and (weight not in self._headers or self._headers[weight].dtype != "I8"):
+                yield Problem(name, f"is the scale of no INT8 weight ({weight})", "remove it or convert again")
+
+    def _stray_int8(self) -> Iterator[Problem]:
+        for name, header in self._headers.items():
+            module = name.removesuffix(".weight")
+            stray = module == name or module not in self._modules
+            if header.dtype == "I8" and self.layers and stray and not name.endswith(SCALE):
+                yield Problem(name, "is INT8, but no linear", _CONVERT)
+
+    def _floats(self) -> Iterator[Problem]:
+        """What is float, but should be INT8."""
+        for module in self._in_float():
+            name = f"{module}.weight"
+            stored = f"is stored as {self._headers[name].dtype}"
+            if self._leaves_in_float(module):
+                continue
+            if self._marked and module in self._linears:
+                yield Problem(name, f"{stored}, not INT8", _CONVERT)
+            elif self._schemes is not None:
+                yield Problem(module, f"{stored}, but {CONFIG} says INT8", f"name it in {KEY}.ignore or {_CONVERT}")
+
+    def _blocks(self) -> Iterator[Problem]:
+        for i, layer in enumerate(self.layers):
+            for fused, parts in layer.fused.items():
+                yield from self._siblings(BLOCK.format(i), fused, parts)
+            yield from self._experts({BLOCK.format(i) + n for n in layer.experts})
+
+    def _siblings(self, block: str, fused: str, parts: Sequence[str]) -> Iterator[Problem]:
+        """vLLM merges ``parts`` into ``fused``: they must have one granularity, which that name must be given too."""
+        kinds = {part: (True, self.linears[block + part]) for part in parts if block + part in self.linears}
+        kinds |= {part: (False, None) for part in parts if block + part in self.ignored}
+        if len(kinds) < len(parts):
+            return
+        if len(set(kinds.values())) > 1:
+            what = f"its parts differ in (INT8, group_size): {kinds}; vLLM fuses them"
+            yield Problem(block + fused, what, "convert again")
+        elif self._schemes is not None and self._marked:
+            answer: object
+            try:
+                answer = self._schemes.of(block + fused)
+            except BismoothError as error:
+                answer = error.problems[0].what
+            if answer != kinds[parts[0]]:
+                names = ", ".join(parts)
+                what = f"{CONFIG} gives the name under which vLLM fuses {names} another granularity ({answer})"
+                yield Problem(block + fused, what, _CONVERT)
+
+    def _experts(self, experts: set[str]) -> Iterator[Problem]:
+        """The experts of a block are served alike, and per-channel."""
+        if 0 < len(floats := sorted(experts.intersection(self.ignored))) < len(experts):
+            what = f"is float as {len(floats)} of its block's {len(experts)} experts' linears; vLLM serves all alike"
+            yield Problem(floats[0], what, "convert again")
+        for linear in sorted(experts):
+            if self.linears.get(linear) is not None:
+                what = "is an expert with per-group scales, which vLLM does not serve"
+                yield Problem(linear, what, "convert again")
+
+
+def _group_size_of(weight: Header, scale: Header) -> int | None:
+    """What the shapes alone say, where no config does."""
+    groups = scale.shape[-1] if scale.shape else 1
+    return None if groups == 1 else max(1, weight.shape[1] // max(1, groups))
+
+
+def _index(checkpoint: Checkpoint) -> Iterator[Problem]:
+    """A wrong total in the index, and shards beside those that it names, all of which vLLM would read."""
+    files = {header.file for header in checkpoint.headers.values()}
+    for path in sorted(checkpoint.folder.glob("*.safetensors")):
+        if path.name not in files:
+            yield Problem(path.name, "holds no tensor of this checkpoint, but lies in its folder", "remove it")
+    if not (checkpoint.folder / INDEX).exists():
+        return
+    metadata = read_json(checkpoint.folder / INDEX).get("metadata")
+    stored = metadata.get("total_size") if isinstance(metadata, dict) else None
+    if stored != checkpoint.nbytes():
+        yield Problem(INDEX, f"metadata.total_size is {stored!r}, the tensors have {checkpoint.nbytes()} bytes", AGAIN)
