@@ -36,7 +36,6 @@ kernels: .venv/packages # compile what has changed in csrc/, or for another BISM
 wheel: .venv/ready # into dist/, for every Python from 3.10 on; then installed in a fresh environment, and served from
 	rm -rf dist
 	.ci/wheel dist
-	.venv/bin/auditwheel show dist/*.whl
 	WHEEL=$$(echo dist/*.whl) $(PYTHON) -m pytest tests/test_wheel.py
 
 results: .venv/ready # every picture of the README, from real runs; docs/results.md has the minutes

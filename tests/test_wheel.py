@@ -69,9 +69,12 @@ def fresh(tmp_path) -> tuple[Path, dict[str, str]]:
     pip and Python find the wheel's or none.
     """
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
+    commands = tmp_path / "venv/bin"
+    # Up to Python 3.11 it has a setuptools of its own, which is too old for torch.
+    subprocess.run([commands / "python", "-m", "pip", "--quiet", "uninstall", "--yes", "setuptools"], check=True)
     (shared := tmp_path / "shared").mkdir()
     for path in SITE.iterdir():
-        if "w8a8_bismooth" not in path.name and path.name not in ("pip", "setuptools"):
+        if "w8a8_bismooth" not in path.name and path.name.partition("-")[0] != "pip":
             (shared / path.name).symlink_to(path)
     (site,) = (tmp_path / "venv/lib").glob("python*/site-packages")
     (site / "shared.pth").write_text(f"{shared}\n")
@@ -80,7 +83,6 @@ def fresh(tmp_path) -> tuple[Path, dict[str, str]]:
         for path in Path(folder).iterdir() if Path(folder).exists() else []:
             if not COMPILERS.fullmatch(path.name) and not (tools / path.name).is_symlink():
                 (tools / path.name).symlink_to(path)
-    commands = tmp_path / "venv/bin"
     variables = {
         "PATH": f"{commands}:{tools}",
         "HOME": str(tmp_path),
