@@ -2,7 +2,9 @@
 every Python and every torch from 2.11 on, built against whichever torch (also a CPU one) the target environment holds.
 
 Environment:
-    BISMOOTH_CPU, BISMOOTH_CUDA: 1 requires these kernels, 0 leaves them out; unset builds what the machine can.
+    BISMOOTH_CPU, BISMOOTH_CUDA: 1 requires these kernels, 0 leaves them out. Unset, CPU kernels are built where that is
+        possible, and CUDA kernels, which take minutes, where also a GPU is seen, torch is built for CUDA, or
+        TORCH_CUDA_ARCH_LIST is set.
     TORCH_CUDA_ARCH_LIST: CUDA architectures, such as "8.0 9.0a 12.0+PTX" (default: every supported one).
     CUDA_HOME, CXX, MAX_JOBS: as usual.
 """
@@ -17,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -26,6 +29,8 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
+# One place for every kind of installation, also an editable or isolated one: what has not changed is compiled once.
+OBJECTS = ROOT / "build/kernels"
 
 # One compilation of csrc/cpu/kernels.cpp per instruction-set level, the fastest first. The last runs everywhere.
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
@@ -71,8 +76,25 @@ def find_cutlass() -> Path | None:
     return Path(header.locate()).parents[1] if header else None
 
 
-def wanted(name: str, missing: str | None) -> bool:
-    """Whether to build the CPU or CUDA kernels, given what is missing for it; says why not."""
+def cuda_unused(torch: Path) -> str | None:
+    """Why nothing here could run CUDA kernels; None where something could, or where architectures were named.
+
+    A torch built for CUDA counts without a GPU: container images are built on machines that have none.
+    """
+    if os.environ.get("TORCH_CUDA_ARCH_LIST") or (torch / "lib/libtorch_cuda.so").exists():
+        return None
+    try:
+        if not subprocess.run(["nvidia-smi", "-L"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode:
+            return None
+    except FileNotFoundError:
+        pass
+    return "there is no GPU and torch is not built for CUDA; BISMOOTH_CUDA=1 compiles them all the same"
+
+
+def wanted(name: str, missing: str | None, unused: str | None = None) -> bool:
+    """Whether to build the CPU or CUDA kernels, given what is missing for it and why nobody would run them; says why
+    not.
+    """
     asked = os.environ.get(f"BISMOOTH_{name}")
     if asked not in (None, "0", "1"):
         sys.exit(f"BISMOOTH_{name}={asked}: it must be 0, 1 or unset")
@@ -83,6 +105,9 @@ def wanted(name: str, missing: str | None) -> bool:
         if asked == "1":
             sys.exit(f"BISMOOTH_{name}=1, but {missing}")
         print(f"{name} kernels: left out, because {missing}; the torch reference works without them", file=sys.stderr)
+        return False
+    if unused and asked is None:
+        print(f"{name} kernels: left out, because {unused}", file=sys.stderr)
         return False
     return True
 
@@ -117,22 +142,22 @@ class BuildKernels(build_ext):
             "-DTORCH_TARGET_VERSION=0x020b000000000000",
             f"-I{CSRC}",
         ]
-        temp = Path(self.build_temp)
         if torch:
             common += [f"-I{torch / 'include'}"]
         if wanted("CPU", no_torch or no_cxx):
             levels = "".join(f"X({level})" for level in CPU_LEVELS)
-            self.add([compiler, *common, *CPU_FLAGS, f"-DW8A8_LEVELS(X)={levels}"], CSRC / "cpu/ops.cpp", temp)
+            self.add([compiler, *common, *CPU_FLAGS, f"-DW8A8_LEVELS(X)={levels}"], CSRC / "cpu/ops.cpp")
             for level, flags in CPU_LEVELS.items():
                 command = [compiler, *common, *CPU_FLAGS, *flags, f"-DW8A8_LEVEL={level}"]
-                self.add(command, CSRC / "cpu/kernels.cpp", temp, f"kernels_{level}.o")
+                self.add(command, CSRC / "cpu/kernels.cpp", f"kernels_{level}.o")
         cuda = sorted((CSRC / "cuda").glob("*.cu"))
-        if cuda and wanted("CUDA", no_torch or no_cxx or no_nvcc or no_cutlass):
+        no_cuda = no_torch or no_cxx or no_nvcc or no_cutlass
+        if cuda and wanted("CUDA", no_cuda, torch and cuda_unused(torch)):
             asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split() or CUDA_ARCHES
             host = [f for f in common if f.startswith(("-std", "-D", "-I"))]
             command = [nvcc, *host, "-DUSE_CUDA", f"-I{cutlass}", *CUDA_FLAGS, *gencode(asked), f"-ccbin={compiler}"]
             for source in cuda:
-                self.add(command, source, temp)
+                self.add(command, source)
             # nvcc may be a script somewhere else, so it is asked where its libraries are.
             places = shlex.split(re.search("LIBRARIES=(.*)", run([nvcc, "--dryrun", "-link", "none.o"])).group(1))
             self.cuda_libraries = [*places, "-lcudart_static", "-lrt", "-lpthread", "-ldl"]
@@ -143,8 +168,8 @@ class BuildKernels(build_ext):
         self.torch, self.cxx = torch, compiler
         super().run()
 
-    def add(self, command: list[str], source: Path, temp: Path, name: str | None = None) -> None:
-        self.steps.append((command, source, temp / source.parent.name / (name or source.stem + ".o")))
+    def add(self, command: list[str], source: Path, name: str | None = None) -> None:
+        self.steps.append((command, source, OBJECTS / source.parent.name / (name or source.stem + ".o")))
 
     def build_extension(self, ext: Extension) -> None:
         with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", 0)) or os.cpu_count()) as pool:
@@ -157,20 +182,27 @@ class BuildKernels(build_ext):
         run([self.cxx, "-shared", "-o", str(target), *objects, *libraries])
 
     def compile(self, command: list[str], source: Path, target: Path) -> None:
-        command = [*command, "-c", str(source), "-o", str(target)]
-        record = target.with_suffix(".command")
-        inputs = [p for p in CSRC.rglob("*") if p.is_file()]
-        newest = max(p.stat().st_mtime for p in inputs)
-        same = record.exists() and record.read_text() == shlex.join(command)
-        if same and target.exists() and target.stat().st_mtime > newest and not self.force:
+        used, record = target.with_suffix(".d"), target.with_suffix(".command")
+        command = [*command, "-MMD", "-MF", str(used), "-c", str(source), "-o", str(target)]
+        if not self.force and up_to_date(target, used, record, shlex.join(command)):
             return
         target.parent.mkdir(parents=True, exist_ok=True)
+        record.unlink(missing_ok=True)
+        began = time.monotonic()
         log = run(command)
         fatal = [line for line in log.splitlines() if any(word in line for word in CUDA_FATAL)]
         if fatal:
-            target.unlink()
             sys.exit(f"{source.name}: ptxas gave up what the kernel relies on:\n" + "\n".join(fatal))
         record.write_text(shlex.join(command))
+        print(f"compiled {target.relative_to(OBJECTS)} in {time.monotonic() - began:.0f} s", flush=True)
+
+
+def up_to_date(target: Path, used: Path, record: Path, command: str) -> bool:
+    """Whether this command wrote the target after the last change of each file that it includes."""
+    if not (target.exists() and used.exists() and record.exists() and record.read_text() == command):
+        return False
+    inputs = [Path(p) for p in used.read_text().replace("\\\n", " ").partition(": ")[2].split()]
+    return all(p.exists() and p.stat().st_mtime < target.stat().st_mtime for p in inputs)
 
 
 def run(command: list[str]) -> str:
