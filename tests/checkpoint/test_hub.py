@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conftest import edit_json, tiny_model, write_checkpoint
-from tests.convert.test_convert import digests
+from tests.support.contents import digests
+from tests.support.damage import edit_json
 from tests.support.hub import COMMIT, serving
+from tests.support.models import tiny_model, write_checkpoint
 from vllm_w8a8_bismooth.checkpoint.hub import parse
 from vllm_w8a8_bismooth.convert.pipeline import convert
 from vllm_w8a8_bismooth.recipe import Recipe

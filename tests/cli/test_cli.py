@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from tests.convert.test_bad_input import run
+from tests.support.command import run
+from tests.support.damage import edit_json
 from vllm_w8a8_bismooth import __version__
 from vllm_w8a8_bismooth.cli.progress import Progress
 from vllm_w8a8_bismooth.convert.pipeline import convert
@@ -154,8 +155,6 @@ def test_dry_run_refuses_what_the_run_refuses(make_checkpoint, tmp_path, case):
 
 
 def test_dry_run_notices_a_config_that_transformers_refuses(make_checkpoint, tmp_path, calibration_text):
-    from tests.conftest import edit_json
-
     source = make_checkpoint()
     edit_json(source / "config.json", lambda config: config.update(hidden_act="nonsense"))
     code, text = run("convert", source, tmp_path / "out", "--calibration", calibration_text, "--dry-run")

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks import emulate
-from tests.conftest import edit_json
-from tests.convert.test_bad_input import INDEX, config, run
-from tests.convert.test_convert import digests, tensors_of
+from tests.support.command import run
+from tests.support.contents import digests, tensors_of
+from tests.support.damage import INDEX, config, edit_json
 from vllm_w8a8_bismooth.checkpoint.architectures import EMBEDDING
 from vllm_w8a8_bismooth.checkpoint.layout import Source
 from vllm_w8a8_bismooth.checkpoint.reader import Checkpoint

@@ -9,9 +9,10 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 
-from tests.convert.test_bad_input import edit_shard, run
-from tests.convert.test_convert import RTN, digests
-from tests.method.test_moments import moments, noise
+from tests.support.command import run
+from tests.support.contents import digests
+from tests.support.damage import edit_shard
+from tests.support.moments import moments, noise
 from vllm_w8a8_bismooth.checkpoint.layout import Source
 from vllm_w8a8_bismooth.convert.pipeline import convert
 from vllm_w8a8_bismooth.errors import BismoothError
@@ -22,6 +23,7 @@ from vllm_w8a8_bismooth.method.smooth import smooth_block
 from vllm_w8a8_bismooth.recipe import Recipe
 from vllm_w8a8_bismooth.report import card, figures
 
+RTN = Recipe.of("rtn")
 TAGS = ["int8", "w8a8", "compressed-tensors", "vllm", "bismooth"]
 ORIGINAL = """---
 license: llama3.1

@@ -15,9 +15,10 @@ import torch
 from hypothesis import given
 
 from benchmarks.score import engine_environment
-from tests.conftest import SHARD, edit_json, patience, tiny_model, write_checkpoint
-from tests.convert.test_bad_input import INDEX, edit_shard, shard_of
-from tests.serving.test_serving import JSON, STOCK, config_class
+from tests.support.command import patience
+from tests.support.damage import INDEX, edit_json, edit_shard, shard_of
+from tests.support.models import SHARD, tiny_model, write_checkpoint
+from tests.support.quantization import JSON, STOCK, config_class
 from vllm_w8a8_bismooth.checkpoint import writer
 from vllm_w8a8_bismooth.convert.pipeline import convert
 from vllm_w8a8_bismooth.recipe import Recipe
@@ -230,7 +231,7 @@ def answers(tmp_path_factory) -> dict[str, str | None]:
     command = [
         sys.executable,
         "-m",
-        "tests.support.refusals",
+        "tests.support.workers.refusals",
         str(root / "answers.json"),
         *(str(root / f) for f in FAULTS),
     ]

@@ -13,10 +13,11 @@ from benchmarks.convert import WHOLE_70B
 from benchmarks.random_llama import checkpoint, hole
 from benchmarks.score import engine_environment
 from benchmarks.server import command_of, running, serve
-from tests.conftest import edit_json, tiny_model, write_checkpoint
-from tests.convert.test_convert import digests
 from tests.support.agreement import assert_same_up_to_near_ties
-from tests.support.engine import PROMPTS, ask
+from tests.support.contents import digests
+from tests.support.damage import edit_json
+from tests.support.models import tiny_model, write_checkpoint
+from tests.support.workers.engine import PROMPTS, ask
 from vllm_w8a8_bismooth.checkpoint.files import Folder
 from vllm_w8a8_bismooth.checkpoint.layout import Layout
 from vllm_w8a8_bismooth.checkpoint.reader import Headers

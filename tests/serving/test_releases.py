@@ -54,7 +54,9 @@ def test_tests_without_an_engine(release):
 def test_checkpoint_loads_and_multiplies(release, checkpoints, tmp_path):
     """Bit for bit what the checkpoint's tensors give, in the fused linears too."""
     answer = tmp_path / "answer.json"
-    output = run(release, "tests.support.loading", str(checkpoints["mixed"]), str(checkpoints["planted"]), str(answer))
+    output = run(
+        release, "tests.support.workers.loading", str(checkpoints["mixed"]), str(checkpoints["planted"]), str(answer)
+    )
     assert answer.exists(), output[-3000:]
     found = json.loads(answer.read_text())
     assert found["version"] == release and found["method"] == "w8a8_bismooth"

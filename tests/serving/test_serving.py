@@ -6,36 +6,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.server import serve
-from tests.conftest import tiny_model, write_adapter, write_checkpoint
-from tests.support import engine
+from tests.support.adapters import write_adapter
 from tests.support.agreement import CLOSE_THROUGHOUT, assert_close_to_emulation, assert_same_up_to_near_ties
-from tests.support.engine import PROMPTS, ask
-from vllm_w8a8_bismooth import ops, register
+from tests.support.models import tiny_model, write_checkpoint
+from tests.support.quantization import JSON, STOCK, TOKEN, W8A8, config_class
+from tests.support.workers import engine
+from tests.support.workers.engine import PROMPTS, ask
+from vllm_w8a8_bismooth import ops
 from vllm_w8a8_bismooth.convert.pipeline import convert
 from vllm_w8a8_bismooth.method.quantize import quantize_weight
 from vllm_w8a8_bismooth.recipe import Recipe
-
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
-    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
-)
-
-
-def config_class():
-    """What vLLM finds in its table."""
-    from vllm.model_executor.layers.quantization import get_quantization_config
-
-    register()
-    return get_quantization_config("w8a8_bismooth")
-
-
-W8A8 = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
-TOKEN = W8A8 | {"strategy": "token", "dynamic": True}
-STOCK = {
-    "quant_method": "compressed-tensors",
-    "format": "int-quantized",
-    "config_groups": {"g": {"weights": W8A8, "input_activations": TOKEN}},
-}
 
 
 @pytest.mark.parametrize(

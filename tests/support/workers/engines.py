@@ -1,5 +1,5 @@
 """Several vLLM engines, one after the other in one process:
-``python -m tests.support.engines WINDOWS.npy MODELS.json FOLDER``.
+``python -m tests.support.workers.engines WINDOWS.npy MODELS.json FOLDER``.
 
 ``MODELS.json`` holds a name for each engine -> ``model``, a checkpoint's folder, perhaps ``options`` for ``vllm.LLM``,
 and ``reload``, whether to lose the INT8 weights in the end and load them again. ``FOLDER/<name>.npy`` gets the
@@ -33,7 +33,7 @@ def run(folder: Path, windows: np.ndarray, models: dict[str, dict]) -> tuple[dic
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # to look at the model that the engine built
     }
-    command = [sys.executable, "-m", "tests.support.engines", *question, folder]
+    command = [sys.executable, "-m", "tests.support.workers.engines", *question, folder]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=900)
     answers = {}
     for name in models:

@@ -1,4 +1,4 @@
-"""One vLLM engine in a process of its own: ``python -m tests.support.engine REQUEST.json RESULT.json``.
+"""One vLLM engine in a process of its own: ``python -m tests.support.workers.engine REQUEST.json RESULT.json``.
 
 The request holds ``options`` for ``vllm.LLM``, ``prompts``, ``max_tokens`` and perhaps ``lora``, an adapter folder. The
 result holds the quantization method that vLLM settled on, and what :func:`answers` gives; with an adapter the latter
@@ -21,7 +21,7 @@ PROMPTS = [
 
 
 def run(
-    folder: Path, plugins: str | None = None, module: str = "tests.support.engine", **request
+    folder: Path, plugins: str | None = None, module: str = "tests.support.workers.engine", **request
 ) -> tuple[dict | None, str]:
     """Start the process; returns its result (``None`` if it failed) and everything that it printed.
 
