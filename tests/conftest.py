@@ -26,8 +26,16 @@ settings.register_profile(
 settings.load_profile("project")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def vllm_cache(tmp_path_factory) -> Path:
+    """One for all engines of a run: vLLM starts a process to look at a type of model, unless its cache knows it."""
+    folder = tmp_path_factory.mktemp("vllm-cache")
+    os.environ["VLLM_CACHE_ROOT"] = str(folder)
+    return folder
+
+
 @pytest.fixture(scope="module", autouse=True)
-def environment() -> Iterator[None]:
+def environment(vllm_cache) -> Iterator[None]:
     """What vLLM sets in a process that makes its configs (LD_PRELOAD, numbers of threads) ends with the module."""
     before = dict(os.environ)
     yield

@@ -224,10 +224,7 @@ def answers(tmp_path_factory) -> dict[str, str | None]:
     for fault, (damage, _) in FAULTS.items():
         shutil.copytree(root / "whole", root / fault)
         damage(root / fault)
-    environment = engine_environment() | {
-        "VLLM_CACHE_ROOT": str(root / "cache"),
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    }
+    environment = engine_environment() | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     command = [
         sys.executable,
         "-m",

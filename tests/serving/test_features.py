@@ -192,7 +192,6 @@ def test_adapter_over_http(checkpoints, tmp_path, monkeypatch):
     import httpx
     from openai import AsyncOpenAI, NotFoundError
 
-    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "cache"))
     monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
     model = checkpoints["mixed"]
     updates = write_adapter(tmp_path / "adapter", model)

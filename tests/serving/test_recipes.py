@@ -188,7 +188,6 @@ def test_tensor_parallel_over_two_nodes(checkpoints, tmp_path, monkeypatch):
     convert(checkpoints["planted"], model, Recipe.of("bismooth", group_size=32, group_layers="o_proj|down_proj"))
     alone = ask(tmp_path / "alone", model, enforce_eager=True)
 
-    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "cache"))
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # both nodes on the cores that there are
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     with socket.socket() as probe:

@@ -29,7 +29,6 @@ def run(folder: Path, windows: np.ndarray, models: dict[str, dict]) -> tuple[dic
     np.save(question[0], windows)
     question[1].write_text(json.dumps(models, default=str))
     environment = engine_environment() | {
-        "VLLM_CACHE_ROOT": str(folder / "cache"),
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # to look at the model that the engine built
     }
@@ -45,6 +44,9 @@ def run(folder: Path, windows: np.ndarray, models: dict[str, dict]) -> tuple[dic
 
 
 def schemes(model) -> Counter:
+    """How many linears run on which group size of ours (``"None"`` = per-channel)."""
+    if "vllm_w8a8_bismooth.serving.scheme" not in sys.modules:  # then none does, and a process without plugins stays so
+        return Counter()
     from vllm_w8a8_bismooth.serving.scheme import W8A8Scheme
 
     found = (getattr(module, "scheme", None) for module in model.modules())
