@@ -17,12 +17,13 @@ from vllm_w8a8_bismooth.measure.text import read_text
 from vllm_w8a8_bismooth.recipe import Recipe
 
 # No deadline: machines are shared. On CI the examples are the same every time, elsewhere new ones are searched.
-settings.register_profile(
-    "project",
+project = settings(
     deadline=None,
     derandomize=bool(os.environ.get("CI")),
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
+settings.register_profile("project", project)
+settings.register_profile("quick", project, max_examples=25)  # by --hypothesis-profile, for every commit
 settings.load_profile("project")
 
 

@@ -17,6 +17,7 @@ from benchmarks.tasks import continuation
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_conversions(tmp_path):
     command = [sys.executable, "-m", "benchmarks.convert", "--quick", "--json", "out.json"]
     subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)

@@ -15,6 +15,7 @@ import pytest
 from tests.support.vllm_sources import RELEASES, fetch
 
 TESTS = Path(__file__).parents[1]
+pytestmark = pytest.mark.network
 
 
 @pytest.fixture(scope="module", params=RELEASES)
@@ -46,7 +47,9 @@ def test_tests_without_an_engine(release):
     imports = re.compile(r"^ *(from|import) (vllm\b|vllm_w8a8_bismooth\.serving)", re.MULTILINE)
     files = [str(path) for path in TESTS.rglob("test_*.py") if imports.search(path.read_text())]
     assert len(files) >= 3
-    output = run(release, "pytest", "-q", "-p", "no:cacheprovider", "-m", "not engine and not gpu", *files)
+    output = run(
+        release, "pytest", "-q", "-p", "no:cacheprovider", "-m", "not engine and not gpu and not network", *files
+    )
     summary = output.splitlines()[-1]
     assert " passed" in summary and "failed" not in summary and "error" not in summary, output[-5000:]
 
