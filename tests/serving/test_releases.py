@@ -47,9 +47,8 @@ def test_tests_without_an_engine(release):
     imports = re.compile(r"^ *(from|import) (vllm\b|vllm_w8a8_bismooth\.serving)", re.MULTILINE)
     files = [str(path) for path in TESTS.rglob("test_*.py") if imports.search(path.read_text())]
     assert len(files) >= 3
-    output = run(
-        release, "pytest", "-q", "-p", "no:cacheprovider", "-m", "not engine and not gpu and not network", *files
-    )
+    options = ["-q", "-p", "no:cacheprovider", "--hypothesis-profile=quick", "-m"]
+    output = run(release, "pytest", *options, "not engine and not gpu and not network", *files)
     summary = output.splitlines()[-1]
     assert " passed" in summary and "failed" not in summary and "error" not in summary, output[-5000:]
 

@@ -50,7 +50,7 @@ def run(
     if plugins is not None:
         environment["VLLM_PLUGINS"] = plugins
     command = [sys.executable, "-m", module, str(question), str(answer)]
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=600)
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=1800)
     log = done.stdout.decode(errors="replace")
     # Not the exit code: vLLM 0.32 sometimes aborts in the interpreter's teardown, after all work is done.
     return (json.loads(answer.read_text()) if answer.exists() else None), log

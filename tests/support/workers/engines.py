@@ -33,7 +33,7 @@ def run(folder: Path, windows: np.ndarray, models: dict[str, dict]) -> tuple[dic
         "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # to look at the model that the engine built
     }
     command = [sys.executable, "-m", "tests.support.workers.engines", *question, folder]
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=900)
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=1800)
     answers = {}
     for name in models:
         if (answer := folder / f"{name}.json").exists():
