@@ -74,6 +74,7 @@ SERVES = [
 ]
 
 
+@pytest.mark.slow
 def test_converting_on_several_machines(tmp_path):
     """Each machine a folder with its own copy of the source, all at once; the sizes are those of a small model."""
     (block,) = recipes("converter.md", "On several machines")
