@@ -141,7 +141,7 @@ def test_engine_eager_and_compiled(checkpoints, tmp_path):
     environment = engine_environment() | {"VLLM_CACHE_ROOT": str(tmp_path), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     command = [sys.executable, "-m", "tests.support.workers.compiled", model, TEXT, answer]
     done = subprocess.run(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=1800
     )
     assert answer.exists(), done.stdout[-3000:]
     found = json.loads(answer.read_text())

@@ -232,7 +232,7 @@ def answers(tmp_path_factory) -> dict[str, str | None]:
         str(root / "answers.json"),
         *(str(root / f) for f in FAULTS),
     ]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
     assert (root / "answers.json").exists(), done.stdout[-3000:] + done.stderr[-3000:]
     assert not [path for fault in FAULTS for path in (root / fault).glob("executed")]
     return {Path(model).name: said for model, said in json.loads((root / "answers.json").read_text()).items()}

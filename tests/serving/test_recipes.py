@@ -92,7 +92,7 @@ def test_converting_on_several_machines(tmp_path):
         if words[:2] == ["bismooth", "convert"]
     ]
     for process in parts:
-        assert process.wait(100) == 0, process.stderr.read()
+        assert process.wait(600) == 0, process.stderr.read()
     assert len(parts) == len(machines) > 2
     for where, words in block[len(parts) :]:
         if words[0] == "rsync":

@@ -38,7 +38,7 @@ def run(release: str, *module: str) -> str:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=600,
+        timeout=1800,
     )
     return done.stdout
 

@@ -117,8 +117,8 @@ def main(request: dict) -> dict:
     result = {}
     for name, asked in request["engines"].items():
         print(f"\n{BEGIN}{name}", flush=True)
-        meet(asked["options"]["model"])
         try:
+            meet(asked["options"]["model"])
             result[name] = look(request, **asked)
         except Exception:
             result[name] = {"error": traceback.format_exc()}
