@@ -18,6 +18,7 @@ from vllm_w8a8_bismooth import ops
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_conversions(tmp_path):
     command = [sys.executable, "-m", "benchmarks.convert", "--quick", "--json", "out.json"]
     subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
@@ -30,8 +31,8 @@ def test_conversions(tmp_path):
         ("data-free", 4),
     ]
     for row in rows:
-        assert row["seconds"] == [row["median"]["seconds"]] and row["seconds"][0] > 0.1
-        assert 0.1 < row["cpu_seconds"][0] < 600
+        assert row["seconds"] == [row["median"]["seconds"]] and row["seconds"][0] > 0
+        assert row["cpu_seconds"][0] > 0
         assert 100e6 < row["peak_rss_bytes"][0] < 4e9
         # A byte and a share of the scales for each weight of a block; embeddings and head stay as they are.
         assert 1 < row["output_bytes"][0] / (row["blocks"] * 3538944 + 2 * 2 * 2048 * 512) < 1.1

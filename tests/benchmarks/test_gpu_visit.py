@@ -48,6 +48,7 @@ def light_visit(tmp_path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_dry_run(tmp_path):
     sections = ["facts", "build", "test", "quick", "gemm", "quant", "linear", "sanitize", "tiles"]
     done = visit(tmp_path, "--dry", *sections)

@@ -23,7 +23,9 @@ from vllm_w8a8_bismooth.measure.text import read_text, tokenize
 from vllm_w8a8_bismooth.recipe import Recipe
 
 WINDOWS = PYTHON.heldout_windows(12)
+slow = pytest.mark.slow
 beds = pytest.mark.parametrize("bed", BEDS.values(), ids=BEDS)
+one_bed, *other_beds = BEDS.items()
 
 
 @functools.cache
@@ -127,7 +129,9 @@ SMOOTHED = {
 }
 
 
-@beds
+@pytest.mark.parametrize(
+    "bed", [pytest.param(one_bed[1], id=one_bed[0]), *(pytest.param(bed, id=n, marks=slow) for n, bed in other_beds)]
+)
 def test_balancing_is_better_than_ranges_and_than_nothing(tmp_path, bed):
     """On sound models, too. Ranges are moved by their usual share, one half."""
     windows, kl = bed.heldout_windows(8), {}
@@ -139,7 +143,10 @@ def test_balancing_is_better_than_ranges_and_than_nothing(tmp_path, bed):
     assert kl["data-free"] < 1.05 * kl["rtn"], kl
 
 
-@pytest.mark.parametrize("kind, k", [("norm", 1000.0), ("norm", 100.0), ("residual", 1000.0)])
+@pytest.mark.parametrize(
+    "kind, k",
+    [("norm", 1000.0), pytest.param("norm", 100.0, marks=slow), pytest.param("residual", 1000.0, marks=slow)],
+)
 def test_collapse_and_repairs(healthy_rtn, tmp_path: Path, kind, k):
     setting = accuracy.Setting("python", kind, k, seed=11)
     rows = accuracy.measure(setting, ("rtn", "mixed-g32", "balanced", "data-free"), "emulation", tmp_path / "w", COUNT)
@@ -161,7 +168,7 @@ THROUGH_TRANSFORMERS = {
 }
 
 
-@pytest.mark.parametrize("arm", THROUGH_TRANSFORMERS)
+@pytest.mark.parametrize("arm", ["grouped", *(pytest.param(arm, marks=slow) for arm in ("rtn", "bismooth"))])
 def test_transformers_agrees_with_emulation(tmp_path, arm):
     options, tolerance = THROUGH_TRANSFORMERS[arm]
     calibration = read_text(PYTHON.calibration) if arm == "bismooth" else None

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conftest import edit_json, tiny_model, write_checkpoint
-from tests.convert.test_convert import digests
+from tests.support.contents import digests
 from tests.support.conversion import convert
+from tests.support.damage import edit_json
 from tests.support.hub import COMMIT, serving
+from tests.support.models import tiny_model, write_checkpoint
 from vllm_w8a8_bismooth.checkpoint.hub import parse
 from vllm_w8a8_bismooth.recipe import Recipe
 
@@ -42,26 +43,29 @@ def hub(checkpoint, tmp_path):
         yield server
 
 
+def python(folder: Path, endpoint: str, *words, **environment: str) -> subprocess.CompletedProcess:
+    """``python -m ...`` with a Hub cache of its own in an empty folder."""
+    settings = {
+        "HF_ENDPOINT": endpoint,
+        "HF_HOME": str(folder / "cache"),
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+        "HF_HUB_DISABLE_XET": "1",
+    }
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    (folder / "here").mkdir(exist_ok=True)
+    return subprocess.run(
+        [sys.executable, "-m", *map(str, words)],
+        env=kept | settings | environment,
+        cwd=folder / "here",
+        capture_output=True,
+        text=True,
+    )
+
+
 @pytest.fixture
 def bismooth(tmp_path):
-    """Runs the command with a Hub cache of its own in an empty folder."""
-
     def run(endpoint: str, *arguments, **environment) -> subprocess.CompletedProcess:
-        settings = {
-            "HF_ENDPOINT": endpoint,
-            "HF_HOME": str(tmp_path / "cache"),
-            "PYTHONPATH": str(Path(__file__).parents[2]),
-            "HF_HUB_DISABLE_XET": "1",
-        }
-        kept = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
-        (tmp_path / "here").mkdir(exist_ok=True)
-        return subprocess.run(
-            [sys.executable, "-m", "vllm_w8a8_bismooth", *map(str, arguments)],
-            env=kept | settings | environment,
-            cwd=tmp_path / "here",
-            capture_output=True,
-            text=True,
-        )
+        return python(tmp_path, endpoint, "vllm_w8a8_bismooth", *arguments, **environment)
 
     return run
 
@@ -112,6 +116,7 @@ def test_inspect_reads_no_weights(hub, bismooth, checkpoint):
     assert set(hub.served) - shards == {"config.json", "model.safetensors.index.json"}
 
 
+@pytest.mark.slow
 def test_convert_downloads_what_it_needs(hub, bismooth, checkpoint, tmp_path):
     """The same result as from the folder; what is no part of the checkpoint is neither downloaded nor missed."""
     dry = bismooth(hub.endpoint, "convert", "org/tiny", tmp_path / "out", "--method", "rtn", "--dry-run")
@@ -182,21 +187,32 @@ ERRORS = {
 }
 
 
-@pytest.mark.parametrize("case", ERRORS)
-def test_errors_are_one_message(hub, bismooth, checkpoint, tmp_path, case):
-    source, parts = ERRORS[case]
-    hub.repositories["org/gated"] = checkpoint
-    hub.gated.add("org/gated")
+@pytest.fixture(scope="module")
+def refusals(checkpoint, tmp_path_factory) -> dict[str, dict]:
+    """Case -> what ``bismooth inspect`` answers, all of them in one process."""
+    folder = tmp_path_factory.mktemp("refusals")
+    repositories = {"org/tiny": checkpoint, "org/gated": checkpoint}
     for name, kept in (("pickles", ["config.json", "pytorch_model.bin"]), ("data", ["README.md"])):
-        hub.repositories[f"org/{name}"] = tmp_path / name
-        (tmp_path / name).mkdir()
+        repositories[f"org/{name}"] = folder / name
+        (folder / name).mkdir()
         for file in kept:
-            shutil.copy(checkpoint / file, tmp_path / name)
-    done = bismooth(hub.endpoint, "inspect", source)
-    said = done.stdout + done.stderr
-    assert done.returncode == 2 and "Traceback" not in said and all(part in said for part in parts), said
+            shutil.copy(checkpoint / file, folder / name)
+    commands, answers = folder / "commands.json", folder / "answers.json"
+    commands.write_text(json.dumps({case: ["inspect", source] for case, (source, _) in ERRORS.items()}))
+    with serving(repositories) as hub:
+        hub.gated.add("org/gated")
+        done = python(folder, hub.endpoint, "tests.support.workers.commands", commands, answers)
+    assert done.returncode == 0 and done.stdout == done.stderr == "", done.stderr
+    return json.loads(answers.read_text())
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_errors_are_one_message(refusals, case):
+    done, parts = refusals[case], ERRORS[case][1]
+    said = done["stdout"] + done["stderr"]
+    assert done["code"] == 2 and "Traceback" not in said and all(part in said for part in parts), said
     surveyed = case in ("no safetensors", "no config")  # then the rest is told as well
-    assert surveyed or (done.stdout == "" and done.stderr.startswith("Error: ")), said
+    assert surveyed or (done["stdout"] == "" and done["stderr"].startswith("Error: ")), said
 
 
 @pytest.mark.parametrize("why", ["HF_HUB_OFFLINE", "no server"])

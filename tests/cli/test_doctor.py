@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.convert.test_bad_input import run
+from tests.support.command import run
 from vllm_w8a8_bismooth import doctor, ops
 
 BISMOOTH = str(Path(sys.executable).with_name("bismooth"))

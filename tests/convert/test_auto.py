@@ -6,10 +6,10 @@ import os
 import pytest
 
 from benchmarks.testbed import BEDS
-from tests.convert.test_bad_input import run
-from tests.convert.test_convert import digests, tensors_of
-from tests.convert.test_resume import Failing
+from tests.support.command import run
+from tests.support.contents import digests, tensors_of
 from tests.support.conversion import convert
+from tests.support.disk import Failing
 from vllm_w8a8_bismooth.errors import BismoothError, Interrupted
 from vllm_w8a8_bismooth.measure import perturbation
 from vllm_w8a8_bismooth.measure.calibration import Calibration

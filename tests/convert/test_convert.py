@@ -1,4 +1,3 @@
-import hashlib
 import json
 import re
 import subprocess
@@ -12,9 +11,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks import emulate
-from tests.conftest import MODEL_TYPES, edit_json, tiny_model, write_checkpoint
-from tests.method.test_moments import moments
+from tests.support.contents import digests, tensors_of
 from tests.support.conversion import convert
+from tests.support.damage import edit_json
+from tests.support.models import MODEL_TYPES, tiny_model, write_checkpoint
+from tests.support.moments import moments
 from vllm_w8a8_bismooth.checkpoint.architectures import BLOCK
 from vllm_w8a8_bismooth.checkpoint.layout import Source
 from vllm_w8a8_bismooth.checkpoint.reader import Checkpoint
@@ -28,24 +29,6 @@ from vllm_w8a8_bismooth.method.smooth import smooth_block
 from vllm_w8a8_bismooth.recipe import Recipe
 
 RTN = Recipe.of("rtn")
-
-
-def digests(folder: Path) -> dict[str, str]:
-    return {
-        str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
-        for p in sorted(folder.rglob("*"))
-        if p.is_file()
-    }
-
-
-def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors; fails if two shards hold the same one."""
-    tensors: dict[str, torch.Tensor] = {}
-    for shard in sorted(folder.glob("*.safetensors")):
-        loaded = load_file(shard)
-        assert not tensors.keys() & loaded.keys()
-        tensors |= loaded
-    return tensors
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)

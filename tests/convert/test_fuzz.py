@@ -13,13 +13,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.conftest import tiny_model, write_checkpoint
-from tests.convert.test_bad_input import INDEX, run
+from tests.support.command import run
+from tests.support.damage import INDEX
+from tests.support.models import tiny_model, write_checkpoint
 from vllm_w8a8_bismooth.checkpoint.layout import Source
 from vllm_w8a8_bismooth.checkpoint.reader import FLOAT_DTYPES, Checkpoint
 
-EXAMPLES = int(os.environ.get("BISMOOTH_FUZZ", 40))
-"""Of each test; thousands take an hour."""
+EXAMPLES = int(os.environ.get("BISMOOTH_FUZZ", settings.default.max_examples * 2 // 5))
+"""Of each test: 40, in the profile ``quick`` 10; thousands take an hour."""
 
 
 class Pairs(list):

@@ -10,9 +10,10 @@ import torch
 
 from benchmarks.convert import WHOLE_70B
 from benchmarks.random_llama import checkpoint, hole
-from tests.conftest import MODEL_TYPES, edit_json
-from tests.convert.test_bad_input import CASES, INDEX, Q, edit_shard, index_to, run, shard_of, truncate
+from tests.support.command import run
 from tests.support.conversion import convert
+from tests.support.damage import CASES, INDEX, Q, edit_json, edit_shard, index_to, shard_of, truncate
+from tests.support.models import MODEL_TYPES
 from vllm_w8a8_bismooth.checkpoint import architectures
 from vllm_w8a8_bismooth.checkpoint.files import Folder
 from vllm_w8a8_bismooth.convert.inspect import TENSOR_PARALLEL, survey

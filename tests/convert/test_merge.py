@@ -16,11 +16,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from tests.conftest import edit_json, tiny_model, write_checkpoint
-from tests.convert.test_bad_input import edit_shard, run
-from tests.convert.test_convert import digests
-from tests.convert.test_resume import Failing
+from tests.support.command import run
+from tests.support.contents import digests
 from tests.support.conversion import convert
+from tests.support.damage import edit_json, edit_shard
+from tests.support.disk import Failing
+from tests.support.models import tiny_model, write_checkpoint
 from vllm_w8a8_bismooth.convert import merge as merging
 from vllm_w8a8_bismooth.convert import part
 from vllm_w8a8_bismooth.convert.merge import prepare

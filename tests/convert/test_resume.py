@@ -1,22 +1,21 @@
 """A run may die anywhere; the next one goes on, and nobody can tell from the result."""
 
-import os
 import signal
 import subprocess
 import sys
 
 import pytest
 
-from tests.conftest import edit_json
-from tests.convert.test_bad_input import run
-from tests.convert.test_convert import digests
+from tests.support.command import run
+from tests.support.contents import digests
 from tests.support.conversion import convert
+from tests.support.damage import edit_json
+from tests.support.disk import Failing
 from vllm_w8a8_bismooth.errors import BismoothError, Interrupted
 from vllm_w8a8_bismooth.measure.calibration import Calibration
 from vllm_w8a8_bismooth.measure.text import read_text
 from vllm_w8a8_bismooth.recipe import Recipe
 
-CALLS = ("pwrite", "fdatasync", "fsync", "replace")
 ARMS = {
     "rtn": (Recipe.of("rtn"), False),
     "mixed": (Recipe.of("mixed", group_size=32), False),
@@ -28,24 +27,6 @@ ARMS = {
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch):
     monkeypatch.setattr("vllm_w8a8_bismooth.checkpoint.writer.SHARD_SIZE", "60KB")
-
-
-class Failing:
-    """Lets the disk fail at the n-th of all the calls that reach it: once, or from then on."""
-
-    def __init__(self, monkeypatch, last: int, once: bool = False):
-        self.count, self.last, self.once = 0, last, once
-        for name in CALLS:
-            monkeypatch.setattr(os, name, self.wrap(getattr(os, name)))
-
-    def wrap(self, call):
-        def wrapped(*arguments):
-            self.count += 1
-            if self.count == self.last or (self.count > self.last and not self.once):
-                raise OSError(28, "No space left on device")
-            return call(*arguments)
-
-        return wrapped
 
 
 @pytest.mark.parametrize("arm", ARMS)

@@ -16,6 +16,7 @@ from vllm_w8a8_bismooth.method.balance import by_error
 from vllm_w8a8_bismooth.method.rows import ALONE
 from vllm_w8a8_bismooth.method.smooth import Smoothing, smooth_block
 
+slow = pytest.mark.slow
 NOTHING = Variant(weights=False, activations=False)
 
 
@@ -42,7 +43,10 @@ class Block:
         return self.calibration.lend(self.index, self.tensors, torch.float32)
 
 
-@pytest.mark.parametrize("model_type", ["gemma2", "llama", "mixtral", "phi3", "qwen2", "qwen2_moe", "qwen3"])
+@pytest.mark.parametrize(
+    "model_type",
+    ["gemma2", "phi3", "qwen2_moe", *(pytest.param(t, marks=slow) for t in ("llama", "mixtral", "qwen2", "qwen3"))],
+)
 def test_every_unit_is_measured(make_checkpoint, calibration_text, model_type):
     block = Block(make_checkpoint(model_type), calibration_text)
     before = {name: tensor.clone() for name, tensor in block.tensors.items()}

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.testbed.plant import plant
-from tests.conftest import MODEL_TYPES
-from tests.convert.test_bad_input import edit_shard, run
+from tests.support.command import run
+from tests.support.damage import edit_shard
+from tests.support.models import MODEL_TYPES
 from vllm_w8a8_bismooth.checkpoint.architectures import BLOCK, EMBEDDING
 from vllm_w8a8_bismooth.checkpoint.layout import Source
 from vllm_w8a8_bismooth.measure import prior

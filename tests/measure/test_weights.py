@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from benchmarks.testbed import PYTHON
 from benchmarks.testbed.plant import plant
-from tests.convert.test_bad_input import edit_shard, run
+from tests.support.command import run
+from tests.support.damage import edit_shard
 from vllm_w8a8_bismooth.checkpoint.architectures import ARCHITECTURES
 from vllm_w8a8_bismooth.convert.options import named
 from vllm_w8a8_bismooth.measure import weights

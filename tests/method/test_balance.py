@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.method.test_moments import moments, noise, seeds
+from tests.support.moments import moments, noise, seeds
 from vllm_w8a8_bismooth.checkpoint.architectures import ARCHITECTURES
 from vllm_w8a8_bismooth.method.balance import by_error, by_range, rule_of
 from vllm_w8a8_bismooth.method.moments import ORDER, Moments

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from tests.conftest import MODEL_TYPES
-from tests.method.test_moments import moments, noise
+from tests.support.models import MODEL_TYPES
+from tests.support.moments import moments, noise
 from vllm_w8a8_bismooth.checkpoint.architectures import ARCHITECTURES, BLOCK
 from vllm_w8a8_bismooth.checkpoint.layout import Source
 from vllm_w8a8_bismooth.method.balance import by_range

@@ -10,10 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from setup import CPU_FLAGS, CPU_LEVELS
+from tests.support.compiler import build
 from vllm_w8a8_bismooth import ops
 from vllm_w8a8_bismooth.ops import reference
 
 ROOT = Path(__file__).parents[2]
+INCLUDES = [ROOT / "csrc", ROOT / "tests/csrc"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LEVELS = ["amx", "avx512_vnni", "avx_vnni", "avx2", "portable"]
 
@@ -189,25 +191,22 @@ def test_only_stable_symbols_are_needed():
 
 
 @pytest.fixture(scope="module")
-def fuzzer(tmp_path_factory):
+def fuzzer():
     """tests/csrc/fuzz_cpu.cpp with every level's kernels, AMX's instructions emulated, sanitizers built in."""
     if not shutil.which("g++"):
         pytest.skip("there is no g++")
-    folder = tmp_path_factory.mktemp("fuzz")
-    common = ["g++", "-std=c++17", "-O1", "-g1", *CPU_FLAGS[1:], f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests/csrc'}"]
-    common += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    common = ["-std=c++17", "-O1", "-g1", *CPU_FLAGS[1:], "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     levels = {name: flags for name, flags in CPU_LEVELS.items() if name != "amx"}
     levels["amx_emulated"] = ["-DW8A8_EMULATE_AMX"]
-    for name, flags in levels.items():
-        source, target = ROOT / "csrc/cpu/kernels.cpp", folder / f"{name}.o"
-        subprocess.run([*common, *flags, f"-DW8A8_LEVEL={name}", "-c", source, "-o", target], check=True)
+    objects = [
+        build([*common, *flags, f"-DW8A8_LEVEL={name}", "-c"], [ROOT / "csrc/cpu/kernels.cpp"], INCLUDES)
+        for name, flags in levels.items()
+    ]
     names = "-DW8A8_LEVELS(X)=" + "".join(f"X({name})" for name in levels)
-    objects = sorted(folder.glob("*.o"))
-    program = folder / "fuzz"
-    subprocess.run([*common, names, ROOT / "tests/csrc/fuzz_cpu.cpp", *objects, "-o", program, "-lpthread"], check=True)
-    return program
+    return build([*common, names, "-pthread"], [ROOT / "tests/csrc/fuzz_cpu.cpp", *objects], INCLUDES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 def test_fuzz_with_sanitizers(fuzzer, seed):
     done = subprocess.run([fuzzer, str(seed), "60"], capture_output=True, text=True)
@@ -215,13 +214,14 @@ def test_fuzz_with_sanitizers(fuzzer, seed):
     assert "amx_emulated" in done.stdout and "portable" in done.stdout
 
 
+@pytest.mark.slow
 def test_the_fuzzer_catches_a_mistake(tmp_path):
     """The same program with a kernel that forgets to offset its sums must fail."""
     source = (ROOT / "csrc/cpu/kernels.cpp").read_text()
     assert source.count("base - 128u") == 1
     (tmp_path / "kernels.cpp").write_text(source.replace("base - 128u", "base - 127u"))
-    common = ["g++", "-std=c++17", "-O1", *CPU_FLAGS[1:], f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc/cpu'}"]
-    command = [*common, "-DW8A8_LEVEL=portable", "-DW8A8_LEVELS(X)=X(portable)", tmp_path / "kernels.cpp"]
-    subprocess.run([*command, ROOT / "tests/csrc/fuzz_cpu.cpp", "-o", tmp_path / "fuzz", "-lpthread"], check=True)
-    done = subprocess.run([tmp_path / "fuzz", "0", "60"], capture_output=True, text=True)
+    flags = ["-std=c++17", "-O1", *CPU_FLAGS[1:], "-DW8A8_LEVEL=portable", "-DW8A8_LEVELS(X)=X(portable)", "-pthread"]
+    sources = [tmp_path / "kernels.cpp", ROOT / "tests/csrc/fuzz_cpu.cpp"]
+    fuzzer = build(flags, sources, [*INCLUDES, ROOT / "csrc/cpu"])
+    done = subprocess.run([fuzzer, "0", "60"], capture_output=True, text=True)
     assert done.returncode == 1 and "portable: gemm at" in done.stdout

@@ -37,8 +37,8 @@ def one_thread():
 
 
 @pytest.fixture(scope="module")
-def kernels(tmp_path_factory):
-    return Kernels(compile_library(ROOT / "tests/csrc/gemm.cpp", tmp_path_factory.mktemp("gemm") / "gemm.so"))
+def kernels():
+    return Kernels(compile_library(ROOT / "tests/csrc/gemm.cpp"))
 
 
 def groups_of(tile):
@@ -70,26 +70,32 @@ def check(kernels, tile, m, n, k, groups, a_groups, dtype, bias=None, **options)
     assert ((got.double() - expected.double()).abs() <= near).all(), where
 
 
+@pytest.mark.parametrize("large", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["small", "large"])
 @pytest.mark.parametrize("index", range(TILES))
-def test_tile_matches_reference(kernels, index):
+def test_tile_matches_reference(kernels, index, large):
     """Tails of M, N that is no multiple of any tile, every granularity, both kinds of activation scales."""
     tile = kernels.tiles[index]
     for k, groups in groups_of(tile):
         for a_groups in (False, True) if groups > 1 else (False,):
             tokens = (0, 1, 7, 8, 13, 70, 130, 300) if k == 528 or k == 640 else (13, 70)
             for i, m in enumerate(tokens):
+                if large != (m > 70):
+                    continue
                 dtype = (torch.float32, torch.bfloat16, torch.float16)[i % 3]
                 bias = (None, torch.bfloat16, torch.float32, torch.float16)[i % 4]
                 check(kernels, index, m, 400, k, groups, a_groups, dtype, bias, seed=i, grid=2)
 
 
+@pytest.mark.parametrize(
+    "seeds", [range(4), pytest.param(range(4, 20), marks=pytest.mark.slow)], ids=["4 seeds", "16 more"]
+)
 @pytest.mark.parametrize("index", range(TILES))
-def test_any_order_of_threads(kernels, index):
-    """20 seeds; few CTAs with many blocks, so that the ring of stages goes round."""
+def test_any_order_of_threads(kernels, index, seeds):
+    """Few CTAs with many blocks, so that the ring of stages goes round."""
     k, groups = groups_of(kernels.tiles[index])[-1]
     k = {640: 1664, 528: 1808}.get(k, k)
     groups = 13 if k == 1664 else groups
-    for seed in range(20):
+    for seed in seeds:
         check(kernels, index, 21, 272, k, groups, groups > 1 and seed % 2 == 0, torch.bfloat16, seed=seed, grid=1)
 
 
@@ -402,9 +408,10 @@ def mutants(tmp_path_factory):
         (folder / name).write_text(text)
     only = sum(1 << tile for tile in (MMA, EXCHANGE, HOPPER, CLUSTER))
     flags = ["-DMUTANTS", f"-DONLY_TILES={only}u", "-Wno-parentheses", "-Wno-misleading-indentation"]
-    return Kernels(compile_library(ROOT / "tests/csrc/gemm.cpp", folder / "m.so", *flags, include=folder))
+    return Kernels(compile_library(ROOT / "tests/csrc/gemm.cpp", *flags, include=folder))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [None, *MUTANTS])
 def test_emulation_notices(mutants, name):
     """20 seeds find every mutant, and nothing where there is none."""

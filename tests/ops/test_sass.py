@@ -1,39 +1,17 @@
 """What the compiler made of the CUDA GEMM kernels: the instructions they are built around, and none that they avoid."""
 
-import importlib.util
 import pathlib
 import re
-import shutil
-import subprocess
 from collections import Counter
 
 import pytest
 
+from tests.support.sass import dump  # which skips this module where there is no library or no cuobjdump
+
 ROOT = pathlib.Path(__file__).parents[2]
-LIBRARY = ROOT / "vllm_w8a8_bismooth/_C.so"
 CHANNEL = 0
 INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?\s*(\w[\w.]*)")
 NAME = re.compile(r"gemm_(mma|wgmma)ILi(\d+)ELi(\d)ELb([01])E")
-
-
-def _cuobjdump() -> str | None:
-    """The toolkit's, or the one that triton carries."""
-    triton = importlib.util.find_spec("triton")
-    carried = pathlib.Path(triton.origin).parent / "backends/nvidia/bin/cuobjdump" if triton else None
-    return str(carried) if carried and carried.exists() else shutil.which("cuobjdump")
-
-
-CUOBJDUMP = _cuobjdump()
-if not CUOBJDUMP:
-    pytest.skip("no cuobjdump, neither triton's nor a toolkit's", allow_module_level=True)
-if not LIBRARY.exists() or b"gemm_mma" not in LIBRARY.read_bytes():
-    pytest.skip(
-        "the package was built without CUDA kernels (nvcc or nvidia-cutlass is missing)", allow_module_level=True
-    )
-
-
-def dump(*arguments: str) -> str:
-    return subprocess.run([CUOBJDUMP, *arguments, LIBRARY], capture_output=True, text=True, check=True).stdout
 
 
 def kernels(architecture: str) -> dict[tuple[str, int, int, bool], Counter]:

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from tests.ops.test_sass import dump  # which skips, also this module, where there is no library or no cuobjdump
+from tests.support.sass import dump
 
 
 @pytest.fixture(scope="module", params=["sm_80", "sm_90a"])

@@ -2,17 +2,18 @@
 
 import json
 import sys
-import time
 from dataclasses import asdict
 
 import pytest
 import torch
 from huggingface_hub import ModelCard
 
-from tests.convert.test_bad_input import edit_shard, run
-from tests.convert.test_convert import RTN, digests
-from tests.method.test_moments import moments, noise
+from tests.support.command import run
+from tests.support.contents import digests
 from tests.support.conversion import convert
+from tests.support.damage import edit_shard
+from tests.support.effort import calls
+from tests.support.moments import moments, noise
 from vllm_w8a8_bismooth.checkpoint.layout import Source
 from vllm_w8a8_bismooth.errors import BismoothError
 from vllm_w8a8_bismooth.measure.text import read_text
@@ -22,6 +23,7 @@ from vllm_w8a8_bismooth.method.smooth import smooth_block
 from vllm_w8a8_bismooth.recipe import Recipe
 from vllm_w8a8_bismooth.report import card, figures
 
+RTN = Recipe.of("rtn")
 TAGS = ["int8", "w8a8", "compressed-tensors", "vllm", "bismooth"]
 ORIGINAL = """---
 license: llama3.1
@@ -81,6 +83,7 @@ def test_base_model(make_checkpoint, tmp_path):
 BOMB = "a: &a {x: 1}\n" + "".join(
     f"{c}: &{c} {{<<: [{', '.join(['*' + b] * 9)}]}}\n" for b, c in zip("abcdefgh", "bcdefghi", strict=True)
 )
+MOST_CALLS = 200_000
 HOSTILE = {
     "none": b"",
     "no front matter": b"# Model\nlicense: mit\n",
@@ -104,10 +107,10 @@ HOSTILE = {
 
 @pytest.mark.parametrize("case", HOSTILE)
 def test_hostile_front_matter_does_no_harm(tmp_path, case):
+    """And little work: what is parsed of a card is bounded, whatever is in it."""
     (tmp_path / "README.md").write_bytes(HOSTILE[case])
-    before = time.process_time()
     assert card.inherited(tmp_path / "README.md") == {}
-    assert time.process_time() - before < 5
+    assert calls(lambda: card.inherited(tmp_path / "README.md")) < MOST_CALLS
 
 
 def test_what_can_be_believed_is_kept(tmp_path):

@@ -139,9 +139,9 @@ def test_engine_eager_and_compiled(checkpoints, tmp_path):
     grouped = dict(group_size=32, group_layers=r"layers\.0\.mlp\.down_proj")
     convert(checkpoints["planted"], model, Recipe.of("bismooth", calibration_tokens=4096, **grouped), read_text(TEXT))
     environment = engine_environment() | {"VLLM_CACHE_ROOT": str(tmp_path), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    command = [sys.executable, "-m", "tests.support.compiled", model, TEXT, answer]
+    command = [sys.executable, "-m", "tests.support.workers.compiled", model, TEXT, answer]
     done = subprocess.run(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=1800
     )
     assert answer.exists(), done.stdout[-3000:]
     found = json.loads(answer.read_text())

@@ -11,11 +11,12 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.server import serve
 from benchmarks.testbed import PYTHON
-from tests.conftest import edit_json, write_adapter
-from tests.support import engine
+from tests.support.adapters import write_adapter
 from tests.support.agreement import CLOSE_THROUGHOUT, assert_close_to_emulation, assert_same_up_to_near_ties
 from tests.support.conversion import convert
-from tests.support.engine import PROMPTS, ask
+from tests.support.damage import edit_json
+from tests.support.workers import engine
+from tests.support.workers.engine import PROMPTS, ask
 from vllm_w8a8_bismooth.recipe import Recipe
 
 LONG_PROMPTS = [PYTHON.calibration.read_text()[start : start + 600] for start in range(0, 6000, 1500)]
@@ -63,7 +64,7 @@ def small_draft(folder: Path, source: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def engines(checkpoints, tmp_path_factory) -> dict[str, dict]:
-    """One engine after the other, in one process; see :mod:`tests.support.features` for what each says."""
+    """One engine after the other, in one process; see :mod:`tests.support.workers.features` for what each says."""
     folder = tmp_path_factory.mktemp("features")
     speculation = {"method": "draft_model", "num_speculative_tokens": 3}
     lookup = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
@@ -86,7 +87,7 @@ def engines(checkpoints, tmp_path_factory) -> dict[str, dict]:
     options["ngram"] = dict(speculative_config=lookup)  # last: vLLM 0.32 starts no engine after it (numba)
     options = {name: {"model": checkpoints["mixed"], "max_model_len": 384} | more for name, more in options.items()}
     request = {"engines": options, "prompts": LONG_PROMPTS, "max_tokens": 24}
-    result, log = engine.run(folder, module="tests.support.features", **request)
+    result, log = engine.run(folder, module="tests.support.workers.features", **request)
     assert result is not None, log[-3000:]
     return result
 
@@ -191,7 +192,6 @@ def test_adapter_over_http(checkpoints, tmp_path, monkeypatch):
     import httpx
     from openai import AsyncOpenAI, NotFoundError
 
-    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "cache"))
     monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
     model = checkpoints["mixed"]
     updates = write_adapter(tmp_path / "adapter", model)

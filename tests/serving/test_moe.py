@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import gelu, silu
 
 from benchmarks import emulate
-from tests.conftest import edit_json
-from tests.serving.test_architectures import SPARSE, WINDOWS, divergence, transformers_predictions, write
-from tests.serving.test_serving import STOCK, TOKEN, W8A8, config_class
-from tests.support import engines
 from tests.support.conversion import convert
+from tests.support.damage import edit_json
+from tests.support.predictions import SPARSE, WINDOWS, divergence, transformers_predictions, write
+from tests.support.quantization import STOCK, TOKEN, W8A8, config_class
+from tests.support.workers import engines
 from vllm_w8a8_bismooth import ops
 from vllm_w8a8_bismooth.measure.text import read_text
 from vllm_w8a8_bismooth.method.quantize import dequantize_weight, quantize_weight

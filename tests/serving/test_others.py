@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounter
 
 from benchmarks.testbed import PYTHON
-from tests.support import engines, others
+from tests.support import others
+from tests.support.workers import engines
 from vllm_w8a8_bismooth import ops, register
 
 CONFIGS = json.loads((others.DATA / "configs.json").read_text())

@@ -13,11 +13,12 @@ from benchmarks.convert import WHOLE_70B
 from benchmarks.random_llama import checkpoint, hole
 from benchmarks.score import engine_environment
 from benchmarks.server import command_of, running, serve
-from tests.conftest import edit_json, tiny_model, write_checkpoint
-from tests.convert.test_convert import digests
 from tests.support.agreement import assert_same_up_to_near_ties
+from tests.support.contents import digests
 from tests.support.conversion import convert
-from tests.support.engine import PROMPTS, ask
+from tests.support.damage import edit_json
+from tests.support.models import tiny_model, write_checkpoint
+from tests.support.workers.engine import PROMPTS, ask
 from vllm_w8a8_bismooth import grouping
 from vllm_w8a8_bismooth.checkpoint.files import Folder
 from vllm_w8a8_bismooth.checkpoint.layout import Layout
@@ -73,6 +74,7 @@ SERVES = [
 ]
 
 
+@pytest.mark.slow
 def test_converting_on_several_machines(tmp_path):
     """Each machine a folder with its own copy of the source, all at once; the sizes are those of a small model."""
     (block,) = recipes("converter.md", "On several machines")
@@ -90,7 +92,7 @@ def test_converting_on_several_machines(tmp_path):
         if words[:2] == ["bismooth", "convert"]
     ]
     for process in parts:
-        assert process.wait(100) == 0, process.stderr.read()
+        assert process.wait(600) == 0, process.stderr.read()
     assert len(parts) == len(machines) > 2
     for where, words in block[len(parts) :]:
         if words[0] == "rsync":
@@ -187,7 +189,6 @@ def test_tensor_parallel_over_two_nodes(checkpoints, tmp_path, monkeypatch):
     convert(checkpoints["planted"], model, Recipe.of("bismooth", group_size=32, group_layers="o_proj|down_proj"))
     alone = ask(tmp_path / "alone", model, enforce_eager=True)
 
-    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "cache"))
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # both nodes on the cores that there are
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     with socket.socket() as probe:

@@ -38,18 +38,17 @@ def test_registration_is_idempotent_and_patches_nothing():
 @pytest.mark.parametrize("process", ["vllm.engine.arg_utils", "vllm.model_executor.models.registry"])
 def test_cost(process):
     """Of processes that load plugins, these two have imported least by then: any that parses arguments, and the one
-    that looks at a model's class. Processor time, because machines are shared."""
+    that looks at a model's class. They import nothing more but what is ours, and of that only what claims."""
     script = (
-        f"import json, sys, time, {process}\n"
-        "before, start = set(sys.modules), time.process_time()\n"
+        f"import json, sys, {process}\n"
+        "before = set(sys.modules)\n"
         "import vllm_w8a8_bismooth; vllm_w8a8_bismooth.register()\n"
-        "print('\\n' + json.dumps([time.process_time() - start, sorted(set(sys.modules) - before)]))"
+        "print('\\n' + json.dumps(sorted(set(sys.modules) - before)))"
     )
     done = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
-    seconds, modules = json.loads(done.stdout.splitlines()[-1])
-    assert seconds < 0.05
-    assert "vllm_w8a8_bismooth.serving.claim" in modules
-    assert [name for name in modules if not name.startswith("vllm_w8a8_bismooth")] == []
+    modules = json.loads(done.stdout.splitlines()[-1])
+    own = ("serving", "serving.claim", "serving.versions")
+    assert modules == ["vllm_w8a8_bismooth", *(f"vllm_w8a8_bismooth.{name}" for name in own)]
 
 
 @pytest.fixture

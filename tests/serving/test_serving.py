@@ -1,3 +1,4 @@
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -6,36 +7,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.server import serve
-from tests.conftest import tiny_model, write_adapter, write_checkpoint
-from tests.support import engine
+from tests.support.adapters import write_adapter
 from tests.support.agreement import CLOSE_THROUGHOUT, assert_close_to_emulation, assert_same_up_to_near_ties
 from tests.support.conversion import convert
-from tests.support.engine import PROMPTS, ask
-from vllm_w8a8_bismooth import ops, register
+from tests.support.models import tiny_model, write_checkpoint
+from tests.support.quantization import JSON, STOCK, TOKEN, W8A8, config_class
+from tests.support.workers.engine import PROMPTS, ask_each
+from vllm_w8a8_bismooth import ops
 from vllm_w8a8_bismooth.method.quantize import quantize_weight
 from vllm_w8a8_bismooth.recipe import Recipe
 
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
-    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
-)
-
-
-def config_class():
-    """What vLLM finds in its table."""
-    from vllm.model_executor.layers.quantization import get_quantization_config
-
-    register()
-    return get_quantization_config("w8a8_bismooth")
-
-
-W8A8 = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
-TOKEN = W8A8 | {"strategy": "token", "dynamic": True}
-STOCK = {
-    "quant_method": "compressed-tensors",
-    "format": "int-quantized",
-    "config_groups": {"g": {"weights": W8A8, "input_activations": TOKEN}},
-}
+PER_CHANNEL = 4 * 6 - 2
+"""Linears of ours in the bi-smoothed checkpoint: of six blocks, all but the two that are left in float."""
 
 
 @pytest.mark.parametrize(
@@ -192,42 +175,75 @@ def test_shapes_without_a_kernel_are_refused_at_load(on_rank, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def stock(checkpoints, tmp_path_factory) -> dict:
-    """The bi-smoothed checkpoint in vLLM without plugins."""
-    return ask(tmp_path_factory.mktemp("stock"), checkpoints["bismooth"], plugins="", enforce_eager=True)
+def stock(checkpoints, tmp_path_factory) -> dict[str, dict]:
+    """vLLM without plugins."""
+    engines = {name: {"model": checkpoints[name], "enforce_eager": True} for name in ("bismooth", "planted", "mixed")}
+    return ask_each(tmp_path_factory.mktemp("stock"), engines, plugins="")
+
+
+@pytest.fixture(scope="module")
+def updates(checkpoints, adapter: Path) -> dict[str, torch.Tensor]:
+    """What an adapter on the mixed checkpoint adds to its weights."""
+    return write_adapter(adapter, checkpoints["mixed"])
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("adapter") / "adapter"
+
+
+@pytest.fixture(scope="module")
+def biased(tmp_path_factory) -> Path:
+    """Another architecture, with biases in q, k and v, untied, all linears per-group."""
+    folder = tmp_path_factory.mktemp("biased")
+    source = write_checkpoint(folder / "source", tiny_model("qwen2", head_dim=32, hidden_size=128))
+    convert(source, folder / "out", Recipe.of("bismooth", group_size=32, group_layers="proj"))
+    return folder / "out"
+
+
+@pytest.fixture(scope="module")
+def served(checkpoints, updates, adapter, biased, tmp_path_factory) -> dict[str, dict]:
+    """vLLM with our plugin, found by itself; torch.compile on (vLLM's default) where it is not said to be off."""
+    eager = {"enforce_eager": True}
+    engines = {
+        "planted": eager | {"model": checkpoints["planted"]},
+        "unmarked": eager | {"model": checkpoints["unmarked"]},
+        "flagged": eager | {"model": checkpoints["unmarked"], "quantization": "w8a8_bismooth"},
+        "adapted": eager | {"model": checkpoints["mixed"], "lora": adapter, "enable_lora": True},
+        "biased": eager | {"model": biased, "max_model_len": 96},
+        "compiled": {"model": checkpoints["bismooth"]},
+    }
+    return ask_each(tmp_path_factory.mktemp("served"), engines)
 
 
 @pytest.mark.engine
-def test_marked_checkpoint_is_detected_and_stock_serves_it_alike(checkpoints, stock, tmp_path):
-    """Auto-detected, torch.compile on (vLLM's default); without the plugin the same greedy tokens up to near-ties."""
-    ours = ask(tmp_path, checkpoints["bismooth"])
-    assert ours["quantization"] == "w8a8_bismooth" and "per-channel linears run on" in ours["log"]
-    assert stock["quantization"] == "compressed-tensors" and "w8a8_bismooth:" not in stock["log"]
+def test_marked_checkpoint_is_detected_and_stock_serves_it_alike(checkpoints, stock, served):
+    """Auto-detected; without the plugin the same greedy tokens up to near-ties."""
+    ours, theirs = served["compiled"], stock["bismooth"]
+    assert ours["quantization"] == "w8a8_bismooth" and ours["linears"] == {"None": PER_CHANNEL}
+    assert theirs["quantization"] == "compressed-tensors" and "w8a8_bismooth:" not in theirs["log"]
     assert_close_to_emulation(checkpoints["bismooth"], PROMPTS, ours["first_steps"])
-    assert_same_up_to_near_ties(ours, stock)
+    assert_same_up_to_near_ties(ours, theirs)
 
 
 @pytest.mark.engine
-def test_checkpoint_of_others_by_the_flag(checkpoints, stock, tmp_path):
-    """Without our marker, eager, with ``--quantization w8a8_bismooth``: served by our ops, like stock."""
-    ours = ask(tmp_path, checkpoints["unmarked"], enforce_eager=True, quantization="w8a8_bismooth")
-    assert ours["quantization"] == "w8a8_bismooth" and "per-channel linears run on" in ours["log"]
-    assert_same_up_to_near_ties(ours, stock)
+def test_checkpoint_of_others_by_the_flag(stock, served):
+    """Without our marker, with ``--quantization w8a8_bismooth``: served by our ops, like stock."""
+    ours = served["flagged"]
+    assert ours["quantization"] == "w8a8_bismooth" and ours["linears"] == {"None": PER_CHANNEL}
+    assert "per-channel linears run on" in ours["log"]  # the first of the process, which says so once
+    assert_same_up_to_near_ties(ours, stock["bismooth"])
 
 
 @pytest.mark.engine
-def test_stock_vllm_refuses_the_mixed_checkpoint(checkpoints, tmp_path):
-    options = {"model": checkpoints["mixed"], "enforce_eager": True}
-    result, log = engine.run(tmp_path, "", options=options, prompts=PROMPTS[:1], max_tokens=1)
-    assert result is None and "No compressed-tensors compatible scheme was found" in log
+def test_stock_vllm_refuses_the_mixed_checkpoint(stock):
+    assert "No compressed-tensors compatible scheme was found" in stock["mixed"]["error"]
 
 
 @pytest.mark.engine
-def test_mixed_checkpoint_eager_with_adapter_and_reload(checkpoints, tmp_path):
+def test_mixed_checkpoint_eager_with_adapter_and_reload(checkpoints, served, updates):
     """On CPU the weights are packed: LoRA finds what it needs of them, and reloading packs them anew."""
-    model = checkpoints["mixed"]
-    updates = write_adapter(tmp_path / "adapter", model)
-    ours = ask(tmp_path, model, lora=tmp_path / "adapter", enforce_eager=True, enable_lora=True)
+    ours, model = served["adapted"], checkpoints["mixed"]
     assert ours["quantization"] == "w8a8_bismooth"
     assert_close_to_emulation(model, PROMPTS, ours["first_steps"])
     adapted = [steps[0] for steps in ours["adapted"]["logprobs"]]
@@ -238,24 +254,22 @@ def test_mixed_checkpoint_eager_with_adapter_and_reload(checkpoints, tmp_path):
 
 
 @pytest.mark.engine
-def test_qwen2_with_biases(tmp_path):
-    """Another architecture, with biases in q, k and v, untied, all linears per-group."""
-    source = write_checkpoint(tmp_path / "source", tiny_model("qwen2", head_dim=32, hidden_size=128))
-    convert(source, tmp_path / "out", Recipe.of("bismooth", group_size=32, group_layers="proj"))
-    ours = ask(tmp_path, tmp_path / "out", enforce_eager=True, max_model_len=96)
-    assert ours["quantization"] == "w8a8_bismooth" and "per-group (32) linears run on" in ours["log"]
-    assert_close_to_emulation(tmp_path / "out", PROMPTS, ours["first_steps"])
+def test_qwen2_with_biases(biased, served):
+    ours = served["biased"]
+    assert ours["quantization"] == "w8a8_bismooth" and ours["linears"] == {"32": 4 * 3}
+    assert_close_to_emulation(biased, PROMPTS, ours["first_steps"])
 
 
 @pytest.mark.engine
-def test_other_models_are_not_touched(checkpoints, stock, tmp_path):
+def test_other_models_are_not_touched(stock, served):
     """With and without the plugin: the same method, the same log-probabilities to the last bit."""
-    plain = [ask(tmp_path, checkpoints["planted"], plugins, enforce_eager=True) for plugins in (None, "")]
-    unmarked = [ask(tmp_path, checkpoints["unmarked"], enforce_eager=True), stock]
-    for pair, method in ((plain, None), (unmarked, "compressed-tensors")):
-        assert [result["quantization"] for result in pair] == [method, method]
-        assert "w8a8_bismooth:" not in pair[0]["log"]
-        assert pair[0]["tokens"] == pair[1]["tokens"] and pair[0]["logprobs"] == pair[1]["logprobs"]
+    for ours, theirs, method in (
+        (served["planted"], stock["planted"], None),
+        (served["unmarked"], stock["bismooth"], "compressed-tensors"),
+    ):
+        assert ours["quantization"] == theirs["quantization"] == method
+        assert "w8a8_bismooth:" not in ours["log"] and ours["linears"] == {}
+        assert ours["tokens"] == theirs["tokens"] and ours["logprobs"] == theirs["logprobs"]
 
 
 @pytest.mark.engine
@@ -263,7 +277,6 @@ def test_server_with_the_explicit_flag(checkpoints, tmp_path, monkeypatch):
     """`vllm serve --quantization w8a8_bismooth` on the mixed checkpoint, compiled, on two ranks, over HTTP."""
     from openai import OpenAI
 
-    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "cache"))
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # both ranks on the cores that there are
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     flags = ["--quantization", "w8a8_bismooth", "--served-model-name", "mixed", "--max-model-len", "256"]

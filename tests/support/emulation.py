@@ -2,32 +2,24 @@
 
 import ctypes
 import pathlib
-import subprocess
 from dataclasses import dataclass
 
 import torch
+
+from tests.support.compiler import build
 
 ROOT = pathlib.Path(__file__).parents[2]
 EMULATION = ROOT / "tests/csrc"  # the include path of ``emulate/``
 CHANNEL, GROUP_128, GROUP_ANY = range(3)
 FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
+WARNINGS = ["-Wall", "-Wextra", "-Wno-unknown-pragmas"]
+FLAGS = ["-std=c++17", "-O2", *WARNINGS, "-ffp-contract=off", "-march=native", "-fPIC", "-shared"]
 
-def compile_library(source: pathlib.Path, out: pathlib.Path, *flags: str, include: pathlib.Path | None = None):
-    """g++ ``source`` against the kernels in ``include`` (``csrc/cuda`` unless given) to the shared library ``out``.
 
-    ``tests/csrc`` is on the include path as well, where the kernels find the emulation of the GPU.
-    """
-    command = "g++ -std=c++17 -O2 -Wall -Wextra -Wno-unknown-pragmas -ffp-contract=off -march=native -fPIC -shared"
-    include = include or ROOT / "csrc/cuda"
-    done = subprocess.run(
-        [*command.split(), *flags, f"-I{include}", f"-I{EMULATION}", str(source), "-o", str(out)],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "warning" not in done.stderr, done.stderr
-    return ctypes.CDLL(str(out))
+def compile_library(source: pathlib.Path, *flags: str, include: pathlib.Path = ROOT / "csrc/cuda") -> ctypes.CDLL:
+    """``source``, against the kernels in ``include``, as a shared library."""
+    return ctypes.CDLL(str(build([*FLAGS, *flags], [source], [include, ROOT / "tests/csrc"])))
 
 
 def _fields(kind, names: str) -> list[tuple[str, type]]:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from benchmarks.testbed import PYTHON
-from tests.conftest import tiny_model, tiny_tokenizer
+from tests.support.models import tiny_model, tiny_tokenizer
 
 DATA = Path(__file__).parents[1] / "data"
 
@@ -65,11 +65,11 @@ MIXED = {
 
 def convert(python: str, source: Path, destination: Path, tokens: np.ndarray, kinds: dict[str, dict]) -> None:
     """Write ``destination/name`` for each of ``kinds``, name -> ``config_groups``; see
-    :mod:`tests.support.llm_compressor`."""
+    :mod:`tests.support.workers.llm_compressor`."""
     with tempfile.TemporaryDirectory() as scratch:  # llm-compressor writes logs where it stands
         np.save(Path(scratch, "tokens.npy"), tokens)
         Path(scratch, "kinds.json").write_text(json.dumps(kinds))
-        script = Path(__file__).with_name("llm_compressor.py")
+        script = Path(__file__).with_name("workers") / "llm_compressor.py"
         command = [os.path.abspath(python), script, source.resolve(), destination.resolve(), "tokens.npy", "kinds.json"]
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         environment.pop("PYTHONPATH", None)  # of this environment

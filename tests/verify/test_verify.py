@@ -9,9 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.conftest import MODEL_TYPES, edit_json, tiny_model, write_checkpoint
-from tests.convert.test_bad_input import INDEX, edit_shard, run, shard_of
+from tests.support.command import run
 from tests.support.conversion import convert
+from tests.support.damage import INDEX, edit_json, edit_shard, shard_of
+from tests.support.models import MODEL_TYPES, tiny_model, write_checkpoint
 from vllm_w8a8_bismooth.errors import BismoothError
 from vllm_w8a8_bismooth.measure.text import read_text
 from vllm_w8a8_bismooth.method.quantize import quantize_weight

@@ -1,5 +1,5 @@
 """Several vLLM engines, one after the other in one process:
-``python -m tests.support.engines WINDOWS.npy MODELS.json FOLDER``.
+``python -m tests.support.workers.engines WINDOWS.npy MODELS.json FOLDER``.
 
 ``MODELS.json`` holds a name for each engine -> ``model``, a checkpoint's folder, perhaps ``options`` for ``vllm.LLM``,
 and ``reload``, whether to lose the INT8 weights in the end and load them again. ``FOLDER/<name>.npy`` gets the
@@ -29,12 +29,11 @@ def run(folder: Path, windows: np.ndarray, models: dict[str, dict]) -> tuple[dic
     np.save(question[0], windows)
     question[1].write_text(json.dumps(models, default=str))
     environment = engine_environment() | {
-        "VLLM_CACHE_ROOT": str(folder / "cache"),
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # to look at the model that the engine built
     }
-    command = [sys.executable, "-m", "tests.support.engines", *question, folder]
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=900)
+    command = [sys.executable, "-m", "tests.support.workers.engines", *question, folder]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=1800)
     answers = {}
     for name in models:
         if (answer := folder / f"{name}.json").exists():
@@ -45,6 +44,9 @@ def run(folder: Path, windows: np.ndarray, models: dict[str, dict]) -> tuple[dic
 
 
 def schemes(model) -> Counter:
+    """How many linears run on which group size of ours (``"None"`` = per-channel)."""
+    if "vllm_w8a8_bismooth.serving.scheme" not in sys.modules:  # then none does, and a process without plugins stays so
+        return Counter()
     from vllm_w8a8_bismooth.serving.scheme import W8A8Scheme
 
     found = (getattr(module, "scheme", None) for module in model.modules())

@@ -1,8 +1,8 @@
 """vLLM engines of many kinds, one after the other in a process:
-``python -m tests.support.features REQUEST.json RESULT.json``.
+``python -m tests.support.workers.features REQUEST.json RESULT.json``.
 
 The request holds ``prompts``, ``max_tokens`` and ``engines``: name -> options for ``vllm.LLM``. For each name the
-result holds what :func:`tests.support.engine.answers` gives the first time (``first``) and the ``second``, and
+result holds what :func:`tests.support.workers.engine.answers` gives the first time (``first``) and the ``second``, and
 
 - ``forwards``: how many tokens each step of the model took;
 - ``cache``: the dtype that the KV cache stores and the scales of K and V of each block;
@@ -25,8 +25,8 @@ from pathlib import Path
 import torch
 from torch.utils._pytree import tree_leaves
 
-from tests.support.engine import answers
-from tests.support.engines import clean_up, meet, schemes
+from tests.support.workers.engine import answers
+from tests.support.workers.engines import clean_up, meet, schemes
 
 
 def ours(model) -> list[tuple[str, torch.nn.Module]]:

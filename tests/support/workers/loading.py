@@ -1,5 +1,5 @@
 """A checkpoint through vLLM's own loader, without an engine:
-``python -m tests.support.loading MODEL FLOAT ANSWER.json``.
+``python -m tests.support.workers.loading MODEL FLOAT ANSWER.json``.
 
 It needs nothing of vLLM's compiled libraries, so a release that is there as Python sources alone will do. MODEL is a
 quantized LLaMA in one file, FLOAT an unquantized one. The answer holds vLLM's version, the quantization method that it

@@ -1,4 +1,5 @@
-"""What vLLM with the plugin says of several checkpoints: ``python -m tests.support.refusals ANSWERS.json MODEL...``.
+"""What vLLM with the plugin says of several checkpoints:
+``python -m tests.support.workers.refusals ANSWERS.json MODEL...``.
 
 They are loaded one after the other in one process. The answers are model -> what was raised (the whole chain of
 messages), or ``None`` where it could be served and gave a token.
