@@ -16,6 +16,9 @@ define LINT
 	.venv/bin/mypy
 endef
 
+# Two processes with one thread each: most tests use one core. Engines take all cores, so they come one after the other.
+BESIDE_EACH_OTHER = OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile
+
 help: # this list
 	@sed -n 's/^\([a-z]*\):.*# \(.*\)/make \1	\2/p' Makefile | expand -t 16
 
@@ -24,11 +27,12 @@ demo: .venv/ready # an INT8 collapse, its repairs, and a vLLM server that answer
 
 check: .venv/ready # for every commit, under three minutes: linters, types, and the fast tests
 	$(LINT)
-	$(PYTHON) -m pytest --hypothesis-profile quick -m "not slow and not engine and not network and not soak"
+	$(BESIDE_EACH_OTHER) --hypothesis-profile quick -m "not slow and not engine and not network and not soak"
 
 test: .venv/ready # linters, types, and all tests, as CI runs them
 	$(LINT)
-	$(PYTHON) -m pytest
+	$(BESIDE_EACH_OTHER) -m "not engine and not network and not soak"
+	$(PYTHON) -m pytest -m "(engine or network) and not soak"
 
 kernels: .venv/packages # compile what has changed in csrc/, or for another BISMOOTH_CUDA
 	.ci/setup kernels

@@ -47,8 +47,9 @@ def write(path: Path, rows: list[dict], **more) -> None:
         rows: what was measured.
         more: further top-level keys, or others for these.
     """
+    module = sys.modules["__main__"].__spec__  # there is none in a process that pytest-xdist started
     record = {
-        "command": " ".join(["python -m", sys.modules["__main__"].__spec__.name, *sys.argv[1:]]),
+        "command": " ".join(["python -m", module.name if module else sys.argv[0], *sys.argv[1:]]),
         "commit": COMMIT,
         "versions": versions(),
         "machine": machine(),

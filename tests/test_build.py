@@ -86,7 +86,7 @@ def test_only_what_changed_is_compiled_again(build, tmp_path):
 def test_cuda_kernels_are_where_they_were_asked_for():
     """Without them, or without cuobjdump, the tests of their machine code would be skipped, in CI too."""
     try:
-        from tests.ops.test_sass import dump
+        from tests.support.sass import dump
     except pytest.skip.Exception as reason:
         pytest.fail(str(reason))
     assert all("Function : " in dump("-sass", "-arch", architecture) for architecture in ("sm_80", "sm_90a"))

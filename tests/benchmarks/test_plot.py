@@ -231,6 +231,7 @@ def test_every_figure_is_drawn_and_legible(results, drawn):
             assert contrast_to_white(line.get_color()) > 3, (name, line)
 
 
+@pytest.mark.slow
 def test_equal_results_give_equal_bytes(results, drawn, tmp_path):
     with matplotlib.rc_context({"font.size": 30, "savefig.transparent": True}):
         list(plot.draw(results, tmp_path))

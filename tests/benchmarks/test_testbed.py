@@ -129,6 +129,7 @@ SMOOTHED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "bed", [pytest.param(one_bed[1], id=one_bed[0]), *(pytest.param(bed, id=n, marks=slow) for n, bed in other_beds)]
 )
@@ -143,6 +144,7 @@ def test_balancing_is_better_than_ranges_and_than_nothing(tmp_path, bed):
     assert kl["data-free"] < 1.05 * kl["rtn"], kl
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind, k",
     [("norm", 1000.0), pytest.param("norm", 100.0, marks=slow), pytest.param("residual", 1000.0, marks=slow)],
@@ -168,6 +170,7 @@ THROUGH_TRANSFORMERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arm", ["grouped", *(pytest.param(arm, marks=slow) for arm in ("rtn", "bismooth"))])
 def test_transformers_agrees_with_emulation(tmp_path, arm):
     options, tolerance = THROUGH_TRANSFORMERS[arm]

@@ -15,6 +15,7 @@ from rich.console import Console
 from tests.support.command import run
 from tests.support.conversion import convert
 from tests.support.damage import edit_json
+from tests.support.sweep import sweep
 from vllm_w8a8_bismooth import __version__
 from vllm_w8a8_bismooth.cli.progress import Progress
 from vllm_w8a8_bismooth.errors import BismoothError, Problem
@@ -61,7 +62,7 @@ def test_errors_go_to_stderr_in_one_message(tmp_path):
     assert done.stderr.startswith("Error: ") and "no such folder" in done.stderr and "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("method", ["rtn", "mixed", "bismooth"])
+@pytest.mark.parametrize("method", sweep(["bismooth", "rtn", "mixed"]))
 def test_convert(make_checkpoint, tmp_path, method):
     source, out = make_checkpoint(), tmp_path / "out"
     done = bismooth("convert", source, out, "--method", method, "--json")

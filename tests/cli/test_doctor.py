@@ -62,6 +62,7 @@ def test_a_broken_torch(without_vllm, monkeypatch):
     assert any("libcudart.so.13: cannot open" in problem.what for problem in doctor.diagnose().problems)
 
 
+@pytest.mark.slow
 def test_a_vllm_that_does_not_start(monkeypatch, tmp_path):
     (tmp_path / "vllm").mkdir()
     (tmp_path / "vllm" / "__init__.py").write_text("raise ImportError('libtorch is too old')")

@@ -16,6 +16,7 @@ from tests.support.conversion import convert
 from tests.support.damage import edit_json
 from tests.support.models import MODEL_TYPES, tiny_model, write_checkpoint
 from tests.support.moments import moments
+from tests.support.sweep import sweep
 from vllm_w8a8_bismooth.checkpoint.architectures import BLOCK
 from vllm_w8a8_bismooth.checkpoint.layout import Source
 from vllm_w8a8_bismooth.checkpoint.reader import Checkpoint
@@ -31,7 +32,7 @@ from vllm_w8a8_bismooth.recipe import Recipe
 RTN = Recipe.of("rtn")
 
 
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", sweep(MODEL_TYPES, 4))
 @pytest.mark.parametrize("tied", [False, True])
 def test_rtn_keeps_everything_but_the_linears(make_checkpoint, tmp_path, model_type, tied):
     source = make_checkpoint(model_type, tie_word_embeddings=tied)
@@ -187,7 +188,7 @@ IGNORED = {
 }
 
 
-@pytest.mark.parametrize("model_type", IGNORED)
+@pytest.mark.parametrize("model_type", sweep(IGNORED))
 def test_ignored_linears_keep_their_dtype(make_checkpoint, tmp_path, calibration_text, model_type, monkeypatch):
     """They hold the folded source, all else is as without the option, and compressed-tensors' matcher agrees."""
     from compressed_tensors.utils.match import is_match
@@ -282,7 +283,7 @@ def test_config_is_read_as_meant_by_compressed_tensors(make_checkpoint, tmp_path
     assert not any(is_match("model.layers.11.self_attn.qkv_proj", fused, t) for t in group.targets)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "mistral"])
+@pytest.mark.parametrize("model_type", sweep(["qwen2", "llama", "qwen3", "mistral"]))
 def test_converted_models_stay_close(make_checkpoint, tmp_path, calibration_text, model_type):
     source = make_checkpoint(model_type)
     tokens = torch.randint(2, 160, (2, 64), generator=torch.Generator().manual_seed(3))
@@ -434,6 +435,7 @@ def test_a_large_text_is_not_all_tokenized(make_checkpoint, tmp_path, monkeypatc
     assert tokens.numel() == 7 * 128 and sum(asked) < 0.02 * sum(map(len, text.documents)) + 4096
 
 
+@pytest.mark.slow
 def test_offline_half_never_imports_vllm(make_checkpoint, tmp_path, calibration_text):
     script = (
         "import sys; from vllm_w8a8_bismooth.cli import main as cli; "

@@ -22,6 +22,7 @@ from tests.support.conversion import convert
 from tests.support.damage import edit_json, edit_shard
 from tests.support.disk import Failing
 from tests.support.models import tiny_model, write_checkpoint
+from tests.support.sweep import sweep
 from vllm_w8a8_bismooth.convert import merge as merging
 from vllm_w8a8_bismooth.convert import part
 from vllm_w8a8_bismooth.convert.merge import prepare
@@ -74,7 +75,7 @@ def merge(parts: Sequence[Path], destination: Path, **options) -> Outcome:
     return merging.merge(prepare(parts, destination), **options)
 
 
-@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize("arm", sweep(ARMS))
 def test_merged_parts_are_the_whole(tmp_path, calibration_text, arm):
     """Byte for byte, report and card included, wherever the cuts are, in any order, by any number of threads."""
     source, (recipe, calibrated) = outliers(tmp_path / "source"), ARMS[arm]
@@ -104,7 +105,7 @@ def test_merged_parts_are_the_whole(tmp_path, calibration_text, arm):
     assert verify(out, source, engine=False).ok
 
 
-@pytest.mark.parametrize("model_type", ["gemma2", "mixtral", "phi3", "qwen2_moe"])
+@pytest.mark.parametrize("model_type", sweep(["qwen2_moe", "gemma2", "mixtral", "phi3"]))
 def test_of_other_types(tmp_path, calibration_text, model_type):
     source = outliers(tmp_path / "source", model_type, tie_word_embeddings=True)
     for name, recipe, text in (("free", DATA_FREE, None), ("calibrated", CALIBRATED, read_text(calibration_text))):
@@ -118,6 +119,7 @@ def deep(tmp_path_factory) -> Path:
     return outliers(tmp_path_factory.mktemp("deep") / "source", num_hidden_layers=6)
 
 
+@pytest.mark.slow
 @settings(max_examples=6)
 @given(cuts=st.sets(st.integers(1, 5)), shard=st.integers(5, 80), arm=st.sampled_from(["mixed", "data-free"]))
 def test_any_cuts_and_any_shards(deep, tmp_path_factory, cuts, shard, arm):
@@ -133,7 +135,7 @@ def test_any_cuts_and_any_shards(deep, tmp_path_factory, cuts, shard, arm):
     assert digests(folder / "out") == digests(folder / "whole")
 
 
-@pytest.mark.parametrize("arm", ["mixed", "data-free", "calibrated"])
+@pytest.mark.parametrize("arm", sweep(["mixed", "data-free", "calibrated"]))
 def test_a_part_that_fails_anywhere_is_resumed(make_checkpoint, tmp_path, calibration_text, arm, monkeypatch):
     source, (recipe, calibrated) = make_checkpoint(), ARMS[arm]
     text, blocks = read_text(calibration_text) if calibrated else None, slice(2, 3)
@@ -231,7 +233,7 @@ def test_a_merge_does_not_copy_twice(make_checkpoint, tmp_path, monkeypatch):
     assert merge(made, out).reused and not copied
 
 
-@pytest.mark.parametrize("verb", ["convert", "merge"])
+@pytest.mark.parametrize("verb", sweep(["merge", "convert"]))
 def test_killed_processes_are_resumed(make_checkpoint, tmp_path, verb):
     source, out, first = make_checkpoint(), tmp_path / "out", tmp_path / "part-0-2"
     parts_of(source, tmp_path, DATA_FREE)

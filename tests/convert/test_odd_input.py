@@ -15,6 +15,7 @@ from tests.support.command import run
 from tests.support.contents import digests, tensors_of
 from tests.support.damage import INDEX, config, edit_json
 from tests.support.effort import calls
+from tests.support.sweep import sweep
 from vllm_w8a8_bismooth.checkpoint.architectures import EMBEDDING
 from vllm_w8a8_bismooth.checkpoint.layout import Source
 from vllm_w8a8_bismooth.checkpoint.reader import Checkpoint
@@ -67,7 +68,7 @@ DTYPES = {
 }
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gemma2", "qwen2_moe"])
+@pytest.mark.parametrize("model_type", sweep(["llama", "gemma2", "qwen2_moe"]))
 @pytest.mark.parametrize("case", DTYPES)
 def test_mixed_dtypes(make_checkpoint, tmp_path, calibration_text, case, model_type):
     """What is not quantized keeps its own dtype; accuracy does not depend on it."""
@@ -178,6 +179,7 @@ def write_blocks(folder: Path, blocks: int, shards: int) -> int:
     return len(shapes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shards", [1, 10_000])
 def test_ten_thousand_tensors_are_as_much_work_each_as_a_thousand(tmp_path, shards):
     def effort(blocks: int) -> float:

@@ -11,6 +11,7 @@ from tests.support.contents import digests
 from tests.support.conversion import convert
 from tests.support.damage import edit_json
 from tests.support.disk import Failing
+from tests.support.sweep import sweep
 from vllm_w8a8_bismooth.errors import BismoothError, Interrupted
 from vllm_w8a8_bismooth.measure.calibration import Calibration
 from vllm_w8a8_bismooth.measure.text import read_text
@@ -29,7 +30,7 @@ def small_shards(monkeypatch):
     monkeypatch.setattr("vllm_w8a8_bismooth.checkpoint.writer.SHARD_SIZE", "60KB")
 
 
-@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize("arm", sweep(ARMS))
 def test_a_run_that_fails_anywhere_is_resumed(make_checkpoint, tmp_path, calibration_text, arm, monkeypatch):
     source, (recipe, calibrated) = make_checkpoint(), ARMS[arm]
     text = read_text(calibration_text) if calibrated else None
@@ -73,7 +74,7 @@ def test_statistics_are_read_and_not_made_again(make_checkpoint, tmp_path, calib
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("call", ["pwrite", "fdatasync", "replace", "rmtree"])
+@pytest.mark.parametrize("call", sweep(["rmtree", "pwrite", "fdatasync", "replace"]))
 def test_killed_runs_are_resumed(make_checkpoint, tmp_path, call):
     """SIGKILL in a real process; the last case dies when the folder has its name already."""
     source, out = make_checkpoint(), tmp_path / "out"

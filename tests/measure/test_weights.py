@@ -142,6 +142,7 @@ def test_planted_linears_are_named_with_the_reason(planted, tmp_path):
         assert (tmp_path / "figures" / name).read_text().startswith("<?xml")
 
 
+@pytest.mark.slow
 def test_perturbation_tells_weights_from_activations(planted):
     options = ("--calibration", PYTHON.calibration, "--calibration-tokens", 2048)
     code, output = run("analyze", planted, "--json", *options)

@@ -99,6 +99,7 @@ def test_any_order_of_threads(kernels, index, seeds):
         check(kernels, index, 21, 272, k, groups, groups > 1 and seed % 2 == 0, torch.bfloat16, seed=seed, grid=1)
 
 
+@pytest.mark.slow
 def test_splits_are_exact(kernels):
     for tile in kernels.tiles:
         if tile.granularities >> CHANNEL & 1:
@@ -152,6 +153,7 @@ def _pointer(tensor):
     return ctypes.c_void_p(tensor.data_ptr())
 
 
+@pytest.mark.slow
 def test_schedule_covers_everything_once(kernels):
     shapes = [(1, 16, 16), (130, 400, 272), (300, 1040, 1552), (5000, 2560, 1024)]
     for (m, n, k), tile, split, whole in itertools.product(shapes, kernels.tiles, (1, 3, 8), (0, 1, 1 << 20)):

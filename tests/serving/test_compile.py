@@ -62,6 +62,7 @@ def make_layer(on_rank):
     return make
 
 
+@pytest.mark.slow
 @compiled_only
 def test_rows_serve_our_linears_alone(make_layer, activate):
     """Another model's linear that takes INT8 per token, by vLLM's own key, finds no row of ours."""

@@ -148,6 +148,7 @@ def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
     assert len(found) == 0 or (found.double() - expected).abs().max() <= 0.02 * expected.abs().max()
 
 
+@pytest.mark.slow
 @given(
     tokens=st.integers(0, 9),
     experts=st.integers(1, 6),

@@ -54,6 +54,7 @@ def test_every_kind_is_recorded():
     assert set(CONFIGS) == set(others.KINDS) == {*SERVED, *REFUSED}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", SERVED)
 def test_served(tmp_path, kind):
     from vllm_w8a8_bismooth.serving.scheme import W8A8Scheme

@@ -8,6 +8,7 @@ from importlib.metadata import entry_points
 
 import pytest
 
+from tests.support.sweep import sweep
 from vllm_w8a8_bismooth import register, serving
 
 MARKED = {"quant_method": "compressed-tensors", "bismooth": {}}
@@ -35,7 +36,7 @@ def test_registration_is_idempotent_and_patches_nothing():
     assert dict(vars(CompressedTensorsConfig)) == stock
 
 
-@pytest.mark.parametrize("process", ["vllm.engine.arg_utils", "vllm.model_executor.models.registry"])
+@pytest.mark.parametrize("process", sweep(["vllm.engine.arg_utils", "vllm.model_executor.models.registry"]))
 def test_cost(process):
     """Of processes that load plugins, these two have imported least by then: any that parses arguments, and the one
     that looks at a model's class. They import nothing more but what is ours, and of that only what claims."""

@@ -13,6 +13,7 @@ from tests.support.command import run
 from tests.support.conversion import convert
 from tests.support.damage import INDEX, edit_json, edit_shard, shard_of
 from tests.support.models import MODEL_TYPES, tiny_model, write_checkpoint
+from tests.support.sweep import sweep
 from vllm_w8a8_bismooth.errors import BismoothError
 from vllm_w8a8_bismooth.measure.text import read_text
 from vllm_w8a8_bismooth.method.quantize import quantize_weight
@@ -37,7 +38,7 @@ def report_of(out: Path) -> dict:
     return json.loads((out / "report.json").read_text())
 
 
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", sweep(MODEL_TYPES, 3))
 def test_calibrated_conversions_are_clean(make_checkpoint, tmp_path, calibration_text, model_type):
     source, out = make_checkpoint(model_type), tmp_path / "out"
     convert(source, out, BISMOOTH, read_text(calibration_text))
@@ -520,7 +521,7 @@ def test_command(pairs, monkeypatch):
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize("kind", ["mixtral", "mixed", "ignored"])
+@pytest.mark.parametrize("kind", sweep(["mixed", "mixtral", "ignored"]))
 def test_vllm_reads_it_as_meant(pairs, kind):
     _, out = pairs(kind)
     found = verify(out)

@@ -20,8 +20,8 @@ class Outcome:
         ignored: full names of the linears that were left in float.
         sites: block index -> what was folded at each site.
         files: shard -> SHA-256.
-        resumed: blocks that an earlier, interrupted run had outcome.
-        reused: the destination already held this very conversion, and nothing was outcome.
+        resumed: blocks that an earlier, interrupted run had done.
+        reused: the destination already held this very conversion, and nothing was done.
         part: its blocks, if a part was made; ``None`` is a whole checkpoint.
         blocks: how many the model has.
     """
