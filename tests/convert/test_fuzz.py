@@ -20,7 +20,7 @@ from vllm_w8a8_bismooth.checkpoint.layout import Source
 from vllm_w8a8_bismooth.checkpoint.reader import FLOAT_DTYPES, Checkpoint
 
 EXAMPLES = int(os.environ.get("BISMOOTH_FUZZ", settings.default.max_examples * 2 // 5))
-"""Of each test: 40, in the profile ``quick`` 10; thousands take an hour."""
+"""How many for each test: 40, in the profile ``quick`` 10; thousands take an hour."""
 
 
 class Pairs(list):

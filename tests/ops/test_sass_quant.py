@@ -9,7 +9,7 @@ from tests.support.sass import dump
 
 @pytest.fixture(scope="module", params=["sm_80", "sm_90a"])
 def kernels(request) -> dict[str, dict]:
-    """Of each kernel, "Source<number>,ITEMS": its instructions, and registers and stack bytes of a thread."""
+    """Each kernel, "Source<number>,ITEMS", with its instructions, and registers and stack bytes of a thread."""
     found = {}
     usage = dump("-res-usage", "-arch", request.param)
     for name, registers, stack in re.findall(r"Function (\S+):\s*\n\s*REG:(\d+) STACK:(\d+)", usage):

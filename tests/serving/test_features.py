@@ -23,7 +23,7 @@ LONG_PROMPTS = [PYTHON.calibration.read_text()[start : start + 600] for start in
 BUDGET = 64  # tokens a step, fewer than each of these prompts has
 BLOCKS = 6
 LINEARS = {"32": 6, "None": 18}
-"""Of the mixed checkpoint: qkv and gate_up of three blocks per-group; o and down, and the other blocks, per-channel."""
+"""In the mixed checkpoint: qkv and gate_up of three blocks per-group; o and down, and the other blocks, per-channel."""
 FP8 = 0.3
 """Nats between ours and stock's kernels with an fp8 KV cache, which both truncate: 0.16 was the largest, and the cache
 itself moves these prompts' first step by 0.13 to 0.74."""

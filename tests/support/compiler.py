@@ -21,7 +21,7 @@ def machine() -> bytes:
 
 
 def digest(flags: Sequence[str], sources: Sequence[Path], includes: Sequence[Path]) -> str:
-    """Of all that decides on the result; where files lie does not."""
+    """A digest of all that decides on the result; where files lie does not."""
     found = hashlib.sha256(machine() + "\0".join(flags).encode())
     for folder in includes:
         for path in sorted(folder.rglob("*")):

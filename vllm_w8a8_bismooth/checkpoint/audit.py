@@ -1,6 +1,7 @@
 """What a config promises, held against the names and shapes in the headers."""
 
 from collections.abc import Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass
 
 from vllm_w8a8_bismooth.checkpoint.architectures import ARCHITECTURES, BLOCK, EMBEDDING, HEAD, NORM, Architecture, Layer
 from vllm_w8a8_bismooth.checkpoint.files import CONFIG
@@ -116,6 +117,35 @@ def layer_tensors(layer: Layer, sizes: Mapping[str, int], config: Mapping) -> di
     return shapes
 
 
+@dataclass
+class _Promise:
+    """The tensors that a config implies, name -> shape, and whether they are too many to be listed."""
+
+    required: dict[str, tuple[int, ...]]
+    optional: dict[str, tuple[int, ...]]
+    endless: bool = False
+
+    @classmethod
+    def of(cls, config: Mapping, architecture: Architecture, sizes: Mapping[str, int], bound: int) -> "_Promise":
+        """Listed up to twice ``bound``, the number in the headers: the config's word for its blocks is not trusted."""
+        found = cls({EMBEDDING: (sizes["vocab"], sizes["hidden"]), NORM: (sizes["hidden"],)}, {})
+        tied = config.get("tie_word_embeddings", architecture.tied)
+        (found.optional if tied else found.required)[HEAD] = (sizes["vocab"], sizes["hidden"])
+        found.endless = sizes.get("experts", 0) > bound
+        if found.endless:
+            return found
+        inside: dict[int, dict[str, tuple[int, ...]]] = {}
+        for i, layer in enumerate(layers_of(config, architecture, sizes, min(sizes["blocks"], bound))):
+            if id(layer) not in inside:
+                inside[id(layer)] = layer_tensors(layer, sizes, config)
+            found.required |= {BLOCK.format(i) + name: shape for name, shape in inside[id(layer)].items()}
+            found.optional[BLOCK.format(i) + "self_attn.rotary_emb.inv_freq"] = (sizes["head"] // 2,)
+            if len(found.required) > 2 * bound:
+                found.endless = True
+                break
+        return found
+
+
 def audit(
     config: Mapping,
     architecture: Architecture,
@@ -130,33 +160,19 @@ def audit(
     Optional are ``lm_head.weight`` of tied models and old checkpoints' rotary tables, which are passed through;
     anything else inside a block is a problem, because converting it as if it were not there would be silently wrong.
     """
-    required: dict[str, tuple[int, ...]] = {EMBEDDING: (sizes["vocab"], sizes["hidden"]), NORM: (sizes["hidden"],)}
-    optional: dict[str, tuple[int, ...]] = {HEAD: (sizes["vocab"], sizes["hidden"])}
-    if not config.get("tie_word_embeddings", architecture.tied):
-        required |= optional
-    # Bounded by the headers, not by the config's word for the number of blocks and experts.
     bound = len(shapes) + len(lost)
-    if sizes.get("experts", 0) <= bound:
-        inside: dict[int, dict[str, tuple[int, ...]]] = {}
-        for i, layer in enumerate(layers_of(config, architecture, sizes, min(sizes["blocks"], bound))):
-            if id(layer) not in inside:
-                inside[id(layer)] = layer_tensors(layer, sizes, config)
-            required |= {BLOCK.format(i) + name: shape for name, shape in inside[id(layer)].items()}
-            optional[BLOCK.format(i) + "self_attn.rotary_emb.inv_freq"] = (sizes["head"] // 2,)
-            if len(required) > 2 * bound:
-                break
-
-    for name, shape in required.items():
+    promise = _Promise.of(config, architecture, sizes, bound)
+    for name, shape in promise.required.items():
         if name not in shapes and name not in lost:
             what = f"tensor of shape {list(shape)} is missing"
             yield Problem(name, what, f"download the checkpoint again or mend {CONFIG}")
-    if len(required) > 2 * bound or sizes.get("experts", 0) > bound:
+    if promise.endless:
         yield Problem(
             CONFIG, f"implies many more tensors than the {bound} in the files", "mend it or download the rest"
         )
         return
     for name, shape in shapes.items():
-        expected = required.get(name) or optional.get(name)
+        expected = promise.required.get(name) or promise.optional.get(name)
         if expected is None:
             if name.startswith(BLOCK.format("")[:-1]):
                 what = f"tensor of shape {list(shape)} is not part of a {config['model_type']} model with this {CONFIG}"

@@ -1,4 +1,4 @@
-"""What a conversion needs, told from headers alone."""
+"""What a conversion needs, estimated from headers alone."""
 
 import math
 import os
@@ -23,12 +23,12 @@ class Needs:
     seconds: float
 
 
-# As benchmarks/results/avx512_vnni-amd-epyc-2-cores/convert.json has them: they tell minutes from hours, no more.
+# As benchmarks/results/avx512_vnni-amd-epyc-2-cores/convert.json has them: they separate minutes from hours, no more.
 _BYTES_PER_CORE_SECOND = 1.8e8
 _FLOP_PER_CORE_SECOND = 2.8e11
 _BASE_MEMORY = 6e8
 _ROW_BYTES = 4  # of scales
-_CARRIED = 0.25  # of a byte's time if it only tells of activations; measured on blocks of LLaMA 3 8B's size
+_CARRIED = 0.25  # of a byte's time if activations are only carried through it; measured on blocks of LLaMA 3 8B's size
 
 
 def needs(

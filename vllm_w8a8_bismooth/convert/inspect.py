@@ -1,4 +1,4 @@
-"""What the headers of a checkpoint tell before anything is converted: the model, its needs, all its problems."""
+"""What the headers of a checkpoint show before anything is converted: the model, its needs, all its problems."""
 
 import math
 import os

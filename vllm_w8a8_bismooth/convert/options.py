@@ -54,7 +54,7 @@ def ignored_by_name(source: Layout, recipe: Recipe) -> list[set[str]]:
 
 
 def chosen_by_name(source: Layout, recipe: Recipe, ignored: Sequence[set[str]]) -> list[set[str]] | None:
-    """Per block, the per-group linears that the recipe names; ``None`` if the weights have to tell.
+    """Per block, the per-group linears that the recipe names; ``None`` if the weights decide.
 
     Raises:
         BismoothError: ``group_layers`` names no linear, an expert, an ignored one, or one whose K is not a multiple of

@@ -38,7 +38,7 @@ def write(
     """
     assert outcome.part is not None
     place, outline = source.checkpoint.place, outline_of(source)
-    kept = f"{_SOURCE}/{place.path.resolve().name}"  # by its name, which the model card tells
+    kept = f"{_SOURCE}/{place.path.resolve().name}"  # by its name, which the model card shows
     for relative in outline["files"]:
         copy(place.path / relative, folder / kept / relative)
     content = {
@@ -168,7 +168,7 @@ class _Outline(Folder):
 
 def outline_of(source: Source) -> dict[str, Any]:
     """A checkpoint but for the values of its tensors: SHA-256 of its ``files``, and the ``headers`` of the tensors in
-    their order, with offsets that only tell sizes."""
+    their order, with offsets that only hold sizes."""
     place = source.checkpoint.place
     return {
         "files": {path.as_posix(): sha256(place.path / path) for path in (Path(CONFIG), *place.side_files())},

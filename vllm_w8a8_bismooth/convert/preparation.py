@@ -30,7 +30,7 @@ class Preparation:
         source: audited.
         recipe: complete but for the source's fingerprint.
         device: where blocks are worked on.
-        named: per block, the per-group linears; ``None`` if the weights have to tell.
+        named: per block, the per-group linears; ``None`` if the weights decide.
         ignored: per block, the linears that stay in float.
         tokens: int64 ``[windows, length]`` for calibration; ``None`` is data-free.
         identity: what an unfinished run must have in common with this one to be continued.

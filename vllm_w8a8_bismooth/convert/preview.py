@@ -23,7 +23,7 @@ class Preview:
         reused: it already holds the result, and nothing would be done; then what follows is empty.
         source_bytes, written_bytes: sizes of all tensors.
         shards: file -> bytes of its tensors.
-        grouped: full names of per-group linears; ``None`` if the weights have to tell, and sizes are those of none.
+        grouped: full names of per-group linears; ``None`` if the weights decide, and sizes are those of none.
         ignored: full names of linears that stay in float.
         tokens: of calibration text.
         part: its first block, and the one behind the last, if a part would be made; ``None`` is a whole checkpoint.

@@ -1,4 +1,4 @@
-"""What activations look like, told by the weights alone: variances carried from the embedding through the blocks."""
+"""Activations estimated from the weights alone: variances carried from the embedding through the blocks."""
 
 from collections.abc import Iterator, Mapping
 
@@ -135,6 +135,6 @@ def _gated(size: torch.Tensor, gate: torch.Tensor, order: int) -> torch.Tensor:
 
 
 def _moments(rms: torch.Tensor, high: torch.Tensor) -> Moments:
-    """Of one row with these sizes of order 2 and :data:`ORDER`, fp32 ``[K]``."""
+    """Moments of one row, from each channel's RMS and its norm of order :data:`ORDER`, fp32 ``[K]``."""
     unit = rms.double().square().mean().sqrt().clamp(min=1e-30)
     return Moments(1, rms * _EXTREME, (rms.double() / unit) ** 2, (high.double() / unit) ** ORDER)

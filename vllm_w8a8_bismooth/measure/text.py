@@ -68,7 +68,7 @@ def _document(path: Path, number: int, line: str) -> str:
 def tokenize(text: CalibrationText, checkpoint: Checkpoint, budget: int) -> torch.Tensor:
     """Windows of equal length from the checkpoint's own tokenizer, each led by BOS where the tokenizer adds one.
 
-    They are spread evenly over the text: a few documents in a row tell less of the model than as many tokens of all.
+    They are spread evenly over the text: a few documents in a row show less of the model than as many tokens of all.
 
     Args:
         text: the documents.

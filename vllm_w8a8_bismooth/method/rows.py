@@ -4,7 +4,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 import torch
 
@@ -12,6 +12,10 @@ from vllm_w8a8_bismooth.method.moments import Moments
 
 _PIECE = 2**19  # elements worked on at once: a few of its fp32 copies fit a core's cache
 _SLAB = 2**23  # elements that a thread takes at once; their codes are written at once
+
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class Memory(threading.local):
@@ -61,7 +65,7 @@ class Threads:
         self._pool.shutdown(cancel_futures=True)
         self._pool = None
 
-    def map(self, work: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+    def map(self, work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
         """Call ``work`` on each item; yields the results in order."""
         return map(work, items) if self._pool is None else self._pool.map(work, items)
 
@@ -69,8 +73,8 @@ class Threads:
         self,
         weight: torch.Tensor,
         fold: "Fold",
-        work: Callable[[int, int, Iterator[tuple[int, torch.Tensor]], Memory], Any],
-    ) -> Iterator[Any]:
+        work: Callable[[int, int, Iterator[tuple[int, torch.Tensor]], Memory], Result],
+    ) -> Iterator[Result]:
         """Share the rows of a stored weight out, a slab a call; yields the results in order.
 
         ``work(first row, rows, pieces, memory)`` is given the slab's folded rows in pieces, each with its first row
@@ -89,7 +93,7 @@ class Threads:
                     piece *= fold.columns
                 yield first - start, piece
 
-        def one(start: int) -> Any:
+        def one(start: int) -> Result:
             end = min(start + slab, len(weight))
             return work(start, end - start, pieces(start, end), self._memory)
 
