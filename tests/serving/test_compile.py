@@ -127,7 +127,7 @@ def test_fusing_changes_no_bit_and_compiles_once(make_layer, activate, group_siz
 
 
 def mean_difference(first: dict, second: dict) -> float:
-    """The mean difference between the log-probabilities of all tokens that both engines list for a prompt's first step."""
+    """Mean difference of the log-probabilities of all tokens that both engines list for a prompt's first step."""
     pairs = [(mine[0], theirs[0]) for mine, theirs in zip(first["logprobs"], second["logprobs"], strict=True)]
     differences = [abs(mine[t] - theirs[t]) for mine, theirs in pairs for t in mine.keys() & theirs.keys()]
     return sum(differences) / len(differences)
