@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_w8a8_bismooth import __version__
+from vllm_w8a8_bismooth import __version__, grouping
 from vllm_w8a8_bismooth.checkpoint.architectures import BLOCK
 from vllm_w8a8_bismooth.checkpoint.layout import Layout
 from vllm_w8a8_bismooth.errors import BismoothError
@@ -44,7 +44,7 @@ class Plan:
                         continue
                     rows, columns = header.shape
                     size = self.recipe.group_size if linear in self.grouped[index] else None
-                    groups = 1 if size is None else columns // size
+                    groups = grouping.groups(columns, size)
                     tensors[full] = torch.empty(rows, columns, dtype=torch.int8)
                     tensors[f"{full}_scale"] = torch.empty(rows, groups, dtype=torch.float32)
         return tensors

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from vllm_w8a8_bismooth import grouping
 from vllm_w8a8_bismooth.checkpoint.architectures import BLOCK, Layer
 from vllm_w8a8_bismooth.checkpoint.blocks import Run, Stage
 from vllm_w8a8_bismooth.measure.activations import Activations
@@ -81,7 +82,7 @@ def measure(
             found[unit] = {}
             for name, variant in variants.items():
                 columns = calibration.source.sizes[layer.linears[parts[0]][1]]
-                if variant.group_size and columns % variant.group_size:
+                if not grouping.fits(columns, variant.group_size):
                     continue
                 folds = {built(p): smoothing.fold(p) if variant.smoothed else Fold() for p in parts}
                 with _quantized(block, folds, variant):

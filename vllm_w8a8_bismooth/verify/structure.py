@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
+from vllm_w8a8_bismooth import grouping
 from vllm_w8a8_bismooth.checkpoint.architectures import BLOCK, HEAD, Layer
 from vllm_w8a8_bismooth.checkpoint.audit import architecture_of, audit, layers_of, sizes_of
 from vllm_w8a8_bismooth.checkpoint.files import CONFIG, INDEX, read_json
@@ -83,7 +84,7 @@ class Structure:
             raise BismoothError.of(linear, what, f"mend {CONFIG} or {_CONVERT}")
         rows, columns = weight.shape
         shape = (rows, 1) if size is None else (rows, columns // size)
-        if scale.shape != shape or (size is not None and columns % size):
+        if scale.shape != shape or not grouping.fits(columns, size):
             says = "per-channel" if size is None else f"per group of {size} columns"
             raise BismoothError.of(
                 f"{name}_scale",
