@@ -113,7 +113,7 @@ def _ask_vllm(found: Diagnosis) -> None:
         found.fault("serving", f"{silent}, so nothing can be served", remedy)
         return
     if answer["problem"] is not None:
-        found.fault("plugin", f"it does not fit this vLLM ({answer['problem']})", "use 0.26 to 0.33")
+        found.fault("plugin", f"does not fit this vLLM ({answer['problem']})", "install vLLM 0.26 to 0.33")
     elif not answer["registered"]:
         found.fault("plugin", "vLLM did not register it", "see the problems above")
     for kind, (kernel, reason, fine) in answer["layers"].items():

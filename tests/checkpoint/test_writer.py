@@ -89,37 +89,37 @@ def test_nothing_is_done_behind_a_flush_that_failed(tmp_path, monkeypatch):
     ("failure", "kept"), [(BismoothError, False), (Interrupted, True), (ValueError, True), (KeyboardInterrupt, True)]
 )
 def test_what_is_left_of_a_failed_run(tmp_path, failure, kept):
-    with pytest.raises(failure), Journal(tmp_path / "out", {"a": 1}) as diary:
-        diary.finish("unit", {"value": 0.1})
+    with pytest.raises(failure), Journal(tmp_path / "out", {"a": 1}) as journal:
+        journal.finish("unit", {"value": 0.1})
         raise failure
     assert (tmp_path / "out.partial").exists() == kept and not (tmp_path / "out").exists()
-    with Journal(tmp_path / "out", {"a": 1}) as diary:
-        assert diary.record("unit") == ({"value": 0.1} if kept else None)
-        assert diary.record("other") is None
+    with Journal(tmp_path / "out", {"a": 1}) as journal:
+        assert journal.record("unit") == ({"value": 0.1} if kept else None)
+        assert journal.record("other") is None
 
 
 def test_states_are_kept_bit_for_bit(tmp_path):
     tensors = {"hidden": torch.randn(3, 4).bfloat16(), "site": torch.randn(5)}
-    with pytest.raises(Interrupted), Journal(tmp_path / "out", {}) as diary:
-        diary.keep("unit", tensors)
+    with pytest.raises(Interrupted), Journal(tmp_path / "out", {}) as journal:
+        journal.keep("unit", tensors)
         raise Interrupted
-    with Journal(tmp_path / "out", {}) as diary:
-        found = diary.state("unit")
-        assert all(torch.equal(found[name], tensors[name]) for name in tensors) and diary.state("none") is None
-        diary.forget("unit")
-        diary.forget("unit")
-        assert diary.state("unit") is None
-        diary.commit()
+    with Journal(tmp_path / "out", {}) as journal:
+        found = journal.state("unit")
+        assert all(torch.equal(found[name], tensors[name]) for name in tensors) and journal.state("none") is None
+        journal.forget("unit")
+        journal.forget("unit")
+        assert journal.state("unit") is None
+        journal.commit()
     assert list((tmp_path / "out").iterdir()) == [] and not (tmp_path / "out.partial").exists()
 
 
 def test_a_record_that_a_power_cut_spoilt_counts_as_missing(tmp_path):
-    with pytest.raises(Interrupted), Journal(tmp_path / "out", {}) as diary:
-        diary.finish("unit", 1)
+    with pytest.raises(Interrupted), Journal(tmp_path / "out", {}) as journal:
+        journal.finish("unit", 1)
         raise Interrupted
     (tmp_path / "out.partial" / ".bismooth" / "unit.json").write_bytes(b"\0\0")
-    with Journal(tmp_path / "out", {}) as diary:
-        assert diary.record("unit") is None
+    with Journal(tmp_path / "out", {}) as journal:
+        assert journal.record("unit") is None
 
 
 def test_another_run_is_refused_with_the_differences(tmp_path):

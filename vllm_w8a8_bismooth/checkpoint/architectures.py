@@ -23,7 +23,7 @@ class Site:
 
 @dataclass(frozen=True)
 class Layer:
-    """Names inside one decoder block; sizes are keys of :func:`sizes_of`. ``{}`` stands for every expert's number.
+    """Names inside one decoder block; sizes are keys of :func:`audit.sizes_of`. ``{}`` stands for each expert's number.
 
     linears: linear -> (sizes of its stacked rows, columns). All of them become INT8.
     vectors: one-dimensional tensors that the block has -> length.

@@ -97,8 +97,9 @@ def layers_of(config: Mapping, architecture: Architecture, sizes: Mapping[str, i
     if not isinstance(dense, list) or type(step) is not int or step < 1:
         raise BismoothError.of(
             CONFIG,
-            f"mlp_only_layers = {dense!r}, decoder_sparse_step = {step!r}",
-            "make them a list of block numbers and a positive integer",
+            f"mlp_only_layers = {dense!r} and decoder_sparse_step = {step!r} must be a list of block numbers and a "
+            "positive integer",
+            "mend them",
         )
     return [sparse if i not in dense and (i + 1) % step == 0 else architecture.dense for i in range(blocks)]
 

@@ -35,7 +35,8 @@ class Stage:
         name: as progress and journal call it.
         spends: (kind of state, offset): once block i is finished, the state of this kind that block ``i + offset``
             kept is no longer needed.
-        whole: whether a block's tensors are held together; else the pass releases each before it takes the next.
+        whole: whether all tensors of a block are read, and held together; else only its linears' weights, each released
+            before the next is taken.
     """
 
     name: str
@@ -54,11 +55,11 @@ class Block(Mapping[str, torch.Tensor]):
         record: JSON that the pass leaves for the journal.
     """
 
-    def __init__(self, run: "Run", reader: ReadAhead, index: int):
+    def __init__(self, run: "Run", reader: ReadAhead, index: int, names: list[str]):
         self.index, self.prefix = index, BLOCK.format(index)
         self.record: Any = None
         self._run, self._reader = run, reader
-        self._names = run.source.blocks[index]
+        self._names = names
         self._tensors: dict[str, torch.Tensor] = {}
         self._released: set[str] = set()
 
@@ -105,7 +106,7 @@ class Run:
     Attributes:
         source: the checkpoint.
         device: where blocks are worked on.
-        journal: of an entered :class:`journal.Journal`; ``None`` for runs that only look, which start anew each time.
+        journal: entered; ``None`` for runs that only look, which start anew each time.
         progress: is shown each finished block.
     """
 
@@ -130,10 +131,6 @@ class Run:
                 _settle(writer, partial(self.journal.finish, name, known))
         return known
 
-    def done(self, name: str) -> bool:
-        """Whether :meth:`once` has done this work, here or in an earlier run."""
-        return self.journal is not None and self.journal.record(name) is not None
-
     def state(self, kind: str, index: int) -> dict[str, torch.Tensor]:
         """What block ``index`` kept, on the run's device.
 
@@ -156,7 +153,7 @@ class Walk:
     """A pass over decoder blocks, in order: iterate to get ``(index, block)`` of each that no earlier run finished.
 
     Args:
-        run: of which this is a pass.
+        run: the run that this pass belongs to.
         stage: which pass.
         blocks: to be walked through, those that an earlier run finished included.
         writer: what the pass writes to; a block then is finished when it is safe on disk.
@@ -189,25 +186,28 @@ class Walk:
         return self._blocks[len(self.records) :]
 
     def __iter__(self) -> Iterator[tuple[int, Block]]:
-        if self.resumed or self._writer is not None:
-            self._show()
         left = self.left
-        with ReadAhead(self._run.source.checkpoint, self._names(left), self._budget(left)) as reader:
+        if self._writer is not None or (self.resumed and left):
+            self._show()
+        order = [BLOCK.format(index) + name for index in left for name in self._names(index)]
+        with ReadAhead(self._run.source.checkpoint, order, self._budget(order)) as reader:
             for index in left:
-                block = Block(self._run, reader, index)
+                block = Block(self._run, reader, index, self._names(index))
                 yield index, block
                 block.release_all()
                 self._finish(block, {block.prefix + name: reader.digests.pop(block.prefix + name) for name in block})
 
-    def _names(self, blocks: range) -> list[str]:
-        return [BLOCK.format(i) + name for i in blocks for name in self._run.source.blocks[i]]
+    def _names(self, index: int) -> list[str]:
+        """The tensors that the pass reads of a block, by name inside it."""
+        source, whole = self._run.source, self._stage.whole
+        return [name for name in source.blocks[index] if whole or source.layers[index].linear_of(name)]
 
-    def _budget(self, blocks: range) -> int:
+    def _budget(self, order: list[str]) -> int:
         """Bytes that the reader may hold: what is worked on, and what is read meanwhile."""
         if self._stage.whole:
             return self._run.source.block_nbytes() + AHEAD
         headers = self._run.source.checkpoint.headers
-        return max(AHEAD, 2 * max((headers[name].nbytes for name in self._names(blocks)), default=0))
+        return max(AHEAD, 2 * max((headers[name].nbytes for name in order), default=0))
 
     def _finish(self, block: Block, checksums: dict[str, str]) -> None:
         self.records[block.index] = block.record

@@ -16,10 +16,11 @@ from vllm_w8a8_bismooth.errors import BismoothError, Interrupted
 
 FOLDER = ".bismooth"
 _LOCK, _RUN = "lock", "run.json"
+_LAYOUT = 2  # of what lies in the folder; a run that left another layout is not continued
 
 
 class Journal:
-    """The partial folder of one run, locked against others, and its journal in ``.bismooth`` inside.
+    """The partial folder of one run, locked against others, with records and states in ``.bismooth`` inside.
 
     Use as a context manager. Left by an error of the input the folder is removed; left by anything else (a full disk,
     an interrupt, SIGKILL) it stays, and the next run with the same identity goes on from it.
@@ -35,7 +36,7 @@ class Journal:
     def __init__(self, destination: Path, identity: Mapping[str, Any]):
         self.destination = destination
         self.partial = partial_folder(destination)
-        self._identity = json.loads(json.dumps(identity))
+        self._identity = json.loads(json.dumps({"journal": _LAYOUT, **identity}))
         self._folder = self.partial / FOLDER
 
     def __enter__(self) -> "Journal":

@@ -146,7 +146,7 @@ class Headers:
         for dtype, names in others.items():
             more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
             what = f"has dtype {dtype} in {self.headers[names[0]].file}{more}: already quantized or not a weight"
-            self._fault(names[0], what, f"only {', '.join(accepted)} checkpoints can be converted")
+            self._fault(names[0], what, f"give a checkpoint in {', '.join(accepted)}")
 
     def _fault(self, where: object, what: str, remedy: str) -> None:
         self.problems.append(Problem(str(where), what, remedy))
@@ -197,7 +197,7 @@ class Checkpoint(Headers):
         return self._read(name, start * math.prod(inner), (count, *inner))
 
     def pieces(self, name: str, digest=None) -> Iterator:
-        """The same values as :meth:`read`, one-dimensional and 32 MiB at a time, for tensors that only pass through."""
+        """The same values as :meth:`read`, one-dimensional and 2^23 at a time, for tensors that only pass through."""
         size, step = math.prod(self.headers[name].shape), _PIECE // 4
         for first in range(0, size, step):
             yield self._read(name, first, (min(step, size - first),), digest)

@@ -199,7 +199,7 @@ def preview(console: "Console", plan: "Preview", recipe: "Recipe") -> None:
     tokens = "data-free" if plan.tokens is None else f"calibrated on {plan.tokens} tokens"
     console.print(f"{_gb(plan.source_bytes)} -> {_gb(plan.written_bytes)}, method {recipe.method}, {tokens}")
     if plan.grouped is None:
-        console.print(f"Per-group linears (g = {recipe.group_size}): the weights will tell; sizes are without them")
+        console.print(f"Per-group linears (g = {recipe.group_size}): the weights decide; sizes are without them")
     elif plan.grouped:
         console.print(f"{len(plan.grouped)} linears per-group (g = {recipe.group_size}):")
         for name in plan.grouped:

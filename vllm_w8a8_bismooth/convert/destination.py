@@ -6,10 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from vllm_w8a8_bismooth.checkpoint.files import (
-    partial_folder,
-    read_json,
-)
+from vllm_w8a8_bismooth.checkpoint.files import partial_folder, read_json
 from vllm_w8a8_bismooth.checkpoint.layout import Source
 from vllm_w8a8_bismooth.convert.part import PART, Part, outline_of
 from vllm_w8a8_bismooth.convert.plan import span

@@ -182,7 +182,7 @@ def _uncovered(parts: Sequence[Part], count: int) -> Iterator[Problem]:
 
 def _missing(start: int, stop: int) -> Problem:
     blocks = span(range(start, stop))
-    remedy = f"name theirs too, or convert them with --blocks {blocks}"
+    remedy = f"name the part that holds them too, or convert them with --blocks {blocks}"
     return Problem("merge", f"blocks {blocks} are in none of the parts", remedy)
 
 

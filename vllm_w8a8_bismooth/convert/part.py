@@ -91,7 +91,7 @@ class Part:
         version = self.identity["versions"]["vllm_w8a8_bismooth"]
         if version != __version__:
             what = f"made by bismooth {version}, and this is {__version__}"
-            raise BismoothError.of(folder, what, "merge with that one")
+            raise BismoothError.of(folder, what, f"merge with bismooth {version}, or convert again with this one")
         self.blocks, self.recipe = range(*content["blocks"]), Recipe(**self.identity["recipe"])
         self.provenance: dict[str, Any] = content["provenance"]
         self.outline: dict[str, Any] = {key: content["source"][key] for key in ("files", "headers")}

@@ -39,16 +39,19 @@ def convert(ready: Preparation, progress: Progress = silent) -> Outcome:
         BismoothError: anything wrong with the input; see the modules that do the work.
     """
     source = ready.source
-    outcome = Outcome(ready.destination, source.nbytes(ready.part), part=ready.part, blocks=len(source.layers))
     if ready.reused:
         clear(ready.target)  # of a run that was killed right after its last step
-        outcome.reused = True
-        return outcome
+        return Outcome(ready.destination, reused=True, part=ready.part, blocks=len(source.layers))
+    outcome = Outcome(ready.destination, source.nbytes(ready.part), part=ready.part, blocks=len(source.layers))
     outcome.ignored = full_names(ready.within(ready.ignored))
-    with Journal(ready.target, ready.identity) as journal, Threads() as threads:
+    threads = Threads()
+    with Journal(ready.target, ready.identity) as journal:
         stages = Stages(ready, Run(source, ready.device, journal, progress), threads)
-        plan = Plan(source, ready.recipe, stages.granularity(), ready.ignored)
-        with ShardWriter(journal.partial, ready.destination, plan.tensors(ready.part), ready.stem) as writer:
+        with threads:
+            plan = Plan(source, ready.recipe, stages.granularity(), ready.ignored)
+        tensors = plan.tensors(ready.part)
+        # The threads end before the shards are closed, into which they write.
+        with ShardWriter(journal.partial, ready.destination, tensors, ready.stem) as writer, threads:
             check_space(journal.partial, writer.nbytes - journal.nbytes())
             checksums = stages.carry() | stages.outside(writer)
             walk = stages.convert(plan, writer)

@@ -7,6 +7,7 @@ from typing import Any
 from vllm_w8a8_bismooth import __version__, grouping
 from vllm_w8a8_bismooth.checkpoint.architectures import BLOCK
 from vllm_w8a8_bismooth.checkpoint.layout import Layout
+from vllm_w8a8_bismooth.checkpoint.reader import torch_dtype
 from vllm_w8a8_bismooth.errors import BismoothError
 from vllm_w8a8_bismooth.recipe import Recipe, quantization_config
 
@@ -26,8 +27,6 @@ class Plan:
     def tensors(self, blocks: range | None = None) -> dict[str, Any]:
         """Every tensor of the result, or of a part with these blocks, without data, in the order in which they come."""
         import torch
-
-        from vllm_w8a8_bismooth.checkpoint.reader import torch_dtype
 
         source = self.source
         headers = source.checkpoint.headers

@@ -161,7 +161,7 @@ class Stages:
             raise BismoothError.of(
                 name,
                 f"holds values beyond 1e19{smoothed}, whose squares fp32 cannot hold",
-                "no sound model has such weights, repair it",
+                "no sound model has such weights, repair them",
             )
 
 

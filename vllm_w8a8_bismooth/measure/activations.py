@@ -57,19 +57,21 @@ class Activations:
         """
         if block.kept(STREAM):
             return self.recall(block)
-        stream = self.before(block.index)
-        found = stream.advance(block.index, block, threads)
-        self._next = block.index + 1
+        found = self._advance(block, threads)
         block.keep(MOMENTS, {f"{site}/{name}": t for site, m in found.items() for name, t in m.tensors().items()})
-        block.keep(STREAM, {"hidden": stream.hidden})
+        block.keep(STREAM, {"hidden": self.before(block.index + 1).hidden})
         return found
 
     def carry(self, block: Block, threads: Threads) -> None:
         """Carry the stream through a block that is not to be converted; only the stream is kept."""
+        self._advance(block, threads)
+        block.keep(STREAM, {"hidden": self.before(block.index + 1).hidden})
+
+    def _advance(self, block: Block, threads: Threads) -> dict[str, Moments]:
         stream = self.before(block.index)
-        stream.advance(block.index, block, threads)
+        found = stream.advance(block.index, block, threads)
         self._next = block.index + 1
-        block.keep(STREAM, {"hidden": stream.hidden})
+        return found
 
     def recall(self, block: Block) -> dict[str, Moments]:
         """What :meth:`read_by` found out in an earlier pass or run.

@@ -85,9 +85,8 @@ def tokenize(text: CalibrationText, checkpoint: Checkpoint, budget: int) -> torc
     from transformers import AutoTokenizer
 
     ids: list[int] = []
-    config = transformers_config(
-        checkpoint
-    )  # which decides on the tokenizer's class where no file of the tokenizer does
+    # The config decides on the tokenizer's class where no file of the tokenizer does.
+    config = transformers_config(checkpoint)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             checkpoint.folder, config=config, local_files_only=True, trust_remote_code=False
@@ -126,7 +125,11 @@ def _spread(items: list, count: int) -> list:
 
 
 def transformers_config(checkpoint: Checkpoint):
-    """The config as transformers understands it."""
+    """The config as transformers understands it.
+
+    Raises:
+        BismoothError: transformers refuses it.
+    """
     from transformers import AutoConfig
 
     # Without a classifier's labels, for each of which transformers would make up a name.
@@ -138,6 +141,7 @@ def transformers_config(checkpoint: Checkpoint):
 
 
 def refused(checkpoint: Checkpoint, error: Exception) -> BismoothError:
+    """The problem that transformers refuses a checkpoint's config."""
     return BismoothError.of(
         checkpoint.folder,
         f"transformers refuses config.json ({type(error).__name__}: {error})",

@@ -83,7 +83,7 @@ def scaled_mm(
     bias: torch.Tensor | None = None,
     constant_b: bool = False,
 ) -> torch.Tensor:
-    """See :func:`reference.scaled_mm`. On a CPU with a kernel, ``b`` may be what :func:`pack_weight` made of it.
+    """See :func:`reference.scaled_mm`. On a CPU with a kernel, ``b`` may be packed by :func:`packing.pack_weight`.
 
     ``constant_b`` promises that no work still under way on the device writes ``b``, ``b_scale`` or ``bias``, so that a
     kernel may load them before the one ahead of it has ended. Without it, it waits first.

@@ -88,7 +88,7 @@ def of_conversion(
     """Draw what a conversion left, by block: the column errors and, if it smoothed, the columns' maxima around it.
 
     Args:
-        linears, sites: of a :class:`outcome.Report`.
+        linears, sites: of a :class:`outcome.Outcome`.
         folder: to write into.
 
     Returns:

@@ -98,7 +98,7 @@ def check_files(folder: Path) -> None:
     except BismoothError as error:
         problems = [*error.problems]
     if problems:
-        raise ValueError(f"{folder} is damaged: " + "\n".join(map(str, problems)))
+        raise ValueError(f"{folder} is damaged: {BismoothError(*problems)}")
 
 
 def _unpaired(checkpoint: Checkpoint) -> Iterator[Problem]:
