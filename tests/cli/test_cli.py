@@ -1,4 +1,5 @@
 import contextlib
+import functools
 import fcntl
 import io
 import json
@@ -176,7 +177,8 @@ def test_interrupt_is_one_line(make_checkpoint, tmp_path):
     pipe = tmp_path / "text.txt"
     os.mkfifo(pipe)
     command = [sys.executable, "-m", "vllm_w8a8_bismooth", "convert", make_checkpoint(), tmp_path / "out"]
-    process = subprocess.Popen([*command, "--calibration", pipe], stderr=subprocess.PIPE, text=True)
+    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it
+    process = subprocess.Popen([*command, "--calibration", pipe], stderr=subprocess.PIPE, text=True, preexec_fn=heard)
     writer = None
     while writer is None and process.poll() is None:
         with contextlib.suppress(OSError):  # until it reads
