@@ -1,6 +1,6 @@
 import contextlib
-import functools
 import fcntl
+import functools
 import io
 import json
 import os
