@@ -25,8 +25,8 @@ BLOCKS = 6
 LINEARS = {"32": 6, "None": 18}
 """In the mixed checkpoint: qkv and gate_up of three blocks per-group; o and down, and the other blocks, per-channel."""
 CLOSE_BEHIND_LONG = 0.2
-"""Nats behind 275 tokens: 0.174 was the largest, on a CPU with AMX and one thread; through vLLM's transformers backend, whose
-attention is another, 0.163 on the same."""
+"""Nats behind 275 tokens: 0.174 was the largest, on a CPU with AMX and one thread, and 0.163 there through vLLM's
+transformers backend, whose attention is another."""
 FP8 = 0.3
 """Nats between ours and stock's kernels with an fp8 KV cache, which both truncate: 0.16 was the largest, and the cache
 itself moves these prompts' first step by 0.13 to 0.74."""
