@@ -165,6 +165,7 @@ def test_the_plant_changes_exponents_and_no_function(tmp_path):
 
 
 @pytest.mark.engine
+@pytest.mark.soak
 def test_real_engines(tmp_path):
     """Each bench of two arms; a second time nothing is left to do."""
     command = [sys.executable, "-m", "benchmarks.serve", "random:tiny", "--quick", "--arms", "per-channel"]
