@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from tests.support.disk import Failing
 from vllm_w8a8_bismooth.checkpoint.files import INDEX, sha256
 from vllm_w8a8_bismooth.checkpoint.journal import Journal
 from vllm_w8a8_bismooth.checkpoint.writer import ShardWriter
@@ -128,3 +129,18 @@ def test_another_run_is_refused_with_the_differences(tmp_path):
     with pytest.raises(BismoothError, match=r"recipe.alpha: 0.5 there, 0.7 now\); finish that one"):
         Journal(tmp_path / "out", {"recipe": {"alpha": 0.7, "x": 1}}).__enter__()
     assert (tmp_path / "out.partial").exists()
+
+
+def test_a_shard_whose_header_was_refused_is_laid_out_again(tmp_path, monkeypatch):
+    """By whichever thread comes next: it must not take the shard for one that is there."""
+    tensors = {"a": torch.ones(2), "b": torch.zeros(3)}
+    with ShardWriter(tmp_path, tmp_path, {n: t.to("meta") for n, t in tensors.items()}) as writer:
+        with monkeypatch.context() as disk:
+            Failing(disk, 1, once=True)
+            with pytest.raises(Interrupted):
+                writer.add("a", tensors["a"])
+        for name, tensor in tensors.items():
+            writer.add(name, tensor)
+        (file,) = writer.finish()
+    found = load_file(tmp_path / file)
+    assert found.keys() == tensors.keys() and all(found[n].equal(t) for n, t in tensors.items())

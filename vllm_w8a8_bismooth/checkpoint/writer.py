@@ -170,8 +170,12 @@ class ShardWriter:
         """Open a shard, with its header and full length; what an earlier run wrote into it stays."""
         head, offsets = shard_header({name: self._tensors[name] for name in self.files[file]})
         descriptor = os.open(self._folder / file, os.O_RDWR | os.O_CREAT, 0o666)
-        self._open[file] = descriptor
-        os.pwrite(descriptor, head, 0)
-        # Not truncated to this length: filling a hole piece by piece takes several times as long.
-        os.posix_fallocate(descriptor, 0, len(head) + sum(self._tensors[name].nbytes for name in self.files[file]))
+        try:
+            os.pwrite(descriptor, head, 0)
+            # Not truncated to this length: filling a hole piece by piece takes several times as long.
+            os.posix_fallocate(descriptor, 0, len(head) + sum(self._tensors[name].nbytes for name in self.files[file]))
+        except BaseException:
+            os.close(descriptor)  # another thread may come here next: it must not find a shard that was never laid out
+            raise
         self._offsets |= offsets
+        self._open[file] = descriptor
