@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -117,13 +118,11 @@ def table(distances: dict[str, Distance], dtype: str) -> Table:
     return result
 
 
-def ask(model: Path) -> str:
+def ask(model: Path, options: tuple[str, ...]) -> str:
     """Start a server, get one completion through the openai client, stop the server."""
     from openai import OpenAI
 
-    options = ("--enforce-eager",)  # to compile would take longer than to answer
-    console.print(f"$ vllm serve {model} {' '.join(options)}", style="cyan", highlight=False)
-    with console.status("starting the server"), serve(model, WORK / "serve.log", *options) as url:
+    with serve(model, WORK / "serve.log", *options) as url:
         client = OpenAI(base_url=f"{url}/v1", api_key="unused")
         name = client.models.list().data[0].id
         completion = client.completions.create(model=name, prompt=PROMPT, max_tokens=48, temperature=0)
@@ -143,13 +142,20 @@ def main() -> None:
         "Convert", "a small LLaMA with LLaMA3-70B's outlier columns (planted: 3 channels x 1000 in blocks 0, 1, 3)."
     ):
         checkpoints = convert_arms()
-    with step("Measure", f"All {len(ARMS)} checkpoints in vLLM, one after the other, in one process."):
+    served, options = folder_of(SERVED), ("--enforce-eager",)  # to compile would take longer than to answer
+    with (
+        ThreadPoolExecutor(1) as pool,
+        step("Measure", f"All {len(ARMS)} checkpoints in vLLM, one after the other, in one process."),
+    ):
         if dtype == "float32":
             console.print("This CPU has no bf16 instructions: all engines compute in fp32, the unquantized ones too.")
+        # A server starts on one core, meanwhile; a GPU's memory has no room for a second engine.
+        meanwhile = pool.submit(ask, served, options) if not record.machine()["gpu"] else None
         distances = measure(checkpoints, dtype)
     console.print(table(distances, dtype))
     with step("Serve", "An answer over HTTP from the repaired checkpoint."):
-        completion = ask(folder_of(SERVED))
+        console.print(f"$ vllm serve {served} {' '.join(options)}", style="cyan", highlight=False)
+        completion = meanwhile.result() if meanwhile else ask(served, options)
         console.print(PROMPT, style="dim", end="", highlight=False, markup=False)
         console.print(completion, style="green", highlight=False, markup=False)
     spent = ", ".join(f"{name.lower()} {seconds} s" for name, seconds in steps.items())
