@@ -19,7 +19,7 @@ FLAGS = ["-std=c++17", "-O2", *WARNINGS, "-ffp-contract=off", "-march=native", "
 
 def compile_library(source: pathlib.Path, *flags: str, include: pathlib.Path = ROOT / "csrc/cuda") -> ctypes.CDLL:
     """``source``, against the kernels in ``include``, as a shared library."""
-    return ctypes.CDLL(str(build([*FLAGS, *flags], [source], [include, ROOT / "tests/csrc"])))
+    return ctypes.CDLL(str(build([*FLAGS, *flags], [source], [include, EMULATION])))
 
 
 def _fields(kind, names: str) -> list[tuple[str, type]]:
