@@ -40,7 +40,7 @@ from benchmarks.testbed.train import VOCAB
 from vllm_w8a8_bismooth.checkpoint.files import Folder
 from vllm_w8a8_bismooth.checkpoint.layout import Source
 from vllm_w8a8_bismooth.checkpoint.reader import Header, Headers
-from vllm_w8a8_bismooth.convert.pipeline import convert, prepare
+from vllm_w8a8_bismooth.conversion.pipeline import convert, prepare
 from vllm_w8a8_bismooth.measure.text import CalibrationText, read_text, tokenize
 from vllm_w8a8_bismooth.recipe import Recipe
 

@@ -10,8 +10,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = "vllm_w8a8_bismooth"
 OFFLINE = (
-    "errors", "progress", "grouping", "checkpoint", "recipe", "method", "measure", "report", "convert",
-    "engine", "verify", "doctor", "cli", "__main__",
+    "errors", "progress", "grouping", "checkpoint", "recipe", "method", "measure", "report", "conversion",
+    "engine", "verification", "doctor", "cli", "__main__",
 )  # fmt: skip
 """Rooms and single modules of the offline half; each may import those before it."""
 MORE = {"doctor": {"ops"}}
@@ -119,8 +119,8 @@ def test_test_modules_share_nothing_but_support():
     ("module", "line"),
     [
         ("checkpoint.reader", "from vllm_w8a8_bismooth.method import rows"),
-        ("recipe", "def late():\n    import vllm_w8a8_bismooth.convert.plan"),
-        ("convert.plan", "from vllm_w8a8_bismooth.serving.guard import check_files"),
+        ("recipe", "def late():\n    import vllm_w8a8_bismooth.conversion.plan"),
+        ("conversion.plan", "from vllm_w8a8_bismooth.serving.guard import check_files"),
         ("ops.reference", "from vllm_w8a8_bismooth.checkpoint import files"),
         ("serving.guard", "from vllm_w8a8_bismooth.checkpoint import layout"),
         ("method.rows", "from vllm_w8a8_bismooth import ops"),

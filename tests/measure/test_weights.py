@@ -13,7 +13,7 @@ from benchmarks.testbed.plant import plant
 from tests.support.command import run
 from tests.support.damage import edit_shard
 from vllm_w8a8_bismooth.checkpoint.architectures import ARCHITECTURES
-from vllm_w8a8_bismooth.convert.options import named
+from vllm_w8a8_bismooth.conversion.options import named
 from vllm_w8a8_bismooth.measure import weights
 from vllm_w8a8_bismooth.method.quantize import quantize_folded
 from vllm_w8a8_bismooth.method.rows import Fold

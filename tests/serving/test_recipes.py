@@ -23,8 +23,8 @@ from vllm_w8a8_bismooth import grouping
 from vllm_w8a8_bismooth.checkpoint.files import Folder
 from vllm_w8a8_bismooth.checkpoint.layout import Layout
 from vllm_w8a8_bismooth.checkpoint.reader import Headers
-from vllm_w8a8_bismooth.convert.estimate import needs
-from vllm_w8a8_bismooth.convert.inspect import survey
+from vllm_w8a8_bismooth.conversion.estimate import needs
+from vllm_w8a8_bismooth.conversion.inspect import survey
 from vllm_w8a8_bismooth.recipe import Recipe
 from vllm_w8a8_bismooth.serving import guard
 

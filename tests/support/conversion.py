@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from vllm_w8a8_bismooth.checkpoint.files import Folder
-from vllm_w8a8_bismooth.convert import pipeline
+from vllm_w8a8_bismooth.conversion import pipeline
 from vllm_w8a8_bismooth.measure.text import CalibrationText
 from vllm_w8a8_bismooth.progress import Progress, silent
 from vllm_w8a8_bismooth.recipe import Recipe

@@ -11,14 +11,14 @@ from vllm_w8a8_bismooth.cli.progress import duration
 if TYPE_CHECKING:  # torch comes with them, and it is imported inside commands
     from rich.console import Console
 
-    from vllm_w8a8_bismooth.convert import inspect
-    from vllm_w8a8_bismooth.convert.merge import Merger
-    from vllm_w8a8_bismooth.convert.preview import Preview
+    from vllm_w8a8_bismooth.conversion import inspect
+    from vllm_w8a8_bismooth.conversion.merge import Merger
+    from vllm_w8a8_bismooth.conversion.preview import Preview
     from vllm_w8a8_bismooth.doctor import Diagnosis
     from vllm_w8a8_bismooth.measure import weights
     from vllm_w8a8_bismooth.recipe import Recipe
     from vllm_w8a8_bismooth.report.outcome import Outcome
-    from vllm_w8a8_bismooth.verify import Verification
+    from vllm_w8a8_bismooth.verification import Verification
 
 
 def with_sentences(found: "inspect.Survey | Diagnosis") -> dict[str, Any]:

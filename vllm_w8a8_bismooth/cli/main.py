@@ -92,7 +92,7 @@ def inspect(
     from rich.console import Console
 
     from vllm_w8a8_bismooth.checkpoint import hub
-    from vllm_w8a8_bismooth.convert.inspect import survey
+    from vllm_w8a8_bismooth.conversion.inspect import survey
 
     found = survey(hub.find(source), calibration_tokens, group_size)
     if as_json:
@@ -198,8 +198,8 @@ def convert(
         if (folder := hub.cached(source)) is None:
             remedy = "bismooth inspect shows size, needs and problems from the headers alone"
             raise BismoothError.of(source, "not downloaded yet, and --dry-run writes nothing", remedy)
-        from vllm_w8a8_bismooth.convert.preparation import prepare
-        from vllm_w8a8_bismooth.convert.preview import preview
+        from vllm_w8a8_bismooth.conversion.preparation import prepare
+        from vllm_w8a8_bismooth.conversion.preview import preview
 
         plan = preview(prepare(folder, destination, recipe, text, device, blocks))
         if as_json:
@@ -208,8 +208,8 @@ def convert(
             display.preview(Console(soft_wrap=True, highlight=False), plan, recipe)
         return
     folder = hub.fetch(source)
-    from vllm_w8a8_bismooth.convert.pipeline import convert as run
-    from vllm_w8a8_bismooth.convert.preparation import prepare
+    from vllm_w8a8_bismooth.conversion.pipeline import convert as run
+    from vllm_w8a8_bismooth.conversion.preparation import prepare
 
     ready = prepare(folder, destination, recipe, text, device, blocks)
     with Progress(console) as progress:
@@ -237,8 +237,8 @@ def merge(
     """
     from rich.console import Console
 
-    from vllm_w8a8_bismooth.convert.merge import merge as run
-    from vllm_w8a8_bismooth.convert.merge import prepare
+    from vllm_w8a8_bismooth.conversion.merge import merge as run
+    from vllm_w8a8_bismooth.conversion.merge import prepare
 
     ready = prepare(parts, destination)
     if dry_run:
@@ -289,7 +289,7 @@ def analyze(
     from vllm_w8a8_bismooth.checkpoint import hub
     from vllm_w8a8_bismooth.checkpoint.blocks import Run
     from vllm_w8a8_bismooth.checkpoint.layout import Source
-    from vllm_w8a8_bismooth.convert.preparation import device_of
+    from vllm_w8a8_bismooth.conversion.preparation import device_of
     from vllm_w8a8_bismooth.measure import perturbation
     from vllm_w8a8_bismooth.measure.text import read_text, tokenize
     from vllm_w8a8_bismooth.measure.weights import analyze as measure
@@ -337,7 +337,7 @@ def verify(
     from rich.console import Console
 
     from vllm_w8a8_bismooth.checkpoint import hub
-    from vllm_w8a8_bismooth.verify import verify as run
+    from vllm_w8a8_bismooth.verification import verify as run
 
     console = Console(stderr=True, soft_wrap=True)
     with Progress(console) as progress:

@@ -18,7 +18,7 @@ from vllm_w8a8_bismooth.errors import BismoothError
 from vllm_w8a8_bismooth.measure.text import read_text
 from vllm_w8a8_bismooth.method.quantize import quantize_weight
 from vllm_w8a8_bismooth.recipe import Recipe
-from vllm_w8a8_bismooth.verify import Verification, verify
+from vllm_w8a8_bismooth.verification import Verification, verify
 
 BLOCK = "model.layers.1."
 Q, V, OUT, UP, DOWN = (

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from vllm_w8a8_bismooth import grouping
 from vllm_w8a8_bismooth.checkpoint.architectures import BLOCK, Layer
 from vllm_w8a8_bismooth.checkpoint.layout import Layout
-from vllm_w8a8_bismooth.convert.plan import full_names
+from vllm_w8a8_bismooth.conversion.plan import full_names
 from vllm_w8a8_bismooth.errors import BismoothError
 from vllm_w8a8_bismooth.recipe import Recipe
 

@@ -7,10 +7,10 @@ from vllm_w8a8_bismooth.checkpoint.blocks import finished
 from vllm_w8a8_bismooth.checkpoint.files import check_space, free_space
 from vllm_w8a8_bismooth.checkpoint.journal import Journal
 from vllm_w8a8_bismooth.checkpoint.writer import split
-from vllm_w8a8_bismooth.convert.estimate import needs
-from vllm_w8a8_bismooth.convert.plan import Plan, full_names
-from vllm_w8a8_bismooth.convert.preparation import Preparation
-from vllm_w8a8_bismooth.convert.stages import CARRY, CONVERT, GRANULARITY
+from vllm_w8a8_bismooth.conversion.estimate import needs
+from vllm_w8a8_bismooth.conversion.plan import Plan, full_names
+from vllm_w8a8_bismooth.conversion.preparation import Preparation
+from vllm_w8a8_bismooth.conversion.stages import CARRY, CONVERT, GRANULARITY
 from vllm_w8a8_bismooth.measure import calibration, perturbation
 
 

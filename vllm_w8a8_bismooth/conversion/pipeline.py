@@ -10,11 +10,11 @@ from vllm_w8a8_bismooth.checkpoint.files import CONFIG, check_space, copy, disk_
 from vllm_w8a8_bismooth.checkpoint.journal import Journal, clear
 from vllm_w8a8_bismooth.checkpoint.layout import Source
 from vllm_w8a8_bismooth.checkpoint.writer import ShardWriter
-from vllm_w8a8_bismooth.convert import part
-from vllm_w8a8_bismooth.convert.destination import RECIPE
-from vllm_w8a8_bismooth.convert.plan import Plan, full_names
-from vllm_w8a8_bismooth.convert.preparation import Preparation, prepare
-from vllm_w8a8_bismooth.convert.stages import Stages
+from vllm_w8a8_bismooth.conversion import part
+from vllm_w8a8_bismooth.conversion.destination import RECIPE
+from vllm_w8a8_bismooth.conversion.plan import Plan, full_names
+from vllm_w8a8_bismooth.conversion.preparation import Preparation, prepare
+from vllm_w8a8_bismooth.conversion.stages import Stages
 from vllm_w8a8_bismooth.errors import BismoothError
 from vllm_w8a8_bismooth.method.rows import Threads
 from vllm_w8a8_bismooth.progress import Progress, silent

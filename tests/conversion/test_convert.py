@@ -199,7 +199,7 @@ def test_ignored_linears_keep_their_dtype(make_checkpoint, tmp_path, calibration
         folds.append(smooth_block(*arguments))
         return folds[-1]
 
-    monkeypatch.setattr("vllm_w8a8_bismooth.convert.stages.smooth_block", recorded)
+    monkeypatch.setattr("vllm_w8a8_bismooth.conversion.stages.smooth_block", recorded)
     source, text = make_checkpoint(model_type), read_text(calibration_text)
     pattern, names = IGNORED[model_type]
     report = convert(source, tmp_path / "out", Recipe.of("bismooth", calibration_tokens=500, ignore=pattern), text)

@@ -13,11 +13,11 @@ from vllm_w8a8_bismooth.checkpoint.files import check_space, disk_errors, free_s
 from vllm_w8a8_bismooth.checkpoint.journal import Journal, clear
 from vllm_w8a8_bismooth.checkpoint.layout import Source
 from vllm_w8a8_bismooth.checkpoint.writer import NAMES, ShardWriter
-from vllm_w8a8_bismooth.convert.destination import already_converted, refuse_overlap
-from vllm_w8a8_bismooth.convert.options import ignored_by_name
-from vllm_w8a8_bismooth.convert.part import AGAIN, PART, Part
-from vllm_w8a8_bismooth.convert.pipeline import complete
-from vllm_w8a8_bismooth.convert.plan import Plan, full_names, span
+from vllm_w8a8_bismooth.conversion.destination import already_converted, refuse_overlap
+from vllm_w8a8_bismooth.conversion.options import ignored_by_name
+from vllm_w8a8_bismooth.conversion.part import AGAIN, PART, Part
+from vllm_w8a8_bismooth.conversion.pipeline import complete
+from vllm_w8a8_bismooth.conversion.plan import Plan, full_names, span
 from vllm_w8a8_bismooth.errors import BismoothError, Interrupted, Problem
 from vllm_w8a8_bismooth.method.rows import Threads
 from vllm_w8a8_bismooth.progress import Progress, silent

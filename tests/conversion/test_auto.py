@@ -17,7 +17,7 @@ from vllm_w8a8_bismooth.measure.calibration import Calibration
 from vllm_w8a8_bismooth.measure.text import read_text
 from vllm_w8a8_bismooth.recipe import Recipe
 from vllm_w8a8_bismooth.report.outcome import Outcome
-from vllm_w8a8_bismooth.verify import verify
+from vllm_w8a8_bismooth.verification import verify
 
 HEADERS = BEDS["headers"]
 DOWN = "model.layers.0.mlp.down_proj"

@@ -22,7 +22,7 @@ from vllm_w8a8_bismooth.method.rows import Threads
 from vllm_w8a8_bismooth.method.smooth import gather, rows_of, spread
 from vllm_w8a8_bismooth.progress import Progress
 from vllm_w8a8_bismooth.report.card import place_of
-from vllm_w8a8_bismooth.verify.match import Match, Range, match
+from vllm_w8a8_bismooth.verification.match import Match, Range, match
 
 _FUNCTION = "this checkpoint computes another function; convert the source again"
 _SOURCE = "convert the source again, or name the right one with --against"

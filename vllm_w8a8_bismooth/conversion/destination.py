@@ -8,8 +8,8 @@ from typing import Any
 
 from vllm_w8a8_bismooth.checkpoint.files import partial_folder, read_json
 from vllm_w8a8_bismooth.checkpoint.layout import Source
-from vllm_w8a8_bismooth.convert.part import PART, Part, outline_of
-from vllm_w8a8_bismooth.convert.plan import span
+from vllm_w8a8_bismooth.conversion.part import PART, Part, outline_of
+from vllm_w8a8_bismooth.conversion.plan import span
 from vllm_w8a8_bismooth.errors import BismoothError
 from vllm_w8a8_bismooth.recipe import Recipe
 

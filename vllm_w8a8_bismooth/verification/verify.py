@@ -10,14 +10,14 @@ from vllm_w8a8_bismooth.checkpoint.architectures import BLOCK, EMBEDDING, HEAD, 
 from vllm_w8a8_bismooth.checkpoint.files import CONFIG, REPORT, Folder, read_json, sha256
 from vllm_w8a8_bismooth.checkpoint.layout import Source
 from vllm_w8a8_bismooth.checkpoint.reader import FLOAT_DTYPES, Checkpoint
-from vllm_w8a8_bismooth.convert.part import PART
+from vllm_w8a8_bismooth.conversion.part import PART
 from vllm_w8a8_bismooth.engine import Silent
 from vllm_w8a8_bismooth.errors import BismoothError, Problem
 from vllm_w8a8_bismooth.progress import Progress, silent
-from vllm_w8a8_bismooth.verify import contents, served
-from vllm_w8a8_bismooth.verify.fidelity import Comparison
-from vllm_w8a8_bismooth.verify.schemes import KEY, Schemes, config_problems
-from vllm_w8a8_bismooth.verify.structure import Structure
+from vllm_w8a8_bismooth.verification import contents, served
+from vllm_w8a8_bismooth.verification.fidelity import Comparison
+from vllm_w8a8_bismooth.verification.schemes import KEY, Schemes, config_problems
+from vllm_w8a8_bismooth.verification.structure import Structure
 
 
 class Linear(TypedDict):

@@ -12,9 +12,9 @@ from vllm_w8a8_bismooth import __version__
 from vllm_w8a8_bismooth.checkpoint.files import Folder
 from vllm_w8a8_bismooth.checkpoint.layout import Source
 from vllm_w8a8_bismooth.checkpoint.writer import PARTIAL, WHOLE
-from vllm_w8a8_bismooth.convert.destination import RECIPE, already_a_part, already_converted, refuse_overlap
-from vllm_w8a8_bismooth.convert.options import chosen_by_name, ignored_by_name
-from vllm_w8a8_bismooth.convert.plan import blocks_of, span
+from vllm_w8a8_bismooth.conversion.destination import RECIPE, already_a_part, already_converted, refuse_overlap
+from vllm_w8a8_bismooth.conversion.options import chosen_by_name, ignored_by_name
+from vllm_w8a8_bismooth.conversion.plan import blocks_of, span
 from vllm_w8a8_bismooth.errors import BismoothError
 from vllm_w8a8_bismooth.measure.text import CalibrationText, tokenize
 from vllm_w8a8_bismooth.recipe import Recipe

@@ -15,7 +15,7 @@ from vllm_w8a8_bismooth.checkpoint.files import Folder, free_space
 from vllm_w8a8_bismooth.checkpoint.hub import Repository
 from vllm_w8a8_bismooth.checkpoint.layout import PROBLEMS, Layout
 from vllm_w8a8_bismooth.checkpoint.reader import Headers
-from vllm_w8a8_bismooth.convert.estimate import Needs, needs
+from vllm_w8a8_bismooth.conversion.estimate import Needs, needs
 from vllm_w8a8_bismooth.errors import BismoothError, Problem
 
 TENSOR_PARALLEL = (1, 2, 4, 8, 16)

@@ -23,16 +23,16 @@ from tests.support.damage import edit_json, edit_shard
 from tests.support.disk import Failing
 from tests.support.models import tiny_model, write_checkpoint
 from tests.support.sweep import sweep
-from vllm_w8a8_bismooth.convert import merge as merging
-from vllm_w8a8_bismooth.convert import part
-from vllm_w8a8_bismooth.convert.merge import prepare
+from vllm_w8a8_bismooth.conversion import merge as merging
+from vllm_w8a8_bismooth.conversion import part
+from vllm_w8a8_bismooth.conversion.merge import prepare
 from vllm_w8a8_bismooth.errors import BismoothError, Interrupted
 from vllm_w8a8_bismooth.measure.calibration import Calibration
 from vllm_w8a8_bismooth.measure.prior import Prior
 from vllm_w8a8_bismooth.measure.text import CalibrationText, read_text
 from vllm_w8a8_bismooth.recipe import Recipe
 from vllm_w8a8_bismooth.report.outcome import Outcome
-from vllm_w8a8_bismooth.verify import verify
+from vllm_w8a8_bismooth.verification import verify
 
 RTN, DATA_FREE = Recipe.of("rtn"), Recipe.of("bismooth")
 CALIBRATED = Recipe.of("bismooth", calibration_tokens=500)

@@ -8,8 +8,8 @@ from vllm_w8a8_bismooth.checkpoint.audit import architecture_of, audit, layers_o
 from vllm_w8a8_bismooth.checkpoint.files import CONFIG, INDEX, read_json
 from vllm_w8a8_bismooth.checkpoint.reader import FLOAT_DTYPES, Checkpoint, Header
 from vllm_w8a8_bismooth.errors import BismoothError, Problem
-from vllm_w8a8_bismooth.verify.contents import AGAIN, SCALE
-from vllm_w8a8_bismooth.verify.schemes import KEY, Schemes
+from vllm_w8a8_bismooth.verification.contents import AGAIN, SCALE
+from vllm_w8a8_bismooth.verification.schemes import KEY, Schemes
 
 _CONVERT = "convert the source again"
 

@@ -7,7 +7,7 @@ from vllm_w8a8_bismooth import NAME
 from vllm_w8a8_bismooth.checkpoint.architectures import BLOCK
 from vllm_w8a8_bismooth.engine import ask
 from vllm_w8a8_bismooth.errors import Problem
-from vllm_w8a8_bismooth.verify.structure import Structure
+from vllm_w8a8_bismooth.verification.structure import Structure
 
 
 def problems(config: dict[str, Any], marked: bool, structure: Structure) -> list[Problem]:

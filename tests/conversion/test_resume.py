@@ -65,7 +65,7 @@ def test_statistics_are_read_and_not_made_again(make_checkpoint, tmp_path, calib
 
     monkeypatch.setattr(Calibration, "advance", counting)
     with monkeypatch.context() as patch:
-        patch.setattr("vllm_w8a8_bismooth.convert.stages.smooth_block", dying)
+        patch.setattr("vllm_w8a8_bismooth.conversion.stages.smooth_block", dying)
         with pytest.raises(Interrupted):
             convert(source, tmp_path / "out", recipe, text)
     convert(source, tmp_path / "out", recipe, text)

@@ -10,9 +10,9 @@ import torch
 from vllm_w8a8_bismooth.checkpoint.architectures import inside
 from vllm_w8a8_bismooth.checkpoint.blocks import Block, Run, Stage, Walk
 from vllm_w8a8_bismooth.checkpoint.writer import ShardWriter
-from vllm_w8a8_bismooth.convert.options import check_group_size
-from vllm_w8a8_bismooth.convert.plan import Plan
-from vllm_w8a8_bismooth.convert.preparation import Preparation
+from vllm_w8a8_bismooth.conversion.options import check_group_size
+from vllm_w8a8_bismooth.conversion.plan import Plan
+from vllm_w8a8_bismooth.conversion.preparation import Preparation
 from vllm_w8a8_bismooth.errors import BismoothError
 from vllm_w8a8_bismooth.measure import perturbation, weights
 from vllm_w8a8_bismooth.measure.activations import MOMENTS, STREAM, Activations
