@@ -7,6 +7,8 @@ from typing import Any
 
 from vllm_w8a8_bismooth import FORMAT, MARKER
 from vllm_w8a8_bismooth.checkpoint.architectures import Layer
+from vllm_w8a8_bismooth.checkpoint.layout import Layout
+from vllm_w8a8_bismooth.checkpoint.names import Names
 from vllm_w8a8_bismooth.errors import BismoothError
 
 SMOOTHINGS = ("balanced", "alpha")
@@ -141,7 +143,7 @@ def _group(targets: list[str], group_size: int | None) -> dict[str, Any]:
     }
 
 
-def expressions(chosen: Sequence[set[str]], layers: Sequence[Layer]) -> list[str]:
+def expressions(chosen: Sequence[set[str]], layers: Sequence[Layer], names: Names) -> list[str]:
     """Regular expressions for compressed-tensors that name some of the linears, fused names included.
 
     Readers match either the parts (transformers) or the fused linear (vLLM before 0.32 only the latter), so the
@@ -151,28 +153,50 @@ def expressions(chosen: Sequence[set[str]], layers: Sequence[Layer]) -> list[str
     Args:
         chosen: names of linears inside each block, closed under fusion.
         layers: those of the same blocks, for the fused names.
+        names: of the checkpoint; transformers calls the blocks of a bare decoder as it does, vLLM as a causal LM's.
     """
     where: dict[str, list[int]] = {}
-    for index, (names, layer) in enumerate(zip(chosen, layers, strict=True)):
+    for index, (linears, layer) in enumerate(zip(chosen, layers, strict=True)):
         unit_of = {part: (fused, *parts) for fused, parts in layer.fused.items() for part in parts}
-        units = {"|".join(map(re.escape, sorted(unit_of.get(name, (name,))))) for name in names}
+        units = {"|".join(map(re.escape, sorted(unit_of.get(name, (name,))))) for name in linears}
         for unit in {re.sub(r"\\\.\d+\\\.", r"\\.\\d+\\.", unit) for unit in units}:
             where.setdefault(unit, []).append(index)
-    return [rf"re:.*\.layers\.({'|'.join(map(str, indices))})\.({unit})$" for unit, indices in sorted(where.items())]
+    blocks = _blocks(names)
+    return [rf"re:{blocks}\.({'|'.join(map(str, indices))})\.({unit})$" for unit, indices in sorted(where.items())]
 
 
-def float_modules(ignored: Sequence[set[str]], layers: Sequence[Layer]) -> list[str]:
-    """What stays in float: the head, the routers of mixtures, and ``ignored``, see :func:`expressions`."""
-    routers = sorted({router for layer in layers for router in layer.routers})
+def _blocks(names: Names) -> str:
+    """A regular expression for what the name of a tensor in any block begins with."""
+    return r".*\.layers" if names.trunk else r"(.*\.)?layers"
+
+
+def _of_any_number(module: str) -> str:
+    """A module's name, or an expression for all whose names differ from it in numbers alone."""
+    parts = module.split(".")
+    if not any(part.isdigit() for part in parts):
+        return module
+    return "re:" + r"\.".join(r"\d+" if part.isdigit() else re.escape(part) for part in parts) + "$"
+
+
+def float_modules(source: Layout, ignored: Sequence[set[str]]) -> list[str]:
+    """What stays in float: heads and other matrices outside the blocks, the routers of mixtures, and ``ignored``.
+
+    vLLM quantizes what is not named here, also the head of a classifier, and blocks that predict further tokens.
+    """
+    routers = sorted({router for layer in source.layers for router in layer.routers})
+    outside = sorted({_of_any_number(module) for module in source.floats()} - {"lm_head"})
+    if any(module.rpartition(".")[2].isdigit() for module in source.floats()):
+        outside.append("re:^$")  # vLLM gives the parts of a reward model's head no names
     return [
         "lm_head",
-        *(rf"re:.*\.layers\.\d+\.{re.escape(router)}$" for router in routers),
-        *expressions(ignored, layers),
+        *outside,
+        *(rf"re:{_blocks(source.names)}\.\d+\.{re.escape(router)}$" for router in routers),
+        *expressions(ignored, source.layers, source.names),
     ]
 
 
 def quantization_config(
-    recipe: Recipe, grouped: Sequence[set[str]], ignored: Sequence[set[str]], layers: Sequence[Layer], version: str
+    recipe: Recipe, grouped: Sequence[set[str]], ignored: Sequence[set[str]], source: Layout, version: str
 ) -> dict[str, Any]:
     """The ``quantization_config`` of the written ``config.json``: compressed-tensors ``int-quantized`` plus our marker.
 
@@ -180,10 +204,11 @@ def quantization_config(
         recipe: the run's choices.
         grouped: each block's per-group linears.
         ignored: each block's linears that stay in float.
-        layers: those of the same blocks.
+        source: of the same blocks.
         version: this package's.
     """
-    targets = expressions(grouped, layers)
+    layers = source.layers
+    targets = expressions(grouped, layers, source.names)
     groups = [_group(targets, recipe.group_size)] if targets else []
     if any(g | i != set(layer.linears) for g, i, layer in zip(grouped, ignored, layers, strict=True)):
         groups.append(_group(["Linear"], None))
@@ -193,7 +218,7 @@ def quantization_config(
         "quantization_status": "compressed",
         # Specific targets come first: readers stop at the first group that matches.
         "config_groups": {f"group_{i}": group for i, group in enumerate(groups)},
-        "ignore": float_modules(ignored, layers),
+        "ignore": float_modules(source, ignored),
         "kv_cache_scheme": None,
         MARKER: {"version": version, "method": recipe.method},
     }

@@ -23,9 +23,10 @@ from pathlib import Path
 import torch
 from huggingface_hub import save_torch_state_dict
 
-from vllm_w8a8_bismooth.checkpoint.architectures import BLOCK, EMBEDDING, HEAD, NORM
+from vllm_w8a8_bismooth.checkpoint.companions import companions
 from vllm_w8a8_bismooth.checkpoint.files import CONFIG
 from vllm_w8a8_bismooth.checkpoint.layout import Source
+from vllm_w8a8_bismooth.checkpoint.names import Names
 from vllm_w8a8_bismooth.method.smooth import fold_vector
 
 
@@ -56,7 +57,7 @@ def plant(
     PLANTERS[kind](tensors, healthy, k, blocks, channels, generator)
     destination.mkdir(parents=True)
     save_torch_state_dict(tensors, destination)
-    for relative in (Path(CONFIG), *checkpoint.place.side_files()):
+    for relative in (CONFIG, *companions(checkpoint.place)):
         (destination / relative).parent.mkdir(exist_ok=True)
         shutil.copy(source / relative, destination / relative)
 
@@ -76,27 +77,27 @@ def _plant_norm(tensors, healthy, k, blocks, channels, generator) -> None:
         for site in healthy.layers[block].sites:
             if site.producer not in healthy.layers[block].vectors:
                 continue
-            norm = f"{BLOCK.format(block)}{site.producer}.weight"
+            norm = f"{Names().block(block)}{site.producer}.weight"
             factors = _factors(tensors[norm].shape[0], channels, k, generator)
             tensors[norm], effective = fold_vector(tensors[norm].float(), factors, tensors[norm].dtype)
             for consumer in site.consumers:
-                weight = f"{BLOCK.format(block)}{consumer}.weight"
+                weight = f"{Names().block(block)}{consumer}.weight"
                 tensors[weight] = _scaled(tensors[weight], effective)
 
 
 def _plant_residual(tensors, healthy, k, blocks, channels, generator) -> None:
-    factors = _factors(tensors[NORM].shape[0], channels, k, generator)
+    factors = _factors(tensors[Names().norm].shape[0], channels, k, generator)
     linears = healthy.layers[0].linears
     for name, tensor in tensors.items():
         linear = re.sub(r"model\.layers\.\d+\.|\.weight$", "", name)
         rows, columns = linears.get(linear, ((), ""))
-        if columns == "hidden" or name == HEAD:
+        if columns == "hidden" or name == Names().head:
             tensors[name] = _scaled(tensor, factors)
         elif rows == ("hidden",):
             tensors[name] = _scaled(tensor, 1 / factors.unsqueeze(1))
-        elif name == EMBEDDING:
+        elif name == Names().embedding:
             tensors[name] = _scaled(tensor, 1 / factors)
-        elif name == NORM and HEAD not in tensors:
+        elif name == Names().norm and Names().head not in tensors:
             # A tied head shrank with the embedding; the final norm, which nothing quantizes, makes up for both.
             tensors[name] = _scaled(tensor, factors**2)
 

@@ -22,9 +22,10 @@ from pathlib import Path
 import torch
 from huggingface_hub import save_torch_state_dict
 
-from vllm_w8a8_bismooth.checkpoint.architectures import BLOCK
+from vllm_w8a8_bismooth.checkpoint.companions import companions
 from vllm_w8a8_bismooth.checkpoint.files import CONFIG
 from vllm_w8a8_bismooth.checkpoint.layout import Source
+from vllm_w8a8_bismooth.checkpoint.names import Names
 from vllm_w8a8_bismooth.measure.text import read_text, tokenize
 
 GATE, UP, DOWN = (f"mlp.{name}_proj" for name in ("gate", "up", "down"))
@@ -55,16 +56,16 @@ def split(source: Path, destination: Path, tokens: torch.Tensor, channels: int =
     chosen = [extent.topk(channels).indices for extent in extents(source, tokens)]
     for block, copied in enumerate(chosen):
         for linear, factor in ((GATE, 1.0), (UP, 0.5)):
-            for name in (f"{BLOCK.format(block)}{linear}.{part}" for part in ("weight", "bias")):
+            for name in (f"{Names().block(block)}{linear}.{part}" for part in ("weight", "bias")):
                 if name in tensors:
                     tensors[name][copied] *= factor
                     tensors[name] = torch.cat([tensors[name], tensors[name][copied]])
-        name = f"{BLOCK.format(block)}{DOWN}.weight"
+        name = f"{Names().block(block)}{DOWN}.weight"
         tensors[name] = torch.cat([tensors[name], tensors[name][:, copied]], dim=1)
 
     destination.mkdir(parents=True)
     save_torch_state_dict(tensors, destination)
-    for relative in checkpoint.place.side_files():
+    for relative in companions(checkpoint.place):
         (destination / relative).parent.mkdir(exist_ok=True)
         shutil.copy(source / relative, destination / relative)
     config = json.loads((source / CONFIG).read_text())

@@ -151,7 +151,7 @@ def test_what_cannot_be_converted_is_not_downloaded(hub, bismooth, checkpoint, t
     edit_json(folder / "config.json", lambda config: config.update(quantization_config={"quant_method": "fp8"}))
     hub.repositories["org/fp8"] = folder
     done = bismooth(hub.endpoint, "convert", "org/fp8", tmp_path / "out")
-    assert done.returncode == 2 and "already quantized" in done.stderr and "'fp8'" in done.stderr
+    assert done.returncode == 2 and "all weights are float" in done.stderr and "'fp8'" in done.stderr
     assert all(hub.served[name] <= WEIGHTS_READ for name in hub.served if name.endswith(".safetensors"))
 
 

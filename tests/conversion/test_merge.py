@@ -347,8 +347,8 @@ DAMAGE = {
         ["part-2-3: of another conversion than", "part-0-2 (the source's config.json is another)"],
     ),
     "side file of the source": (
-        again(change=lambda s: (s / "extra/new.txt").write_text("x")),
-        ["the source's extra/new.txt is another"],
+        again(change=lambda s: (s / "NOTICE").write_text("x")),
+        ["the source's NOTICE is another"],
     ),
     "shape in the source": (again(change=of_another_shape), ["lm_head.weight has another shape or dtype"]),
     "weight in the source": (again(change=one_weight(1)), ["the source's model.layers.1.mlp.up_proj.weight has other"]),

@@ -16,8 +16,8 @@ from tests.support.contents import digests, tensors_of
 from tests.support.damage import INDEX, config, edit_json
 from tests.support.effort import calls
 from tests.support.sweep import sweep
-from vllm_w8a8_bismooth.checkpoint.architectures import EMBEDDING
 from vllm_w8a8_bismooth.checkpoint.layout import Source
+from vllm_w8a8_bismooth.checkpoint.names import Names
 from vllm_w8a8_bismooth.checkpoint.reader import Checkpoint
 from vllm_w8a8_bismooth.checkpoint.writer import ShardWriter
 
@@ -126,7 +126,7 @@ def write_sparse(path: Path, shapes: dict[str, tuple[int, ...]], values: dict[in
 
 def test_offsets_beyond_32_bits(tmp_path):
     """Read and written behind 2 and 4 GiB of holes."""
-    shapes = {EMBEDDING: (2**21, 1024), "model.norm.weight": (1024,)}
+    shapes = {Names().embedding: (2**21, 1024), "model.norm.weight": (1024,)}
     one = torch.ones(1, dtype=torch.bfloat16)
     marked = {2**31 - 2, 2**31, 2**32 - 2, 2**32 + 2046}
     source = tmp_path / "source"
@@ -139,7 +139,7 @@ def test_offsets_beyond_32_bits(tmp_path):
     found = {
         2048 * row + 2 * int(column)
         for row in (2**20 - 1, 2**20, 2**21 - 1)
-        for column in checkpoint.rows(EMBEDDING, row, 1)[0].nonzero()
+        for column in checkpoint.rows(Names().embedding, row, 1)[0].nonzero()
     }
     norm = checkpoint.read("model.norm.weight")
     assert found | {2**32 + 2 * int(column) for column in norm.nonzero()} == marked and norm.sum() == 1
@@ -151,10 +151,10 @@ def test_offsets_beyond_32_bits(tmp_path):
     with ShardWriter(out, out, tensors) as writer:
         assert len(writer.files) == 1
         writer.add("model.norm.weight", norm)
-        writer.add_rows(EMBEDDING, 2**20, one.expand(1, 1024))
+        writer.add_rows(Names().embedding, 2**20, one.expand(1, 1024))
     written = Checkpoint(out)
     assert torch.equal(written.read("model.norm.weight"), norm)
-    assert written.rows(EMBEDDING, 2**20 - 1, 3).sum(dim=1).tolist() == [0, 1024, 0]
+    assert written.rows(Names().embedding, 2**20 - 1, 3).sum(dim=1).tolist() == [0, 1024, 0]
 
 
 def write_blocks(folder: Path, blocks: int, shards: int) -> int:
@@ -167,7 +167,7 @@ def write_blocks(folder: Path, blocks: int, shards: int) -> int:
         "mlp.gate_proj": (6, 4), "mlp.up_proj": (6, 4), "mlp.down_proj": (4, 6),
     }  # fmt: skip
     shapes = {f"model.layers.{i}.{name}.weight": shape for i in range(blocks) for name, shape in inside.items()}
-    shapes |= {EMBEDDING: (5, 4), "model.norm.weight": (4,), "lm_head.weight": (5, 4)}
+    shapes |= {Names().embedding: (5, 4), "model.norm.weight": (4,), "lm_head.weight": (5, 4)}
     place = {name: f"model-{i % shards:05d}.safetensors" for i, name in enumerate(shapes)}
     files: dict[str, dict] = {}
     for name, file in place.items():

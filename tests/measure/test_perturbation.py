@@ -5,8 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_w8a8_bismooth.checkpoint.architectures import ARCHITECTURES, BLOCK, Layer
+from vllm_w8a8_bismooth.checkpoint.architectures import ARCHITECTURES, Layer
 from vllm_w8a8_bismooth.checkpoint.layout import Source
+from vllm_w8a8_bismooth.checkpoint.names import Names
 from vllm_w8a8_bismooth.errors import BismoothError
 from vllm_w8a8_bismooth.measure import perturbation
 from vllm_w8a8_bismooth.measure.calibration import Calibration
@@ -29,7 +30,7 @@ class Block:
         tokens = tokenize(read_text(text), source.checkpoint, 256)
         self.calibration = Calibration(source, tokens, torch.device("cpu"))
         for i in range(index + 1):
-            self.tensors = {name: source.checkpoint.read(BLOCK.format(i) + name) for name in source.blocks[i]}
+            self.tensors = {name: source.checkpoint.read(Names().block(i) + name) for name in source.blocks[i]}
             self.hidden = self.calibration.hidden.clone()
             read = self.calibration.advance(i, self.tensors, ALONE)
         offset = source.architecture.offset
@@ -178,7 +179,7 @@ def test_the_budget_is_never_exceeded(errors, budget):
     found = choose(errors, layers, budget)
     assert found == choose(errors, layers, budget), "the same every time"
     names = [name for entry in found for name in entry.linears]
-    assert sorted(names) == sorted(BLOCK.format(i) + name for i in range(len(errors)) for name in LLAMA.linears)
+    assert sorted(names) == sorted(Names().block(i) + name for i in range(len(errors)) for name in LLAMA.linears)
     picked = [entry for entry in found if entry.chosen]
     assert sum(len(entry.linears) for entry in picked) <= budget * len(names) + 1e-6
     for entry in found:

@@ -11,8 +11,8 @@ from benchmarks.testbed.plant import plant
 from tests.support.command import run
 from tests.support.damage import edit_shard
 from tests.support.models import MODEL_TYPES
-from vllm_w8a8_bismooth.checkpoint.architectures import BLOCK, EMBEDDING
 from vllm_w8a8_bismooth.checkpoint.layout import Source
+from vllm_w8a8_bismooth.checkpoint.names import Names
 from vllm_w8a8_bismooth.measure import prior
 from vllm_w8a8_bismooth.measure.calibration import Calibration
 from vllm_w8a8_bismooth.measure.prior import Prior
@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 
 def block_of(source: Source, index: int) -> dict[str, torch.Tensor]:
-    return {name: source.checkpoint.read(BLOCK.format(index) + name) for name in source.blocks[index]}
+    return {name: source.checkpoint.read(Names().block(index) + name) for name in source.blocks[index]}
 
 
 def of_all_blocks(source: Source, threads: Threads = ALONE) -> list[dict[str, Moments]]:
@@ -141,10 +141,10 @@ def test_dead_weights_are_no_harm(make_checkpoint):
     names = [name for name in Source(source).checkpoint.headers if name.endswith("_proj.weight")]
     for name in names:
         edit_shard(source, lambda tensors, name=name: tensors[name].zero_(), name)
-    edit_shard(source, lambda tensors: tensors[EMBEDDING][:, 9].zero_(), EMBEDDING)
+    edit_shard(source, lambda tensors: tensors[Names().embedding][:, 9].zero_(), Names().embedding)
     for smoothing in smoothed(Source(source)):
         assert all(fold.columns is None or (fold.columns > 0).all() for fold in smoothing.folds.values())
-    edit_shard(source, lambda tensors: tensors[EMBEDDING].zero_(), EMBEDDING)
+    edit_shard(source, lambda tensors: tensors[Names().embedding].zero_(), Names().embedding)
     for smoothing in smoothed(Source(source)):
         assert all(fold.columns is None or fold.columns.isfinite().all() for fold in smoothing.folds.values())
 
@@ -173,5 +173,5 @@ def test_of_a_large_embedding_some_runs_are_read(make_checkpoint, monkeypatch):
     monkeypatch.setattr(type(source.checkpoint), "rows", counted)
     found = Prior(source, CPU).hidden
     assert asked == [(start, 10) for start in range(0, 1000, 100)]
-    table = source.checkpoint.read(EMBEDDING).view(10, 100, -1)[:, :10].square().mean(dim=(0, 1))
+    table = source.checkpoint.read(Names().embedding).view(10, 100, -1)[:, :10].square().mean(dim=(0, 1))
     torch.testing.assert_close(found, table)

@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM
 
 from tests.support.models import MODEL_TYPES
 from tests.support.moments import moments, noise
-from vllm_w8a8_bismooth.checkpoint.architectures import ARCHITECTURES, BLOCK
+from vllm_w8a8_bismooth.checkpoint.architectures import ARCHITECTURES
 from vllm_w8a8_bismooth.checkpoint.layout import Source
+from vllm_w8a8_bismooth.checkpoint.names import Names
 from vllm_w8a8_bismooth.method.balance import by_range
 from vllm_w8a8_bismooth.method.smooth import Factors, fold_vector, gather, smooth_block, spread
 
@@ -67,7 +68,7 @@ def smoothed_copy(folder: Path, destination: Path) -> list[Factors]:
     source, records = Source(folder), []
     tensors = {name: source.checkpoint.read(name) for name in source.outside}
     for index, layer in enumerate(source.layers):
-        prefix = BLOCK.format(index)
+        prefix = Names().block(index)
         block = {name: source.checkpoint.read(prefix + name) for name in source.blocks[index]}
         read = {}
         for site in layer.sites:
@@ -125,8 +126,8 @@ def test_routing_does_not_change_at_all(make_checkpoint, tmp_path, model_type):
         for router in layer.routers:
             products = []
             for source in (before, after):
-                norm = source.checkpoint.read(BLOCK.format(index) + "post_attention_layernorm.weight")
-                columns = source.checkpoint.read(f"{BLOCK.format(index)}{router}.weight")
+                norm = source.checkpoint.read(Names().block(index) + "post_attention_layernorm.weight")
+                columns = source.checkpoint.read(f"{Names().block(index)}{router}.weight")
                 assert torch.equal(columns.bfloat16().float(), columns.float())
                 products.append(norm.double() * columns.double())
             assert torch.equal(*products)

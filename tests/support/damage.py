@@ -138,6 +138,16 @@ def index_to(file):
     return lambda folder: edit_json(folder / INDEX, lambda index: index["weight_map"].update({Q: file}))
 
 
+def incomplete(damage):
+    """The same damage to a checkpoint that lacks a shard; to a whole one it would do nothing."""
+
+    def change(folder: Path) -> None:
+        shard_of(folder).unlink()
+        damage(folder)
+
+    return change
+
+
 CASES = {
     "missing tensor": (remove_tensor, [Q, "is missing", "download"]),
     "missing tensor, index agrees": (remove_tensor_everywhere, [Q, "[96, 64]", "is missing"]),
@@ -146,8 +156,8 @@ CASES = {
     "index names a strange file": (index_to("../source/model.safetensors"), [Q, "'../source/", "not a shard"]),
     "index names a number": (index_to(7), [Q, "7", "not a shard"]),
     "no index, no weights": (drop("*.safetensors", INDEX), ["only safetensors"]),
-    "index is no JSON": (lambda f: (f / INDEX).write_text("{"), [INDEX, "not valid JSON"]),
-    "index without map": (lambda f: (f / INDEX).write_text("{}"), [INDEX, "no weight_map"]),
+    "index is no JSON": (incomplete(lambda f: (f / INDEX).write_text("{")), [INDEX, "not valid JSON"]),
+    "index without map": (incomplete(lambda f: (f / INDEX).write_text("{}")), [INDEX, "no weight_map"]),
     "truncated": (truncate, ["model-0000", "truncated or corrupt", "download"]),
     "huge header": (oversized_header, ["model-0000", "truncated or corrupt", "download"]),
     "empty shard": (lambda f: shard_of(f).write_bytes(b""), ["model-0000", "truncated or corrupt"]),
@@ -157,7 +167,10 @@ CASES = {
         ["model.embed_tokens.weight", "inf at [3, 5]"],
     ),
     "values that no model has": (poison(3e38), [Q, "values beyond 1e19", "repair"]),
-    "quantized, by config": (config(quantization_config={"quant_method": "gptq"}), ["already quantized", "'gptq'"]),
+    "quantized, by config alone": (
+        config(quantization_config={"quant_method": "gptq"}),
+        ["'gptq'", "all weights are float", "remove quantization_config from config.json"],
+    ),
     "quantized, by dtype": (
         lambda f: edit_shard(f, lambda t: t.update({Q: t[Q].to(torch.int8)})),
         [Q, "dtype I8", "already quantized"],
@@ -171,15 +184,22 @@ CASES = {
         ["'gpt2'", "known are gemma2, gemma3_text, granite, llama, mistral"],
     ),
     "architecture is no name": (config(model_type=["llama"]), ["['llama']", "not supported"]),
-    "more blocks than tensors": (config(num_hidden_layers=10**12), ["model.layers.3.", "is missing"]),
-    "fewer blocks than tensors": (config(num_hidden_layers=2), ["model.layers.2.", "is not part of"]),
+    "more blocks than tensors": (config(num_hidden_layers=10**12), ["config.json", "implies many more tensors"]),
+    "one block more than there is": (
+        config(num_hidden_layers=4),
+        ["model.layers.3.*", "1 whole blocks are missing", "set num_hidden_layers to 3"],
+    ),
+    "fewer blocks than tensors": (
+        config(num_hidden_layers=2),
+        ["model.layers.2.*", "belong to no block", "set num_hidden_layers to 3"],
+    ),
     "size is no number": (config(hidden_size="64"), ["hidden_size = '64'", "positive integer"]),
     "heads do not divide": (config(num_key_value_heads=3), ["num_attention_heads = 4", "num_key_value_heads = 3"]),
     "wrong shape": (config(intermediate_size=128), ["has shape [96, 64]", "config.json implies [128, 64]"]),
     "foreign tensor": (rename_tensor, ["model.layers.1.router.weight", "is not part of a llama model"]),
     "rotary table of no block": (
         add_tensor("model.layers.99.self_attn.rotary_emb.inv_freq", (12,)),
-        ["layers.99", "is not part of"],
+        ["layers.99", "belong to no block", "remove them"],
     ),
     "rotary table of a strange block": (
         add_tensor("model.layers.00.self_attn.rotary_emb.inv_freq", (12,)),
@@ -202,13 +222,13 @@ CASES = {
     "config is a folder": (instead("config.json", Path.mkdir), ["config.json", "not a regular file"]),
     "config is a pipe": (instead("config.json", os.mkfifo), ["config.json", "not a regular file"]),
     "config is a link in a circle": (instead("config.json", to_itself), ["config.json", "cannot be read"]),
-    "index is a folder": (instead(INDEX, Path.mkdir), [INDEX, "not a regular file"]),
-    "index is a pipe": (instead(INDEX, os.mkfifo), [INDEX, "not a regular file"]),
-    "index is a link to nowhere": (instead(INDEX, to_nowhere), [INDEX, "not found"]),
+    "index is a folder": (incomplete(instead(INDEX, Path.mkdir)), [INDEX, "not a regular file"]),
+    "index is a pipe": (incomplete(instead(INDEX, os.mkfifo)), [INDEX, "not a regular file"]),
+    "index is a link to nowhere": (incomplete(instead(INDEX, to_nowhere)), [INDEX, "not found"]),
     "shard is a folder": (lambda f: instead(shard_of(f).name, Path.mkdir)(f), ["model-0000", "absent"]),
     "shard is a pipe": (lambda f: instead(shard_of(f).name, os.mkfifo)(f), ["model-0000", "absent"]),
     "side file is a link to nowhere": (instead("tokenizer.json", to_nowhere), ["tokenizer.json", "leads nowhere"]),
-    "side file is a link in a circle": (instead("notes.txt", to_itself), ["notes.txt", "leads nowhere"]),
+    "side file is a link in a circle": (instead("vocab.txt", to_itself), ["vocab.txt", "leads nowhere"]),
     "index names a NUL": (index_to("a\0.safetensors"), [Q, r"'a\x00.safetensors'", "not a shard"]),
     "index names two lines": (index_to("a\n.safetensors"), [Q, r"'a\n.safetensors'", "not a shard"]),
     "index names a surrogate": (index_to("\ud800.safetensors"), [Q, r"'\ud800.safetensors'", "not a shard"]),
@@ -216,7 +236,10 @@ CASES = {
         edit_header(lambda text: f'{{"{Q}": {json.dumps(json.loads(text)[Q])}, {text[1:]}'),
         ["model-0000", f"key '{Q}' occurs twice"],
     ),
-    "key twice in the index": (say_twice(INDEX, "weight_map"), [INDEX, "'weight_map' occurs twice", "mend it"]),
+    "key twice in the index": (
+        incomplete(say_twice(INDEX, "weight_map")),
+        [INDEX, "'weight_map' occurs twice", "mend it"],
+    ),
     "key twice in the config": (say_twice("config.json", "hidden_size"), ["config.json", "'hidden_size' occurs twice"]),
     "offsets that do not fit the shape": (
         edit_header(lambda text: text.replace("[96,64]", "[96,63]", 1)),

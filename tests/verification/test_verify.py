@@ -421,8 +421,8 @@ BESIDE_THE_SOURCE = {
     "extra tensor": ("llama", add("model.extra.weight"), ["model.extra.weight", "is not in the source"]),
     "side file": (
         "llama",
-        lambda out: (out / "extra" / "notes.bin.txt").write_text("x"),
-        ["extra/notes.bin.txt", "differs"],
+        lambda out: (out / "chat_template.jinja").write_text("x"),
+        ["chat_template.jinja", "differs"],
     ),
     "side file gone": ("llama", lambda out: (out / "tokenizer.json").unlink(), ["tokenizer.json", "absent"]),
     "card of the source": (

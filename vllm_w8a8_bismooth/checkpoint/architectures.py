@@ -4,6 +4,8 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
+from vllm_w8a8_bismooth.checkpoint.names import block_of
+
 
 @dataclass(frozen=True)
 class Site:
@@ -260,21 +262,10 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     ),
 }
 
-BLOCK = "model.layers.{}."
-_INSIDE = re.compile(r"model\.layers\.(\d+)\.(.+)")
-EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
-
-
-def inside(name: str) -> tuple[int, str]:
-    """The block of a full name, and the name inside it."""
-    match = _INSIDE.fullmatch(name)
-    assert match, name
-    return int(match[1]), match[2]
-
 
 def kind_of(linear: str) -> tuple[str, int]:
     """What a linear is in every block (``q_proj``; all experts as one: ``experts.*.up_proj``), and its block."""
-    block, name = inside(linear)
+    block, name = block_of(linear)
     for part in ("self_attn.", "mlp.", "block_sparse_moe."):
         name = name.removeprefix(part)
     return re.sub(r"\.\d+\.", ".*.", name), block

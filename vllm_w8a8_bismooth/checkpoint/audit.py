@@ -1,33 +1,79 @@
 """What a config promises, held against the names and shapes in the headers."""
 
-from collections.abc import Iterator, Mapping, Sequence, Set
+import json
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from vllm_w8a8_bismooth.checkpoint.architectures import ARCHITECTURES, BLOCK, EMBEDDING, HEAD, NORM, Architecture, Layer
+from vllm_w8a8_bismooth.checkpoint.architectures import ARCHITECTURES, Architecture, Layer
+from vllm_w8a8_bismooth.checkpoint.companions import MODULES
 from vllm_w8a8_bismooth.checkpoint.files import CONFIG
+from vllm_w8a8_bismooth.checkpoint.names import Names
+from vllm_w8a8_bismooth.checkpoint.reader import BUFFER_DTYPES, FLOAT_DTYPES, Header, Headers
 from vllm_w8a8_bismooth.errors import BismoothError, Problem
+
+_HEADS = (
+    ("ForCausalLM", "language"), ("ForConditionalGeneration", "language"), ("LMHeadModel", "language"),
+    ("RewardModel", "other"), ("Model", None),
+)  # fmt: skip
+"""Ending of a class's name -> its head, see :func:`head_of`."""
+_MTP = ("eh_proj", "enorm", "hnorm", "shared_head", "mtp", "embed_tokens", "token_layernorm", "final_layernorm")
+"""What blocks that predict further tokens hold beside an ordinary block's tensors (DeepSeek, GLM, MiMo)."""
+_TRACES = {"weight_scale", "weight_scale_inv", "qweight", "qzeros", "absmax", "quant_map", "SCB", "weight_packed"}
+"""Parts of names that only quantized weights have."""
 
 
 def architecture_of(config: Mapping) -> Architecture:
     """The table row for a Hugging Face ``config.json``.
 
     Raises:
-        BismoothError: unknown ``model_type``, or the checkpoint is already quantized.
+        BismoothError: unknown ``model_type``.
     """
-    for key in ("quantization_config", "compression_config"):
-        if config.get(key):
-            method = config[key].get("quant_method", "?") if isinstance(config[key], dict) else "?"
-            raise BismoothError.of(
-                CONFIG,
-                f"the checkpoint is already quantized ({key}.quant_method = {method!r})",
-                "convert the original bf16, fp16 or fp32 checkpoint instead",
-            )
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         raise BismoothError.of(
             CONFIG, f"model_type = {model_type!r} is not supported", f"known are {', '.join(sorted(ARCHITECTURES))}"
         )
     return ARCHITECTURES[model_type]
+
+
+def check_unquantized(config: Mapping, dtypes: Mapping[str, str]) -> None:
+    """Raises :class:`BismoothError` if the config says that the weights are quantized, whether that is so or not.
+
+    Args:
+        config: of the checkpoint.
+        dtypes: tensor -> dtype, as safetensors names it.
+    """
+    for key in ("quantization_config", "compression_config"):
+        if not config.get(key):
+            continue
+        method = config[key].get("quant_method", "?") if isinstance(config[key], dict) else "?"
+        says = f"{key}.quant_method = {method!r}"
+        floats = sorted({dtype for name, dtype in dtypes.items() if name.endswith(".weight")})
+        traces = {part for name in dtypes for part in name.split(".")} & _TRACES
+        if floats and set(floats) <= set(FLOAT_DTYPES) and not traces:
+            raise BismoothError.of(
+                CONFIG,
+                f"it says that the checkpoint is quantized ({says}), but all weights are float ({', '.join(floats)})",
+                f"if the key is left from another run, remove {key} from {CONFIG}, of a copy if the model is not yours",
+            )
+        raise BismoothError.of(
+            CONFIG,
+            f"the checkpoint is already quantized ({says})",
+            "convert the original bf16, fp16 or fp32 checkpoint instead",
+        )
+
+
+def head_of(config: Mapping) -> str | None:
+    """Which head ``architectures`` says that the model has.
+
+    Returns:
+        ``language``; ``other`` for a classifier's or a reward's, like that of ``LlamaForSequenceClassification``;
+        ``None`` for the bare decoder, like ``LlamaModel``, as embedding models are.
+    """
+    names = config.get("architectures")
+    name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else "ForCausalLM"
+    return next((kind for ending, kind in _HEADS if name.endswith(ending)), "other" if "For" in name else "language")
 
 
 def sizes_of(config: Mapping, architecture: Architecture) -> dict[str, int]:
@@ -127,11 +173,12 @@ class _Promise:
     endless: bool = False
 
     @classmethod
-    def of(cls, config: Mapping, architecture: Architecture, sizes: Mapping[str, int], bound: int) -> "_Promise":
+    def of(
+        cls, config: Mapping, architecture: Architecture, sizes: Mapping[str, int], names: Names, bound: int
+    ) -> "_Promise":
         """Listed up to twice ``bound``, the number in the headers: the config's word for its blocks is not trusted."""
-        found = cls({EMBEDDING: (sizes["vocab"], sizes["hidden"]), NORM: (sizes["hidden"],)}, {})
-        tied = config.get("tie_word_embeddings", architecture.tied)
-        (found.optional if tied else found.required)[HEAD] = (sizes["vocab"], sizes["hidden"])
+        found = cls({names.embedding: (sizes["vocab"], sizes["hidden"]), names.norm: (sizes["hidden"],)}, {})
+        found.optional[names.head] = (sizes["vocab"], sizes["hidden"])
         found.endless = sizes.get("experts", 0) > bound
         if found.endless:
             return found
@@ -139,8 +186,8 @@ class _Promise:
         for i, layer in enumerate(layers_of(config, architecture, sizes, min(sizes["blocks"], bound))):
             if id(layer) not in inside:
                 inside[id(layer)] = layer_tensors(layer, sizes, config)
-            found.required |= {BLOCK.format(i) + name: shape for name, shape in inside[id(layer)].items()}
-            found.optional[BLOCK.format(i) + "self_attn.rotary_emb.inv_freq"] = (sizes["head"] // 2,)
+            found.required |= {names.block(i) + name: shape for name, shape in inside[id(layer)].items()}
+            found.optional[names.block(i) + "self_attn.rotary_emb.inv_freq"] = (sizes["head"] // 2,)
             if len(found.required) > 2 * bound:
                 found.endless = True
                 break
@@ -148,36 +195,136 @@ class _Promise:
 
 
 def audit(
-    config: Mapping,
+    checkpoint: Headers,
     architecture: Architecture,
     sizes: Mapping[str, int],
-    shapes: Mapping[str, tuple[int, ...]],
-    lost: Set[str] = frozenset(),
+    tensors: Mapping[str, Header],
 ) -> Iterator[Problem]:
-    """Compare what the config promises with the shapes in the headers; yields one problem at a time.
+    """Compare what the config promises with the headers; yields one problem at a time.
 
     Tensors that are ``lost`` are known to be missing: they count as part of the checkpoint and are no further problem.
 
-    Optional are ``lm_head.weight`` of tied models and old checkpoints' rotary tables, which are passed through;
-    anything else inside a block is a problem, because converting it as if it were not there would be silently wrong.
+    Optional are the head of tied models and of those whose ``architectures`` name none, rotary tables, and buffers,
+    which are passed through; anything else inside a block is a problem, because converting it as if it were not there
+    would be silently wrong. Blocks behind the last one are passed through if they predict further tokens (MTP).
+
+    Args:
+        checkpoint: its config and names count.
+        architecture, sizes: what follows from the config.
+        tensors: those to be looked at.
     """
-    bound = len(shapes) + len(lost)
-    promise = _Promise.of(config, architecture, sizes, bound)
-    for name, shape in promise.required.items():
-        if name not in shapes and name not in lost:
-            what = f"tensor of shape {list(shape)} is missing"
-            yield Problem(name, what, f"download the checkpoint again or mend {CONFIG}")
+    config, names, lost = checkpoint.config, checkpoint.names, checkpoint.lost
+    bound = len(tensors) + len(lost)
+    promise = _Promise.of(config, architecture, sizes, names, bound)
+    missing = {n: shape for n, shape in promise.required.items() if n not in tensors and n not in lost}
+    if (
+        not lost
+        and not promise.endless
+        and not any(name.startswith(names.blocks) for name in promise.required.keys() - missing.keys())
+    ):
+        yield _foreign(config, tensors)
+        return
+    yield from _missing(config, names, missing, promise)
     if promise.endless:
         yield Problem(
             CONFIG, f"implies many more tensors than the {bound} in the files", "mend it or download the rest"
         )
         return
-    for name, shape in shapes.items():
+    yield from _heads(checkpoint, architecture, tensors)
+    beyond: dict[int, list[str]] = {}
+    for name, header in tensors.items():
         expected = promise.required.get(name) or promise.optional.get(name)
-        if expected is None:
-            if name.startswith(BLOCK.format("")[:-1]):
-                what = f"tensor of shape {list(shape)} is not part of a {config['model_type']} model with this {CONFIG}"
-                yield Problem(name, what, f"remove it or mend {CONFIG}")
-        elif shape != expected:
-            what = f"has shape {list(shape)}, {CONFIG} implies {list(expected)}"
-            yield Problem(name, what, "mend the one that is wrong")
+        place = names.inside(name)
+        if expected is not None and header.dtype in BUFFER_DTYPES:
+            remedy = "save the model again in BF16, F16 or F32, with model.to(torch.bfloat16).save_pretrained(FOLDER)"
+            yield Problem(name, f"has dtype {header.dtype}, which no weight can have here", remedy)
+        elif expected is not None:
+            if header.shape != expected:
+                what = f"has shape {list(header.shape)}, {CONFIG} implies {list(expected)}"
+                yield Problem(name, what, "mend the one that is wrong")
+        elif place is not None and place[0] >= sizes["blocks"]:
+            beyond.setdefault(place[0], []).append(place[1])
+        elif place is None and not name.startswith(names.blocks):
+            continue
+        elif place is None or (header.dtype not in BUFFER_DTYPES and "rotary_emb." not in name):
+            kind = config["model_type"]
+            what = f"tensor of shape {list(header.shape)} is not part of a {kind} model with this {CONFIG}"
+            yield Problem(name, what, f"remove it or mend {CONFIG}")
+    if beyond and not predicts(config, beyond.values()):
+        count, last = sum(map(len, beyond.values())), max(beyond)
+        more = f"set num_hidden_layers to {last + 1} in {CONFIG} if the model has so many blocks; if not, "
+        yield Problem(
+            f"{names.block(min(beyond))}*",
+            f"{count} tensors belong to no block, because {CONFIG} says num_hidden_layers = {sizes['blocks']}",
+            (more if sorted(beyond) == list(range(sizes["blocks"], last + 1)) else "") + "remove them",
+        )
+
+
+def predicts(config: Mapping, beyond: Iterable[Collection[str]]) -> bool:
+    """Whether blocks behind the last one predict further tokens (MTP): the config says so, or what is in them does.
+
+    Args:
+        config: of the checkpoint.
+        beyond: names inside each of them.
+    """
+    said = any(value for key, value in config.items() if "nextn" in key or "mtp" in key.split("_"))
+    return said or all(any(name.startswith(_MTP) for name in names) for names in beyond)
+
+
+def _foreign(config: Mapping, tensors: Mapping[str, Header]) -> Problem:
+    """The problem that no block is there at all."""
+    example = next(iter(tensors), "nothing")
+    return Problem(
+        CONFIG,
+        f"model_type is {config['model_type']!r}, but none of the tensors of such a model's blocks is in the files; "
+        f"they are called like {example}",
+        "save the model in Hugging Face's format with model.save_pretrained(FOLDER), or mend model_type",
+    )
+
+
+def _missing(
+    config: Mapping, names: Names, missing: Mapping[str, tuple[int, ...]], promise: _Promise
+) -> Iterator[Problem]:
+    """Tensors that are not there; blocks of which nothing is there are one problem."""
+    wanted: Counter[int] = Counter(place[0] for place in map(names.inside, promise.required) if place)
+    absent: Counter[int] = Counter(place[0] for place in map(names.inside, missing) if place)
+    whole = {block for block, count in absent.items() if count == wanted[block]}
+    for name, shape in missing.items():
+        place = names.inside(name)
+        if place is None or place[0] not in whole:
+            what = f"tensor of shape {list(shape)} is missing"
+            yield Problem(name, what, f"download the checkpoint again or mend {CONFIG}")
+    if whole and not promise.endless:
+        present = sorted(wanted.keys() - whole)
+        fewer = present == list(range(len(present)))
+        yield Problem(
+            f"{names.block(min(whole))}*",
+            f"{len(whole)} whole blocks are missing, {CONFIG} says num_hidden_layers = {config['num_hidden_layers']}",
+            "download the checkpoint again"
+            + (f", or set num_hidden_layers to {len(present)} in {CONFIG} if the model has no more" if fewer else ""),
+        )
+
+
+def _heads(checkpoint: Headers, architecture: Architecture, tensors: Mapping[str, Header]) -> Iterator[Problem]:
+    """A head that ``architectures`` promises and that is not there."""
+    config, names = checkpoint.config, checkpoint.names
+    kind, given = head_of(config), config.get("architectures")
+    if names.head in tensors or names.head in checkpoint.lost or MODULES in checkpoint.place.files():
+        return
+    known = {names.embedding, names.norm}
+    others = [n for n in tensors if names.inside(n) is None and n not in known and "rotary_emb." not in n]
+    if kind == "language" and not config.get("tie_word_embeddings", architecture.tied):
+        name = given[0] if isinstance(given, list) and given else "ForCausalLM"
+        bare = str(name).removesuffix("ForCausalLM") + "Model"
+        yield Problem(
+            names.head,
+            f"is missing, and {CONFIG} promises it (architectures {given}, tie_word_embeddings false): these are the "
+            "files of a bare decoder, as embedding models have them, or one file is missing",
+            f"download the checkpoint again, or set architectures to [{json.dumps(bare)}] in {CONFIG} if it is one",
+        )
+    elif kind == "other" and not others and not {"classifier_from_token", "method"} & config.keys():
+        yield Problem(
+            CONFIG,
+            f"architectures is {given}, but no tensor of such a head is in the files",
+            f'download the checkpoint again, or name in architectures what it is, like "LlamaModel", in {CONFIG}',
+        )

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 
-from vllm_w8a8_bismooth.checkpoint.architectures import BLOCK
 from vllm_w8a8_bismooth.checkpoint.journal import Journal
 from vllm_w8a8_bismooth.checkpoint.layout import Source
 from vllm_w8a8_bismooth.checkpoint.readahead import AHEAD, ReadAhead
@@ -56,7 +55,7 @@ class Block(Mapping[str, torch.Tensor]):
     """
 
     def __init__(self, run: "Run", reader: ReadAhead, index: int, names: list[str]):
-        self.index, self.prefix = index, BLOCK.format(index)
+        self.index, self.prefix = index, run.source.names.block(index)
         self.record: Any = None
         self._run, self._reader = run, reader
         self._names = names
@@ -189,7 +188,8 @@ class Walk:
         left = self.left
         if self._writer is not None or (self.resumed and left):
             self._show()
-        order = [BLOCK.format(index) + name for index in left for name in self._names(index)]
+        names = self._run.source.names
+        order = [names.block(index) + name for index in left for name in self._names(index)]
         with ReadAhead(self._run.source.checkpoint, order, self._budget(order)) as reader:
             for index in left:
                 block = Block(self._run, reader, index, self._names(index))

@@ -28,8 +28,19 @@ def read_json(path: Path) -> dict:
     """A JSON object from disk.
 
     Raises:
-        BismoothError: missing, no regular file, larger than 100 MiB, not UTF-8, not JSON, a key that occurs twice, or
-            not an object.
+        BismoothError: as :func:`read_value`; or it is another value.
+    """
+    value = read_value(path)
+    if not isinstance(value, dict):
+        raise BismoothError.of(path, f"holds a JSON {type(value).__name__}, not an object", "download the file again")
+    return value
+
+
+def read_value(path: Path) -> Any:
+    """A JSON value from disk.
+
+    Raises:
+        BismoothError: missing, no regular file, larger than 100 MiB, not UTF-8, not JSON, or a key that occurs twice.
     """
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe would wait forever
@@ -37,7 +48,7 @@ def read_json(path: Path) -> dict:
         if path.stat().st_size > _JSON_LIMIT:
             remedy = f"put the checkpoint's {path.name} there; this cannot be it"
             raise BismoothError.of(path, f"larger than {_JSON_LIMIT >> 20} MiB", remedy)
-        value = json.loads(path.read_bytes(), object_pairs_hook=_once)
+        return json.loads(path.read_bytes(), object_pairs_hook=_once)
     except FileNotFoundError:
         raise BismoothError.of(path, "not found", "give the folder of a Hugging Face checkpoint") from None
     except OSError as error:
@@ -45,9 +56,6 @@ def read_json(path: Path) -> dict:
         raise BismoothError.of(path, what, "check the path and its permissions") from None
     except (ValueError, RecursionError) as error:
         raise BismoothError.of(path, f"not valid JSON ({error})", "mend it or download the file again") from None
-    if not isinstance(value, dict):
-        raise BismoothError.of(path, f"holds a JSON {type(value).__name__}, not an object", "download the file again")
-    return value
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict:
@@ -94,11 +102,18 @@ class Checksum:
 class Place(Protocol):
     """Where the files of a checkpoint are. Messages call it what ``str`` makes of it."""
 
+    def files(self) -> Mapping[str, int]:
+        """Every file but hidden ones, in order: path inside the place -> bytes."""
+
     def has(self, file: str) -> bool:
         """Whether there is such a file."""
 
-    def json(self, file: str) -> dict:
-        """The object in a JSON file; raises as :func:`read_json` does."""
+    def local(self, file: str) -> Path:
+        """Where on this machine a small file can be read.
+
+        Raises:
+            BismoothError: there is none.
+        """
 
     def header(self, file: str) -> tuple[int, dict[str, Any]]:
         """Where in a safetensors file the data begin, and tensor name -> ``dtype``, ``shape`` and ``data_offsets``.
@@ -135,28 +150,20 @@ class Folder:
     def has(self, file: str) -> bool:
         return os.path.lexists(self.path / file)  # a broken link is there, and reading it says what is wrong
 
-    def json(self, file: str) -> dict:
-        return read_json(self.path / file)
-
-    def side_files(self) -> Iterator[Path]:
-        """Relative paths of everything to be copied byte for byte: not weights, config, index or hidden files.
-
-        Links to files count as files, as in a Hub cache; links to folders are not entered.
-
-        Raises:
-            BismoothError: a link leads nowhere.
-        """
+    def files(self) -> dict[str, int]:
+        """Links to files count as files, as in a Hub cache, also those that lead nowhere; links to folders are not
+        entered."""
+        found = {}
         for path in sorted(self.path.rglob("*")):
             relative = path.relative_to(self.path)
             if any(part.startswith(".") for part in relative.parts):
                 continue
-            if path.suffix in WEIGHT_SUFFIXES or path.name.endswith(".index.json") or relative == Path(CONFIG):
-                continue
-            if path.is_symlink() and not path.exists():
-                remedy = "download the file again or remove the link"
-                raise BismoothError.of(path, "a link that leads nowhere", remedy)
-            if path.is_file():
-                yield relative
+            if path.is_file() or (path.is_symlink() and not path.exists()):
+                found[relative.as_posix()] = path.stat().st_size if path.exists() else 0
+        return found
+
+    def local(self, file: str) -> Path:
+        return self.path / file
 
     def header(self, file: str) -> tuple[int, dict[str, Any]]:
         from safetensors import SafetensorError, safe_open

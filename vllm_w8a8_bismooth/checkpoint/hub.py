@@ -7,14 +7,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from vllm_w8a8_bismooth.checkpoint.files import CONFIG, INDEX, SINGLE, Folder, check_space, read_json
+from vllm_w8a8_bismooth.checkpoint import shards
+from vllm_w8a8_bismooth.checkpoint.companions import companions
+from vllm_w8a8_bismooth.checkpoint.files import CONFIG, INDEX, Folder, check_space
 from vllm_w8a8_bismooth.checkpoint.layout import Layout
 from vllm_w8a8_bismooth.checkpoint.reader import Headers
 from vllm_w8a8_bismooth.errors import BismoothError
 
 _HUB_ID = re.compile(r"(?a:(\w[\w.-]*/\w[\w.-]*))(?:@(.+))?")
-_SIDE_FILES = ["*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "*.py", "*.md", "LICENSE*", "NOTICE*"]
-"""What is downloaded beside the shards; never pickles or copies of the weights in other formats."""
 _PUBLISHER = "tell the publisher"
 
 
@@ -96,15 +96,18 @@ class Repository:
     def __str__(self) -> str:
         return self.hub_id if self._asked is None else f"{self.hub_id}@{self._asked}"
 
+    def files(self) -> dict[str, int]:
+        return {file: size or 0 for file, size in sorted(self._sizes.items()) if "/." not in f"/{file}"}
+
     def has(self, file: str) -> bool:
         return file in self._sizes
 
-    def json(self, file: str) -> dict:
+    def local(self, file: str) -> Path:
         if not self.has(file):
             raise BismoothError.of(
                 f"{self}/{file}", "not in the repository", "name a repository that holds a Hugging Face checkpoint"
             )
-        return read_json(self._fetch(file))
+        return self._fetch(file)
 
     def header(self, file: str) -> tuple[int, dict[str, Any]]:
         from huggingface_hub import HfApi
@@ -126,17 +129,18 @@ class Repository:
             raise BismoothError.of(f"{self}/{file}", f"truncated ({size} bytes of more than {end})", _PUBLISHER)
         return 0, entries  # where the data begin is of no use here
 
-    def download(self, shards: list[str]) -> Folder:
-        """Download these shards and the side files."""
+    def download(self, weights: list[str]) -> Folder:
+        """Download these files of weights, and what goes with them."""
         from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
 
         absent = [
             file
-            for file in shards
+            for file in weights
             if not isinstance(try_to_load_from_cache(self.hub_id, file, revision=self.revision), str)
         ]
         check_space(Path(constants.HF_HUB_CACHE), sum(self._sizes[file] or 0 for file in absent), f"download of {self}")
-        patterns = [*_SIDE_FILES, *(glob.escape(file) for file in shards)]
+        files = [CONFIG, INDEX, *companions(self), *weights]
+        patterns = [glob.escape(file) for file in files if self.has(file)]
         with self._translated():
             path = Path(snapshot_download(self.hub_id, revision=self._asked, allow_patterns=patterns))
         return Folder(path, self.hub_id, path.name)
@@ -203,5 +207,5 @@ def _cached(hub_id: str, revision: str | None) -> Folder | None:
     if not isinstance(config, str):
         return None
     folder = Folder(Path(config).parent, hub_id, Path(config).parent.name)
-    shards = set(folder.json(INDEX).get("weight_map", {}).values()) if folder.has(INDEX) else {SINGLE}
-    return folder if all(isinstance(file, str) and folder.has(file) for file in shards) else None
+    found = shards.find(folder)
+    return folder if found.files and all(map(folder.has, found.files)) else None

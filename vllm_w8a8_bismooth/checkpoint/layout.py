@@ -1,29 +1,30 @@
 """A checkpoint laid out as a model: audited, its tensors sorted into decoder blocks."""
 
-import re
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
-from vllm_w8a8_bismooth.checkpoint.architectures import BLOCK, Architecture, Layer
-from vllm_w8a8_bismooth.checkpoint.audit import architecture_of, audit, layers_of, sizes_of
+from vllm_w8a8_bismooth.checkpoint.architectures import Architecture, Layer
+from vllm_w8a8_bismooth.checkpoint.audit import architecture_of, audit, check_unquantized, layers_of, sizes_of
+from vllm_w8a8_bismooth.checkpoint.companions import module_problems
 from vllm_w8a8_bismooth.checkpoint.files import Folder
+from vllm_w8a8_bismooth.checkpoint.names import Names
 from vllm_w8a8_bismooth.checkpoint.reader import Checkpoint, Headers
 from vllm_w8a8_bismooth.errors import BismoothError, Problem
 
 PROBLEMS = 1000
 """How many problems of one checkpoint are listed at most."""
-_BLOCK_TENSOR = re.compile(r"model\.layers\.(0|[1-9]\d*)\.(.+)")
 
 
 class Layout:
     """What the headers of a checkpoint hold, as a model; nothing more than headers is needed.
 
     Attributes:
-        checkpoint, architecture, sizes: see their modules.
+        checkpoint, architecture, sizes, names: see their modules.
         layers: what each block holds.
         blocks: per block, the names inside it, in the order of the files.
         outside: full names of everything else.
+        notes: what was taken in a way that the user should know.
         problems: of the headers and of the audit, bounded by :data:`PROBLEMS`. While there are any, blocks may lack
             tensors and tensors may have any shape.
 
@@ -36,30 +37,48 @@ class Layout:
         self.problems: list[Problem] = list(islice(headers.problems, PROBLEMS))
         if not headers.config and self.problems:  # config.json is one of them
             raise BismoothError(*self.problems)
-        shapes = {name: header.shape for name, header in headers.headers.items()}
+        self.names: Names = headers.names
+        tensors = headers.headers
         try:
+            check_unquantized(headers.config, {name: header.dtype for name, header in tensors.items()})
             self.architecture: Architecture = architecture_of(headers.config)
             self.sizes = sizes_of(headers.config, self.architecture)
-            if shapes:
-                found = audit(headers.config, self.architecture, self.sizes, shapes, headers.lost)
+            if tensors:
+                found = audit(headers, self.architecture, self.sizes, tensors)
                 self.problems += islice(found, PROBLEMS - len(self.problems))
+            self.problems += module_problems(headers.place)
         except BismoothError as error:
             raise BismoothError(*self.problems, *error.problems) from None
-        if max(self.sizes["blocks"], self.sizes.get("experts", 0)) > len(shapes) + len(headers.lost):
+        if max(self.sizes["blocks"], self.sizes.get("experts", 0)) > len(tensors) + len(headers.lost):
             raise BismoothError(*self.problems)  # too large to lay out, and no header backs it
         self.layers: list[Layer] = layers_of(headers.config, self.architecture, self.sizes, self.sizes["blocks"])
         self.blocks: list[list[str]] = [[] for _ in self.layers]
         self.outside: list[str] = []
-        for name in shapes:
-            match = _BLOCK_TENSOR.fullmatch(name)
-            if match and int(match[1]) < len(self.blocks):
-                self.blocks[int(match[1])].append(match[2])
+        self.notes = [*headers.notes]
+        beyond = set()
+        for name in tensors:
+            place = self.names.inside(name)
+            if place and place[0] < len(self.blocks):
+                self.blocks[place[0]].append(place[1])
             else:
                 self.outside.append(name)
+                beyond |= {place[0]} if place else set()
+        if beyond:
+            what = f"{len(beyond)} blocks behind num_hidden_layers" if len(beyond) > 1 else f"block {min(beyond)}"
+            self.notes.append(f"{what}, which predicts further tokens (MTP), stays in the source's dtype")
 
     def outside_with(self, blocks: range) -> list[str]:
         """The tensors outside the blocks that go with a range of blocks: all with the first block, else none."""
         return self.outside if blocks.start == 0 else []
+
+    def floats(self) -> list[str]:
+        """Modules outside the blocks whose weights are matrices that stay in float: heads, further predictors."""
+        found = self.checkpoint.headers
+        return [
+            name.removesuffix(".weight")
+            for name in self.outside
+            if name.endswith(".weight") and len(found[name].shape) == 2 and name != self.names.embedding
+        ]
 
     def refuse(self) -> None:
         """Raises :class:`BismoothError` with the problems, if there are any."""
@@ -71,13 +90,13 @@ class Layout:
         """Bytes of all tensors, or of a part with these blocks."""
         headers = self.checkpoint.headers
         blocks = range(len(self.blocks)) if blocks is None else blocks
-        names = [*self.outside_with(blocks), *(BLOCK.format(i) + n for i in blocks for n in self.blocks[i])]
+        names = [*self.outside_with(blocks), *(self.names.block(i) + n for i in blocks for n in self.blocks[i])]
         return sum(headers[name].nbytes for name in names)
 
     def block_nbytes(self) -> int:
         """Bytes of the largest block."""
         headers = self.checkpoint.headers
-        return max(sum(headers[BLOCK.format(i) + n].nbytes for n in names) for i, names in enumerate(self.blocks))
+        return max(sum(headers[self.names.block(i) + n].nbytes for n in inside) for i, inside in enumerate(self.blocks))
 
 
 class Source(Layout):

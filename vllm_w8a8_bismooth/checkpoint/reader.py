@@ -9,12 +9,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_w8a8_bismooth.checkpoint.files import CONFIG, INDEX, SINGLE, Checksum, Folder, Place, sha256
+from vllm_w8a8_bismooth.checkpoint import shards
+from vllm_w8a8_bismooth.checkpoint.companions import companions, left_out
+from vllm_w8a8_bismooth.checkpoint.files import CONFIG, INDEX, Checksum, Folder, Place, read_json, sha256
+from vllm_w8a8_bismooth.checkpoint.names import Names, unwrapped
 from vllm_w8a8_bismooth.errors import BismoothError, Interrupted, Problem
 
 FLOAT_DTYPES = ("BF16", "F16", "F32")
+BUFFER_DTYPES = ("F64", "I64", "I32", "I16", "U8", "BOOL")
+"""Of tensors that are no weights (masks, positions, counters), which pass through; see :func:`is_buffer`."""
 # safetensors' name -> torch's; I8 is what we write.
-_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "I8": "int8"}
+_DTYPES = {
+    "BF16": "bfloat16", "F16": "float16", "F32": "float32", "I8": "int8",
+    "F64": "float64", "I64": "int64", "I32": "int32", "I16": "int16", "U8": "uint8", "BOOL": "bool",
+}  # fmt: skip
+_PACKED = {"weight", "qweight", "qzeros", "g_idx", "weight_packed", "weight_shape", "weight_zero_point"}
+"""Parts of names under which weights are stored in integers, by GPTQ, AWQ, compressed-tensors and bitsandbytes."""
 _PIECE = 2**25
 
 
@@ -36,6 +46,11 @@ def torch_dtype(name: str):
     return getattr(torch, _DTYPES[name])
 
 
+def is_buffer(name: str, dtype: str) -> bool:
+    """Whether a tensor cannot be a weight, by its dtype, and is no part of a quantized one by its name."""
+    return dtype in BUFFER_DTYPES and (dtype == "F64" or not _PACKED.intersection(name.split(".")))
+
+
 class Headers:
     """What a checkpoint says of itself before any weight is read: its config, its index, the headers of its shards.
 
@@ -43,13 +58,17 @@ class Headers:
         place: where its files are.
         config: the parsed ``config.json``; empty if that cannot be read.
         files: the shards.
-        headers: tensor name -> :class:`Header`, in the order of the files, of every dtype.
+        headers: tensor name -> :class:`Header`, in the order of the files, of every dtype. Names are without what
+            wrappers added to them, see :func:`names.unwrapped`.
+        names: what the parts of the decoder are called.
+        notes: what was passed over or taken in a way that the user should know.
         problems: what is missing, unreadable, inconsistent or truncated, and dtypes that are not accepted.
         lost: tensors that are not where the index says, for which there is a problem already.
 
     Args:
         place: holds ``config.json`` and safetensors, sharded or not.
-        dtypes: safetensors names of the dtypes to accept; others are taken for already quantized.
+        dtypes: safetensors names of the dtypes to accept beside :data:`BUFFER_DTYPES`; others are taken for already
+            quantized.
     """
 
     def __init__(self, place: Place, dtypes: Sequence[str] = FLOAT_DTYPES):
@@ -58,49 +77,32 @@ class Headers:
         self.files: list[str] = []
         self.headers: dict[str, Header] = {}
         self.problems: list[Problem] = []
-        self.lost: set[str] = set()
         try:
-            self.config = place.json(CONFIG)
+            self.config = read_json(place.local(CONFIG))
         except BismoothError as error:
             self.problems += error.problems
-        weight_map = self._read_index()
-        if weight_map is not None:
-            self.files = sorted(set(weight_map.values())) or [SINGLE]
-            promised: dict[str, set[str]] = {file: set() for file in self.files}
-            for name, file in weight_map.items():
-                promised[file].add(name)
-            with ThreadPoolExecutor(8) as pool:  # far away each header takes a while
-                for file, answer in zip(self.files, pool.map(self._read_header, self.files), strict=True):
-                    self._add(file, answer, promised[file], weight_map)
+        found = shards.find(place)
+        self.files, self.lost, self.notes = found.files, found.lost, found.notes
+        self.problems += found.problems
+        promised: dict[str, set[str]] = {file: set() for file in self.files}
+        for name, file in found.weight_map.items():
+            promised[file].add(name)
+        with ThreadPoolExecutor(8) as pool:  # far away each header takes a while
+            for file, answer in zip(self.files, pool.map(self._read_header, self.files), strict=True):
+                self._add(file, answer, promised[file], found.weight_map)
+        self._unwrap()
+        self.names = Names.among(self.headers)
         self._check_dtypes(dtypes)
 
-    def _read_index(self) -> Mapping[str, str] | None:
-        """Tensor -> the shard that the index names; empty for a checkpoint of one file, ``None`` without weights."""
-        if not self.place.has(INDEX):
-            if self.place.has(SINGLE):
-                return {}
-            self._fault(
-                self.place,
-                f"neither {SINGLE} nor {INDEX}: only safetensors checkpoints can be converted",
-                "pickled .bin files are refused: save the model again with save_pretrained",
-            )
-            return None
-        path = f"{self.place}/{INDEX}"
+    def _unwrap(self) -> None:
         try:
-            weight_map = self.place.json(INDEX).get("weight_map")
+            plain, note = unwrapped([*self.headers, *self.lost])
         except BismoothError as error:
             self.problems += error.problems
-            return None
-        if not isinstance(weight_map, dict) or not weight_map:
-            self._fault(path, "no weight_map", "download the file again")
-            return None
-        for name, file in weight_map.items():
-            fits = isinstance(file, str) and Path(file).name == file and file.endswith(".safetensors")
-            if not fits or not file.isprintable():
-                what = f"{name} is said to be in {file!r}, which is not a shard of this folder"
-                self._fault(path, what, "download the file again")
-                self.lost.add(name)
-        return {name: file for name, file in weight_map.items() if name not in self.lost} or None
+            return
+        self.headers = {plain[name]: header for name, header in self.headers.items()}
+        self.lost = {plain[name] for name in self.lost}
+        self.notes += [note] if note else []
 
     def _read_header(self, file: str) -> tuple[int, dict[str, Any]] | BismoothError:
         try:
@@ -129,6 +131,13 @@ class Headers:
                 what = f"has shape {entry['shape']} in {file}, and no tensor is that large"
                 self._fault(name, what, "download the shard again")
                 self.lost.add(name)
+            elif not weight_map and name in self.headers:
+                where, remedy = (
+                    self.headers.pop(name).file,
+                    f"leave only the file of them that is right in {self.place}",
+                )
+                self._fault(path, f"holds tensor {name}, which {where} holds too", remedy)
+                self.lost.add(name)
             elif place == file:
                 first, last = entry["data_offsets"]
                 self.headers[name] = Header(file, tuple(entry["shape"]), entry["dtype"], begin + first, last - first)
@@ -141,7 +150,7 @@ class Headers:
     def _check_dtypes(self, accepted: Sequence[str]) -> None:
         others: dict[str, list[str]] = {}
         for name, header in self.headers.items():
-            if header.dtype not in accepted:
+            if header.dtype not in accepted and not is_buffer(name, header.dtype):
                 others.setdefault(header.dtype, []).append(name)
         for dtype, names in others.items():
             more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
@@ -154,6 +163,15 @@ class Headers:
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(header.nbytes for header in self.headers.values())
+
+    def companion_nbytes(self) -> int:
+        """Bytes of the files that are copied with them."""
+        files = self.place.files()
+        return sum(files[file] for file in companions(self.place))
+
+    def left_out(self) -> dict[str, int]:
+        """The files that are not copied, with their bytes."""
+        return left_out(self.place, self.files)
 
 
 class Checkpoint(Headers):
@@ -236,7 +254,11 @@ class Checkpoint(Headers):
 
     def signature(self) -> dict[str, list[int]]:
         """Size in bytes and modification time in ns of every file that a conversion reads."""
-        files = {Path(CONFIG), *(Path(header.file) for header in self.headers.values()), *self.place.side_files()}
+        files = {
+            Path(CONFIG),
+            *(Path(header.file) for header in self.headers.values()),
+            *map(Path, companions(self.place)),
+        }
         if (self.folder / INDEX).exists():
             files.add(Path(INDEX))
         try:
@@ -267,6 +289,6 @@ class Checkpoint(Headers):
         for name in sorted(self.headers):
             header = self.headers[name]
             whole.update(f"{name} {header.dtype} {list(header.shape)} {digests[name]}\n".encode())
-        for relative in (Path(CONFIG), *self.place.side_files()):
-            whole.update(f"{relative.as_posix()} {sha256(self.folder / relative)}\n".encode(errors="surrogateescape"))
+        for file in (CONFIG, *companions(self.place)):
+            whole.update(f"{file} {sha256(self.folder / file)}\n".encode(errors="surrogateescape"))
         return whole.hexdigest()

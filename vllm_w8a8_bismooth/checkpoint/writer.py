@@ -15,7 +15,10 @@ from vllm_w8a8_bismooth.checkpoint.reader import Checkpoint
 SHARD_SIZE = "5GB"
 WHOLE, PARTIAL = "model", "part"
 """Beginnings of shards' names: of a checkpoint, and of a part of one, which no reader shall take for a checkpoint."""
-NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int8: "I8"}
+NAMES = {
+    torch.int64: "I64", torch.float64: "F64", torch.float32: "F32", torch.int32: "I32", torch.bfloat16: "BF16",
+    torch.float16: "F16", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
 """safetensors' names, in the order in which its own writer lays tensors out: wide dtypes first, so that all align."""
 
 

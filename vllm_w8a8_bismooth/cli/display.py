@@ -1,7 +1,7 @@
 """What the ``bismooth`` command shows to people, and the JSON that it gives to programs."""
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -128,6 +128,28 @@ def _advice(found: "weights.Analysis", source: str, group_size: int | None) -> I
         )
 
 
+def _left_out(console: "Console", files: Mapping[str, int], notes: Sequence[str]) -> None:
+    """What the user should know of the source: notes, and files that are not copied, those in one folder as one."""
+    from rich.markup import escape
+
+    for note in notes:
+        console.print(f"Note: {escape(note)}.", highlight=False)
+    if not files:
+        return
+    sizes: dict[str, int] = {}
+    for file, size in files.items():
+        top = file.partition("/")[0] + ("/" if "/" in file else "")
+        sizes[top] = sizes.get(top, 0) + size
+    largest = sorted(sizes, key=lambda top: (-sizes[top], top))
+    more = f" and {len(largest) - 8} more" if len(largest) > 8 else ""
+    shown = ", ".join(largest[:8])
+    count = "1 file" if len(files) == 1 else f"{len(files)} files"
+    console.print(
+        f"Left out, because serving does not need them: {count}, {sum(files.values()) / 1e6:.1f} MB ({escape(shown)}{more})",
+        highlight=False,
+    )
+
+
 def _gb(count: int) -> str:
     return f"{count / 1e9:.2f} GB"
 
@@ -172,6 +194,7 @@ def inspection(console: "Console", found: "inspect.Survey", source: str) -> None
         console.print(table)
         for reason in dict.fromkeys(r for reasons in found.per_group.values() for r in reasons):
             console.print(f"  no: {escape(reason)}")
+    _left_out(console, found.left_out, found.notes)
     where = escape(source)
     if found.problems:
         console.print(f"[red]{len(found.problems)} problem{'s' if len(found.problems) > 1 else ''}[/red]:")
@@ -208,6 +231,7 @@ def preview(console: "Console", plan: "Preview", recipe: "Recipe") -> None:
         console.print(f"{len(plan.ignored)} linears left in float:")
         for name in plan.ignored:
             console.print(f"  {escape(name)}")
+    _left_out(console, plan.left_out, plan.notes)
     if plan.resumed:
         console.print(f"{plan.resumed} of {plan.blocks} blocks are done and will be skipped")
     console.print(f"About {duration(plan.seconds)}, {_gb(plan.memory_bytes)} of memory, {_gb(plan.free_bytes)} free")
@@ -254,6 +278,8 @@ def report_json(report: "Outcome") -> dict[str, Any]:
         "vulnerable": report.vulnerable(),
         "linears": report.linears,
         "ignored": report.ignored,
+        "left_out": report.left_out,
+        "notes": report.notes,
         "sites": report.sites,
         "granularity": [asdict(entry) for entry in report.granularity],
     }
@@ -278,6 +304,7 @@ def summary(console: "Console", report: "Outcome", recipe: "Recipe") -> None:
             console.print(f"  per-group: {escape(entry.unit)} {entry.reason}", highlight=False)
     if report.granularity and not grouped:
         console.print(f"  no per-group scales: the best, {report.granularity[0].unit}, {report.granularity[0].reason}")
+    _left_out(console, report.left_out, report.notes)
     console.print("Mean relative error that is left in a column (healthy is about 0.01), the worst five linears:")
     for name in sorted(report.linears, key=lambda name: (-report.linears[name]["column_error"], name))[:5]:
         console.print(f"  {report.linears[name]['column_error']:.4f}  {escape(name)}", highlight=False)

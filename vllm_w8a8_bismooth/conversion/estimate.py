@@ -4,7 +4,6 @@ import math
 import os
 from dataclasses import dataclass
 
-from vllm_w8a8_bismooth.checkpoint.architectures import BLOCK
 from vllm_w8a8_bismooth.checkpoint.layout import Layout
 from vllm_w8a8_bismooth.checkpoint.readahead import AHEAD
 
@@ -58,7 +57,7 @@ def needs(
     for index in (*carried, *blocks):
         layer, converted = source.layers[index], index in blocks
         for name in source.blocks[index]:
-            header, linear = headers[BLOCK.format(index) + name], layer.linear_of(name)
+            header, linear = headers[source.names.block(index) + name], layer.linear_of(name)
             if linear is None:
                 written += header.nbytes * converted
             else:
@@ -76,4 +75,5 @@ def needs(
         memory += 2 * source.block_nbytes()
         seconds += source.nbytes() / _BYTES_PER_CORE_SECOND / cores
         seconds += 2 * work * measured_tokens / (_FLOP_PER_CORE_SECOND / 3) / cores
-    return Needs(source.nbytes(blocks), written, int(memory), written + 2 * state, seconds)
+    disk = written + source.checkpoint.companion_nbytes() + 2 * state
+    return Needs(source.nbytes(blocks), written, int(memory), disk, seconds)

@@ -81,6 +81,8 @@ class Survey:
         per_channel, per_group: tensor-parallel size -> why the model cannot be served so, with its row-parallel linears
             per-channel or per-group; empty where it can.
         problems: why it cannot be converted, at most :data:`layout.PROBLEMS`.
+        left_out: files that a conversion does not copy -> bytes.
+        notes: what the user should know of the checkpoint.
     """
 
     source: str
@@ -100,6 +102,8 @@ class Survey:
     per_channel: dict[int, list[str]] = field(default_factory=dict)
     per_group: dict[int, list[str]] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
+    left_out: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
 
 def survey(place: Folder | Repository, calibration_tokens: int, group_size: int) -> Survey:
@@ -139,7 +143,7 @@ def survey(place: Folder | Repository, calibration_tokens: int, group_size: int)
         return result
     result.problems = layout.problems
     try:
-        _ = list(place.side_files()) if isinstance(place, Folder) else []
+        result.left_out, result.notes = headers.left_out(), layout.notes
     except BismoothError as error:
         result.problems += error.problems
     result.needs = {"data-free": needs(layout, None), "calibrated": needs(layout, calibration_tokens)}

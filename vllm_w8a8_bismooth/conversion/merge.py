@@ -8,10 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from vllm_w8a8_bismooth.checkpoint.architectures import inside
 from vllm_w8a8_bismooth.checkpoint.files import check_space, disk_errors, free_space
 from vllm_w8a8_bismooth.checkpoint.journal import Journal, clear
 from vllm_w8a8_bismooth.checkpoint.layout import Source
+from vllm_w8a8_bismooth.checkpoint.names import block_of
 from vllm_w8a8_bismooth.checkpoint.writer import NAMES, ShardWriter
 from vllm_w8a8_bismooth.conversion.destination import already_converted, refuse_overlap
 from vllm_w8a8_bismooth.conversion.options import ignored_by_name
@@ -86,7 +86,7 @@ def prepare(folders: Sequence[Path], destination: Path) -> Merger:
     grouped: list[set[str]] = [set() for _ in source.layers]
     for linear, entry in (item for part in parts for item in part.linears.items()):
         if entry["group_size"] is not None:
-            index, name = inside(linear)
+            index, name = block_of(linear)
             grouped[index].add(name)
     plan = Plan(source, recipe, grouped, ignored_by_name(source, recipe))
     _refuse(line for part in parts for line in _strangers(part, plan))
@@ -116,7 +116,9 @@ def merge(ready: Merger, progress: Progress = silent) -> Outcome:
     if ready.reused:
         clear(ready.target)  # of a run that was killed right after its last step
         return Outcome(destination, reused=True, blocks=len(source.layers))
-    outcome = Outcome(destination, source.nbytes(), ignored=full_names(plan.ignored), blocks=len(source.layers))
+    outcome = Outcome(
+        destination, source.nbytes(), ignored=full_names(plan.ignored, source.names), blocks=len(source.layers)
+    )
     for part in ready.parts:
         outcome.linears |= part.linears
         outcome.sites |= part.sites

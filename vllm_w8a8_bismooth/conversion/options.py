@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 
 from vllm_w8a8_bismooth import grouping
-from vllm_w8a8_bismooth.checkpoint.architectures import BLOCK, Layer
+from vllm_w8a8_bismooth.checkpoint.architectures import Layer
 from vllm_w8a8_bismooth.checkpoint.layout import Layout
 from vllm_w8a8_bismooth.conversion.plan import full_names
 from vllm_w8a8_bismooth.errors import BismoothError
@@ -12,7 +12,7 @@ from vllm_w8a8_bismooth.recipe import Recipe
 
 
 def named(pattern: re.Pattern[str], block: str, layer: Layer) -> set[str]:
-    """The linears of the block ``model.layers.i.`` whose full name ``pattern`` finds, with siblings."""
+    """The linears of a block, whose names begin with ``block``, whose full name ``pattern`` finds, with siblings."""
     return layer.with_siblings(name for name in layer.linears if pattern.search(block + name))
 
 
@@ -23,9 +23,9 @@ def _named(source: Layout, option: str, expression: str) -> list[set[str]]:
         BismoothError: there are none.
     """
     pattern = re.compile(expression)
-    chosen = [named(pattern, BLOCK.format(i), layer) for i, layer in enumerate(source.layers)]
+    chosen = [named(pattern, source.names.block(i), layer) for i, layer in enumerate(source.layers)]
     if not any(chosen):
-        remedy = f"they are called like {BLOCK.format(0)}{next(iter(source.layers[0].linears))}"
+        remedy = f"they are called like {source.names.block(0)}{next(iter(source.layers[0].linears))}"
         raise BismoothError.of(f"{option} {expression!r}", "names no linear", remedy)
     return chosen
 
@@ -47,7 +47,8 @@ def ignored_by_name(source: Layout, recipe: Recipe) -> list[set[str]]:
         if experts and (others := sorted(layer.experts - chosen[i])):
             raise BismoothError.of(
                 f"--ignore {recipe.ignore!r}",
-                f"names {BLOCK.format(i)}{experts[0]} and not {others[0]}: vLLM serves all experts of a block alike",
+                f"names {source.names.block(i)}{experts[0]} and not {others[0]}: vLLM serves all experts of a block "
+                "alike",
                 "name all their linears or none",
             )
     return chosen
@@ -65,7 +66,7 @@ def chosen_by_name(source: Layout, recipe: Recipe, ignored: Sequence[set[str]]) 
     if recipe.group_layers is None:
         return None
     chosen = _named(source, "--group-layers", recipe.group_layers)
-    if both := full_names([chosen[i] & names for i, names in enumerate(ignored)]):
+    if both := full_names([chosen[i] & names for i, names in enumerate(ignored)], source.names):
         raise BismoothError.of(
             f"--group-layers {recipe.group_layers!r} and --ignore {recipe.ignore!r}",
             f"both name {both[0]}, or a sibling that vLLM fuses with it",
@@ -73,7 +74,7 @@ def chosen_by_name(source: Layout, recipe: Recipe, ignored: Sequence[set[str]]) 
         )
     for i, layer in enumerate(source.layers):
         if experts := sorted(chosen[i] & layer.experts):
-            what = f"names {BLOCK.format(i)}{experts[0]}: experts are served per-channel only"
+            what = f"names {source.names.block(i)}{experts[0]}: experts are served per-channel only"
             raise BismoothError.of(f"--group-layers {recipe.group_layers!r}", what, "leave them out")
     check_group_size(source, recipe, chosen)
     return chosen
@@ -87,7 +88,7 @@ def check_group_size(source: Layout, recipe: Recipe, grouped: Sequence[set[str]]
             if not grouping.fits(columns, recipe.group_size):
                 sizes = ", ".join(map(str, grouping.fitting(columns)))
                 raise BismoothError.of(
-                    f"{BLOCK.format(i)}{linear}",
+                    f"{source.names.block(i)}{linear}",
                     f"K = {columns} is not a multiple of --group-size {recipe.group_size}",
                     f"{sizes} would fit, or leave it per-channel" if sizes else "leave it per-channel",
                 )

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_w8a8_bismooth import __version__
+from vllm_w8a8_bismooth.checkpoint.companions import companions
 from vllm_w8a8_bismooth.checkpoint.files import CONFIG, SINGLE, Folder, copy, partial_folder, read_json, sha256
 from vllm_w8a8_bismooth.checkpoint.journal import FOLDER, differences
 from vllm_w8a8_bismooth.checkpoint.layout import Source
@@ -159,6 +160,9 @@ class _Outline(Folder):
 
     headers: Mapping[str, Any] = field(default_factory=dict)
 
+    def files(self) -> dict[str, int]:
+        return super().files() | {SINGLE: 0}
+
     def has(self, file: str) -> bool:
         return file == SINGLE or super().has(file)
 
@@ -171,7 +175,7 @@ def outline_of(source: Source) -> dict[str, Any]:
     their order, with offsets that only hold sizes."""
     place = source.checkpoint.place
     return {
-        "files": {path.as_posix(): sha256(place.path / path) for path in (Path(CONFIG), *place.side_files())},
+        "files": {path.as_posix(): sha256(place.path / path) for path in (Path(CONFIG), *map(Path, companions(place)))},
         "headers": {
             name: {"dtype": header.dtype, "shape": list(header.shape), "data_offsets": [0, header.nbytes]}
             for name, header in source.checkpoint.headers.items()

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_w8a8_bismooth.checkpoint.blocks import Run
+from vllm_w8a8_bismooth.checkpoint.companions import companions
 from vllm_w8a8_bismooth.checkpoint.files import CONFIG, check_space, copy, disk_errors, write_json
 from vllm_w8a8_bismooth.checkpoint.journal import Journal, clear
 from vllm_w8a8_bismooth.checkpoint.layout import Source
@@ -43,7 +44,8 @@ def convert(ready: Preparation, progress: Progress = silent) -> Outcome:
         clear(ready.target)  # of a run that was killed right after its last step
         return Outcome(ready.destination, reused=True, part=ready.part, blocks=len(source.layers))
     outcome = Outcome(ready.destination, source.nbytes(ready.part), part=ready.part, blocks=len(source.layers))
-    outcome.ignored = full_names(ready.within(ready.ignored))
+    outcome.left_out, outcome.notes = source.checkpoint.left_out(), [*source.notes]
+    outcome.ignored = full_names(ready.within(ready.ignored), source.names)
     threads = Threads()
     with Journal(ready.target, ready.identity) as journal:
         stages = Stages(ready, Run(source, ready.device, journal, progress), threads)
@@ -52,7 +54,7 @@ def convert(ready: Preparation, progress: Progress = silent) -> Outcome:
         tensors = plan.tensors(ready.part)
         # The threads end before the shards are closed, into which they write.
         with ShardWriter(journal.partial, ready.destination, tensors, ready.stem) as writer, threads:
-            check_space(journal.partial, writer.nbytes - journal.nbytes())
+            check_space(journal.partial, writer.nbytes + source.checkpoint.companion_nbytes() - journal.nbytes())
             checksums = stages.carry() | stages.outside(writer)
             walk = stages.convert(plan, writer)
             outcome.files, outcome.written_bytes = writer.finish(), writer.nbytes
@@ -94,8 +96,8 @@ def complete(
         provenance: where the choices came from, for people.
     """
     place = source.checkpoint.place
-    for relative in place.side_files():
-        copy(place.path / relative, folder / card.place_of(relative))
+    for file in companions(place):
+        copy(place.path / file, folder / card.place_of(Path(file)))
     write_json(folder / CONFIG, {**source.checkpoint.config, "quantization_config": plan.config()})
     # the choices first, which are compared on a second run
     write_json(folder / RECIPE, {"recipe": asdict(recipe), "provenance": provenance})

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm_w8a8_bismooth import __version__, grouping
-from vllm_w8a8_bismooth.checkpoint.architectures import BLOCK
 from vllm_w8a8_bismooth.checkpoint.layout import Layout
+from vllm_w8a8_bismooth.checkpoint.names import Names
 from vllm_w8a8_bismooth.checkpoint.reader import torch_dtype
 from vllm_w8a8_bismooth.errors import BismoothError
 from vllm_w8a8_bismooth.recipe import Recipe, quantization_config
@@ -36,7 +36,7 @@ class Plan:
             tensors = {n: torch.empty(headers[n].shape, dtype=torch_dtype(headers[n].dtype)) for n in outside}
             for index in blocks:
                 for name in source.blocks[index]:
-                    full = BLOCK.format(index) + name
+                    full = source.names.block(index) + name
                     header, linear = headers[full], source.layers[index].linear_of(name)
                     if linear is None or linear in self.ignored[index]:
                         tensors[full] = torch.empty(header.shape, dtype=torch_dtype(header.dtype))
@@ -50,12 +50,12 @@ class Plan:
 
     def config(self) -> dict[str, Any]:
         """The ``quantization_config`` to write."""
-        return quantization_config(self.recipe, self.grouped, self.ignored, self.source.layers, __version__)
+        return quantization_config(self.recipe, self.grouped, self.ignored, self.source, __version__)
 
 
-def full_names(chosen: Sequence[set[str]]) -> list[str]:
+def full_names(chosen: Sequence[set[str]], names: Names) -> list[str]:
     """Full names of linears that are chosen in each block, in order."""
-    return [BLOCK.format(i) + name for i, names in enumerate(chosen) for name in sorted(names)]
+    return [names.block(i) + name for i, linears in enumerate(chosen) for name in sorted(linears)]
 
 
 def span(blocks: range) -> str:

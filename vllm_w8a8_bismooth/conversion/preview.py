@@ -1,6 +1,6 @@
 """What a conversion would do, known without writing anything."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from vllm_w8a8_bismooth.checkpoint.blocks import finished
@@ -30,6 +30,8 @@ class Preview:
         blocks, resumed: how many are to be converted, and how many of them an interrupted run has done.
         memory_bytes, seconds: see :class:`estimate.Needs`; the time is that of what is still to do.
         free_bytes: on the destination's disk.
+        left_out: files of the source that are not copied -> bytes.
+        notes: what the user should know of the source.
     """
 
     destination: Path
@@ -46,6 +48,8 @@ class Preview:
     memory_bytes: int = 0
     seconds: float = 0.0
     free_bytes: int = 0
+    left_out: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
 
 def preview(ready: Preparation) -> Preview:
@@ -66,7 +70,7 @@ def preview(ready: Preparation) -> Preview:
     files = split(tensors, ready.stem).filename_to_tensors
     shards = {file: sum(tensors[name].nbytes for name in names) for file, names in files.items()}
     written = sum(shards.values())
-    check_space(journal.partial, written - journal.nbytes())
+    check_space(journal.partial, written + source.checkpoint.companion_nbytes() - journal.nbytes())
     tokens = None
     if ready.tokens is not None:
         calibration.Calibration(source, ready.tokens, ready.device)  # transformers may refuse the config
@@ -84,8 +88,8 @@ def preview(ready: Preparation) -> Preview:
         source_bytes=source.nbytes(ready.part),
         written_bytes=written,
         shards=shards,
-        grouped=None if grouped is None else full_names(ready.within(grouped)),
-        ignored=full_names(ready.within(ready.ignored)),
+        grouped=None if grouped is None else full_names(ready.within(grouped), ready.source.names),
+        ignored=full_names(ready.within(ready.ignored), ready.source.names),
         tokens=tokens,
         part=part,
         blocks=len(ready.blocks),
@@ -93,4 +97,6 @@ def preview(ready: Preparation) -> Preview:
         memory_bytes=need.memory_bytes,
         seconds=need.seconds,
         free_bytes=free_space(journal.partial),
+        left_out=source.checkpoint.left_out(),
+        notes=source.notes,
     )

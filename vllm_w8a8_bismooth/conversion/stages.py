@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from vllm_w8a8_bismooth.checkpoint.architectures import inside
 from vllm_w8a8_bismooth.checkpoint.blocks import Block, Run, Stage, Walk
+from vllm_w8a8_bismooth.checkpoint.names import block_of
 from vllm_w8a8_bismooth.checkpoint.writer import ShardWriter
 from vllm_w8a8_bismooth.conversion.options import check_group_size
 from vllm_w8a8_bismooth.conversion.plan import Plan
@@ -82,7 +82,7 @@ class Stages:
             block.record = perturbation.measure(calibration, index, block, smoothing, hidden, variants)
         chosen: list[list[str]] = [[] for _ in self._source.layers]
         for entry in self.evidence():
-            for index, name in map(inside, entry.linears if entry.chosen else ()):
+            for index, name in map(block_of, entry.linears if entry.chosen else ()):
                 chosen[index].append(name)
         return chosen
 
@@ -97,7 +97,7 @@ class Stages:
             {unit: error for unit, error in of_block.items() if not set(perturbation.units(layer)[unit]) & ignored}
             for of_block, layer, ignored in zip(errors, layers, self._ready.ignored, strict=True)
         ]
-        return perturbation.choose(open_units, layers, self._recipe.group_budget)
+        return perturbation.choose(open_units, layers, self._recipe.group_budget, self._source.names)
 
     def carry(self) -> dict[str, str]:
         """Carry activations through the blocks before a part; returns those blocks' checksums."""

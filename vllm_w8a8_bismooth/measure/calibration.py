@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vllm_w8a8_bismooth.checkpoint.architectures import BLOCK, EMBEDDING, Architecture
+from vllm_w8a8_bismooth.checkpoint.architectures import Architecture
 from vllm_w8a8_bismooth.checkpoint.layout import Source
 from vllm_w8a8_bismooth.errors import BismoothError
 from vllm_w8a8_bismooth.measure.text import refused, transformers_config
@@ -48,7 +48,7 @@ class Calibration:
         self.source = source
         # The embedding's rows are read one by one: only those that occur exist.
         used, compact = tokens.unique(return_inverse=True)
-        rows = torch.cat([checkpoint.rows(EMBEDDING, int(i), 1) for i in used])
+        rows = torch.cat([checkpoint.rows(source.names.embedding, int(i), 1) for i in used])
         config = transformers_config(checkpoint)
         try:
             # sdpa would drop the soft cap on attention logits without a word
@@ -122,7 +122,7 @@ class Calibration:
         Raises:
             BismoothError: the forward pass fails or overflows (named by block and site).
         """
-        architecture, prefix = self.source.architecture, BLOCK.format(index)
+        architecture, prefix = self.source.architecture, self.source.names.block(index)
         seen: dict[str, Moments] = {}
 
         def recorder(site: str) -> Callable:

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 
 from vllm_w8a8_bismooth import grouping
-from vllm_w8a8_bismooth.checkpoint.architectures import BLOCK, Layer
+from vllm_w8a8_bismooth.checkpoint.architectures import Layer
 from vllm_w8a8_bismooth.checkpoint.blocks import Run, Stage
+from vllm_w8a8_bismooth.checkpoint.names import Names
 from vllm_w8a8_bismooth.measure.activations import Activations
 from vllm_w8a8_bismooth.measure.calibration import Calibration
 from vllm_w8a8_bismooth.method.balance import Rule
@@ -183,7 +184,10 @@ def view(run: Run, tokens: torch.Tensor, rule: Rule) -> dict[str, dict[str, floa
 
 
 def choose(
-    errors: Sequence[Mapping[str, Mapping[str, float]]], layers: Sequence[Layer], budget: float
+    errors: Sequence[Mapping[str, Mapping[str, float]]],
+    layers: Sequence[Layer],
+    budget: float,
+    names: Names = Names(),  # noqa: B008 (frozen)
 ) -> list[Evidence]:
     """Decide on granularity by evidence, preferring none.
 
@@ -191,6 +195,7 @@ def choose(
         errors: per block, what :func:`measure` found for the variants :data:`CHANNEL` and :data:`GROUP`.
         layers: of the same blocks.
         budget: share of all linears that may get per-group scales, 0 to 1.
+        names: of the checkpoint.
 
     Returns:
         One entry a unit, those first whose linears are best spent on it.
@@ -199,7 +204,7 @@ def choose(
     total = sum(found[CHANNEL] for block in errors for found in block.values()) or 1.0
     candidates = []
     for index, (block, layer) in enumerate(zip(errors, layers, strict=True)):
-        candidates += [(BLOCK.format(index), unit, units(layer)[unit], found) for unit, found in block.items()]
+        candidates += [(names.block(index), unit, units(layer)[unit], found) for unit, found in block.items()]
 
     def share(found: Mapping[str, float]) -> float:
         return (found[CHANNEL] - found.get(GROUP, found[CHANNEL])) / total
@@ -217,6 +222,8 @@ def choose(
             reason = f"removes {removed:.1%} of the error for {cost:.1%} of the linears"
         chosen = GROUP in found and removed >= WORTH * cost and len(parts) <= left
         left -= len(parts) if chosen else 0
-        names = tuple(prefix + part for part in parts)
-        evidence.append(Evidence(prefix + unit, names, found[CHANNEL], found.get(GROUP), removed, chosen, reason))
+        linear_names = tuple(prefix + part for part in parts)
+        evidence.append(
+            Evidence(prefix + unit, linear_names, found[CHANNEL], found.get(GROUP), removed, chosen, reason)
+        )
     return evidence

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from vllm_w8a8_bismooth.checkpoint.architectures import BLOCK, EMBEDDING, Layer, Site
+from vllm_w8a8_bismooth.checkpoint.architectures import Layer, Site
 from vllm_w8a8_bismooth.checkpoint.layout import Source
 from vllm_w8a8_bismooth.errors import BismoothError
 from vllm_w8a8_bismooth.method.moments import ORDER, Moments
@@ -43,10 +43,11 @@ class Prior:
 
     def __init__(self, source: Source, device: torch.device):
         self._source = source
-        checkpoint, vocabulary = source.checkpoint, source.checkpoint.headers[EMBEDDING].shape[0]
+        checkpoint, embedding = source.checkpoint, source.names.embedding
+        vocabulary = checkpoint.headers[embedding].shape[0]
         stride = max(_RUN, vocabulary * _RUN // _ROWS)
         starts = range(0, vocabulary, stride)
-        runs = [checkpoint.rows(EMBEDDING, i, min(_RUN, vocabulary - i)).float() for i in starts]
+        runs = [checkpoint.rows(embedding, i, min(_RUN, vocabulary - i)).float() for i in starts]
         self.hidden = (sum(run.square().sum(dim=0) for run in runs) / sum(map(len, runs))).to(device)
 
     def advance(self, index: int, tensors: Mapping[str, torch.Tensor], threads: Threads) -> dict[str, Moments]:
@@ -80,7 +81,7 @@ class Prior:
         for place, sizes in seen.items():
             if not sizes.isfinite().all():
                 raise BismoothError.of(
-                    f"{BLOCK.format(index)}*",
+                    f"{self._source.names.block(index)}*",
                     f"what the weights up to here make of the embedding overflows at {place}",
                     "no sound model has such weights, repair them",
                 )

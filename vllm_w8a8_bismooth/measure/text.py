@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 
-from vllm_w8a8_bismooth.checkpoint.architectures import EMBEDDING
 from vllm_w8a8_bismooth.checkpoint.reader import Checkpoint
 from vllm_w8a8_bismooth.errors import BismoothError
 
@@ -103,11 +102,11 @@ def tokenize(text: CalibrationText, checkpoint: Checkpoint, budget: int) -> torc
     if not ids:
         what = "the checkpoint's tokenizer makes no tokens of it"
         raise BismoothError.of(text.path, what, "use --calibration none")
-    vocabulary = checkpoint.headers[EMBEDDING].shape[0]
+    vocabulary = checkpoint.headers[checkpoint.names.embedding].shape[0]
     if max(ids) >= vocabulary:
         raise BismoothError.of(
             checkpoint.folder,
-            f"the tokenizer gives id {max(ids)}, {EMBEDDING} has {vocabulary} rows",
+            f"the tokenizer gives id {max(ids)}, {checkpoint.names.embedding} has {vocabulary} rows",
             "put the tokenizer there that belongs to the model",
         )
     longest = checkpoint.config.get("max_position_embeddings")

@@ -24,6 +24,8 @@ class Outcome:
         reused: the destination already held this very conversion, and nothing was done.
         part: its blocks, if a part was made; ``None`` is a whole checkpoint.
         blocks: how many the model has.
+        left_out: files of the source that were not copied -> bytes.
+        notes: what the user should know of the source.
     """
 
     destination: Path
@@ -38,6 +40,8 @@ class Outcome:
     reused: bool = False
     part: range | None = None
     blocks: int = 0
+    left_out: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     def vulnerable(self) -> list[str]:
         """Linears whose weights did not survive what was done to them, worst first."""

@@ -10,10 +10,12 @@ folded into it. If the ranges of a producer's rows and its consumers' columns do
 import json
 from collections.abc import Collection, Iterator
 from math import inf
+from pathlib import Path
 
 import torch
 
-from vllm_w8a8_bismooth.checkpoint.architectures import BLOCK, Layer, Site
+from vllm_w8a8_bismooth.checkpoint.architectures import Layer, Site
+from vllm_w8a8_bismooth.checkpoint.companions import companions
 from vllm_w8a8_bismooth.checkpoint.files import CONFIG, sha256
 from vllm_w8a8_bismooth.checkpoint.layout import Source
 from vllm_w8a8_bismooth.checkpoint.reader import Checkpoint
@@ -66,7 +68,7 @@ class Comparison:
             old, new = (json.dumps(config.get(key, "absent"), sort_keys=True) for config in (before, after))
             if old != new:
                 self.fault(CONFIG, f"{key} is {new}, in the source {old}", _SOURCE)
-        for relative in self.source.checkpoint.place.side_files():
+        for relative in map(Path, companions(self.source.checkpoint.place)):
             place = place_of(relative)
             copied = self.result.folder / place
             if not copied.is_file():
@@ -79,7 +81,9 @@ class Comparison:
         before, after = self.source.checkpoint.headers, self.result.headers
         for name in sorted(set(self.source.outside) - after.keys()):
             self.fault(name, "is in the source, but absent here", "convert the source again")
-        for name in sorted(name for name in after.keys() - before.keys() if not name.startswith(BLOCK.format("")[:-1])):
+        for name in sorted(
+            name for name in after.keys() - before.keys() if not name.startswith(self.result.names.blocks)
+        ):
             self.fault(name, "is not in the source", "remove it or convert the source again")
         for name in self.source.outside:
             self.equal(name)
@@ -128,7 +132,8 @@ class _Block:
     """
 
     def __init__(self, comparison: Comparison, index: int, layer: Layer):
-        self.all, self.index, self.layer, self.prefix = comparison, index, layer, BLOCK.format(index)
+        self.all, self.index, self.layer = comparison, index, layer
+        self.prefix = comparison.source.names.block(index)
         self.source, self.result = comparison.source.checkpoint, comparison.result
         self._head = comparison.source.sizes["head"]
         self.linears = [linear for linear in layer.linears if self.prefix + linear in comparison.linears]
@@ -288,7 +293,7 @@ class _Block:
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.view({1: torch.int8, 2: torch.int16, 4: torch.int32}[tensor.itemsize])
+    return tensor.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.itemsize])
 
 
 def _first(bad: torch.Tensor) -> str:

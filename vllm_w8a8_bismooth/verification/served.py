@@ -4,10 +4,13 @@ from collections.abc import Collection, Iterator
 from typing import Any
 
 from vllm_w8a8_bismooth import NAME
-from vllm_w8a8_bismooth.checkpoint.architectures import BLOCK
+from vllm_w8a8_bismooth.checkpoint.names import Names
 from vllm_w8a8_bismooth.engine import ask
 from vllm_w8a8_bismooth.errors import Problem
 from vllm_w8a8_bismooth.verification.structure import Structure
+
+_VLLM = Names()
+"""vLLM's own, which are those of a causal LM for the bare decoder too."""
 
 
 def problems(config: dict[str, Any], marked: bool, structure: Structure) -> list[Problem]:
@@ -22,7 +25,7 @@ def problems(config: dict[str, Any], marked: bool, structure: Structure) -> list
         Silent: vLLM gives no answer.
     """
     linears, layers = structure.linears, structure.layers
-    routers = (BLOCK.format(i) + n for i, layer in enumerate(layers) for n in layer.routers)
+    routers = (_VLLM.block(i) + n for i, layer in enumerate(layers) for n in layer.routers)
     answers = ask(
         "probe",
         {
@@ -40,11 +43,11 @@ def problems(config: dict[str, Any], marked: bool, structure: Structure) -> list
 def _names(structure: Structure, linears: Collection[str]) -> Iterator[tuple[str, str]]:
     """Linears by the names that they have in vLLM, and by their own; of experts, the first, as vLLM asks it."""
     for i, layer in enumerate(structure.layers):
-        block = BLOCK.format(i)
+        block = structure.names.block(i)
         name_of = {part: fused for fused, parts in layer.fused.items() for part in parts}
         for linear in layer.linears:
             if (linear not in layer.experts or ".experts.0." in linear) and block + linear in linears:
-                yield block + name_of.get(linear, linear), block + linear
+                yield _VLLM.block(i) + name_of.get(linear, linear), block + linear
 
 
 def _last(name: str) -> str:

@@ -3,8 +3,9 @@
 from collections.abc import Iterator, Sequence
 
 from vllm_w8a8_bismooth import grouping
-from vllm_w8a8_bismooth.checkpoint.architectures import BLOCK, HEAD, Layer
+from vllm_w8a8_bismooth.checkpoint.architectures import Layer
 from vllm_w8a8_bismooth.checkpoint.audit import architecture_of, audit, layers_of, sizes_of
+from vllm_w8a8_bismooth.checkpoint.companions import module_problems
 from vllm_w8a8_bismooth.checkpoint.files import CONFIG, INDEX, read_json
 from vllm_w8a8_bismooth.checkpoint.reader import FLOAT_DTYPES, Checkpoint, Header
 from vllm_w8a8_bismooth.errors import BismoothError, Problem
@@ -23,6 +24,7 @@ class Structure:
         marked: whether it says that bismooth made it.
 
     Attributes:
+        names: of the tensors.
         layers: what each block should hold; empty if the config does not say.
         linears: INT8 linear in which files and config agree -> group size (``None`` = per-channel).
         ignored: linears that are float, as the config says.
@@ -33,10 +35,10 @@ class Structure:
         self._headers, self._schemes, self._marked = checkpoint.headers, schemes, marked
         self.problems: list[Problem] = []
         self.layers = self._lay_out(checkpoint)
-        inside = list(enumerate(self.layers))
-        self._linears = {BLOCK.format(i) + n for i, layer in inside for n in layer.linears}
-        routers = {BLOCK.format(i) + n for i, layer in inside for n in layer.routers}
-        self._modules = {*self._linears, *routers, HEAD.removesuffix(".weight")}
+        self.names, inside = checkpoint.names, list(enumerate(self.layers))
+        self._linears = {self.names.block(i) + n for i, layer in inside for n in layer.linears}
+        routers = {self.names.block(i) + n for i, layer in inside for n in layer.routers}
+        self._modules = {*self._linears, *routers, self.names.head.removesuffix(".weight")}
         self.linears = self._quantized()
         self.ignored = [name for name in self._in_float() if name in self._linears and self._leaves_in_float(name)]
         for problems in (self._stray_scales(), self._stray_int8(), self._floats(), self._blocks(), _index(checkpoint)):
@@ -44,13 +46,14 @@ class Structure:
 
     def _lay_out(self, checkpoint: Checkpoint) -> list[Layer]:
         """What each block should hold, after the audit of names and shapes."""
-        config = {k: v for k, v in checkpoint.config.items() if k not in (KEY, "compression_config")}
-        shapes = {name: header.shape for name, header in self._headers.items() if not name.endswith(SCALE)}
+        config = checkpoint.config
+        tensors = {name: header for name, header in self._headers.items() if not name.endswith(SCALE)}
         try:
             architecture = architecture_of(config)
             sizes = sizes_of(config, architecture)
-            self.problems += audit(config, architecture, sizes, shapes)
-            if max(sizes["blocks"], sizes.get("experts", 0)) <= len(shapes):  # else the audit has said so
+            self.problems += audit(checkpoint, architecture, sizes, tensors)
+            self.problems += module_problems(checkpoint.place)
+            if max(sizes["blocks"], sizes.get("experts", 0)) <= len(tensors):  # else the audit has said so
                 return layers_of(config, architecture, sizes, sizes["blocks"])
         except BismoothError as error:
             self.problems += error.problems
@@ -133,8 +136,8 @@ class Structure:
     def _blocks(self) -> Iterator[Problem]:
         for i, layer in enumerate(self.layers):
             for fused, parts in layer.fused.items():
-                yield from self._siblings(BLOCK.format(i), fused, parts)
-            yield from self._experts({BLOCK.format(i) + n for n in layer.experts})
+                yield from self._siblings(self.names.block(i), fused, parts)
+            yield from self._experts({self.names.block(i) + n for n in layer.experts})
 
     def _siblings(self, block: str, fused: str, parts: Sequence[str]) -> Iterator[Problem]:
         """vLLM merges ``parts`` into ``fused``: they must have one granularity, which that name must be given too."""

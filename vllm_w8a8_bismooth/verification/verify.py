@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from vllm_w8a8_bismooth import MARKER
-from vllm_w8a8_bismooth.checkpoint.architectures import BLOCK, EMBEDDING, HEAD, NORM
 from vllm_w8a8_bismooth.checkpoint.files import CONFIG, REPORT, Folder, read_json, sha256
 from vllm_w8a8_bismooth.checkpoint.layout import Source
 from vllm_w8a8_bismooth.checkpoint.reader import FLOAT_DTYPES, Checkpoint
@@ -101,8 +100,9 @@ def verify(
     if source is not None:
         _compare_source(found, source, checkpoint, {problem.where for problem in bad_values}, marked, progress)
     else:
-        known = (EMBEDDING, NORM, HEAD)
-        strange = [n for n in checkpoint.headers if not n.startswith(BLOCK.format("")[:-1]) and n not in known]
+        names = checkpoint.names
+        known = (names.embedding, names.norm, names.head)
+        strange = [n for n in checkpoint.headers if not n.startswith(names.blocks) and n not in known]
         found.notes += [f"tensor {name} is outside the blocks and unknown; check it with --against" for name in strange]
     if engine:
         _ask_vllm(found, config, marked, structure)

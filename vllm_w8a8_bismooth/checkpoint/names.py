@@ -1,0 +1,101 @@
+"""What a checkpoint calls its tensors: where its decoder stands among them, and what wrappers left in front of it."""
+
+import re
+from collections import Counter
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from vllm_w8a8_bismooth.errors import BismoothError
+
+_BLOCK = re.compile(r"(?P<trunk>|.*?\.)layers\.(?P<index>0|[1-9]\d*)\.(?P<inside>.+)")
+_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module"}
+"""What torch.compile, FSDP, activation checkpointing and data parallelism put among the parts of a name."""
+_ADAPTER = re.compile(r"\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|base_layer)\b")
+
+
+@dataclass(frozen=True)
+class Names:
+    """The names around the blocks of a decoder.
+
+    Attributes:
+        trunk: what they begin with: ``model.`` in a causal LM, nothing where the bare decoder was saved, as embedding
+            models are.
+    """
+
+    trunk: str = "model."
+
+    @classmethod
+    def among(cls, names: Collection[str]) -> "Names":
+        """Those of a checkpoint; of several stacks of blocks that one counts beside which the embedding stands."""
+        trunks = Counter(match["trunk"] for match in map(_BLOCK.fullmatch, names) if match)
+        found = sorted(trunks, key=lambda trunk: (f"{trunk}embed_tokens.weight" not in names, -trunks[trunk], trunk))
+        return cls(*found[:1])
+
+    @property
+    def blocks(self) -> str:
+        """What the name of every tensor inside a block begins with."""
+        return f"{self.trunk}layers."
+
+    def block(self, index: int) -> str:
+        """What the names of the tensors inside a block begin with."""
+        return f"{self.blocks}{index}."
+
+    @property
+    def embedding(self) -> str:
+        return f"{self.trunk}embed_tokens.weight"
+
+    @property
+    def norm(self) -> str:
+        """The norm behind the last block."""
+        return f"{self.trunk}norm.weight"
+
+    @property
+    def head(self) -> str:
+        return "lm_head.weight"
+
+    def inside(self, name: str) -> tuple[int, str] | None:
+        """The block of a full name, and the name inside it; ``None`` outside the blocks."""
+        match = _BLOCK.fullmatch(name)
+        return (int(match["index"]), match["inside"]) if match and match["trunk"] == self.trunk else None
+
+
+def block_of(name: str) -> tuple[int, str]:
+    """The block of a full name inside one, and the name inside it, whatever the trunk."""
+    match = _BLOCK.fullmatch(name)
+    assert match, name
+    return int(match["index"]), match["inside"]
+
+
+def unwrapped(names: Collection[str]) -> tuple[dict[str, str], str | None]:
+    """Names as they are without what wrappers added, which no reader of checkpoints knows.
+
+    Taken away are the parts that torch.compile, FSDP and data parallelism add, wherever they stand, and any other
+    beginning that all names have (``base_model.model.`` of PEFT).
+
+    Returns:
+        Name -> name without them, and a note on what was taken away, ``None`` if nothing was.
+
+    Raises:
+        BismoothError: two tensors would have one name, or there are tensors of an adapter that was not merged.
+    """
+    if adapter := next(filter(_ADAPTER.search, sorted(names)), None):
+        raise BismoothError.of(
+            adapter,
+            "belongs to an adapter (LoRA) that was not merged into the weights",
+            "merge it with model.merge_and_unload() of PEFT, then save with model.save_pretrained(FOLDER)",
+        )
+    plain = {name: ".".join(part for part in name.split(".") if part not in _WRAPPERS) for name in names}
+    taken = sorted({part for name in names for part in name.split(".") if part in _WRAPPERS})
+    around = Names.among(plain.values()).trunk.removesuffix("model.")
+    if around and all(name.startswith(around) for name in plain.values()):
+        plain = {name: short.removeprefix(around) for name, short in plain.items()}
+        taken.append(around)
+    if not taken:
+        return plain, None
+    back: dict[str, str] = {}
+    for name, short in plain.items():
+        if (other := back.setdefault(short, name)) != name:
+            remedy = "remove one of them, or save the model again from the object inside the wrapper"
+            raise BismoothError.of(name, f"and {other} are both {short} without {' and '.join(taken)}", remedy)
+    what = " and ".join(repr(part) for part in taken)
+    return plain, f"the tensors' names hold {what}, which a wrapper left; they are read and written without"

@@ -1,0 +1,115 @@
+"""Which files of a checkpoint hold its weights: by its index, or by their names where there is none that is right."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from vllm_w8a8_bismooth.checkpoint.files import INDEX, SINGLE, Place, read_json
+from vllm_w8a8_bismooth.errors import BismoothError, Problem
+
+SUFFIX = ".safetensors"
+_NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>\d{5,6})-of-(?P<total>\d{5,6})\.safetensors")
+_NOT_THE_MODEL = ("adapter_", "consolidated")
+"""Beginnings of names that mean something else than the model in Hugging Face's format."""
+
+
+@dataclass
+class Shards:
+    """Where the weights are.
+
+    Attributes:
+        files: in order; empty if there are none.
+        weight_map: tensor -> file, as the index says; empty without one, where each file says itself what it holds.
+        problems, notes: why there are none or too many; what was passed over.
+        lost: tensors whose place in the index is no shard.
+    """
+
+    files: list[str] = field(default_factory=list)
+    weight_map: Mapping[str, str] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    lost: set[str] = field(default_factory=set)
+
+
+def find(place: Place) -> Shards:
+    """The files of a checkpoint's weights, of which only their names are looked at, and the index."""
+    present = [file for file in place.files() if "/" not in file and file.endswith(SUFFIX)]
+    if not place.has(INDEX):
+        return _by_names(place, present)
+    indexed = _by_index(place)
+    if indexed.files and all(map(place.has, indexed.files)):
+        return indexed
+    whole = _by_names(place, [file for file in present if file not in indexed.files])
+    if whole.problems:
+        return indexed
+    absent = next((file for file in indexed.files if not place.has(file)), None)
+    reason = f"names {absent}, which is absent" if absent else "cannot be used"
+    whole.notes = [f"{INDEX} {reason}: it is stale, and {_listed(whole.files)} read in its place"]
+    return whole
+
+
+def _listed(files: list[str]) -> str:
+    return f"{files[0]} was" if len(files) == 1 else f"{files[0]} to {files[-1]} were"
+
+
+def _by_names(place: Place, present: list[str]) -> Shards:
+    """``model.safetensors``, or else the one set of files that is there, which is what vLLM reads without an index."""
+    if SINGLE in present:
+        return Shards([SINGLE])
+    found = [file for file in present if not file.startswith(_NOT_THE_MODEL)]
+    sets: dict[str, list[str]] = {}
+    for file in found:
+        match = _NUMBERED.fullmatch(file)
+        sets.setdefault(f"{match['stem']}-of-{match['total']}" if match else file, []).append(file)
+    if not sets:
+        return Shards(problems=[_no_weights(place)])
+    if len(sets) > 1:
+        what = f"holds several models' weights ({', '.join(sets)}) and no {INDEX} that says which"
+        remedy = f"leave only the files of one in the folder, or give the one file the name {SINGLE}"
+        return Shards(problems=[Problem(str(place), what, remedy)])
+    files = next(iter(sets.values()))
+    if match := _NUMBERED.fullmatch(files[0]):
+        numbers = {int(m["number"]) for m in map(_NUMBERED.fullmatch, files) if m}
+        if absent := sorted({*range(1, int(match["total"]) + 1)} - numbers):
+            name = f"{match['stem']}-{absent[0]:0{len(match['number'])}d}-of-{match['total']}{SUFFIX}"
+            return Shards(problems=[Problem(f"{place}/{name}", "absent", "download the shard again")])
+    note = f"there is no {INDEX}: {_listed(files)} read, as by vLLM"
+    return Shards(files, notes=[note])
+
+
+def _no_weights(place: Place) -> Problem:
+    pickles = [file for file in place.files() if file.endswith((".bin", ".pt", ".pth", ".ckpt")) and "/" not in file]
+    if pickles:
+        return Problem(
+            str(place),
+            f"neither {SINGLE} nor {INDEX}: only safetensors checkpoints can be converted, and {pickles[0]} is a "
+            "pickle, which can run code when it is opened",
+            "pickled files are refused: open the model with transformers where you trust it, and save it again with "
+            "model.save_pretrained(FOLDER), which writes safetensors",
+        )
+    return Problem(
+        str(place),
+        f"neither {SINGLE} nor {INDEX}: only safetensors checkpoints can be converted",
+        "give the folder that holds them, or save the model with model.save_pretrained(FOLDER)",
+    )
+
+
+def _by_index(place: Place) -> Shards:
+    """What the index says."""
+    path, found = f"{place}/{INDEX}", Shards()
+    try:
+        weight_map = read_json(place.local(INDEX)).get("weight_map")
+    except BismoothError as error:
+        return Shards(problems=[*error.problems])
+    if not isinstance(weight_map, dict) or not weight_map:
+        return Shards(problems=[Problem(path, "no weight_map", "download the file again")])
+    for name, file in weight_map.items():
+        fits = isinstance(file, str) and Path(file).name == file and file.endswith(SUFFIX)
+        if not fits or not file.isprintable():
+            what = f"{name} is said to be in {file!r}, which is not a shard of this folder"
+            found.problems.append(Problem(path, what, "download the file again"))
+            found.lost.add(name)
+    found.weight_map = {name: file for name, file in weight_map.items() if name not in found.lost}
+    found.files = sorted(set(found.weight_map.values()))
+    return found
