@@ -184,9 +184,14 @@ def float_modules(source: Layout, ignored: Sequence[set[str]]) -> list[str]:
     vLLM quantizes what is not named here, also the head of a classifier, and blocks that predict further tokens.
     """
     routers = sorted({router for layer in source.layers for router in layer.routers})
-    outside = sorted({_of_any_number(module) for module in source.floats()} - {"lm_head"})
-    if any(module.rpartition(".")[2].isdigit() for module in source.floats()):
+    places = {module: source.names.inside(module) for module in source.floats()}
+    beyond = sorted({place[0] for place in places.values() if place})
+    heads = [module for module, place in places.items() if place is None]
+    outside = sorted({_of_any_number(module) for module in heads} - {"lm_head"})
+    if any(module.rpartition(".")[2].isdigit() for module in heads):
         outside.append("re:^$")  # vLLM gives the parts of a reward model's head no names
+    if beyond:
+        outside.append(rf"re:{_blocks(source.names)}\.({'|'.join(map(str, beyond))})\..*$")
     return [
         "lm_head",
         *outside,

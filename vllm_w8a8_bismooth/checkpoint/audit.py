@@ -217,11 +217,8 @@ def audit(
     bound = len(tensors) + len(lost)
     promise = _Promise.of(config, architecture, sizes, names, bound)
     missing = {n: shape for n, shape in promise.required.items() if n not in tensors and n not in lost}
-    if (
-        not lost
-        and not promise.endless
-        and not any(name.startswith(names.blocks) for name in promise.required.keys() - missing.keys())
-    ):
+    blocks = [name for name in promise.required if name.startswith(names.blocks)]
+    if not lost and not promise.endless and all(name in missing for name in blocks):
         yield _foreign(config, tensors)
         return
     yield from _missing(config, names, missing, promise)
@@ -235,7 +232,7 @@ def audit(
     for name, header in tensors.items():
         expected = promise.required.get(name) or promise.optional.get(name)
         place = names.inside(name)
-        if expected is not None and header.dtype in BUFFER_DTYPES:
+        if expected is not None and header.dtype in BUFFER_DTYPES and "rotary_emb." not in name:
             remedy = "save the model again in BF16, F16 or F32, with model.to(torch.bfloat16).save_pretrained(FOLDER)"
             yield Problem(name, f"has dtype {header.dtype}, which no weight can have here", remedy)
         elif expected is not None:

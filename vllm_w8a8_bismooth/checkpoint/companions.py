@@ -71,7 +71,7 @@ def companions(place: Place) -> list[str]:
 
 
 def left_out(place: Place, weights: Iterable[str]) -> dict[str, int]:
-    """The files that are not copied, with their bytes: neither the model's weights, config and index, nor companions."""
+    """The files that are not copied, with their bytes: not the model's weights, config and index, nor companions."""
     used = {CONFIG, INDEX, *weights, *companions(place)}
     return {file: size for file, size in place.files().items() if file not in used}
 

@@ -10,6 +10,7 @@ from vllm_w8a8_bismooth.errors import BismoothError
 _BLOCK = re.compile(r"(?P<trunk>|.*?\.)layers\.(?P<index>0|[1-9]\d*)\.(?P<inside>.+)")
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module"}
 """What torch.compile, FSDP, activation checkpointing and data parallelism put among the parts of a name."""
+_PEFT = "base_model.model."
 _ADAPTER = re.compile(r"\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|base_layer)\b")
 
 
@@ -86,7 +87,8 @@ def unwrapped(names: Collection[str]) -> tuple[dict[str, str], str | None]:
         )
     plain = {name: ".".join(part for part in name.split(".") if part not in _WRAPPERS) for name in names}
     taken = sorted({part for name in names for part in name.split(".") if part in _WRAPPERS})
-    around = Names.among(plain.values()).trunk.removesuffix("model.")
+    trunk = Names.among(plain.values()).trunk
+    around = _PEFT if trunk.startswith(_PEFT) else trunk.removesuffix("model.")
     if around and all(name.startswith(around) for name in plain.values()):
         plain = {name: short.removeprefix(around) for name, short in plain.items()}
         taken.append(around)

@@ -143,10 +143,9 @@ def _left_out(console: "Console", files: Mapping[str, int], notes: Sequence[str]
     largest = sorted(sizes, key=lambda top: (-sizes[top], top))
     more = f" and {len(largest) - 8} more" if len(largest) > 8 else ""
     shown = ", ".join(largest[:8])
-    count = "1 file" if len(files) == 1 else f"{len(files)} files"
+    count, total = "1 file" if len(files) == 1 else f"{len(files)} files", sum(files.values()) / 1e6
     console.print(
-        f"Left out, because serving does not need them: {count}, {sum(files.values()) / 1e6:.1f} MB ({escape(shown)}{more})",
-        highlight=False,
+        f"Left out, as serving does not need it: {count}, {total:.1f} MB ({escape(shown)}{more})", highlight=False
     )
 
 

@@ -1,0 +1,202 @@
+"""Files beside the weights: what serving needs travels, whatever names it; the rest is left out, and said."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tests.support.command import run
+from tests.support.contents import digests
+from tests.support.damage import edit_json
+from tests.support.hub import serving
+from vllm_w8a8_bismooth.checkpoint.companions import companions
+from vllm_w8a8_bismooth.checkpoint.files import Folder
+from vllm_w8a8_bismooth.verification import verify
+
+_LEFTOVERS = """
+onnx/model.onnx onnx/model.onnx_data onnx/config.json openvino/openvino_model.xml openvino/openvino_model.bin
+pytorch_model.bin pytorch_model-00001-of-00002.bin pytorch_model.bin.index.json model.bak tf_model.h5 flax_model.msgpack
+rust_model.ot model.gguf model-Q4_K_M.llamafile model.mlpackage/weights.bin consolidated.00.pth consolidated.safetensors
+original/consolidated.00.pth original/tokenizer.model original/params.json model.fp16.safetensors
+adapter_model.safetensors adapter_config.json quantize_config.json hf_quant_config.json .gitattributes .git/config
+checkpoint-500/model.safetensors checkpoint-500/trainer_state.json global_step10/mp_rank_00_model_states.pt latest
+pytorch_model_fsdp_0/__0_0.distcp optimizer.pt scheduler.pt scaler.pt rng_state.pth training_args.bin trainer_state.json
+all_results.json eval_results.json train_results.json wandb/run-1/run.wandb wandb/run-1/files/config.yaml
+runs/events.out.tfevents.1 train.jsonl data.parquet eval.csv nohup.out train.log core.123 backup.tar.gz old.zip model.7z
+zero_to_fp32.py train.py __pycache__/train.cpython-311.pyc notes.ipynb figure.png sample.wav requirements.txt Makefile
+"""
+_USEFUL = """
+generation_config.json tokenizer.json tokenizer_config.json tokenizer.model tokenizer.model.v3 vocab.json vocab.txt
+merges.txt special_tokens_map.json added_tokens.json sentencepiece.bpe.model spiece.model qwen.tiktoken tekken.json
+chat_template.jinja chat_template.json additional_chat_templates/tool.jinja preprocessor_config.json
+processor_config.json video_preprocessor_config.json config_sentence_transformers.json sentence_bert_config.json
+params.json LICENSE LICENSE.txt licence.md NOTICE USE_POLICY.md README.md
+"""
+LEFTOVERS, USEFUL = _LEFTOVERS.split(), _USEFUL.split()
+
+
+def put(folder: Path, file: str, content: bytes = b"{}") -> None:
+    (folder / file).parent.mkdir(parents=True, exist_ok=True)
+    (folder / file).write_bytes(content)
+
+
+def converted(source: Path, out: Path) -> Path:
+    code, message = run("convert", source, out, "--method", "rtn")
+    assert code == 0, message
+    return out
+
+
+def projector(folder: Path, name: str = "2_Dense", kind: str = "sentence_transformers.models.Dense") -> None:
+    """A sentence-transformers model: mean pooling, and a linear from 64 to 32 numbers."""
+    modules = [("", "sentence_transformers.models.Transformer"), ("1_Pooling", "sentence_transformers.models.Pooling")]
+    entries = [
+        {"idx": i, "name": str(i), "path": path, "type": kind}
+        for i, (path, kind) in enumerate([*modules, (name, kind)])
+    ]
+    put(folder, "modules.json", json.dumps(entries).encode())
+    put(folder, "1_Pooling/config.json", b'{"pooling_mode_mean_tokens": true, "word_embedding_dimension": 64}')
+    dense = {"in_features": 64, "out_features": 32, "bias": False}
+    put(folder, f"{name}/config.json", json.dumps(dense).encode())
+    weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
+    save_file({"linear.weight": weight}, folder / name / "model.safetensors")
+
+
+def test_leftovers_stay_and_are_counted(make_checkpoint, tmp_path):
+    source = make_checkpoint(sharded=False)
+    for file in LEFTOVERS:
+        put(source, file, bytes(1000))
+    out = tmp_path / "out"
+    code, message = run("convert", source, out, "--method", "rtn")
+    assert code == 0, message
+    assert not set(LEFTOVERS) & digests(out).keys()
+    hidden = sum(file.startswith(".") for file in LEFTOVERS)
+    count = len(LEFTOVERS) - hidden + 1  # and a note of the fixture's
+    assert f"Left out, as serving does not need it: {count} files, 0.1 MB" in message and "onnx/" in message
+    code, report = run("inspect", source, "--json")
+    assert set(json.loads(report)["left_out"]) >= {file for file in LEFTOVERS if not file.startswith(".")}
+
+
+def test_what_serving_needs_travels(make_checkpoint, tmp_path):
+    source = make_checkpoint()
+    for file in set(USEFUL) - digests(source).keys():
+        put(source, file)
+    before, after = digests(source), digests(converted(source, tmp_path / "out"))
+    for file in set(USEFUL) - {"README.md"}:
+        assert after.get(file) == before[file], file
+    assert after["ORIGINAL_README.md"] == before["README.md"]
+
+
+KINDS = (
+    "sentence_transformers.models.Dense",
+    "sentence_transformers.base.modules.dense.Dense",
+    "pylate.models.Dense.Dense",
+)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_modules_travel_with_their_weights(make_checkpoint, tmp_path, kind):
+    source = make_checkpoint()
+    projector(source, kind=kind)
+    before, out = digests(source), converted(source, tmp_path / "out")
+    after = digests(out)
+    for file in ("modules.json", "1_Pooling/config.json", "2_Dense/config.json", "2_Dense/model.safetensors"):
+        assert after[file] == before[file]
+    assert verify(out, source, engine=False).ok
+
+
+@pytest.mark.parametrize("file", ["pytorch_model.bin", "model.safetensors"])
+def test_a_module_without_weights_is_refused_and_found(make_checkpoint, tmp_path, file):
+    source = make_checkpoint()
+    projector(source)
+    out = converted(source, tmp_path / "out")
+    (out / "2_Dense" / "model.safetensors").unlink()
+    (finding,) = verify(out, engine=False).findings
+    assert "2_Dense" in finding.where and "modules.json says that it is a Dense" in finding.what
+    (source / "2_Dense" / "model.safetensors").unlink()
+    code, message = run("convert", source, tmp_path / "again", "--method", "rtn")
+    assert code == 2 and "2_Dense" in message and "download the folder again" in message
+    put(source, f"2_Dense/{file}", b"as it was")
+    assert (converted(source, tmp_path / "again") / "2_Dense" / file).read_bytes() == b"as it was"
+
+
+@pytest.mark.parametrize("path", ["../elsewhere", "/etc", "a/../../b"])
+def test_modules_elsewhere_are_refused(make_checkpoint, tmp_path, path):
+    source = make_checkpoint()
+    put(source, "modules.json", json.dumps([{"type": KINDS[0], "path": path}]).encode())
+    code, message = run("convert", source, tmp_path / "out", "--method", "rtn")
+    assert code == 2 and "modules.json: entry 0 has the path" in message
+
+
+def test_routed_modules_travel(make_checkpoint, tmp_path):
+    source = make_checkpoint()
+    put(source, "modules.json", b'[{"idx": 0, "type": "sentence_transformers.models.Router", "path": ""}]')
+    put(source, "router_config.json", b'{"types": {"query_0_Dense": "sentence_transformers.models.Dense"}}')
+    put(source, "query_0_Dense/model.safetensors", b"weights")
+    assert (converted(source, tmp_path / "out") / "query_0_Dense" / "model.safetensors").is_file()
+
+
+NAMED = {
+    "tokenizer_config.json": ({"vocab_file": "words.dat"}, "words.dat"),
+    "preprocessor_config.json": ({"mel_filters": "assets/mel.npz"}, "assets/mel.npz"),
+    "processor_config.json": ({"voices": {"a": ["voices/a.bin"]}}, "voices/a.bin"),
+    "generation_config.json": ({"grammar": "./grammar.ebnf"}, "grammar.ebnf"),
+    "config_sentence_transformers.json": ({"prompts_file": "prompts.yaml"}, "prompts.yaml"),
+}
+
+
+@pytest.mark.parametrize("file", NAMED)
+def test_files_that_a_json_names_travel(make_checkpoint, tmp_path, file):
+    source, (value, named) = make_checkpoint(), NAMED[file]
+    if not (source / file).exists():
+        put(source, file)
+    edit_json(source / file, lambda stored: stored.update(value))
+    put(source, named, b"content")
+    assert (converted(source, tmp_path / "out") / named).read_bytes() == b"content"
+
+
+def test_a_named_copy_of_the_weights_does_not_travel(make_checkpoint, tmp_path):
+    """vLLM would load every safetensors file at the top as a part of the model."""
+    source = make_checkpoint(sharded=False)
+    put(source, "model.fp16.safetensors", b"another")
+    edit_json(source / "generation_config.json", lambda c: c.update(variant="model.fp16.safetensors"))
+    assert not (converted(source, tmp_path / "out") / "model.fp16.safetensors").exists()
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json", "preprocessor_config.json"])
+def test_code_travels_where_a_config_says_that_there_is_some(make_checkpoint, tmp_path, file):
+    source = make_checkpoint()
+    for name in ("modeling_own.py", "parts/attention.py"):
+        put(source, name, b"# code")
+    assert "modeling_own.py" not in digests(converted(source, tmp_path / "without"))
+    if not (source / file).exists():
+        put(source, file)
+    edit_json(source / file, lambda c: c.update(auto_map={"AutoModel": "modeling_own.OwnModel"}))
+    after = digests(converted(source, tmp_path / "with"))
+    assert {"modeling_own.py", "parts/attention.py"} <= after.keys()
+
+
+def test_folder_and_hub_agree(make_checkpoint, tmp_path, monkeypatch):
+    source = make_checkpoint()
+    projector(source)
+    for file in [*LEFTOVERS, *USEFUL]:
+        if not (source / file).exists():
+            put(source, file)
+    with serving({"org/name": source}) as hub:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.endpoint)
+        monkeypatch.setattr(
+            "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE",
+            hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}",
+        )
+        monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+        from vllm_w8a8_bismooth.checkpoint.hub import Repository
+
+        assert companions(Repository("org/name")) == companions(Folder(source))
+
+
+def test_room_for_the_companions_is_counted(make_checkpoint, tmp_path, monkeypatch):
+    source = make_checkpoint()
+    put(source, "tokenizer.model", bytes(2**21))
+    code, report = run("inspect", source, "--json")
+    assert json.loads(report)["needs"]["data-free"]["disk_bytes"] > 2**21

@@ -1,0 +1,313 @@
+"""Checkpoints that hold more, less or otherwise called tensors than a causal LM: what is right is taken as it is."""
+
+import pytest
+import torch
+
+from tests.support.command import run
+from tests.support.contents import tensors_of
+from tests.support.damage import config, edit_json
+from tests.support.models import MODEL_TYPES
+from tests.support.rename import architecture, bare, edit_tensors, renamed
+from tests.support.sweep import sweep
+from vllm_w8a8_bismooth.checkpoint.names import Names, unwrapped
+from vllm_w8a8_bismooth.verification import verify
+
+
+@pytest.fixture
+def make(make_checkpoint):
+    """A checkpoint of one file."""
+    return lambda *arguments, **changes: make_checkpoint(*arguments, sharded=False, **changes)
+
+
+def refused(source, tmp_path, *parts: str) -> None:
+    code, message = run("convert", source, tmp_path / "out", "--method", "rtn")
+    assert code == 2 and all(part in message for part in parts), message
+    assert message.count("also:") == 0, "one sentence says it"
+    assert not (tmp_path / "out").exists()
+
+
+def converted(source, out, *options: str) -> str:
+    code, message = run("convert", source, out, *(options or ("--method", "rtn")))
+    assert code == 0, message
+    return message
+
+
+def module_of(name: str) -> str:
+    return name.removesuffix("_scale").removesuffix(".weight")
+
+
+# --- heads ----------------------------------------------------------------------------------------------------------
+
+HEADS = {
+    "Model": {},
+    "ForSequenceClassification": {"score.weight": (2, 64)},
+    "ForTokenClassification": {"score.weight": (5, 64), "score.bias": (5,)},
+    "ForQuestionAnswering": {"qa_outputs.weight": (2, 64), "qa_outputs.bias": (2,)},
+    "ForRewardModel": {
+        "score.0.weight": (64, 64),
+        "score.0.bias": (64,),
+        "score.2.weight": (1, 64),
+        "score.2.bias": (1,),
+    },
+    "ForProcessRewardModel": {"score.0.weight": (64, 64), "score.2.weight": (2, 64)},
+    "RewardModel": {"v_head.weight": (1, 64)},
+}
+
+
+@pytest.mark.parametrize("ending", HEADS)
+@pytest.mark.parametrize("shift", ["causal", "bare"])
+def test_every_head_is_carried_and_left_in_float(make, tmp_path, ending, shift):
+    """A head that config.json did not name as float would be quantized by vLLM, with random scales."""
+    source, head = make(), {name: torch.randn(shape) for name, shape in HEADS[ending].items()}
+    renamed(source, bare if shift == "bare" else lambda name: None if name.startswith("lm_head") else name)
+    edit_tensors(source, lambda tensors: tensors | head)
+    architecture(source, f"Llama{ending}")
+    out = tmp_path / "out"
+    converted(source, out)
+    before, after = tensors_of(source), tensors_of(out)
+    assert {name.removesuffix("_scale") for name in after} == before.keys(), "written back as found"
+    assert all(torch.equal(after[name], tensor) for name, tensor in head.items())
+    assert verify(out, source, engine=False).ok
+
+
+@pytest.mark.parametrize("ending", HEADS.keys() - {"Model"})
+def test_a_head_that_is_not_there(make, tmp_path, ending):
+    source = make()
+    renamed(source, bare)
+    architecture(source, f"Llama{ending}")
+    refused(source, tmp_path, f"architectures is ['Llama{ending}']", "no tensor of such a head", '"LlamaModel"')
+
+
+def test_a_causal_lm_without_head_says_what_it_is_and_the_remedy_works(make, tmp_path):
+    source = make()
+    renamed(source, bare)
+    refused(source, tmp_path, "lm_head.weight: is missing", "a bare decoder", 'set architectures to ["LlamaModel"]')
+    architecture(source, "LlamaModel")
+    converted(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize("model_type", sweep(MODEL_TYPES))
+@pytest.mark.parametrize("options", [("--method", "rtn"), ()], ids=["rtn", "data-free"])
+def test_bare_decoders_of_every_type(make, tmp_path, model_type, options):
+    """The bytes are those of the causal LM's blocks, under the names of the source."""
+    source = make(model_type)
+    converted(source, tmp_path / "causal", *options)
+    renamed(source, bare)
+    architecture(source, "AnyModel")
+    converted(source, tmp_path / "bare", *options)
+    causal, found = tensors_of(tmp_path / "causal"), tensors_of(tmp_path / "bare")
+    expected = {name.removeprefix("model."): t for name, t in causal.items() if not name.startswith("lm_head")}
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], t) for name, t in expected.items())
+    assert verify(tmp_path / "bare", source, engine=False).ok
+
+
+def test_tied_bare_decoder_that_is_called_a_causal_lm(make, tmp_path):
+    """As Qwen3-Embedding is stored."""
+    source = make("qwen3", tie_word_embeddings=True)
+    renamed(source, bare)
+    converted(source, tmp_path / "out")
+    assert "layers.0.mlp.up_proj.weight_scale" in tensors_of(tmp_path / "out")
+
+
+def test_calibrated_parts_of_a_bare_decoder_merge(make, tmp_path, calibration_text):
+    source = make()
+    renamed(source, bare)
+    architecture(source, "LlamaModel")
+    options = ("--calibration", calibration_text, "--ignore", r"layers\.1\.mlp\.down_proj")
+    converted(source, tmp_path / "whole", *options)
+    for part in ("0:1", "1:"):
+        converted(source, tmp_path / part.replace(":", "-"), *options, "--blocks", part)
+    code, message = run("merge", tmp_path / "merged", tmp_path / "0-1", tmp_path / "1-")
+    assert code == 0, message
+    for file in ("model.safetensors", "config.json", "report.json"):
+        assert (tmp_path / "merged" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+
+
+# --- wrappers -------------------------------------------------------------------------------------------------------
+
+WRAPPED = {
+    "torch.compile": "_orig_mod.{}",
+    "data parallel": "module.{}",
+    "both": "_orig_mod.module.{}",
+    "PEFT": "base_model.model.{}",
+    "trainer": "actor.{}",
+    "blocks": None,
+    "FSDP": "_fsdp_wrapped_module.{}",
+}
+
+
+def wrapped(kind: str, name: str) -> str:
+    if kind != "blocks":
+        return WRAPPED[kind].format(name)
+    return (
+        name.replace("layers.", "layers.", 1)
+        .replace(".self_attn.", "._orig_mod.self_attn.")
+        .replace(".mlp.", "._checkpoint_wrapped_module.mlp.")
+    )
+
+
+@pytest.mark.parametrize("kind", WRAPPED)
+@pytest.mark.parametrize("shift", ["causal", "bare"])
+def test_wrapped_names_are_written_without_and_that_is_said(make, tmp_path, kind, shift):
+    source = make()
+    if shift == "bare":
+        renamed(source, bare)
+        architecture(source, "LlamaModel")
+    converted(source, tmp_path / "plain")
+    renamed(source, lambda name: wrapped(kind, name))
+    message = converted(source, tmp_path / "out")
+    assert "which a wrapper left" in message
+    plain, out = tensors_of(tmp_path / "plain"), tensors_of(tmp_path / "out")
+    assert plain.keys() == out.keys() and all(torch.equal(plain[name], out[name]) for name in plain)
+    assert verify(tmp_path / "out", source, engine=False).ok
+    code, shown = run("inspect", source)
+    assert code == 0 and "which a wrapper left" in shown
+
+
+def test_names_that_only_some_tensors_have(make, tmp_path):
+    source = make()
+    renamed(source, lambda name: f"policy.{name}" if "layers.1." in name else name)
+    code, message = run("convert", source, tmp_path / "out", "--method", "rtn")
+    assert code == 2 and "model.layers.1.*: 1 whole blocks are missing" in message
+
+
+def test_two_tensors_of_one_name(make, tmp_path):
+    source = make()
+    name = "model.norm.weight"
+    edit_tensors(source, lambda tensors: tensors | {f"_orig_mod.{name}": tensors[name].clone()})
+    refused(source, tmp_path, f"and {name} are both {name}" if False else "are both model.norm.weight")
+
+
+def test_an_adapter_that_was_not_merged(make, tmp_path):
+    source, linear = make(), "model.layers.0.self_attn.q_proj"
+    renamed(source, lambda name: "base_model.model." + name.replace(f"{linear}.", f"{linear}.base_layer."))
+    more = {f"base_model.model.{linear}.lora_A.default.weight": torch.zeros(4, 64)}
+    edit_tensors(source, lambda tensors: tensors | more)
+    refused(source, tmp_path, "was not merged", "merge_and_unload()")
+
+
+@pytest.mark.parametrize("name_of", [
+    lambda name: name.replace("model.layers.", "blk.").replace("self_attn.q_proj", "attn_q"),
+    lambda name: name.replace("model.layers.", "transformer.h."),
+], ids=["llama.cpp", "GPT-2"])  # fmt: skip
+def test_the_files_of_another_format(make, tmp_path, name_of):
+    source = make()
+    renamed(source, name_of)
+    refused(source, tmp_path, "none of the tensors of such a model's blocks", "save_pretrained")
+
+
+# --- more than a model ----------------------------------------------------------------------------------------------
+
+BUFFERS = {
+    "model.layers.0.self_attn.bias": torch.ones(1, 1, 8, 8, dtype=torch.bool).tril(),
+    "model.layers.1.self_attn.mask": torch.ones(8, 8, dtype=torch.uint8),
+    "model.layers.1.mlp.steps": torch.tensor(7),
+    "model.layers.2.self_attn.rotary_emb.inv_freq": torch.arange(12.0, dtype=torch.float64),
+    "model.layers.2.self_attn.rotary_emb.cos_cached": torch.ones(1, 1, 16, 24),
+    "model.rotary_emb.inv_freq": torch.arange(12.0, dtype=torch.float64),
+    "model.position_ids": torch.arange(8),
+    "num_batches_tracked": torch.tensor([3], dtype=torch.int32),
+    "short": torch.tensor([3, 4], dtype=torch.int16),
+}
+
+
+@pytest.mark.parametrize("options", [("--method", "rtn"), ()], ids=["rtn", "data-free"])
+def test_buffers_pass_through(make, tmp_path, options):
+    source = make()
+    edit_tensors(source, lambda tensors: tensors | BUFFERS)
+    converted(source, tmp_path / "out", *options)
+    after = tensors_of(tmp_path / "out")
+    for name, tensor in BUFFERS.items():
+        assert after[name].dtype == tensor.dtype and torch.equal(after[name], tensor), name
+    found = verify(tmp_path / "out", source, engine=False)
+    assert found.ok, found.findings
+
+
+def test_calibration_with_buffers(make, tmp_path, calibration_text):
+    source = make()
+    edit_tensors(source, lambda tensors: tensors | BUFFERS)
+    converted(source, tmp_path / "out", "--calibration", str(calibration_text))
+
+
+def test_weights_in_fp64_are_refused_and_the_remedy_is_true(make, tmp_path):
+    source, name = make(), "model.layers.1.mlp.up_proj.weight"
+    edit_tensors(source, lambda tensors: tensors | {name: tensors[name].double()})
+    refused(source, tmp_path, f"{name}: has dtype F64", "model.to(torch.bfloat16).save_pretrained(FOLDER)")
+
+
+@pytest.mark.parametrize("packed", ["qweight", "weight_packed"])
+def test_packed_weights_are_no_buffers(make, tmp_path, packed):
+    source, name = make(), "model.layers.1.mlp.up_proj."
+    edit_tensors(
+        source,
+        lambda t: (
+            {k: v for k, v in t.items() if not k.startswith(name)}
+            | {name + packed: torch.ones(8, 96, dtype=torch.int32)}
+        ),
+    )
+    code, message = run("convert", source, tmp_path / "out", "--method", "rtn")
+    assert code == 2 and "already quantized" in message
+
+
+def further(tensors: dict[str, torch.Tensor], index: int = 3) -> dict[str, torch.Tensor]:
+    """A block behind the last that predicts a further token, as DeepSeek's and GLM's checkpoints have it."""
+    block = {
+        name.replace("layers.1.", f"layers.{index}."): t.clone() for name, t in tensors.items() if "layers.1." in name
+    }
+    extra = {
+        "eh_proj.weight": (64, 128),
+        "enorm.weight": (64,),
+        "hnorm.weight": (64,),
+        "shared_head.norm.weight": (64,),
+    }
+    return tensors | block | {f"model.layers.{index}.{n}": torch.randn(s).bfloat16() for n, s in extra.items()}
+
+
+@pytest.mark.parametrize("key", [None, "num_nextn_predict_layers"])
+def test_blocks_that_predict_further_tokens_are_carried_along(make, tmp_path, key):
+    source = make()
+    edit_tensors(source, further)
+    if key:
+        config(**{key: 1})(source)
+    message = converted(source, tmp_path / "out")
+    assert "block 3, which predicts further tokens (MTP), stays in the source's dtype" in message
+    before, after = tensors_of(source), tensors_of(tmp_path / "out")
+    assert all(torch.equal(after[name], t) for name, t in before.items() if "layers.3." in name)
+    found = verify(tmp_path / "out", source, engine=False)
+    assert found.ok, found.findings
+
+
+def test_stale_quantization_config_is_named_and_the_remedy_works(make, tmp_path):
+    source = make()
+    config(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})(source)
+    refused(source, tmp_path, "'bitsandbytes'", "all weights are float (BF16)", "remove quantization_config from")
+    edit_json(source / "config.json", lambda c: c.pop("quantization_config"))
+    converted(source, tmp_path / "out")
+
+
+def test_quantization_config_of_quantized_weights_is_none_of_that(make, tmp_path):
+    source = make()
+    config(quantization_config={"quant_method": "fp8"})(source)
+    more = {"model.layers.0.mlp.up_proj.weight_scale_inv": torch.ones(1, 1)}
+    edit_tensors(source, lambda tensors: tensors | more)
+    refused(source, tmp_path, "already quantized", "'fp8'", "convert the original")
+
+
+# --- the module itself ----------------------------------------------------------------------------------------------
+
+
+def test_the_decoder_is_where_the_embedding_is():
+    names = [
+        "vision.layers.0.a",
+        "vision.layers.1.a",
+        "vision.layers.2.a",
+        "model.layers.0.a",
+        "model.embed_tokens.weight",
+    ]
+    assert Names.among(names) == Names("model.") and Names.among(names[:3]) == Names("vision.")
+    assert Names.among(["layers.0.a", "embed_tokens.weight"]) == Names("") and Names.among([]) == Names()
+
+
+def test_plain_names_stay():
+    names = ["model.layers.0.mlp.up_proj.weight", "model.embed_tokens.weight", "lm_head.weight"]
+    assert unwrapped(names) == ({name: name for name in names}, None)

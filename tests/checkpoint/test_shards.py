@@ -1,0 +1,112 @@
+"""Which files hold the weights: the index where it is right, what is whole where it is not."""
+
+import json
+
+import pytest
+import torch
+
+from tests.support.command import run
+from tests.support.contents import tensors_of
+from tests.support.damage import INDEX
+from tests.support.rename import in_files
+
+SINGLE = "model.safetensors"
+NUMBERED = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+
+
+@pytest.fixture
+def source(make_checkpoint):
+    return make_checkpoint(sharded=False)
+
+
+def same(source, tmp_path, expected: dict[str, torch.Tensor], *parts: str) -> None:
+    """Converts, says ``parts``, and writes the weights of the one file that there was before."""
+    code, message = run("convert", source, tmp_path / "out", "--method", "rtn")
+    assert code == 0 and all(part in message for part in parts), message
+    out = tensors_of(tmp_path / "out")
+    assert out.keys() == expected.keys() and all(torch.equal(out[name], expected[name]) for name in out)
+
+
+@pytest.fixture
+def expected(source, tmp_path):
+    code, message = run("convert", source, tmp_path / "first", "--method", "rtn")
+    assert code == 0, message
+    return tensors_of(tmp_path / "first")
+
+
+FILES = {
+    "one of one": ["model-00001-of-00001.safetensors"],
+    "numbered": NUMBERED,
+    "six digits": ["model-000001-of-000002.safetensors", "model-000002-of-000002.safetensors"],
+    "another stem": ["pytorch_model-00001-of-00001.safetensors"],
+    "another name": ["weights.safetensors"],
+}
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_without_an_index(source, tmp_path, expected, case):
+    in_files(source, FILES[case])
+    same(source, tmp_path, expected, f"there is no {INDEX}", FILES[case][0])
+
+
+def test_a_shard_less_without_an_index(source, tmp_path):
+    in_files(source, NUMBERED)
+    (source / NUMBERED[1]).unlink()
+    code, message = run("convert", source, tmp_path / "out", "--method", "rtn")
+    assert code == 2 and f"{NUMBERED[1]}: absent; download the shard again" in message
+
+
+def test_two_models_in_one_folder(source, tmp_path, expected):
+    in_files(source, NUMBERED)
+    (source / "other.safetensors").write_bytes((source / NUMBERED[0]).read_bytes())
+    code, message = run("convert", source, tmp_path / "out", "--method", "rtn")
+    assert code == 2 and "several models' weights" in message and "leave only the files of one" in message
+    (source / "other.safetensors").unlink()
+    same(source, tmp_path, expected)
+
+
+def test_one_tensor_in_two_files(source, tmp_path):
+    in_files(source, NUMBERED[:1] + NUMBERED[2:])
+    (source / NUMBERED[1]).write_bytes((source / NUMBERED[0]).read_bytes())
+    code, message = run("convert", source, tmp_path / "out", "--method", "rtn")
+    assert code == 2 and f"which {NUMBERED[0]} holds too" in message
+
+
+@pytest.mark.parametrize("beside", ["consolidated.safetensors", "adapter_model.safetensors"])
+def test_files_that_are_not_the_model(source, tmp_path, expected, beside):
+    in_files(source, ["weights.safetensors"])
+    (source / beside).write_bytes(b"something else")
+    same(source, tmp_path, expected, beside)
+
+
+STALE = {
+    "shards that are gone": json.dumps({"weight_map": {"model.norm.weight": NUMBERED[0]}}),
+    "no JSON": "{",
+    "no map": "{}",
+    "a strange file": json.dumps({"weight_map": {"model.norm.weight": "../elsewhere.safetensors"}}),
+}
+
+
+@pytest.mark.parametrize("case", STALE)
+@pytest.mark.parametrize("files", [[SINGLE], NUMBERED], ids=["one file", "shards"])
+def test_a_stale_index_beside_what_is_whole(source, tmp_path, expected, case, files):
+    if case == "shards that are gone" and files == NUMBERED:
+        pytest.skip("then they are not whole")
+    in_files(source, files)
+    (source / INDEX).write_text(STALE[case])
+    same(source, tmp_path, expected, f"{INDEX} ", "it is stale", files[0])
+
+
+def test_an_index_that_is_right_goes_before_one_file(source, tmp_path, expected):
+    """As in vLLM, which reads what the index names."""
+    whole = (source / SINGLE).read_bytes()
+    in_files(source, NUMBERED, index=True)
+    (source / SINGLE).write_bytes(whole[: len(whole) // 2])
+    same(source, tmp_path, expected, f"({SINGLE}")
+
+
+def test_pickles_alone(source, tmp_path):
+    (source / SINGLE).unlink()
+    (source / "pytorch_model.bin").write_bytes(b"pickle")
+    code, message = run("convert", source, tmp_path / "out", "--method", "rtn")
+    assert code == 2 and "pytorch_model.bin is a pickle" in message and "model.save_pretrained(FOLDER)" in message
