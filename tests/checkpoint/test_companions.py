@@ -4,12 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import save_file
 
 from tests.support.command import run
 from tests.support.contents import digests
 from tests.support.damage import edit_json
+from tests.support.embedders import projector, put
 from tests.support.hub import serving
 from vllm_w8a8_bismooth.checkpoint.companions import companions
 from vllm_w8a8_bismooth.checkpoint.files import Folder
@@ -37,30 +36,10 @@ params.json LICENSE LICENSE.txt licence.md NOTICE USE_POLICY.md README.md
 LEFTOVERS, USEFUL = _LEFTOVERS.split(), _USEFUL.split()
 
 
-def put(folder: Path, file: str, content: bytes = b"{}") -> None:
-    (folder / file).parent.mkdir(parents=True, exist_ok=True)
-    (folder / file).write_bytes(content)
-
-
 def converted(source: Path, out: Path) -> Path:
     code, message = run("convert", source, out, "--method", "rtn")
     assert code == 0, message
     return out
-
-
-def projector(folder: Path, name: str = "2_Dense", kind: str = "sentence_transformers.models.Dense") -> None:
-    """A sentence-transformers model: mean pooling, and a linear from 64 to 32 numbers."""
-    modules = [("", "sentence_transformers.models.Transformer"), ("1_Pooling", "sentence_transformers.models.Pooling")]
-    entries = [
-        {"idx": i, "name": str(i), "path": path, "type": kind}
-        for i, (path, kind) in enumerate([*modules, (name, kind)])
-    ]
-    put(folder, "modules.json", json.dumps(entries).encode())
-    put(folder, "1_Pooling/config.json", b'{"pooling_mode_mean_tokens": true, "word_embedding_dimension": 64}')
-    dense = {"in_features": 64, "out_features": 32, "bias": False}
-    put(folder, f"{name}/config.json", json.dumps(dense).encode())
-    weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
-    save_file({"linear.weight": weight}, folder / name / "model.safetensors")
 
 
 def test_leftovers_stay_and_are_counted(make_checkpoint, tmp_path):
