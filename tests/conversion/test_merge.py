@@ -98,7 +98,7 @@ def test_merged_parts_are_the_whole(tmp_path, calibration_text, arm):
             out = tmp_path / f"out-{len(spans)}-{ends[1]}"
             report = merge([made[span] for span in reversed(spans)], out)
             assert digests(out) == expected and not out.with_name(f"{out.name}.partial").exists()
-            assert replace(report, destination=whole.destination) == whole
+            assert replace(report, destination=whole.destination, left_out=whole.left_out) == whole
             assert before == {span: digests(made[span]) for span in spans}
     finally:
         torch.set_num_threads(cores)

@@ -47,17 +47,17 @@ def companions(place: Place) -> list[str]:
 
     These are files with well-known names; code, where a config says that there is some (``auto_map``); the folders that
     ``modules.json`` and ``router_config.json`` name, whatever is in them; and files whose name stands anywhere in the
-    small JSON files among these.
+    small JSON files among these that are configs.
 
     Raises:
         BismoothError: one of them is a link that leads nowhere, or ``modules.json`` cannot be read.
     """
     files = place.files()
     found = {file for file in files if _useful(file)}
-    stated = {file: read_value(place.local(file)) for file in (CONFIG, *sorted(found)) if _is_small_json(file, files)}
+    stated = {file: read_value(place.local(file)) for file in (CONFIG, *sorted(found)) if _states(file, files)}
     folders = [f"{folder}/" for folder in {*_modules(place, files).values(), *_routes(stated.get(ROUTER))} if folder]
     found |= {file for file in files if file.startswith(tuple(folders))}
-    more = [file for file in found if file not in stated and _is_small_json(file, files)]
+    more = [file for file in found if file not in stated and _states(file, files)]
     stated |= {file: read_value(place.local(file)) for file in sorted(more)}
     if any(_has_code(value) for value in stated.values()):
         found |= {file for file in files if fnmatchcase(PurePosixPath(file).name, _CODE)}
@@ -99,8 +99,11 @@ def _harmful(name: str) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in _HARMFUL)
 
 
-def _is_small_json(file: str, files: Mapping[str, int]) -> bool:
-    return file.endswith(".json") and file in files and 0 < files[file] <= _SMALL
+def _states(file: str, files: Mapping[str, int]) -> bool:
+    """Whether a file may name others: a small JSON file, and no vocabulary, which is full of words."""
+    name = PurePosixPath(file).name
+    is_config = name == MODULES or fnmatchcase(name, "*config*.json")
+    return is_config and file in files and 0 < files[file] <= _SMALL
 
 
 def _modules(place: Place, files: Mapping[str, int]) -> dict[str, str]:

@@ -146,6 +146,7 @@ def survey(place: Folder | Repository, calibration_tokens: int, group_size: int)
         result.left_out, result.notes = headers.left_out(), layout.notes
     except BismoothError as error:
         result.problems += error.problems
+        return result
     result.needs = {"data-free": needs(layout, None), "calibrated": needs(layout, calibration_tokens)}
     result.per_channel, result.per_group = parallel_problems(layout, None), parallel_problems(layout, group_size)
     return result
