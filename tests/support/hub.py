@@ -55,6 +55,7 @@ class Hub:
         drops: bytes of large files until the connection is cut, once.
         full: how many more large files are taken; ``None``: any number. Others are refused with status 403.
         invalid: what the Hub says against a card's metadata; empty: nothing.
+        lock: for whoever counts; a client sends several files at a time.
     """
 
     repositories: dict[str, Path]
@@ -68,6 +69,7 @@ class Hub:
     drops: int | None = None
     full: int | None = None
     invalid: str = ""
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
     def head(self, hub_id: str) -> str:
         return self.commits.get(hub_id, [COMMIT])[-1]
@@ -140,13 +142,13 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         path, body = self.path.partition("?")[0], self.body()
-        if self.rights() is None:
+        if path == "/api/validate-yaml":
+            errors = [{"message": self.hub.invalid}] if self.hub.invalid else []
+            self.answer_json({"errors": errors, "warnings": []}, 400 if errors else 200)
+        elif self.rights() is None:
             self.refuse(401, "")
         elif path == "/api/repos/create":
             self.create(json.loads(body))
-        elif path == "/api/validate-yaml":
-            errors = [{"message": self.hub.invalid}] if self.hub.invalid else []
-            self.answer_json({"errors": errors, "warnings": []}, 400 if errors else 200)
         elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/preupload/main", path):
             self.answer_json({"files": [self.mode(match[1], file) for file in json.loads(body)["files"]]})
         elif match := re.fullmatch(r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", path):
@@ -159,7 +161,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_PUT(self) -> None:
         digest, left = self.path.rpartition("/")[2], int(self.headers["Content-Length"])
-        if self.hub.full == 0:
+        if not self.has_room():
             self.body()
             self.refuse(403, "the storage is full")
             return
@@ -167,22 +169,35 @@ class _Handler(BaseHTTPRequestHandler):
         while left > 0 and (piece := self.rfile.read(min(left, 2**14))):
             data += piece
             left -= len(piece)
-            self.hub.received[digest] += len(piece)
-            if self.hub.drops is not None and (drops := self.hub.drops - len(piece)) <= 0:
-                self.hub.drops = None
+            if self.cuts(digest, len(piece)):
                 self.connection.shutdown(socket.SHUT_RDWR)
                 self.close_connection = True
                 return
-            elif self.hub.drops is not None:
-                self.hub.drops = drops
         if hashlib.sha256(data).hexdigest() != digest:
             self.refuse(400, "not what it was said to be")
             return
-        if self.hub.full is not None:
-            self.hub.full -= 1
         self.hub.blob(digest).parent.mkdir(parents=True, exist_ok=True)
         self.hub.blob(digest).write_bytes(data)
         self.answer_json({})
+
+    def has_room(self) -> bool:
+        """Whether one more large file is taken."""
+        with self.hub.lock:
+            room = self.hub.full != 0
+            if self.hub.full is not None and room:
+                self.hub.full -= 1
+        return room
+
+    def cuts(self, digest: str, count: int) -> bool:
+        """Counts bytes of a large file that arrived; whether the connection is to be cut now."""
+        with self.hub.lock:
+            self.hub.received[digest] += count
+            if self.hub.drops is not None:
+                self.hub.drops -= count
+                if self.hub.drops <= 0:
+                    self.hub.drops = None
+                    return True
+        return False
 
     def body(self) -> bytes:
         return self.rfile.read(int(self.headers.get("Content-Length", 0)))

@@ -13,6 +13,7 @@ from vllm_w8a8_bismooth.errors import BismoothError, Interrupted
 _HUB_ID = re.compile(r"(?a:\w[\w.-]*/\w[\w.-]*)")
 _BLANK = re.compile(r"\.gitattributes|README\.md|LICENSE.*")
 """What the Hub itself puts into a new repository."""
+_CARD = "README.md"
 _TOKENS = "https://huggingface.co/settings/tokens"
 _AGAIN = "run the same command again: what has arrived is not sent again"
 
@@ -100,34 +101,34 @@ def upload(target: Target, files: Mapping[str, Path | bytes], shards: Mapping[st
     Args:
         target: by :func:`look`.
         files: place in the repository -> a file, or what is to be in it.
-        shards: those of them whose SHA-256 is known -> SHA-256, which the Hub must have found too.
+        shards: those of them whose SHA-256 is known -> SHA-256, which what is sent must have.
 
     Returns:
         The commit.
 
     Raises:
-        BismoothError: the Hub refuses, the repository has changed meanwhile, or a shard did not arrive as it was.
+        BismoothError: the Hub refuses, or the repository or a shard has changed meanwhile.
         Interrupted: the connection was lost; the same call goes on.
     """
-    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
 
     api, hub_id, parent = HfApi(), target.hub_id, target.commit
+    there = {file for file, digest in shards.items() if target.files.get(file) == digest}
     with _translated(hub_id):
+        if isinstance(card := files.get(_CARD), bytes):  # else the Hub says at the end what is wrong with it
+            ModelCard(card.decode()).validate()
         if parent is None:
             api.create_repo(hub_id, private=not target.public, exist_ok=True)
             parent = api.model_info(hub_id).sha
-        operations = [CommitOperationAdd(place, content) for place, content in files.items()]
-        done = api.create_commit(hub_id, operations, commit_message="Upload by bismooth", parent_commit=parent)
-        there = {file.rfilename: _sha256(file) for file in _siblings(api, hub_id, done.oid)}
-    for shard, digest in shards.items():
-        if there.get(shard) not in (None, digest) or shard not in there:
-            what = f"did not arrive as it was (SHA-256 {there.get(shard)} on the Hub, {digest} in the report)"
-            raise BismoothError.of(f"{hub_id}/{shard}", what, "let nothing write to the folder, and push again")
-    return done.oid
-
-
-def _siblings(api: Any, hub_id: str, commit: str) -> list[Any]:
-    return api.model_info(hub_id, revision=commit, files_metadata=True).siblings or []
+        operations = [CommitOperationAdd(place, content) for place, content in files.items() if place not in there]
+        api.preupload_lfs_files(hub_id, operations, free_memory=False)
+        for operation in operations:  # what was read on the way up
+            digest = operation.upload_info.sha256.hex()
+            if (known := shards.get(operation.path_in_repo, digest)) != digest:
+                what = f"changed while it was sent (SHA-256 {digest}, {known} before); nothing was committed"
+                remedy = "copy the file again from where it is whole, and push again"
+                raise BismoothError.of(operation.path_in_repo, what, remedy)
+        return api.create_commit(hub_id, operations, commit_message="Upload by bismooth", parent_commit=parent).oid
 
 
 def _sha256(file: Any) -> str | None:
@@ -200,8 +201,8 @@ def _translated(hub_id: str) -> Iterator[None]:
             raise _refusal(hub_id, found) from None
         if isinstance(found, ValueError):  # of the card, which the Hub reads first
             what = " ".join(str(found).split())
-            remedy = "mend README.md between its first two lines of --- and push again"
-            raise BismoothError.of(hub_id, f"the Hub refuses the files ({what})", remedy) from None
+            remedy = f"mend {_CARD} between its first two lines of --- and push again"
+            raise BismoothError.of(hub_id, f"the Hub refuses the card ({what})", remedy) from None
         if isinstance(found, (errors.HfHubHTTPError.__bases__[0], RuntimeError, OSError)):
             reason = f"{type(found).__name__}: {found}".partition("\n")[0]
             raise Interrupted.of(hub_id, f"the connection to the Hub was lost ({reason})", _AGAIN) from None
