@@ -2,11 +2,19 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from vllm_w8a8_bismooth import MARKER
 from vllm_w8a8_bismooth.checkpoint import upload
-from vllm_w8a8_bismooth.checkpoint.files import CONFIG, INDEX, RECIPE, REPORT, Folder, partial_folder, sha256
+from vllm_w8a8_bismooth.checkpoint.files import (
+    CONFIG,
+    RECIPE,
+    REPORT,
+    WEIGHT_SUFFIXES,
+    partial_folder,
+    read_json,
+    sha256,
+)
 from vllm_w8a8_bismooth.conversion.part import PART
 from vllm_w8a8_bismooth.errors import BismoothError, Problem
 from vllm_w8a8_bismooth.method.rows import Threads
@@ -15,6 +23,7 @@ from vllm_w8a8_bismooth.report import card
 from vllm_w8a8_bismooth.report.labels import Labels
 from vllm_w8a8_bismooth.verification import contents
 
+_OURS = "give the folder that bismooth convert or bismooth merge wrote"
 _UNFINISHED = (".partial", ".tmp", ".incomplete", ".lock")
 
 
@@ -52,7 +61,7 @@ def check(destination: Path, hub_id: str, public: bool = False) -> None:
         BismoothError: see :func:`upload.look`; or the repository holds other files.
     """
     there = (destination / REPORT).is_file()
-    upload.look(hub_id, public).refuse_others((contents.noted(destination) or {}) if there else {})
+    upload.look(hub_id, public).refuse_others(_weights(destination, contents.noted(destination) or {}) if there else {})
 
 
 def push(folder: Path, hub_id: str, public: bool = False, progress: Progress = silent) -> Publication:
@@ -73,13 +82,14 @@ def push(folder: Path, hub_id: str, public: bool = False, progress: Progress = s
         Interrupted: the connection was lost.
     """
     shards = _shards(folder)
+    weights = _weights(folder, shards)
     target = upload.look(hub_id, public)
-    target.refuse_others(shards)
+    target.refuse_others(weights)
     _compare(folder, shards, progress)
-    files: dict[str, Path | bytes] = {name: folder / name for name in _files(folder, shards)}
+    files: dict[str, Path | bytes] = {name: folder / name for name in _files(folder)}
     if (own := folder / card.CARD).is_file():
         files[card.CARD] = card.for_repository(own.read_bytes().decode(errors="replace"), hub_id).encode()
-    commit = upload.upload(target, files, shards)
+    commit = upload.upload(target, files, weights)
     nbytes = sum(len(file) if isinstance(file, bytes) else file.stat().st_size for file in files.values())
     url = upload.page(hub_id)
     return Publication(hub_id, url, commit, public, len(files), nbytes, card.labels_of(folder))
@@ -92,12 +102,23 @@ def _shards(folder: Path) -> Mapping[str, str]:
     if not folder.exists() and partial_folder(folder).is_dir():
         remedy = "run the command again that began it, and then push"
         raise BismoothError.of(folder, "not finished", remedy)
-    config = Folder(folder).json(CONFIG).get("quantization_config")
+    if not folder.is_dir():
+        raise BismoothError.of(folder, "no such folder", _OURS)
+    config = read_json(folder / CONFIG).get("quantization_config") if (folder / CONFIG).is_file() else None
     noted = contents.noted(folder)
     if not isinstance(config, dict) or MARKER not in config or not (folder / RECIPE).is_file() or not noted:
         what = f"not written by bismooth (its {CONFIG}, {RECIPE} or {REPORT} does not say so)"
-        raise BismoothError.of(folder, what, "give the folder that bismooth convert or bismooth merge wrote")
+        raise BismoothError.of(folder, what, _OURS)
     return noted
+
+
+def _weights(folder: Path, shards: Mapping[str, str]) -> dict[str, str]:
+    """The shards, and the small weights in folders of their own that go with some models -> SHA-256."""
+    return {file: sha256(folder / file) for file in _files(folder) if "/" in file and _is_weights(file)} | dict(shards)
+
+
+def _is_weights(file: str) -> bool:
+    return PurePosixPath(file).suffix in WEIGHT_SUFFIXES
 
 
 def _compare(folder: Path, shards: Mapping[str, str], progress: Progress) -> None:
@@ -114,17 +135,15 @@ def _compare(folder: Path, shards: Mapping[str, str], progress: Progress) -> Non
 
 
 def _strays(folder: Path, shards: Mapping[str, str]) -> Iterator[Problem]:
-    for path in sorted(folder.glob("*.safetensors")):
-        if path.name not in shards:
-            yield Problem(str(path), f"no shard that {REPORT} names", "move it out of the folder")
+    for file in _files(folder):
+        if "/" not in file and _is_weights(file) and file not in shards:
+            yield Problem(str(folder / file), f"no shard that {REPORT} names", "move it out of the folder")
 
 
-def _files(folder: Path, shards: Mapping[str, str]) -> Iterator[str]:
-    """What goes to the Hub: nothing hidden, no file that is being written, and no weights but the shards."""
-    yield CONFIG
-    if (folder / INDEX).is_file():
-        yield INDEX
-    yield from shards
-    for relative in Folder(folder).side_files():
-        if not relative.name.endswith(_UNFINISHED):
+def _files(folder: Path) -> Iterator[str]:
+    """What goes to the Hub: nothing hidden, and no file that is being written."""
+    for path in sorted(folder.rglob("*")):
+        relative = path.relative_to(folder)
+        hidden = any(part.startswith(".") for part in relative.parts)
+        if path.is_file() and not hidden and not path.name.endswith(_UNFINISHED):
             yield relative.as_posix()

@@ -91,10 +91,19 @@ def test_what_was_pushed_is_what_is_downloaded(hub, bismooth, converted, source,
 def test_nothing_hidden_or_strange_goes_up(hub, bismooth, converted, tmp_path):
     folder = shutil.copytree(converted, tmp_path / "out")
     (folder / ".bismooth").mkdir()
-    for name in (".bismooth/run.json", ".secret", "a.partial", "b.tmp", "pytorch_model.bin"):
+    for name in (".bismooth/run.json", ".secret", "a.partial", "b.tmp"):
         (folder / name).write_text("not for others")
     assert bismooth("push", folder, "org/out").returncode == 0
     assert digests(hub.repositories["org/out"]).keys() == digests(converted).keys() | {".gitattributes"}
+
+
+def test_weights_of_modules_in_their_own_folders_go_with_it(hub, bismooth, converted, tmp_path):
+    folder = shutil.copytree(converted, tmp_path / "out")
+    (folder / "2_Dense").mkdir()
+    (folder / "2_Dense" / "model.safetensors").write_bytes(b"dense")
+    for _ in range(2):
+        assert bismooth("push", folder, "org/out").returncode == 0
+    assert (hub.repositories["org/out"] / "2_Dense" / "model.safetensors").read_bytes() == b"dense"
 
 
 def test_an_upload_that_was_cut_off_goes_on(hub, bismooth, converted):
@@ -251,6 +260,7 @@ WRONG = {
     "damaged": (damaged_shard, ["has SHA-256", "copy the file again"]),
     "absent": (lambda folder: sorted(folder.glob("*.safetensors"))[0].unlink(), ["absent", "copy the file again"]),
     "a stray": (lambda f: (f / "x.safetensors").write_text(""), ["no shard that report.json names", "move it out"]),
+    "another format": (lambda f: (f / "pytorch_model.bin").write_text(""), ["no shard that report", "move it out"]),
     "not ours": (
         lambda folder: edit_json(folder / "config.json", lambda c: c["quantization_config"].pop("bismooth")),
         ["not written by bismooth"],

@@ -271,8 +271,10 @@ def test_the_card_of_an_embedding_model(make_checkpoint, tmp_path):
 def test_calibration_that_the_report_tells_is_in_the_card(make_checkpoint, tmp_path):
     out = tmp_path / "out"
     convert(make_checkpoint(num_hidden_layers=1), out, RTN)
-    edit_json(out / "report.json", lambda report: report.update(calibration={"rows": 7, "windows": 3, "tokens": 999}))
-    assert "Used were 999 tokens, 3 windows, 7 rows." in card.draw_up(out, Labels())
+    used = {"files": ["a.jsonl", "b`.txt"], "rows": 7, "documents": 5, "windows": 3, "tokens": 999, "skipped": 2}
+    edit_json(out / "report.json", lambda report: report.update(calibration={**used, "arithmetic": "bfloat16"}))
+    said = "`a.jsonl`, `b_.txt`: 999 tokens in 3 windows, from 5 of 7 documents, computed in bfloat16. 2 rows that held"
+    assert said in card.draw_up(out, Labels())
 
 
 def test_tables_have_as_many_cells_in_every_row(make_checkpoint, tmp_path):

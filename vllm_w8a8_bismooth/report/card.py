@@ -178,7 +178,7 @@ def draw_up(folder: Path, labels: Labels) -> str:
         model=f"[{name}](https://huggingface.co/{name})" if base_model else name,
         version=provenance["vllm_w8a8_bismooth"],
         original=f"\nThe original's own card is [{ORIGINAL_CARD}]({ORIGINAL_CARD}).\n" if original.is_file() else "",
-        method=_method(recipe) + (_EXEMPT if recipe.ignore else "") + _calibration(report),
+        method=_method(recipe) + _calibration(report) + (_EXEMPT if recipe.ignore else ""),
         recipe=json.dumps(asdict(recipe), indent=2),
         linears=len(linears),
         ignored=len(ignored),
@@ -239,12 +239,25 @@ def _method(recipe: Recipe) -> str:
 
 
 def _calibration(report: Mapping[str, Any]) -> str:
-    """What was read of the calibration text, where the report says so: ``tokens`` and ``windows`` of ``rows``."""
+    """What of the calibration text was really used, in sentences, where the report says so."""
     used = report.get("calibration")
-    if not isinstance(used, dict):
+    if not used:
         return ""
-    counts = [f"{used[unit]} {unit}" for unit in ("tokens", "windows", "rows") if unit in used]
-    return f" Used were {', '.join(counts)}." if counts else ""
+    names = ", ".join(f"`{_plain(name)}`" for name in used["files"][:_WORST])
+    more = f" and {len(used['files']) - _WORST} more files" if len(used["files"]) > _WORST else ""
+    left = [
+        f"{used[key]} {what}"
+        for key, what in {
+            "skipped": "rows that held no text were skipped",
+            "plain_chats": "chats were joined by line ends, without a chat template",
+            "left_out": "windows were left out for token ids that the embedding lacks",
+        }.items()
+        if used.get(key)
+    ]
+    return (
+        f" The text was {names}{more}: {used['tokens']} tokens in {used['windows']} windows, from {used['documents']} "
+        f"of {used['rows']} documents, computed in {used['arithmetic']}." + (f" {'; '.join(left)}." if left else "")
+    )
 
 
 def _decibels(sqnr: float | None) -> str:
