@@ -96,7 +96,9 @@ def test_other_licences_are_refused(given):
         Labels(license=given)
 
 
-@pytest.mark.parametrize("given", ["name", "a/b/c", "org/name@main", "https://huggingface.co/org/name", "", "o/a--b"])
+@pytest.mark.parametrize(
+    "given", ["name", "a/b/c", "org/name@main", "https://huggingface.co/org/name", "", "o/a--b", "o/n.git"]
+)
 def test_other_names_are_refused(given):
     with pytest.raises(BismoothError, match="not the name of a model on the Hub; write org/name"):
         Labels(base_model=given)
@@ -151,7 +153,7 @@ def test_what_somebody_wrote_into_the_card_is_kept(make_checkpoint, tmp_path):
     readme.write_text(readme.read_text() + "\nMine.\n")
     before = digests(out)
     code, said = run("convert", source, out, "--method", "rtn", "--license", "mit")
-    assert code == 2 and "would be lost; write license: mit between its first two lines of ---" in said
+    assert code == 2 and "would be lost; have it say license: mit between its first two lines of ---" in said
     assert digests(out) == before
     readme.write_text(readme.read_text().replace("---\n", "---\nlicense: mit\n", 1))  # as it says
     code, said = run("convert", source, out, "--method", "rtn", "--license", "mit")

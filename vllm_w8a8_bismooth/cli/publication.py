@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 BaseModelOption = Annotated[
     str | None,
     typer.Option(
-        "--base-model", metavar="ORG/NAME", help="For the model card: the original's id on the Hub.", show_default="SRC"
+        "--base-model",
+        metavar="ORG/NAME",
+        help="For the model card: the original's id on the Hub.",
+        show_default="the source, if it is there",
     ),
 ]
 LicenseOption = Annotated[

@@ -99,12 +99,10 @@ def relabel(folder: Path, labels: Labels) -> bool:
     if after == before and card.exists():
         return False
     if card.exists() and card.read_bytes() != draw_up(folder, before).encode():
-        raise BismoothError.of(
-            card,
-            f"not as bismooth {__version__} writes it, and what was changed in it would be lost",
-            f"write {' and '.join(f'{key}: {value}' for key, value in vars(after).items() if value)} between its first "
-            "two lines of ---, or move it away and run the same command again",
-        )
+        changed = [f"{key}: {value}" for key, value in vars(after).items() if value != getattr(before, key)]
+        what = f"not as bismooth {__version__} writes it, and what was changed in it would be lost"
+        remedy = f"have it say {' and '.join(changed)} between its first two lines of ---, or move it away"
+        raise BismoothError.of(card, what, f"{remedy} and run the same command again")
     content = draw_up(folder, after).encode()
     with disk_errors(folder):
         write_atomically(card, lambda path: path.write_bytes(content))

@@ -1,12 +1,9 @@
 """What a model card says of the original that its files may not show: its place on the Hub and its licence."""
 
-import re
 from dataclasses import dataclass, replace
 
 from vllm_w8a8_bismooth.errors import BismoothError
 from vllm_w8a8_bismooth.report import licence
-
-_HUB_ID = re.compile(r"(?a:\w[\w.-]{0,95}/\w[\w.-]{0,95})")
 
 
 @dataclass(frozen=True)
@@ -27,7 +24,7 @@ class Labels:
 
     def __post_init__(self) -> None:
         name = self.base_model
-        if name is not None and (not _HUB_ID.fullmatch(name) or "--" in name or ".." in name):
+        if name is not None and not _names_a_model(name):
             what = "not the name of a model on the Hub"
             raise BismoothError.of(f"--base-model {name!r}", what, "write org/name, as in the address of its page")
         if self.license is not None:
@@ -47,3 +44,15 @@ class Labels:
         """What they do not say, in words -> the option that says it."""
         options = {"license": ("licence", "--license ID"), "base_model": ("base model", "--base-model ORG/NAME")}
         return dict(words for key, words in options.items() if getattr(self, key) is None)
+
+
+def _names_a_model(name: str) -> bool:
+    """Whether there can be ``org/name`` on the Hub."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return "/" in name
