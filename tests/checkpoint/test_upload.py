@@ -185,6 +185,15 @@ def test_a_commit_of_somebody_else_is_not_overwritten(hub, bismooth, converted, 
     assert done.returncode == 2 and "somebody changed the repository during the upload" in done.stderr, done.stderr
 
 
+def test_a_repository_that_was_not_to_be_seen_is_left_alone(hub, bismooth, converted, monkeypatch):
+    hub.create("org/out", private=True)
+    unseen = Target("org/out", False, None, {})
+    monkeypatch.setattr("vllm_w8a8_bismooth.checkpoint.upload.look", lambda *arguments: unseen)
+    done = bismooth("push", converted, "org/out")
+    assert done.returncode == 2 and "was not to be seen before; choose another name" in done.stderr, done.stderr
+    assert digests(hub.repositories["org/out"]).keys() == {".gitattributes"} and not hub.received
+
+
 REFUSALS = {
     "not logged in": (None, "org/out", ["nobody is logged in", "hf auth login"]),
     "no such token": ("hf_old", "org/out", ["does not know the token", "hf auth login --force"]),

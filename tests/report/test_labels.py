@@ -96,9 +96,7 @@ def test_other_licences_are_refused(given):
         Labels(license=given)
 
 
-@pytest.mark.parametrize(
-    "given", ["name", "a/b/c", "org/name@main", "https://huggingface.co/org/name", "", "o/a--b", "o/n.git"]
-)
+@pytest.mark.parametrize("given", ["name", "a/b/c", "org/name@main", "https://hf.co/org/name", "", "o/a--b", "o/n.git"])
 def test_other_names_are_refused(given):
     with pytest.raises(BismoothError, match="not the name of a model on the Hub; write org/name"):
         Labels(base_model=given)

@@ -116,9 +116,14 @@ def upload(target: Target, files: Mapping[str, Path | bytes], shards: Mapping[st
     there = {file for file, digest in shards.items() if target.files.get(file) == digest}
     with _translated(hub_id):
         if isinstance(card := files.get(_CARD), bytes):  # else the Hub says at the end what is wrong with it
-            ModelCard(card.decode()).validate()
+            try:
+                ModelCard(card.decode()).validate()
+            except ValueError as error:
+                what = f"the Hub refuses the card ({' '.join(str(error).split())})"
+                remedy = f"mend {_CARD} between its first two lines of --- and push again"
+                raise BismoothError.of(hub_id, what, remedy) from None
         if parent is None:
-            api.create_repo(hub_id, private=not target.public, exist_ok=True)
+            api.create_repo(hub_id, private=not target.public)
             parent = api.model_info(hub_id).sha
         operations = [CommitOperationAdd(place, content) for place, content in files.items() if place not in there]
         api.preupload_lfs_files(hub_id, operations, free_memory=False)
@@ -199,11 +204,10 @@ def _translated(hub_id: str) -> Iterator[None]:
         found = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ is not None else error
         if isinstance(found, errors.HfHubHTTPError):
             raise _refusal(hub_id, found) from None
-        if isinstance(found, ValueError):  # of the card, which the Hub reads first
-            what = " ".join(str(found).split())
-            remedy = f"mend {_CARD} between its first two lines of --- and push again"
-            raise BismoothError.of(hub_id, f"the Hub refuses the card ({what})", remedy) from None
-        if isinstance(found, (errors.HfHubHTTPError.__bases__[0], RuntimeError, OSError)):
+        if isinstance(found, ValueError):
+            what = f"the Hub refuses ({' '.join(str(found).split())})"
+            raise BismoothError.of(hub_id, what, f"check the account at {_TOKENS}, then push again") from None
+        if isinstance(found, (errors.HfHubHTTPError.__bases__[0], RuntimeError, ConnectionError, TimeoutError)):
             reason = f"{type(found).__name__}: {found}".partition("\n")[0]
             raise Interrupted.of(hub_id, f"the connection to the Hub was lost ({reason})", _AGAIN) from None
         raise
@@ -217,6 +221,9 @@ def _refusal(hub_id: str, error: Any) -> BismoothError:
     if status == 401:
         remedy = "log in again: hf auth login --force, or correct HF_TOKEN if it is set"
         return BismoothError.of(hub_id, "the Hub does not know the token", remedy)
+    if status == 409:
+        what = "the repository is there already, but was not to be seen before"
+        return BismoothError.of(hub_id, what, "choose another name, or run the same command again if you just made it")
     if status == 412:
         return BismoothError.of(hub_id, "somebody changed the repository during the upload", _AGAIN)
     what, remedy = f"the Hub refuses (status {status}: {said})", f"check what the token may do at {_TOKENS}"
