@@ -262,7 +262,8 @@ def test_what_a_checkpoint_is_for(tmp_path, case):
 def test_the_card_of_an_embedding_model(make_checkpoint, tmp_path):
     source, out = make_checkpoint(num_hidden_layers=1), tmp_path / "out"
     (source / "modules.json").write_text("[]")
-    convert(source, out, RTN)
+    code, said = run("convert", source, out, "--method", "rtn")
+    assert code == 0 and f"      vllm serve {out} --runner pooling\n" in said
     found = data(out)
     assert found["pipeline_tag"] == "sentence-similarity" and "sentence-transformers" in found["tags"]
     assert "\nvllm serve PATH_TO_THIS_FOLDER --runner pooling\n" in (out / "README.md").read_text()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_w8a8_bismooth.cli.progress import duration
+from vllm_w8a8_bismooth.report.task import task_of
 
 if TYPE_CHECKING:  # torch comes with them, and it is imported inside commands
     from rich.console import Console
@@ -310,7 +311,8 @@ def summary(console: "Console", report: "Outcome", recipe: "Recipe") -> None:
             f"{'it' if len(missing) == 1 else 'them'} in place.",
             highlight=False,
         )
-    console.print(f"Next: bismooth verify {where}\n      vllm serve {where}", highlight=False)
+    runner = task_of(report.destination).runner
+    console.print(f"Next: bismooth verify {where}\n      vllm serve {where}{runner}", highlight=False)
 
 
 def _nothing_to_do(console: "Console", destination: Path) -> None:
