@@ -1,11 +1,9 @@
 """Checkpoints on the Hub, with huggingface_hub's own client against a server on this machine."""
 
 import json
-import os
 import shutil
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +13,7 @@ from tests.support.contents import digests
 from tests.support.conversion import convert
 from tests.support.damage import edit_json
 from tests.support.hub import COMMIT, serving
+from tests.support.hub_client import python
 from tests.support.models import tiny_model, write_checkpoint
 from vllm_w8a8_bismooth.checkpoint.hub import parse
 from vllm_w8a8_bismooth.recipe import Recipe
@@ -41,25 +40,6 @@ def checkpoint(tmp_path_factory) -> Path:
 def hub(checkpoint, tmp_path):
     with serving({"org/tiny": checkpoint}) as server:
         yield server
-
-
-def python(folder: Path, endpoint: str, *words, **environment: str) -> subprocess.CompletedProcess:
-    """``python -m ...`` with a Hub cache of its own in an empty folder."""
-    settings = {
-        "HF_ENDPOINT": endpoint,
-        "HF_HOME": str(folder / "cache"),
-        "PYTHONPATH": str(Path(__file__).parents[2]),
-        "HF_HUB_DISABLE_XET": "1",
-    }
-    kept = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
-    (folder / "here").mkdir(exist_ok=True)
-    return subprocess.run(
-        [sys.executable, "-m", *map(str, words)],
-        env=kept | settings | environment,
-        cwd=folder / "here",
-        capture_output=True,
-        text=True,
-    )
 
 
 @pytest.fixture

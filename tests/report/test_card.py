@@ -69,17 +69,6 @@ def test_card_is_read_back(make_checkpoint, tmp_path, calibration_text):
     assert f"| `{name}` | per channel | {worst[name]['column_error']:.4f} |" in card.text.split("The worst:")[1]
 
 
-def test_base_model(make_checkpoint, tmp_path):
-    source = make_checkpoint()
-    done = convert(source, tmp_path / "out", RTN)
-    folder = tmp_path / "again"
-    folder.mkdir()
-    card.write(folder, Source(source), RTN, done, base_model="meta-llama/Meta-Llama-3-70B")
-    data = ModelCard.load(folder / "README.md").data
-    assert data.base_model == "meta-llama/Meta-Llama-3-70B" and data.base_model_relation == "quantized"
-    assert "base_model" not in ModelCard.load(tmp_path / "out" / "README.md").data.to_dict()
-
-
 BOMB = "a: &a {x: 1}\n" + "".join(
     f"{c}: &{c} {{<<: [{', '.join(['*' + b] * 9)}]}}\n" for b, c in zip("abcdefgh", "bcdefghi", strict=True)
 )

@@ -15,8 +15,8 @@ from typing import Any, Protocol
 from vllm_w8a8_bismooth.errors import BismoothError, Interrupted
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
-REPORT = "report.json"
-"""Written beside the weights; its ``sha256`` maps shards to hashes."""
+RECIPE, REPORT = "recipe.json", "report.json"
+"""Written beside the weights; the report's ``sha256`` maps shards to hashes."""
 _JSON_LIMIT = 100 * 2**20  # the same bound that safetensors puts on a header
 _SHARD_AGAIN = "download the shard again"
 WEIGHT_SUFFIXES = {

@@ -15,6 +15,8 @@ from vllm_w8a8_bismooth.checkpoint.reader import Headers
 from vllm_w8a8_bismooth.errors import BismoothError
 
 _HUB_ID = re.compile(r"(?a:(\w[\w.-]*/\w[\w.-]*))(?:@(.+))?")
+_SNAPSHOT = re.compile(r"(?a:/models--((?:(?!--)[\w.-])+)--((?:(?!--)[\w.-])+)/snapshots/([0-9a-f]{40}))/?$")
+"""A checkpoint's folder in the Hub's cache. No name on the Hub has two hyphens in a row."""
 _PUBLISHER = "tell the publisher"
 
 
@@ -38,7 +40,7 @@ def find(source: str) -> "Folder | Repository":
         BismoothError: no such folder or repository, no access to it, or neither a connection nor a complete copy.
     """
     if (parsed := parse(source)) is None:
-        return Folder(Path(source))
+        return _local(Path(source))
     try:
         return Repository(*parsed)
     except _Unreachable:
@@ -68,7 +70,13 @@ def fetch(source: str) -> Folder:
 
 def cached(source: str) -> Folder | None:
     """As :func:`fetch`, but from this machine alone; ``None`` for a repository that is not in the cache."""
-    return Folder(Path(source)) if (parsed := parse(source)) is None else _cached(*parsed)
+    return _local(Path(source)) if (parsed := parse(source)) is None else _cached(*parsed)
+
+
+def _local(path: Path) -> Folder:
+    """A folder; one in the Hub's cache says by its path what it is a copy of."""
+    match = _SNAPSHOT.search(path.absolute().as_posix())
+    return Folder(path, f"{match[1]}/{match[2]}", match[3]) if match else Folder(path)
 
 
 class Repository:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_w8a8_bismooth.cli.progress import duration
+from vllm_w8a8_bismooth.report.task import task_of
 
 if TYPE_CHECKING:  # torch comes with them, and it is imported inside commands
     from rich.console import Console
@@ -272,6 +273,7 @@ def report_json(report: "Outcome") -> dict[str, Any]:
         "destination": str(report.destination),
         "part": None if report.part is None else [report.part.start, report.part.stop],
         "reused": report.reused,
+        "labels": asdict(report.labels),
         "source_bytes": report.source_bytes,
         "written_bytes": report.written_bytes,
         "vulnerable": report.vulnerable(),
@@ -289,7 +291,11 @@ def summary(console: "Console", report: "Outcome", recipe: "Recipe") -> None:
 
     where = escape(str(report.destination))
     if report.reused:
-        _nothing_to_do(console, report.destination)
+        if report.relabelled:
+            says = ", ".join(f"{key}: {value}" for key, value in asdict(report.labels).items() if value)
+            console.print(f"[bold]{where}[/bold] already holds this conversion; its card was rewritten ({says}).")
+        else:
+            _nothing_to_do(console, report.destination)
         return
     grouped = sum(entry["group_size"] is not None for entry in report.linears.values())
     share = report.written_bytes / report.source_bytes
@@ -325,7 +331,14 @@ def summary(console: "Console", report: "Outcome", recipe: "Recipe") -> None:
             highlight=False,
         )
         return
-    console.print(f"Next: bismooth verify {where}\n      vllm serve {where}", highlight=False)
+    if missing := report.labels.missing():
+        console.print(
+            f"The card names no {' and no '.join(missing)}; the same command with {' '.join(missing.values())} adds "
+            f"{'it' if len(missing) == 1 else 'them'} in place.",
+            highlight=False,
+        )
+    runner = task_of(report.destination).runner
+    console.print(f"Next: bismooth verify {where}\n      vllm serve {where}{runner}", highlight=False)
 
 
 def _nothing_to_do(console: "Console", destination: Path) -> None:

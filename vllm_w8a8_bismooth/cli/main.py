@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from vllm_w8a8_bismooth import __version__
-from vllm_w8a8_bismooth.cli import display
+from vllm_w8a8_bismooth.cli import display, publication
 from vllm_w8a8_bismooth.cli.progress import Progress
 from vllm_w8a8_bismooth.errors import BismoothError
 
@@ -23,7 +23,11 @@ class _Verbs(typer.core.TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            goes_on = "; the same command goes on from there" if ctx.invoked_subcommand in ("convert", "merge") else ""
+            goes_on = (
+                "; the same command goes on from there"
+                if ctx.invoked_subcommand in ("convert", "merge", "push")
+                else ""
+            )
             print(f"Interrupted{goes_on}", file=sys.stderr)
             raise typer.Exit(130) from None
 
@@ -160,6 +164,10 @@ def convert(
         ),
     ] = None,
     device: Annotated[str, typer.Option(help="Where blocks are worked on: cpu, cuda, cuda:1.")] = "cpu",
+    base_model: publication.BaseModelOption = None,
+    license: publication.LicenseOption = None,
+    push_to_hub: publication.PushOption = None,
+    public: publication.PublicOption = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything and print the plan; write nothing.")
     ] = False,
@@ -173,6 +181,7 @@ def convert(
 
     from vllm_w8a8_bismooth.checkpoint import hub
     from vllm_w8a8_bismooth.recipe import DEFAULTS, Recipe
+    from vllm_w8a8_bismooth.report.labels import Labels
 
     console = Console(stderr=True, soft_wrap=True)  # paths and commands stay copyable
     text = None
@@ -194,6 +203,8 @@ def convert(
         group_budget=group_budget,
         ignore=ignore,
     )
+    labels = Labels(base_model, license)
+    publication.check(destination, push_to_hub, public, blocks is not None)
     if dry_run:
         if (folder := hub.cached(source)) is None:
             remedy = "bismooth inspect shows size, needs and problems from the headers alone"
@@ -201,7 +212,7 @@ def convert(
         from vllm_w8a8_bismooth.conversion.preparation import prepare
         from vllm_w8a8_bismooth.conversion.preview import preview
 
-        plan = preview(prepare(folder, destination, recipe, text, device, blocks))
+        plan = preview(prepare(folder, destination, recipe, text, device, blocks, labels))
         if as_json:
             print(json.dumps(asdict(plan) | {"destination": str(destination)}, indent=2))
         else:
@@ -211,13 +222,14 @@ def convert(
     from vllm_w8a8_bismooth.conversion.pipeline import convert as run
     from vllm_w8a8_bismooth.conversion.preparation import prepare
 
-    ready = prepare(folder, destination, recipe, text, device, blocks)
+    ready = prepare(folder, destination, recipe, text, device, blocks, labels)
     with Progress(console) as progress:
         report = run(ready, progress)
-    if as_json:
-        print(json.dumps(display.report_json(report), indent=2))
-    else:
+    if not as_json:
         display.summary(console, report, recipe)
+    pushed = publication.send(destination, push_to_hub, public, console) if push_to_hub is not None else None
+    if as_json:
+        print(json.dumps(display.report_json(report) | ({"push": pushed} if pushed else {}), indent=2))
 
 
 @app.command()
@@ -226,6 +238,8 @@ def merge(
     parts: Annotated[
         list[Path], typer.Argument(metavar="PART...", help="Folders of all parts, as convert --blocks wrote them.")
     ],
+    base_model: publication.BaseModelOption = None,
+    license: publication.LicenseOption = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check that the parts fit together; read no tensors and write nothing.")
     ] = False,
@@ -239,8 +253,9 @@ def merge(
 
     from vllm_w8a8_bismooth.conversion.merge import merge as run
     from vllm_w8a8_bismooth.conversion.merge import prepare
+    from vllm_w8a8_bismooth.report.labels import Labels
 
-    ready = prepare(parts, destination)
+    ready = prepare(parts, destination, Labels(base_model, license))
     if dry_run:
         if as_json:
             print(json.dumps(display.merger_json(ready), indent=2))
@@ -368,6 +383,9 @@ def doctor(
     else:
         display.diagnosis(Console(soft_wrap=True), found)
     raise typer.Exit(1 if found.problems else 0)
+
+
+app.command()(publication.push)
 
 
 def main() -> None:

@@ -6,14 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from vllm_w8a8_bismooth.checkpoint.files import partial_folder, read_json
+from vllm_w8a8_bismooth.checkpoint.files import RECIPE, partial_folder, read_json
 from vllm_w8a8_bismooth.checkpoint.layout import Source
 from vllm_w8a8_bismooth.conversion.part import PART, Part, outline_of
 from vllm_w8a8_bismooth.conversion.plan import span
 from vllm_w8a8_bismooth.errors import BismoothError
 from vllm_w8a8_bismooth.recipe import Recipe
 
-RECIPE = "recipe.json"
 _ELSEWHERE = "remove it or choose another folder"
 _MARKS = {RECIPE: "a whole checkpoint", PART: "a part of a checkpoint"}
 

@@ -22,8 +22,11 @@ from vllm_w8a8_bismooth.errors import BismoothError, Interrupted, Problem
 from vllm_w8a8_bismooth.method.rows import Threads
 from vllm_w8a8_bismooth.progress import Progress, silent
 from vllm_w8a8_bismooth.recipe import Recipe
+from vllm_w8a8_bismooth.report import card
+from vllm_w8a8_bismooth.report.labels import Labels
 from vllm_w8a8_bismooth.report.outcome import Outcome
 
+_NONE = Labels()
 _PIECE = 2**22
 
 
@@ -40,6 +43,7 @@ class Merger:
         tensors: of the whole, without data.
         free_bytes: on the destination's disk.
         reused: the destination already holds the result.
+        labels: for the card.
     """
 
     destination: Path
@@ -51,6 +55,7 @@ class Merger:
     tensors: dict[str, Any]
     free_bytes: int
     reused: bool
+    labels: Labels
 
     def nbytes(self) -> int:
         """Bytes of all tensors of the result."""
@@ -61,12 +66,13 @@ class Merger:
         return Journal(self.target, {"parts": {span(part.blocks): part.digest for part in self.parts}})
 
 
-def prepare(folders: Sequence[Path], destination: Path) -> Merger:
+def prepare(folders: Sequence[Path], destination: Path, labels: Labels = _NONE) -> Merger:
     """Check all that can be checked of parts without reading their tensors, and write nothing.
 
     Args:
         folders: of the parts, in any order.
         destination: must be absent, an empty folder, or hold the same result.
+        labels: for the card of the result.
 
     Raises:
         BismoothError: with all problems that the parts have.
@@ -91,7 +97,7 @@ def prepare(folders: Sequence[Path], destination: Path) -> Merger:
     plan = Plan(source, recipe, grouped, ignored_by_name(source, recipe))
     _refuse(line for part in parts for line in _strangers(part, plan))
     reused = already_converted(target, recipe, lambda: fingerprint)
-    ready = Merger(destination, target, parts, source, recipe, plan, plan.tensors(), free_space(target), reused)
+    ready = Merger(destination, target, parts, source, recipe, plan, plan.tensors(), free_space(target), reused, labels)
     if not reused:
         journal = ready.journal()
         journal.look()
@@ -115,10 +121,11 @@ def merge(ready: Merger, progress: Progress = silent) -> Outcome:
     source, plan, destination = ready.source, ready.plan, ready.destination
     if ready.reused:
         clear(ready.target)  # of a run that was killed right after its last step
-        return Outcome(destination, reused=True, blocks=len(source.layers))
-    outcome = Outcome(
-        destination, source.nbytes(), ignored=full_names(plan.ignored, source.names), blocks=len(source.layers)
-    )
+        relabelled = card.relabel(ready.target, ready.labels)
+        labels = card.labels_of(ready.target)
+        return Outcome(destination, reused=True, blocks=len(source.layers), labels=labels, relabelled=relabelled)
+    outcome = Outcome(destination, source.nbytes(), blocks=len(source.layers), notes=[*source.notes])
+    outcome.ignored = full_names(plan.ignored, source.names)
     for part in ready.parts:
         outcome.linears |= part.linears
         outcome.sites |= part.sites
@@ -127,7 +134,7 @@ def merge(ready: Merger, progress: Progress = silent) -> Outcome:
             _copy_all(ready.parts, journal, writer, progress)
             outcome.files, outcome.written_bytes = writer.finish(), writer.nbytes
         with disk_errors(destination):
-            complete(journal.partial, source, ready.recipe, plan, outcome, ready.parts[0].provenance)
+            complete(journal.partial, source, ready.recipe, plan, outcome, ready.parts[0].provenance, ready.labels)
         journal.commit()
     return outcome
 

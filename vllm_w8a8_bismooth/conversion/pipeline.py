@@ -7,12 +7,11 @@ from typing import Any
 
 from vllm_w8a8_bismooth.checkpoint.blocks import Run
 from vllm_w8a8_bismooth.checkpoint.companions import companions
-from vllm_w8a8_bismooth.checkpoint.files import CONFIG, check_space, copy, disk_errors, write_json
+from vllm_w8a8_bismooth.checkpoint.files import CONFIG, RECIPE, check_space, copy, disk_errors, write_json
 from vllm_w8a8_bismooth.checkpoint.journal import Journal, clear
 from vllm_w8a8_bismooth.checkpoint.layout import Source
 from vllm_w8a8_bismooth.checkpoint.writer import ShardWriter
 from vllm_w8a8_bismooth.conversion import part
-from vllm_w8a8_bismooth.conversion.destination import RECIPE
 from vllm_w8a8_bismooth.conversion.plan import Plan, full_names
 from vllm_w8a8_bismooth.conversion.preparation import Preparation, prepare
 from vllm_w8a8_bismooth.conversion.stages import Stages
@@ -21,6 +20,7 @@ from vllm_w8a8_bismooth.method.rows import Threads
 from vllm_w8a8_bismooth.progress import Progress, silent
 from vllm_w8a8_bismooth.recipe import Recipe
 from vllm_w8a8_bismooth.report import card
+from vllm_w8a8_bismooth.report.labels import Labels
 from vllm_w8a8_bismooth.report.outcome import Outcome
 
 __all__ = ["complete", "convert", "prepare"]
@@ -42,7 +42,11 @@ def convert(ready: Preparation, progress: Progress = silent) -> Outcome:
     source = ready.source
     if ready.reused:
         clear(ready.target)  # of a run that was killed right after its last step
-        return Outcome(ready.destination, reused=True, part=ready.part, blocks=len(source.layers))
+        outcome = Outcome(ready.destination, reused=True, part=ready.part, blocks=len(source.layers))
+        if ready.part is None:
+            outcome.relabelled = card.relabel(ready.target, ready.labels)
+            outcome.labels = card.labels_of(ready.target)
+        return outcome
     outcome = Outcome(ready.destination, source.nbytes(ready.part), part=ready.part, blocks=len(source.layers))
     outcome.left_out, outcome.notes = source.checkpoint.left_out(), [*source.notes]
     outcome.ignored = full_names(ready.within(ready.ignored), source.names)
@@ -75,7 +79,7 @@ def _finish(folder: Path, ready: Preparation, plan: Plan, outcome: Outcome, chec
             part.write(folder, ready.source, ready.identity, ready.provenance, checksums, outcome)
         else:
             recipe = replace(ready.recipe, source=checkpoint.fingerprint(checksums))
-            complete(folder, ready.source, recipe, plan, outcome, ready.provenance)
+            complete(folder, ready.source, recipe, plan, outcome, ready.provenance, ready.labels)
     before, now = ready.identity["source"], checkpoint.signature()
     if changed := [name for name in sorted(now.keys() | before.keys()) if now.get(name) != before.get(name)]:
         remedy = "convert again, with it at rest"
@@ -83,7 +87,13 @@ def _finish(folder: Path, ready: Preparation, plan: Plan, outcome: Outcome, chec
 
 
 def complete(
-    folder: Path, source: Source, recipe: Recipe, plan: Plan, outcome: Outcome, provenance: Mapping[str, Any]
+    folder: Path,
+    source: Source,
+    recipe: Recipe,
+    plan: Plan,
+    outcome: Outcome,
+    provenance: Mapping[str, Any],
+    labels: Labels,
 ) -> None:
     """Write everything that stands beside the shards of a whole checkpoint.
 
@@ -94,6 +104,7 @@ def complete(
         plan: of the whole.
         outcome: what was made of each block.
         provenance: where the choices came from, for people.
+        labels: for the card.
     """
     place = source.checkpoint.place
     for file in companions(place):
@@ -101,4 +112,4 @@ def complete(
     write_json(folder / CONFIG, {**source.checkpoint.config, "quantization_config": plan.config()})
     # the choices first, which are compared on a second run
     write_json(folder / RECIPE, {"recipe": asdict(recipe), "provenance": provenance})
-    card.write(folder, source, recipe, outcome, place.hub_id)
+    outcome.labels = card.write(folder, outcome, labels)

@@ -9,16 +9,19 @@ from typing import Any
 import torch
 
 from vllm_w8a8_bismooth import __version__
-from vllm_w8a8_bismooth.checkpoint.files import Folder
+from vllm_w8a8_bismooth.checkpoint.files import RECIPE, Folder
 from vllm_w8a8_bismooth.checkpoint.layout import Source
 from vllm_w8a8_bismooth.checkpoint.writer import PARTIAL, WHOLE
-from vllm_w8a8_bismooth.conversion.destination import RECIPE, already_a_part, already_converted, refuse_overlap
+from vllm_w8a8_bismooth.conversion.destination import already_a_part, already_converted, refuse_overlap
 from vllm_w8a8_bismooth.conversion.options import chosen_by_name, ignored_by_name
 from vllm_w8a8_bismooth.conversion.plan import blocks_of, span
 from vllm_w8a8_bismooth.errors import BismoothError
 from vllm_w8a8_bismooth.measure.text import CalibrationText, tokenize
 from vllm_w8a8_bismooth.recipe import Recipe
 from vllm_w8a8_bismooth.report import card
+from vllm_w8a8_bismooth.report.labels import Labels
+
+_NONE = Labels()
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class Preparation:
         identity: what an unfinished run must have in common with this one to be continued.
         provenance: where the choices came from, for people.
         part: the blocks to convert, if the result is to be a part of a checkpoint; ``None`` is all, and the whole.
+        labels: for the card of a whole checkpoint.
         reused: the destination already holds the result; then ``named``, ``ignored`` and ``tokens`` are not known.
     """
 
@@ -51,6 +55,7 @@ class Preparation:
     provenance: Mapping[str, Any]
     part: range | None = None
     reused: bool = False
+    labels: Labels = _NONE
 
     @property
     def blocks(self) -> range:
@@ -74,6 +79,7 @@ def prepare(
     text: CalibrationText | None = None,
     device: str = "cpu",
     blocks: slice | None = None,
+    labels: Labels = _NONE,
 ) -> Preparation:
     """Open, audit and check everything before a conversion, and write nothing.
 
@@ -84,6 +90,7 @@ def prepare(
         text: calibration text; without it ``bismooth`` estimates the activations from the weights.
         device: torch's name of where blocks are worked on.
         blocks: makes a part of the checkpoint, see :class:`part.Part`, for :func:`merge.merge`.
+        labels: for the card. They are no part of the recipe: a checkpoint is the same with others, but for its card.
 
     Raises:
         BismoothError: anything wrong with the input or the destination.
@@ -108,6 +115,7 @@ def prepare(
         "versions": {"vllm_w8a8_bismooth": __version__, "torch": torch.__version__},
     }
     if part is not None:
+        _check_labels(labels)
         identity["blocks"] = span(part)
         reused = already_a_part(target, identity, part, source)
     else:
@@ -130,7 +138,7 @@ def prepare(
         "device": device,
     }
     return Preparation(
-        destination, target, source, recipe, where, named, ignored, tokens, identity, provenance, part, reused
+        destination, target, source, recipe, where, named, ignored, tokens, identity, provenance, part, reused, labels
     )
 
 
@@ -145,6 +153,15 @@ def _check_auto(part: range | None, text: CalibrationText | None) -> None:
     if text is None:
         what = "measures what quantization does to activations"
         raise BismoothError.of("--method auto", what, "give it --calibration FILE")
+
+
+def _check_labels(labels: Labels) -> None:
+    """Raises :class:`BismoothError` for labels of a part, which has no card."""
+    for option, value in {"--base-model": labels.base_model, "--license": labels.license}.items():
+        if value is not None:
+            raise BismoothError.of(
+                "--blocks", f"a part has no card, {option} has no effect", "give it to bismooth merge"
+            )
 
 
 def device_of(name: str) -> torch.device:

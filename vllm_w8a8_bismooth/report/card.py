@@ -2,7 +2,8 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
@@ -10,17 +11,21 @@ from typing import Any
 
 from vllm_w8a8_bismooth import __version__
 from vllm_w8a8_bismooth.checkpoint.architectures import kind_of
-from vllm_w8a8_bismooth.checkpoint.files import REPORT, write_json
-from vllm_w8a8_bismooth.checkpoint.layout import Source
+from vllm_w8a8_bismooth.checkpoint.files import RECIPE, REPORT, disk_errors, read_json, write_atomically, write_json
+from vllm_w8a8_bismooth.errors import BismoothError
 from vllm_w8a8_bismooth.measure.weights import VULNERABLE
 from vllm_w8a8_bismooth.recipe import Recipe
-from vllm_w8a8_bismooth.report import figures
+from vllm_w8a8_bismooth.report import figures, licence
+from vllm_w8a8_bismooth.report.labels import Labels
 from vllm_w8a8_bismooth.report.outcome import Outcome
+from vllm_w8a8_bismooth.report.task import task_of
 
 CARD, ORIGINAL_CARD, FIGURES = "README.md", "ORIGINAL_README.md", "figures"
 OURS = (REPORT, ORIGINAL_CARD, f"{FIGURES}/{figures.ERRORS}", f"{FIGURES}/{figures.WEIGHTS}")
 """Files that we write beside the model, and that a source must therefore not have."""
 
+_NONE = Labels()
+_HERE = "PATH_TO_THIS_FOLDER"
 _WORST = 10
 _FRONT_MATTER_LIMIT = 2**16  # bytes of the source's card that are looked at
 _FRONT_MATTER = re.compile(r"\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
@@ -38,42 +43,99 @@ def place_of(relative: Path) -> Path:
     return Path(ORIGINAL_CARD) if relative == Path(CARD) else relative
 
 
-def write(folder: Path, source: Source, recipe: Recipe, outcome: Outcome, base_model: str | None = None) -> None:
+def write(folder: Path, outcome: Outcome, labels: Labels = _NONE) -> Labels:
     """Write report.json, the figures and the card of a finished conversion.
 
     Equal conversions give equal bytes, whatever the folders are called and however often they were resumed. Without
     matplotlib there are no figures.
 
     Args:
-        folder: to write into.
-        source: what was converted.
-        recipe: how.
+        folder: to write into, with everything else of the checkpoint in it: the card is drawn up from the folder.
         outcome: the :class:`outcome.Outcome`.
-        base_model: the source's Hub id, if it has one.
+        labels: what the source's files may not show of it.
+
+    Returns:
+        What the card says.
     """
-    write_json(
-        folder / REPORT,
-        {
-            "source_bytes": outcome.source_bytes,
-            "written_bytes": outcome.written_bytes,
-            "vulnerable": outcome.vulnerable(),
-            "linears": outcome.linears,
-            "ignored": outcome.ignored,
-            "sites": {str(index): sites for index, sites in outcome.sites.items()},
-            "granularity": [asdict(entry) for entry in outcome.granularity],
-            "sha256": outcome.files,
-        },
-    )
-    drawn = figures.of_conversion(outcome.linears, outcome.sites, folder / FIGURES) if figures.available() else []
-    content = _card(source, recipe, outcome, base_model, [path.relative_to(folder).as_posix() for path in drawn])
-    (folder / CARD).write_bytes(content.encode())
+    report = {
+        "source_bytes": outcome.source_bytes,
+        "written_bytes": outcome.written_bytes,
+        "vulnerable": outcome.vulnerable(),
+        "linears": outcome.linears,
+        "ignored": outcome.ignored,
+        "sites": {str(index): sites for index, sites in outcome.sites.items()},
+        "granularity": [asdict(entry) for entry in outcome.granularity],
+        "sha256": outcome.files,
+    }
+    write_json(folder / REPORT, report)
+    if figures.available():
+        figures.of_conversion(outcome.linears, outcome.sites, folder / FIGURES)
+    (folder / CARD).write_bytes(draw_up(folder, labels).encode())
+    return labels_of(folder)
+
+
+def labels_of(folder: Path) -> Labels:
+    """What a finished checkpoint's card says now; values that labels cannot have are left out."""
+    found: dict[str, str] = {}
+    for key, value in _front_matter(folder / CARD).items():
+        if key in ("base_model", "license") and isinstance(value, str):
+            with suppress(BismoothError):
+                found |= {key: getattr(Labels(**{key: value}), key)}
+    return Labels(**found)
+
+
+def relabel(folder: Path, labels: Labels) -> bool:
+    """Draw up a finished checkpoint's card anew where it does not say what these labels say.
+
+    Returns:
+        Whether it had to be.
+
+    Raises:
+        BismoothError: the card would lose what somebody wrote into it.
+        Interrupted: it cannot be written.
+    """
+    card, before = folder / CARD, labels_of(folder)
+    after = labels.over(before)
+    if after == before and card.exists():
+        return False
+    if card.exists() and card.read_bytes() != draw_up(folder, before).encode():
+        changed = [f"{key}: {value}" for key, value in vars(after).items() if value != getattr(before, key)]
+        what = f"not as bismooth {__version__} writes it, and what was changed in it would be lost"
+        remedy = f"have it say {' and '.join(changed)} between its first two lines of ---, or move it away"
+        raise BismoothError.of(card, what, f"{remedy} and run the same command again")
+    content = draw_up(folder, after).encode()
+    with disk_errors(folder):
+        write_atomically(card, lambda path: path.write_bytes(content))
+    return True
+
+
+def for_repository(card: str, hub_id: str) -> str:
+    """A card's text, with the commands as they are once the folder is the repository ``org/name`` on the Hub."""
+    fetched = f"hf download {hub_id} --local-dir {_HERE}\nbismooth verify {_HERE}"
+    return card.replace(f"vllm serve {_HERE}", f"vllm serve {hub_id}").replace(f"bismooth verify {_HERE}", fetched)
 
 
 def inherited(card: Path) -> dict[str, Any]:
     """Licence and languages from the YAML front matter of a model card: key -> string, or list of strings.
 
-    The card is not trusted: only its first 64 KiB count, values are plain strings, and those that do not look like
-    what they should be are left out. No card, or one that cannot be parsed, gives nothing.
+    The card is not trusted: see :func:`_front_matter`; values that do not look like what they should be are left out.
+    """
+    stored = _front_matter(card)
+    found: dict[str, Any] = {}
+    for key, pattern in _INHERITED.items():
+        value = stored.get(key)
+        values = value if key == "language" and isinstance(value, list) else [value]
+        if 0 < len(values) <= 100 and all(isinstance(v, str) and re.fullmatch(pattern, v, re.ASCII) for v in values):
+            found[key] = value
+    if "license" in found:
+        found["license"] = licence.hub_id(found["license"]) or found["license"]
+    return found
+
+
+def _front_matter(card: Path) -> dict[str, Any]:
+    """The YAML front matter of a card, of whose first 64 KiB count, with strings in place of numbers and the like.
+
+    No card, or one that cannot be parsed, gives nothing.
     """
     import yaml
 
@@ -85,52 +147,65 @@ def inherited(card: Path) -> dict[str, Any]:
         stored = yaml.load(match[1], yaml.BaseLoader) if match else None
     except Exception:  # whatever a foreign file does to the parser, it must not stop a conversion
         return {}
-    if not isinstance(stored, dict):
-        return {}
-    found: dict[str, Any] = {}
-    for key, pattern in _INHERITED.items():
-        value = stored.get(key)
-        values = value if key == "language" and isinstance(value, list) else [value]
-        if 0 < len(values) <= 100 and all(isinstance(v, str) and re.fullmatch(pattern, v, re.ASCII) for v in values):
-            found[key] = value
-    return found
+    return stored if isinstance(stored, dict) else {}
 
 
-def _card(source: Source, recipe: Recipe, outcome: Outcome, base_model: str | None, drawn: Sequence[str]) -> str:
-    """The model card: YAML front matter, then Markdown."""
+def draw_up(folder: Path, labels: Labels) -> str:
+    """The model card of a folder that holds everything else of a checkpoint: YAML front matter, then Markdown."""
     from huggingface_hub import ModelCard, ModelCardData
 
-    original = source.checkpoint.folder / CARD
+    report, chosen = read_json(folder / REPORT), read_json(folder / RECIPE)
+    recipe, provenance = Recipe(**chosen["recipe"]), chosen["provenance"]
+    linears, ignored = report["linears"], report["ignored"]
+    original, task = folder / ORIGINAL_CARD, task_of(folder)
+    source = str(provenance["source"])  # a folder's name, which has no slash, or an id on the Hub
+    base_model = labels.base_model or (source if "/" in source else None)
     base = {"base_model": base_model, "base_model_relation": "quantized"} if base_model else {}
     data = ModelCardData(
-        **inherited(original) | base,
+        **_terms(inherited(original), labels.license, licence.recognised(folder)) | base,
         library_name="vllm",
-        pipeline_tag="text-generation",
-        tags=["int8", "w8a8", "compressed-tensors", "vllm", "bismooth"],
+        pipeline_tag=task.pipeline,
+        tags=["int8", "w8a8", "compressed-tensors", "vllm", "bismooth", *task.tags],
     )
-    name = _plain(base_model or source.checkpoint.folder.resolve().name)
-    grouped = sum(entry["group_size"] is not None for entry in outcome.linears.values())
+    name = _plain(base_model or source)
+    grouped = sum(entry["group_size"] is not None for entry in linears.values())
+    drawn = [f"{FIGURES}/{figure}" for figure in _CAPTIONS if (folder / FIGURES / figure).is_file()]
+    before, after = report["source_bytes"], report["written_bytes"]
     body = _BODY.format(
         name=name,
         model=f"[{name}](https://huggingface.co/{name})" if base_model else name,
-        version=__version__,
+        version=provenance["vllm_w8a8_bismooth"],
         original=f"\nThe original's own card is [{ORIGINAL_CARD}]({ORIGINAL_CARD}).\n" if original.is_file() else "",
-        method=_method(recipe) + (_EXEMPT if recipe.ignore else ""),
+        method=_method(recipe) + _calibration(report) + (_EXEMPT if recipe.ignore else ""),
         recipe=json.dumps(asdict(recipe), indent=2),
-        linears=len(outcome.linears),
-        ignored=len(outcome.ignored),
-        grouped=f"{grouped} ({grouped / len(outcome.linears):.1%})",
+        linears=len(linears),
+        ignored=len(ignored),
+        grouped=f"{grouped} ({grouped / len(linears):.1%})",
+        here=_HERE,
+        runner=task.runner,
         plugin=_NEEDS_PLUGIN if grouped else _NEEDS_NOTHING,
-        before=f"{outcome.source_bytes / 1e9:.3f}",
-        after=f"{outcome.written_bytes / 1e9:.3f}",
-        share=f"{outcome.written_bytes / outcome.source_bytes:.0%}",
+        before=f"{before / 1e9:.3f}",
+        after=f"{after / 1e9:.3f}",
+        share=f"{after / before:.0%}",
         threshold=VULNERABLE,
-        verdict=_verdict(outcome),
-        kinds=_kinds(outcome.linears),
-        worst=_worst(outcome.linears),
+        verdict=_verdict(report),
+        kinds=_kinds(linears),
+        worst=_worst(linears),
         figures="".join(f"\n![{_CAPTIONS[Path(path).name]}]({path})\n" for path in drawn),
     )
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}"))
+
+
+def _terms(found: Mapping[str, Any], given: str | None, written: str | None) -> dict[str, Any]:
+    """What was inherited, with the licence that somebody named, or else with the one whose text is there.
+
+    A name and a link belong to the licence that they were inherited with.
+    """
+    inherited_license = found.get("license")
+    license = given or inherited_license or written
+    if license is None or license == inherited_license:
+        return dict(found)
+    return {key: value for key, value in found.items() if key == "language"} | {"license": license}
 
 
 def _plain(name: str) -> str:
@@ -161,15 +236,37 @@ def _method(recipe: Recipe) -> str:
     )
 
 
+def _calibration(report: Mapping[str, Any]) -> str:
+    """What of the calibration text was really used, in sentences, where the report says so."""
+    used = report.get("calibration")
+    if not used:
+        return ""
+    names = ", ".join(f"`{_plain(name)}`" for name in used["files"][:_WORST])
+    more = f" and {len(used['files']) - _WORST} more files" if len(used["files"]) > _WORST else ""
+    left = [
+        f"{used[key]} {what}"
+        for key, what in {
+            "skipped": "rows that held no text were skipped",
+            "plain_chats": "chats were joined by line ends, without a chat template",
+            "left_out": "windows were left out for token ids that the embedding lacks",
+        }.items()
+        if used.get(key)
+    ]
+    return (
+        f" The text was {names}{more}: {used['tokens']} tokens in {used['windows']} windows, from {used['documents']} "
+        f"of {used['rows']} documents, computed in {used['arithmetic']}." + (f" {'; '.join(left)}." if left else "")
+    )
+
+
 def _decibels(sqnr: float | None) -> str:
     return "exact" if sqnr is None else f"{sqnr:.1f}"
 
 
-def _verdict(outcome: Outcome) -> str:
-    bad = outcome.vulnerable()
+def _verdict(report: Mapping[str, Any]) -> str:
+    bad = report["vulnerable"]
     if not bad:
         return f"No linear is above {VULNERABLE}."
-    return f"**{len(bad)} of {len(outcome.linears)} linears are above {VULNERABLE}: expect a worse model.**"
+    return f"**{len(bad)} of {len(report['linears'])} linears are above {VULNERABLE}: expect a worse model.**"
 
 
 def _kinds(linears: Mapping[str, Mapping[str, Any]]) -> str:
@@ -199,8 +296,10 @@ _NEEDS_NOTHING = (
     "`vllm-w8a8-bismooth` installed, its kernels are used."
 )
 _NEEDS_PLUGIN = (
-    "The per-group linears need the plugin `vllm-w8a8-bismooth` in vLLM's environment; vLLM without it refuses the\n"
-    "checkpoint. vLLM detects the quantization by itself; `--quantization` need not be given."
+    "The per-group linears need the plugin `vllm-w8a8-bismooth`; vLLM without it refuses the checkpoint. In vLLM's\n"
+    "environment, in a copy of the plugin's repository:\n\n"
+    "```\npip install .\n```\n\n"
+    "vLLM detects the quantization by itself; `--quantization` need not be given."
 )
 _EXEMPT = (
     " Exempt are linears that match `ignore`, with those that vLLM fuses with them: they keep the original's dtype."
@@ -219,7 +318,7 @@ its dtype. The format is compressed-tensors `int-quantized`.
 ## Serve
 
 ```
-vllm serve PATH_TO_THIS_FOLDER
+vllm serve {here}{runner}
 ```
 
 {plugin}
@@ -257,7 +356,7 @@ The worst:
 ## Verify
 
 ```
-bismooth verify PATH_TO_THIS_FOLDER
+bismooth verify {here}
 ```
 
 ## Limits

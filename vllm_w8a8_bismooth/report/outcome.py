@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_w8a8_bismooth.measure import perturbation, weights
+from vllm_w8a8_bismooth.report.labels import Labels
 
 
 @dataclass
@@ -22,6 +23,8 @@ class Outcome:
         files: shard -> SHA-256.
         resumed: blocks that an earlier, interrupted run had done.
         reused: the destination already held this very conversion, and nothing was done.
+        labels: what its card says.
+        relabelled: whether the card of a reused one was drawn up anew.
         part: its blocks, if a part was made; ``None`` is a whole checkpoint.
         blocks: how many the model has.
         left_out: files of the source that were not copied -> bytes.
@@ -38,6 +41,8 @@ class Outcome:
     files: dict[str, str] = field(default_factory=dict)
     resumed: int = 0
     reused: bool = False
+    labels: Labels = Labels()
+    relabelled: bool = False
     part: range | None = None
     blocks: int = 0
     left_out: dict[str, int] = field(default_factory=dict)

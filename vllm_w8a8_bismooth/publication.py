@@ -1,0 +1,149 @@
+"""A finished checkpoint goes to the Hub, as it was written: its shards are compared with the report's hashes first."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from vllm_w8a8_bismooth import MARKER
+from vllm_w8a8_bismooth.checkpoint import upload
+from vllm_w8a8_bismooth.checkpoint.files import (
+    CONFIG,
+    RECIPE,
+    REPORT,
+    WEIGHT_SUFFIXES,
+    partial_folder,
+    read_json,
+    sha256,
+)
+from vllm_w8a8_bismooth.conversion.part import PART
+from vllm_w8a8_bismooth.errors import BismoothError, Problem
+from vllm_w8a8_bismooth.method.rows import Threads
+from vllm_w8a8_bismooth.progress import Progress, silent
+from vllm_w8a8_bismooth.report import card
+from vllm_w8a8_bismooth.report.labels import Labels
+from vllm_w8a8_bismooth.verification import contents
+
+_OURS = "give the folder that bismooth convert or bismooth merge wrote"
+_UNFINISHED = (".partial", ".tmp", ".incomplete", ".lock")
+
+
+@dataclass(frozen=True)
+class Publication:
+    """What is on the Hub now.
+
+    Attributes:
+        hub_id: ``org/name``.
+        url: of its page.
+        commit: that holds it.
+        public: whether everybody may read it.
+        files: how many it has of the checkpoint.
+        nbytes: their size.
+        labels: what its card says.
+    """
+
+    hub_id: str
+    url: str
+    commit: str
+    public: bool
+    files: int
+    nbytes: int
+    labels: Labels
+
+
+def check(destination: Path, hub_id: str, public: bool = False) -> None:
+    """Check before a conversion what :func:`push` would refuse after it; nothing is created or sent.
+
+    Args:
+        destination: the folder to be. If it is there already, the repository may hold it already.
+        hub_id, public: see :func:`push`.
+
+    Raises:
+        BismoothError: see :func:`upload.look`; or the repository holds other files.
+    """
+    there = (destination / REPORT).is_file()
+    upload.look(hub_id, public).refuse_others(_weights(destination, contents.noted(destination) or {}) if there else {})
+
+
+def push(folder: Path, hub_id: str, public: bool = False, progress: Progress = silent) -> Publication:
+    """Upload a finished checkpoint to a repository on the Hub, in one commit.
+
+    The folder is only read. In the repository's card the commands name the repository. A push that was interrupted
+    goes on with the same call, and one that is done is not done again.
+
+    Args:
+        folder: of a checkpoint that ``convert`` or ``merge`` wrote.
+        hub_id: ``org/name``. It is created if it does not exist; one that exists must be empty or hold this checkpoint.
+        public: whether everybody may read it; see :func:`upload.look`.
+        progress: counts shards in the stage ``read``.
+
+    Raises:
+        BismoothError: the folder is no finished checkpoint of ours, or a shard is not as it was written; see also
+            :func:`upload.look` and :func:`upload.upload`.
+        Interrupted: the connection was lost.
+    """
+    shards = _shards(folder)
+    weights = _weights(folder, shards)
+    target = upload.look(hub_id, public)
+    target.refuse_others(weights)
+    _compare(folder, shards, progress)
+    files: dict[str, Path | bytes] = {name: folder / name for name in _files(folder)}
+    if (own := folder / card.CARD).is_file():
+        files[card.CARD] = card.for_repository(own.read_bytes().decode(errors="replace"), hub_id).encode()
+    commit = upload.upload(target, files, weights)
+    nbytes = sum(len(file) if isinstance(file, bytes) else file.stat().st_size for file in files.values())
+    url = upload.page(hub_id)
+    return Publication(hub_id, url, commit, public, len(files), nbytes, card.labels_of(folder))
+
+
+def _shards(folder: Path) -> Mapping[str, str]:
+    """The shards of a finished checkpoint of ours -> the SHA-256 that they had when they were written."""
+    if (folder / PART).is_file():
+        raise BismoothError.of(folder, "a part of a checkpoint", "bismooth merge makes a checkpoint of all its parts")
+    if not folder.exists() and partial_folder(folder).is_dir():
+        remedy = "run the command again that began it, and then push"
+        raise BismoothError.of(folder, "not finished", remedy)
+    if not folder.is_dir():
+        raise BismoothError.of(folder, "no such folder", _OURS)
+    config = read_json(folder / CONFIG).get("quantization_config") if (folder / CONFIG).is_file() else None
+    noted = contents.noted(folder)
+    if not isinstance(config, dict) or MARKER not in config or not (folder / RECIPE).is_file() or not noted:
+        what = f"not written by bismooth (its {CONFIG}, {RECIPE} or {REPORT} does not say so)"
+        raise BismoothError.of(folder, what, _OURS)
+    return noted
+
+
+def _weights(folder: Path, shards: Mapping[str, str]) -> dict[str, str]:
+    """The shards, and the small weights in folders of their own that go with some models -> SHA-256."""
+    return {file: sha256(folder / file) for file in _files(folder) if "/" in file and _is_weights(file)} | dict(shards)
+
+
+def _is_weights(file: str) -> bool:
+    return PurePosixPath(file).suffix in WEIGHT_SUFFIXES
+
+
+def _compare(folder: Path, shards: Mapping[str, str], progress: Progress) -> None:
+    """Raises :class:`BismoothError` with all shards that are not as they were written."""
+    present = [file for file in shards if (folder / file).is_file()]
+    digests = {}
+    with Threads() as threads:
+        for file, digest in zip(present, threads.map(lambda file: sha256(folder / file), present), strict=True):
+            digests[file] = digest
+            progress("read", len(digests), len(present))
+    problems = [*contents.changed(shards, digests), *_strays(folder, shards)]
+    if problems:
+        raise BismoothError(*problems)
+
+
+def _strays(folder: Path, shards: Mapping[str, str]) -> Iterator[Problem]:
+    for file in _files(folder):
+        if "/" not in file and _is_weights(file) and file not in shards:
+            yield Problem(str(folder / file), f"no shard that {REPORT} names", "move it out of the folder")
+
+
+def _files(folder: Path) -> Iterator[str]:
+    """What goes to the Hub: nothing hidden, and no file that is being written."""
+    for path in sorted(folder.rglob("*")):
+        relative = path.relative_to(folder)
+        hidden = any(part.startswith(".") for part in relative.parts)
+        if path.is_file() and not hidden and not path.name.endswith(_UNFINISHED):
+            yield relative.as_posix()
