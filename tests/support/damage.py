@@ -199,7 +199,7 @@ CASES = {
     "foreign tensor": (rename_tensor, ["model.layers.1.router.weight", "is not part of a llama model"]),
     "rotary table of no block": (
         add_tensor("model.layers.99.self_attn.rotary_emb.inv_freq", (12,)),
-        ["layers.99", "belong to no block", "remove them"],
+        ["layers.99", "belong to no block", "remove the tensors"],
     ),
     "rotary table of a strange block": (
         add_tensor("model.layers.00.self_attn.rotary_emb.inv_freq", (12,)),

@@ -249,11 +249,11 @@ def audit(
             yield Problem(name, what, f"remove it or mend {CONFIG}")
     if beyond and not predicts(config, beyond.values()):
         count, last = sum(map(len, beyond.values())), max(beyond)
-        more = f"set num_hidden_layers to {last + 1} in {CONFIG} if the model has so many blocks; if not, "
+        more = f"set num_hidden_layers to {last + 1} in {CONFIG} if the model has so many blocks, or "
         yield Problem(
             f"{names.block(min(beyond))}*",
             f"{count} tensors belong to no block, because {CONFIG} says num_hidden_layers = {sizes['blocks']}",
-            (more if sorted(beyond) == list(range(sizes["blocks"], last + 1)) else "") + "remove them",
+            (more if sorted(beyond) == list(range(sizes["blocks"], last + 1)) else "") + "remove the tensors",
         )
 
 

@@ -1,0 +1,152 @@
+"""Every remedy of a refusal is followed to the letter, and ends well.
+
+:data:`REMEDIES` is the table: words of a remedy -> what a user does who reads them. A refusal whose remedy is not in it
+fails, so a new message needs a line here.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.support.command import run
+from tests.support.damage import CASES, INDEX, Q, edit_json, edit_shard
+from tests.support.rename import bare, edit_tensors, in_files, renamed
+from vllm_w8a8_bismooth.verification import verify
+
+Follow = Callable[[Path, Path, re.Match, str], None]
+"""(source, a whole copy of it, the remedy's words, where the problem is) -> none."""
+
+
+def download(source: Path, whole: Path, *_) -> None:
+    shutil.rmtree(source)
+    shutil.copytree(whole, source)
+
+
+def mend(source: Path, whole: Path, found: re.Match, where: str) -> None:
+    """The file that is named, or config.json, as it was."""
+    file = Path(where).name if (whole / Path(where).name).is_file() else "config.json"
+    path = source / file
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+    shutil.copy(whole / file, path)
+
+
+def remove(source: Path, whole: Path, found: re.Match, where: str) -> None:
+    """A tensor, those that a pattern names, or a file."""
+    if (source / Path(where).name).is_symlink():
+        (source / Path(where).name).unlink()
+        return
+    weight_map = json.loads((source / INDEX).read_text())["weight_map"]
+    pattern = re.escape(where).replace(r"\*", ".*")
+    for name in [name for name in weight_map if re.fullmatch(pattern, name)]:
+        edit_shard(source, lambda tensors, name=name: tensors.pop(name), name)
+        edit_json(source / INDEX, lambda index, name=name: index["weight_map"].pop(name))
+
+
+def setting(source: Path, whole: Path, found: re.Match, where: str) -> None:
+    edit_json(source / "config.json", lambda config: config.update({found[1]: json.loads(found[2])}))
+
+
+def drop_key(source: Path, whole: Path, found: re.Match, where: str) -> None:
+    edit_json(source / "config.json", lambda config: config.pop(found[1]))
+
+
+def rename(source: Path, whole: Path, found: re.Match, where: str) -> None:
+    (source / Path(where).name).rename(source / f"my_{Path(where).name}")
+
+
+def save_again(source: Path, whole: Path, *_) -> None:
+    """Opens what transformers can open, and saves it as the remedy says."""
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+    for path in [*source.glob("*.safetensors"), *source.glob("*.bin")]:
+        path.unlink()
+    model.to(torch.bfloat16).save_pretrained(source)
+
+
+def leave_one(source: Path, whole: Path, found: re.Match, where: str) -> None:
+    for path in source.glob("other*.safetensors"):
+        path.unlink()
+
+
+REMEDIES: dict[str, Follow] = {
+    r"set (num_hidden_layers) to (\d+) in config.json": setting,
+    r"set (architectures) to (\[.*?\]) in config.json": setting,
+    r"remove (quantization_config) from config.json": drop_key,
+    r"give the folder|convert the original|give a checkpoint in|known are|repair": download,
+    r"download .*again|^mend the one": download,
+    r"put the checkpoint's \S+ there": download,
+    r"model\.(?:to\(.*\)\.)?save_pretrained\(FOLDER\)": save_again,
+    r"leave only the files of one": leave_one,
+    r"rename it": rename,
+    r"^remove (?:it|the tensors)|remove the link": remove,
+    r"mend|check the path|remove one of the keys": mend,
+}
+
+
+def follow(message: str, source: Path, whole: Path) -> None:
+    """Does what each line of a refusal says."""
+    lines = message.splitlines()
+    if "bismooth inspect lists them" in lines[-1]:
+        lines = json.loads(run("inspect", source, "--json")[1])["problems"]
+    for line in lines:
+        problem, _, remedy = line.strip().removeprefix("also: ").rpartition("; ")
+        where = problem.removeprefix(f"{source}: ").partition(": ")[0]
+        assert remedy, line
+        action = next(((f, m) for words, f in REMEDIES.items() if (m := re.search(words, remedy))), None)
+        assert action, f"no line of the table is about the remedy {remedy!r}"
+        action[0](source, whole, action[1], where)
+
+
+def try_remedy(source: Path, whole: Path, out: Path, *options) -> None:
+    code, message = run("convert", source, out, *options)
+    assert code == 2, message
+    follow(message, source, whole)
+    code, message = run("convert", source, out, *options)
+    assert code == 0, message
+    assert verify(out, source, engine=False).ok
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_damaged_source(make_checkpoint, tmp_path, case):
+    source = make_checkpoint()
+    whole = shutil.copytree(source, tmp_path / "whole")
+    CASES[case][0](source)
+    try_remedy(source, whole, tmp_path / "out", "--method", "rtn")
+
+
+def fp64(source: Path) -> None:
+    edit_tensors(source, lambda tensors: tensors | {Q: tensors[Q].double()})
+
+
+def headless(source: Path) -> None:
+    renamed(source, bare)
+
+
+def two_models(source: Path) -> None:
+    in_files(source, ["model-00001-of-00001.safetensors"])
+    shutil.copy(source / "model-00001-of-00001.safetensors", source / "other.safetensors")
+
+
+def pickled(source: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+    torch.save(model.state_dict(), source / "pytorch_model.bin")
+    (source / "model.safetensors").unlink()
+
+
+def packed(source: Path) -> None:
+    edit_json(
+        source / "config.json", lambda config: config.update(quantization_config={"quant_method": "bitsandbytes"})
+    )
+
+
+@pytest.mark.parametrize("damage", [fp64, headless, two_models, pickled, packed])
+def test_an_odd_source(make_checkpoint, tmp_path, damage):
+    source = make_checkpoint(sharded=False)
+    whole = shutil.copytree(source, tmp_path / "whole")
+    damage(source)
+    try_remedy(source, whole, tmp_path / "out", "--method", "rtn")
