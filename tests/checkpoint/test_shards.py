@@ -105,6 +105,15 @@ def test_an_index_that_is_right_goes_before_one_file(source, tmp_path, expected)
     same(source, tmp_path, expected, f"({SINGLE}")
 
 
+@pytest.mark.parametrize("place", ["inner", "snapshots/0123456789abcdef", "checkpoint-500"])
+def test_the_folder_around_the_model(source, tmp_path, place):
+    """A Hub cache's folder, a trainer's output: the remedy names the folder that is meant."""
+    (tmp_path / "around" / place).parent.mkdir(parents=True)
+    inner = source.rename(tmp_path / "around" / place)
+    code, message = run("convert", tmp_path / "around", tmp_path / "out", "--method", "rtn")
+    assert code == 2 and f"around/config.json: not found; give {inner}, which holds one" in message
+
+
 def test_pickles_alone(source, tmp_path):
     (source / SINGLE).unlink()
     (source / "pytorch_model.bin").write_bytes(b"pickle")

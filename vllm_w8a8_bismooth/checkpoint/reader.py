@@ -77,6 +77,10 @@ class Headers:
         self.files: list[str] = []
         self.headers: dict[str, Header] = {}
         self.problems: list[Problem] = []
+        self.names, self.lost, self.notes = Names(), set(), []
+        if isinstance(place, Folder) and not place.has(CONFIG):  # any folder, perhaps with millions of files in it
+            self._fault(f"{place}/{CONFIG}", "not found", _elsewhere(place))
+            return
         try:
             self.config = read_json(place.local(CONFIG))
         except BismoothError as error:
@@ -172,6 +176,15 @@ class Headers:
     def left_out(self) -> dict[str, int]:
         """The files that are not copied, with their bytes."""
         return left_out(self.place, self.files)
+
+
+def _elsewhere(place: Folder) -> str:
+    """What to do about a folder without a config: give the one in it that has it, as in the Hub's cache."""
+    for depth in ("*", "*/*"):
+        for path in sorted(place.path.glob(f"{depth}/{CONFIG}")):
+            if any(path.parent.glob("*.safetensors")):
+                return f"give {path.parent}, which holds one"
+    return "give the folder of a Hugging Face checkpoint"
 
 
 class Checkpoint(Headers):
