@@ -50,8 +50,8 @@ def test_the_options_are_those_of_the_command():
     import typer
 
     parameters = {p.name for p in typer.main.get_command(app).commands["convert"].params}
-    of_the_command = {"dry_run", "as_json", "base_model", "license", "push_to_hub", "public"}
-    assert parameters - of_the_command == inspect.signature(b.convert).parameters.keys() - {"progress"} - of_the_command
+    of_the_command = {"dry_run", "as_json", "push_to_hub", "public"}
+    assert parameters - of_the_command == inspect.signature(b.convert).parameters.keys() - {"progress"}
 
 
 @pytest.mark.parametrize("kind", [str, Path])
