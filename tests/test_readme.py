@@ -60,17 +60,37 @@ def test_the_readme_is_short_and_has_no_placeholders():
     assert not re.findall(r"<[^!>]+>", text.replace("\n<!--", ""))
 
 
+def python_of(page: Path) -> list[str]:
+    """The examples of a page."""
+    return re.findall(r"```python\n(.+?)```", page.read_text(), re.DOTALL)
+
+
+@pytest.fixture
+def workplace(make_checkpoint, calibration_text, tmp_path, monkeypatch) -> Path:
+    """The current folder has what examples name: SRC and text.txt."""
+    make_checkpoint().rename(tmp_path / "SRC")
+    calibration_text.rename(tmp_path / "text.txt")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
 @pytest.mark.engine  # verify asks vLLM
-def test_the_readmes_python_runs(make_checkpoint, calibration_text, tmp_path, capsys):
-    (code,) = re.findall(r"```python\n(.+?)```", README.read_text(), re.DOTALL)
+def test_the_readmes_python_runs(workplace, capsys):
+    (code,) = python_of(README)
     assert len(code.splitlines()) <= 10
-    paths = {"SRC": make_checkpoint(), "DST": tmp_path / "out", "text.txt": calibration_text}
-    for name, path in paths.items():
-        assert f'Path("{name}")' in code
-        code = code.replace(f'Path("{name}")', f"Path({str(path)!r})")
     exec(code, {})
-    assert (tmp_path / "out" / "config.json").exists()
-    assert capsys.readouterr().out.rstrip().endswith("True")
+    assert (workplace / "DST" / "config.json").exists()
+    assert capsys.readouterr().out == "[] True\n"
+
+
+def test_the_python_of_the_page_on_python_runs(workplace, capsys):
+    names: dict = {}
+    for code in python_of(ROOT / "docs/python.md"):
+        exec(code, names)
+    said = capsys.readouterr().out
+    assert "['model.layers.0.mlp.down_proj']" in said and "True [] []" in said
+    assert "DST | holds another conversion" in said and "convert: 3 of 3" in said
+    assert (workplace / "DST-8bit" / "config.json").exists()
 
 
 def options() -> dict[str, str]:

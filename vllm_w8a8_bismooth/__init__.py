@@ -2,6 +2,10 @@
 
 import functools
 import logging
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm_w8a8_bismooth.api import convert, inspect, merge, preview, verify
 
 __version__ = "0.1.0"
 FORMAT = "int-quantized"
@@ -10,6 +14,20 @@ MARKER = "bismooth"
 """The key of ``quantization_config`` by which the plugin claims our checkpoints; other readers ignore it."""
 NAME = "w8a8_bismooth"
 """How vLLM calls the quantization method of the plugin."""
+__all__ = ["convert", "inspect", "merge", "preview", "register", "verify"]
+
+
+def __getattr__(name: str) -> Any:
+    """The functions of :mod:`api`, imported when they are first used: vLLM imports this module in every process."""
+    if name in __all__:
+        from vllm_w8a8_bismooth import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 @functools.cache

@@ -61,7 +61,9 @@ def check(destination: Path, hub_id: str, public: bool = False) -> None:
         BismoothError: see :func:`upload.look`; or the repository holds other files.
     """
     there = (destination / REPORT).is_file()
-    upload.look(hub_id, public).refuse_others(_weights(destination, contents.noted(destination) or {}) if there else {})
+    upload.look(hub_id, public).refuse_others(
+        _weights(destination, contents.Noted.of(destination).digests or {}) if there else {}
+    )
 
 
 def push(folder: Path, hub_id: str, public: bool = False, progress: Progress = silent) -> Publication:
@@ -105,7 +107,7 @@ def _shards(folder: Path) -> Mapping[str, str]:
     if not folder.is_dir():
         raise BismoothError.of(folder, "no such folder", _OURS)
     config = read_json(folder / CONFIG).get("quantization_config") if (folder / CONFIG).is_file() else None
-    noted = contents.noted(folder)
+    noted = contents.Noted.of(folder).digests
     if not isinstance(config, dict) or MARKER not in config or not (folder / RECIPE).is_file() or not noted:
         what = f"not written by bismooth (its {CONFIG}, {RECIPE} or {REPORT} does not say so)"
         raise BismoothError.of(folder, what, _OURS)

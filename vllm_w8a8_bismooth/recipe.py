@@ -1,17 +1,21 @@
 """Every choice of a conversion, as frozen data, and the part of it that goes into the checkpoint's config.json."""
 
+import numbers
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from vllm_w8a8_bismooth import FORMAT, MARKER
+from vllm_w8a8_bismooth import FORMAT, MARKER, patterns
 from vllm_w8a8_bismooth.checkpoint.architectures import Layer
 from vllm_w8a8_bismooth.checkpoint.layout import Layout
 from vllm_w8a8_bismooth.checkpoint.names import Names
 from vllm_w8a8_bismooth.errors import BismoothError
 
 SMOOTHINGS = ("balanced", "alpha")
+_NUMBERS = {"alpha": float, "calibration_tokens": int, "group_size": int, "group_budget": float}
+PATTERNS = ("group_layers", "ignore")
+"""The fields that name linears."""
 ALPHA = 0.5
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "rtn": {"ignore": None},
@@ -47,14 +51,16 @@ class Recipe:
         alpha: share of the activation range moved into the weights (``smoothing`` ``alpha``).
         calibration_tokens: token budget of the calibration (``bismooth``, ``auto``).
         group_size: columns per scale in per-group linears.
-        group_layers: regular expression on full linear names; ``None`` lets the weights decide (``mixed``).
-        group_budget: share of the linears that may get per-group scales, 0 to 1 (``auto``).
-        ignore: regular expression on full names of linears that keep the source's dtype; ``None`` is none.
+        group_layers: patterns of linears, see :mod:`patterns`; ``None`` lets the weights decide (``mixed``). A text, or
+            several, becomes a tuple of single patterns, here and in ``ignore``.
+        group_budget: share of the linears that may get per-group scales, 0 to 1, or a text like ``3%`` (``auto``).
+        ignore: patterns of linears that keep the source's dtype; ``None`` is none.
         source: fingerprint of the source checkpoint, once it is open.
         calibration: SHA-256 of the calibration file; ``None`` is data-free.
 
     Raises:
         BismoothError: a value is out of range, or an option does not go with the method.
+        TypeError: a value is of another kind than it should be.
     """
 
     method: str
@@ -62,22 +68,21 @@ class Recipe:
     alpha: float | None = None
     calibration_tokens: int | None = None
     group_size: int | None = None
-    group_layers: str | None = None
+    group_layers: tuple[str, ...] | None = None
     group_budget: float | None = None
-    ignore: str | None = None
+    ignore: tuple[str, ...] | None = None
     source: str | None = None
     calibration: str | None = None
 
     @classmethod
     def of(cls, method: str, **given: Any) -> "Recipe":
-        """A recipe from what a user gave (``None`` = not given) and the method's defaults."""
-        if method not in DEFAULTS:
+        """A recipe from what a user gave (``None`` or nothing in a list = not given) and the method's defaults."""
+        if not isinstance(method, str) or method not in DEFAULTS:
             raise BismoothError.of(f"--method {method!r}", "unknown", f"choose one of {', '.join(DEFAULTS)}")
-        given = {key: value for key, value in given.items() if value is not None}
+        given = {key: value for key, value in given.items() if value not in (None, [], ())}
         for key in given:
             if key not in DEFAULTS[method]:
-                option = f"--{key.replace('_', '-')}"
-                raise BismoothError.of(f"--method {method}", f"{option} has no effect", "leave it out")
+                raise BismoothError.of(f"--method {method}", f"{option_of(key)} has no effect", "leave it out")
         options = {**DEFAULTS[method], **given}
         if options.get("smoothing") == "alpha":
             options["alpha"] = options["alpha"] if options["alpha"] is not None else ALPHA
@@ -90,6 +95,9 @@ class Recipe:
         return cls(method, **options)
 
     def __post_init__(self) -> None:
+        for field, kind in _NUMBERS.items():
+            if (value := getattr(self, field)) is not None:
+                object.__setattr__(self, field, _number(field, value, kind))
         if self.smoothing not in (None, *SMOOTHINGS):
             raise BismoothError.of(
                 f"--smoothing {self.smoothing!r}", "unknown", f"choose one of {', '.join(SMOOTHINGS)}"
@@ -106,20 +114,63 @@ class Recipe:
             )
         if self.group_budget is not None and not 0 <= self.group_budget <= 1:
             raise BismoothError.of(f"--group-budget {self.group_budget}", "outside 0 to 1", "give a share, 3% or 0.03")
-        for option, pattern in {"--group-layers": self.group_layers, "--ignore": self.ignore}.items():
-            try:
-                re.compile(pattern or "")
-            except re.error as error:
-                raise BismoothError.of(f"{option} {pattern!r}", f"no regular expression ({error})", "mend it") from None
+        for field in PATTERNS:
+            if (given := getattr(self, field)) is not None:
+                if not isinstance(given, str | list | tuple) or not all(isinstance(text, str) for text in given):
+                    raise TypeError(f"{field} must be a string or a list of strings, not {given!r}")
+                single = patterns.split(given)
+                object.__setattr__(self, field, single or None)
+                for pattern in single:
+                    _check_pattern(option_of(field), pattern)
 
     def differences(self, other: Mapping[str, Any]) -> list[str]:
         """Fields in which a stored recipe (a dict from recipe.json) differs from this one, as readable lines."""
-        mine = asdict(self)
+        mine, stored = asdict(self), dict(other)
+        for field in PATTERNS:
+            if isinstance(given := stored.get(field), str | list):  # 0.1.0 stored a text
+                stored[field] = patterns.split(map(str, given) if isinstance(given, list) else given)
         return [
-            f"{key}: {other.get(key)!r} there, {mine.get(key)!r} now"
-            for key in sorted(mine.keys() | other.keys())
-            if mine.get(key) != other.get(key)
+            f"{key}: {_shown(stored.get(key))} there, {_shown(mine.get(key))} now"
+            for key in sorted(mine.keys() | stored.keys())
+            if mine.get(key) != stored.get(key)
         ]
+
+
+def names_of_hashes(recipe: Mapping[str, Any], provenance: Mapping[str, Any]) -> dict[str, str]:
+    """Hash -> what a person calls that which has it: the calibration file, and the source."""
+    pairs = ((recipe.get(key), provenance.get(key)) for key in ("calibration", "source"))
+    return {digest: name for digest, name in pairs if isinstance(digest, str) and isinstance(name, str)}
+
+
+def option_of(field: str) -> str:
+    """What the command calls a field."""
+    return f"--{field.replace('_', '-')}"
+
+
+def _number(field: str, value: Any, kind: type) -> Any:
+    if field == "group_budget" and isinstance(value, str):
+        try:
+            return float(value.removesuffix("%")) / (100 if value.endswith("%") else 1)
+        except ValueError:
+            remedy = "write 3% or 0.03"
+            raise BismoothError.of(f"{option_of(field)} {value}", f"{value!r} is no share", remedy) from None
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral if kind is int else numbers.Real):
+        raise TypeError(f"{field} must be {'an integer' if kind is int else 'a number'}, not {value!r}")
+    return kind(value)
+
+
+def _check_pattern(option: str, pattern: str) -> None:
+    if not pattern.removeprefix("re:"):
+        raise BismoothError.of(option, "one of its patterns is empty", "leave that one out, with its comma")
+    try:
+        patterns.found_by(pattern, ())
+    except (re.error, OverflowError, RecursionError) as error:
+        remedy = "mend it, or write \\ before a comma that is meant"
+        raise BismoothError.of(f"{option} {pattern!r}", f"no regular expression ({error})", remedy) from None
+
+
+def _shown(value: Any) -> str:
+    return ", ".join(value) if isinstance(value, tuple) else repr(value)
 
 
 def _arguments(strategy: str, group_size: int | None, dynamic: bool) -> dict[str, Any]:

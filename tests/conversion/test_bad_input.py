@@ -32,7 +32,17 @@ OPTIONS = {
     "group size of 48": (["--method", "mixed", "--group-size", "48"], ["--group-size 48", "multiple of 32"]),
     "names no linear": (["--method", "mixed", "--group-layers", "lm_head"], ["'lm_head': names no linear", "q_proj"]),
     "no expression": (["--method", "mixed", "--group-layers", "("], ["no regular expression"]),
-    "ignores no linear": (["--ignore", "lm_head"], ["--ignore 'lm_head': names no linear", "q_proj"]),
+    "ignores no linear": (["--ignore", "lm_heads"], ["--ignore 'lm_heads': names no linear", "q_proj"]),
+    "two of three ignore nothing": (
+        ["--ignore", "down_proj,dwn_proj", "--ignore", "re:down_proj"],
+        ["--ignore 'dwn_proj': names no linear", "also: --ignore 're:down_proj': names no linear"],
+    ),
+    "an empty pattern": (["--ignore", ""], ["--ignore: one of its patterns is empty"]),
+    "an empty pattern among others": (["--ignore", "down_proj,"], ["--ignore: one of its patterns is empty"]),
+    "a comma where none is meant": (
+        ["--group-size", "32", "--group-layers", "(down,proj"],
+        ["--group-layers '(down,proj': no regular expression"],
+    ),
     "ignores everything": (["--method", "rtn", "--ignore", "proj"], ["--ignore 'proj': names every linear"]),
     "ignore is no expression": (["--ignore", "["], ["--ignore '[': no regular expression"]),
     "ignored and per-group": (

@@ -340,7 +340,7 @@ DAMAGE = {
     "config": (lambda p: (p / "source/source/config.json").unlink(), ["source/config.json: absent"]),
     "version": (of_version, ["made by bismooth 9.9, and this is"]),
     "torch": (of_torch, ["of another conversion than", "versions.torch: '1.0' there"]),
-    "recipe": (again(Recipe.of("bismooth", ignore="down")), ["recipe.ignore: 'down' there, None now"]),
+    "recipe": (again(Recipe.of("bismooth", ignore="down")), ["recipe.ignore: ['down'] there, None now"]),
     "method": (again(RTN), ["recipe.method: 'rtn' there, 'bismooth' now"]),
     "config of the source": (
         again(change=lambda s: edit_json(s / "config.json", lambda c: c.update(rope_theta=5.0))),

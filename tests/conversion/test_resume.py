@@ -126,7 +126,7 @@ def test_an_unfinished_run_is_not_continued_as_another(make_checkpoint, tmp_path
     before = digests(tmp_path / "out.partial")
     for recipe, text, difference in (
         (Recipe.of("bismooth", smoothing="alpha"), None, "recipe.alpha: None there, 0.5 now"),
-        (Recipe.of("bismooth"), read_text(calibration_text), "recipe.calibration: None there, '"),
+        (Recipe.of("bismooth"), read_text(calibration_text), "recipe.calibration: None there, calibration.txt ("),
     ):
         with pytest.raises(BismoothError, match="unfinished conversion of another kind") as caught:
             convert(source, out, recipe, text)

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -489,6 +490,101 @@ def test_checkpoints_of_others_are_verified_as_far_as_possible(pairs):
     found = verify(out, source, engine=False)
     assert [line for line in lines(found) if "total_size" not in line] == []
     assert "not made by bismooth" in found.notes[0] and found.linears[Q.removesuffix(".weight")]["sqnr"] > 20
+
+
+def silent_model(folder: Path, model_type: str = "llama") -> Path:
+    """A checkpoint with linears that do nothing, as pruning or an initialization with zeros leaves them."""
+    model = tiny_model(model_type)
+    with torch.no_grad():
+        for name, parameter in model.model.layers.named_parameters():
+            if re.search(r"0\.self_attn\.o_proj|[12]\.mlp\.down_proj|2\.self_attn\.v_proj|1\.mlp\.experts\.down", name):
+                parameter.zero_()
+    return write_checkpoint(folder, model)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mixtral"])
+@pytest.mark.parametrize("method", ["rtn", "bismooth", "calibrated"])
+def test_linears_that_are_zero_in_the_source_are_a_note(tmp_path, calibration_text, model_type, method):
+    source, out = silent_model(tmp_path / "source", model_type), tmp_path / "out"
+    text = read_text(calibration_text) if method == "calibrated" else None
+    recipe = (
+        Recipe.of("rtn") if method == "rtn" else Recipe.of("bismooth", **({"calibration_tokens": 200} if text else {}))
+    )
+    convert(source, out, recipe, text)
+    silent = {"llama": "down_proj in blocks 1-2", "mixtral": "experts.*.w2 in block 1"}[model_type]
+    for against, how in ((source, "as in the source"), (None, "as in the source, by what report.json says")):
+        found = verify(out, against, engine=False)
+        (note,) = found.notes
+        assert found.ok and note.startswith(f"all weights are 0, {how}: ") and silent in note, (lines(found), note)
+        assert "o_proj in block 0" in note and "v_proj in block 2" in note
+    (out / "report.json").unlink()
+    assert verify(out, source, engine=False).ok
+    (fault, *_) = verify(out, engine=False).findings
+    assert "has no code but 0" in fault.what and "name the source with --against" in fault.remedy
+
+
+def test_linears_that_became_zero_are_faults(pairs):
+    source, out = pairs("llama")
+    change(Q, lambda t: t.zero_())(out)
+    (hash_, fault) = verify(out, engine=False).findings
+    assert "SHA-256" in hash_.what and "no code but 0" in fault.what
+    fault = next(f for f in verify(out, source, engine=False).findings if f.where == Q)
+    assert "the source's does something" in fault.what and fault.remedy.startswith("copy the file again")
+    edit_json(
+        out / "report.json", lambda r: r["linears"][Q.removesuffix(".weight")].update(column_error=0.0, sqnr=None)
+    )
+    assert any("no code but 0" in line for line in lines(verify(out, engine=False))), "the file is not as it was noted"
+
+
+def of_others(out: Path, *names: str) -> None:
+    """As llm-compressor leaves it when nothing but these is to be INT8 besides: without our marker and report."""
+    (out / "report.json").unlink()
+    for name in names:
+        in_int8(f"{name}.weight")(out)
+    ignore = lambda c: [p for p in c["ignore"] if not any(is_named(p, name) for name in names)]  # noqa: E731
+    quantization(lambda c: (c.pop("bismooth"), c.update(ignore=ignore(c))))(out)
+    shards = {path: load_file(path) for path in out.glob("*.safetensors")}
+    total = sum(tensor.nbytes for tensors in shards.values() for tensor in tensors.values())
+    edit_json(out / INDEX, lambda index: index["metadata"].update(total_size=total))
+
+
+def is_named(pattern: str, name: str) -> bool:
+    return bool(re.match(pattern.removeprefix("re:"), name)) if pattern.startswith("re:") else pattern == name
+
+
+def test_a_head_in_int8_is_looked_at(pairs, monkeypatch):
+    source, out = pairs("llama")
+    of_others(out, "lm_head")
+    asked = []
+    monkeypatch.setattr(
+        "vllm_w8a8_bismooth.verification.served.ask", lambda module, request: asked.append(request) or []
+    )
+    found = verify(out, source)
+    assert found.ok and found.linears["lm_head"]["sqnr"] > 30, lines(found)
+    assert asked[0]["linears"]["lm_head"] is None and "lm_head" not in asked[0]["float"]
+    put("lm_head.weight_scale", (2, 0), 0.0)(out)
+    assert any("lm_head.weight_scale" in line for line in lines(verify(out, engine=False)))
+
+
+def test_routers_in_int8_are_a_note(pairs, monkeypatch):
+    source, out = pairs("mixtral")
+    of_others(out, *(f"model.layers.{i}.block_sparse_moe.gate" for i in range(3)))
+    asked = []
+    monkeypatch.setattr(
+        "vllm_w8a8_bismooth.verification.served.ask", lambda module, request: asked.append(request) or []
+    )
+    found = verify(out, source)
+    assert found.ok, lines(found)
+    assert "routers in INT8 (gate in blocks 0-2): whether vLLM serves them so was not checked" in found.notes
+    assert not [name for name in asked[0]["float"] if "gate" in name]
+
+
+@pytest.mark.engine
+def test_vllm_takes_a_head_in_int8(pairs):
+    _, out = pairs("llama")
+    of_others(out, "lm_head")
+    found = verify(out)
+    assert found.ok and not [note for note in found.notes if "vLLM" in note], (lines(found), found.notes)
 
 
 @pytest.mark.parametrize(

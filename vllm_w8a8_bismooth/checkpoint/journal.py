@@ -4,7 +4,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
@@ -15,6 +15,8 @@ from vllm_w8a8_bismooth.checkpoint.files import disk_errors, partial_folder, wri
 from vllm_w8a8_bismooth.errors import BismoothError, Interrupted
 
 FOLDER = ".bismooth"
+NAMES = "names"
+"""The key of an identity under which hashes in it have names that people know."""
 _LOCK, _RUN = "lock", "run.json"
 _LAYOUT = 2  # of what lies in the folder; a run that left another layout is not continued
 
@@ -27,7 +29,8 @@ class Journal:
 
     Args:
         destination: the folder to be; it does not exist yet, or is empty.
-        identity: JSON that says what the run makes of what. A run that left another one here is not continued.
+        identity: JSON that says what the run makes of what. A run that left another one here is not continued, but
+            for :data:`NAMES`, which are for messages.
 
     Raises:
         BismoothError: the folder cannot be created, another run is writing it, holds another run, or is not ours.
@@ -95,7 +98,8 @@ class Journal:
         """Whether an earlier run is there; raises if it was another one."""
         if (before := self._read(_RUN)) is None:
             return False
-        lines = list(differences(before, self._identity))
+        names = {**before.pop(NAMES, {}), **self._identity.get(NAMES, {})}
+        lines = readable(differences(before, {k: v for k, v in self._identity.items() if k != NAMES}), names)
         if lines:
             more = ", ..." if len(lines) > 4 else ""
             raise BismoothError.of(
@@ -174,3 +178,11 @@ def differences(before: Any, now: Any, path: str = "") -> Iterator[str]:
             yield from differences(before.get(key), now.get(key), f"{path}.{key}" if path else key)
     elif before != now:
         yield f"{path}: {before!r} there, {now!r} now"
+
+
+def readable(lines: Iterable[str], names: Mapping[str, str]) -> list[str]:
+    """Lines in which the name stands beside the beginning of each hash that has one."""
+    found = list(lines)
+    for digest, name in names.items():
+        found = [line.replace(repr(digest), f"{name} ({digest[:12]})") for line in found]
+    return found

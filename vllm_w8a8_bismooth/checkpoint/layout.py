@@ -108,6 +108,6 @@ class Source(Layout):
 
     checkpoint: Checkpoint
 
-    def __init__(self, folder: Path | Folder):
+    def __init__(self, folder: str | Path | Folder):
         super().__init__(Checkpoint(folder))
         self.refuse()

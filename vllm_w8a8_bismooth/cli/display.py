@@ -1,13 +1,15 @@
 """What the ``bismooth`` command shows to people, and the JSON that it gives to programs."""
 
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm_w8a8_bismooth.cli.advice import advice
 from vllm_w8a8_bismooth.cli.progress import duration
+from vllm_w8a8_bismooth.report.names import in_few_words
 from vllm_w8a8_bismooth.report.task import task_of
+from vllm_w8a8_bismooth.shell import word
 
 if TYPE_CHECKING:  # torch comes with them, and it is imported inside commands
     from rich.console import Console
@@ -16,117 +18,21 @@ if TYPE_CHECKING:  # torch comes with them, and it is imported inside commands
     from vllm_w8a8_bismooth.conversion.merge import Merger
     from vllm_w8a8_bismooth.conversion.preview import Preview
     from vllm_w8a8_bismooth.doctor import Diagnosis
-    from vllm_w8a8_bismooth.measure import weights
     from vllm_w8a8_bismooth.recipe import Recipe
     from vllm_w8a8_bismooth.report.outcome import Outcome
     from vllm_w8a8_bismooth.verification import Verification
 
 
+def console(stderr: bool = False) -> "Console":
+    """For lines that stay as they are, so that paths and commands can be copied."""
+    from rich.console import Console
+
+    return Console(stderr=stderr, soft_wrap=True, highlight=False, emoji=False)
+
+
 def with_sentences(found: "inspect.Survey | Diagnosis") -> dict[str, Any]:
     """Everything that was found, its problems as text."""
     return asdict(found) | {"problems": list(map(str, found.problems))}
-
-
-def analysis_json(found: "weights.Analysis") -> dict[str, Any]:
-    return {
-        "vulnerable": found.vulnerable(),
-        "vulnerable_share": found.share(),
-        "grouped": found.grouped,
-        "linears": {name: {**asdict(m), "reason": m.reason()} for name, m in found.linears.items()},
-    }
-
-
-def analysis(found: "weights.Analysis", source: str, group_size: int | None, top: int) -> None:
-    """The table on stdout: it is what was asked for."""
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(width=None if sys.stdout.isatty() else 160)
-    bad = found.vulnerable()
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    table.add_column("linear", overflow="fold")
-    for heading in ("column\nerror", "SQNR,\ndB", "columns,\nx median", "rows,\nx median"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    sizes = sorted({size for m in found.linears.values() for size in m.groups}, reverse=True)
-    for size in sizes:
-        table.add_column(f"error\ng = {size}", justify="right", no_wrap=True)
-    table.add_column("why", overflow="fold")
-    for name in found.ranked()[:top]:
-        m = found.linears[name]
-        table.add_row(
-            name,
-            f"{m.column_error:.4f}",
-            "exact" if m.sqnr is None else f"{m.sqnr:.1f}",
-            f"{m.columns.ratio:.1f}",
-            f"{m.rows.ratio:.1f}",
-            *(f"{m.groups[size]:.4f}" if size in m.groups else "" for size in sizes),
-            m.reason(),
-            style="red" if m.vulnerable() else None,
-        )
-    console.print(table)
-    if len(bad) > top:
-        console.print(
-            f"... and {len(bad) - top} more that are vulnerable; --top {len(bad)} shows them.", highlight=False
-        )
-    console.print(
-        f"\n{len(bad)} of {len(found.linears)} linears are vulnerable, {found.share():.1%} of the linears' parameters.",
-        style="bold",
-        highlight=False,
-    )
-    for line in _advice(found, source, group_size):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
-def perturbation(found: Mapping[str, Mapping[str, float]], top: int) -> None:
-    """The table of ``analyze --calibration`` on stdout: where output error comes from, worst units first."""
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(width=None if sys.stdout.isatty() else 160)
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    table.add_column("linear as served", overflow="fold")
-    variants = list(next(iter(found.values())))
-    for variant in variants:
-        table.add_column(variant.replace("_", "\n"), justify="right", no_wrap=True)
-    totals = {variant: sum(errors[variant] for errors in found.values()) for variant in variants}
-    for unit in sorted(found, key=lambda unit: -found[unit][variants[-1]])[:top]:
-        table.add_row(unit, *(f"{found[unit][variant]:.2e}" for variant in variants))
-    table.add_section()
-    table.add_row(f"sum of {len(found)}", *(f"{totals[variant]:.2e}" for variant in variants), style="bold")
-    console.print(table)
-    console.print(
-        "Squared change of the block's output relative to its size when the linear alone is quantized (weights, "
-        "activations, or both), before and after smoothing.",
-        highlight=False,
-        soft_wrap=True,
-    )
-
-
-def _advice(found: "weights.Analysis", source: str, group_size: int | None) -> Iterator[str]:
-    from vllm_w8a8_bismooth.measure.weights import VULNERABLE
-
-    if not found.vulnerable():
-        yield "The weights need no repair; the activations, which they do not show, still gain from smoothing:"
-    else:
-        yield "Repair by smoothing, which helps every linear:"
-    yield f"  bismooth convert {source} DST --calibration text.txt"
-    if found.experts:
-        yield f"Only this helps {len(found.experts)} of them: experts are served per-channel."
-    if not found.grouped:
-        return
-    siblings = len(set(found.grouped) - set(found.vulnerable()))
-    which = f"{len(found.grouped)} linears" + (f", {siblings} of them as fused siblings" if siblings else "")
-    repair = found.repair()
-    if repair is None:
-        yield f"Per-group scales do not fit: a vulnerable linear's K is not a multiple of {group_size or 32}."
-    elif repair[1] <= VULNERABLE:
-        yield f"Or by per-group scales on {which}, which would leave them a column error of {repair[1]:.3f} at most:"
-        yield f"  bismooth convert {source} DST --method mixed --group-size {repair[0]}"
-    else:
-        yield (
-            f"Per-group scales of {repair[0]} on {which} (--method mixed) are not enough: "
-            f"they would leave a column error of up to {repair[1]:.2f}; above {VULNERABLE} is vulnerable."
-        )
 
 
 def _left_out(console: "Console", files: Mapping[str, int], notes: Sequence[str]) -> None:
@@ -157,7 +63,6 @@ def _gb(count: int) -> str:
 def inspection(console: "Console", found: "inspect.Survey", source: str) -> None:
     """The survey of a checkpoint for people, on stdout: nothing is left out but what is empty."""
     from rich.markup import escape
-    from rich.table import Table
 
     sizes = found.sizes
     revision = f" (commit {found.revision})" if found.revision else ""
@@ -186,28 +91,41 @@ def inspection(console: "Console", found: "inspect.Survey", source: str) -> None
     for name, text in rows.items():
         console.print(f"  {name:<13} {text}")
     if found.per_channel:
-        table = Table("tensor parallel", *map(str, found.per_channel))
-        for name, answers in (("per-channel", found.per_channel), (f"g = {found.group_size}", found.per_group)):
-            table.add_row(name, *("no" if reasons else "yes" for reasons in answers.values()))
-        weights = found.needs["data-free"].written_bytes / 1e9
-        table.add_row("GB a rank", *(f"{weights / ranks:.3g}" for ranks in found.per_channel))
-        console.print(table)
-        for reason in dict.fromkeys(r for reasons in found.per_group.values() for r in reasons):
-            console.print(f"  no: {escape(reason)}")
+        _tensor_parallel(console, found)
     _left_out(console, found.left_out, found.notes)
-    where = escape(source)
     if found.problems:
         console.print(f"[red]{len(found.problems)} problem{'s' if len(found.problems) > 1 else ''}[/red]:")
         for problem in found.problems:
             console.print(f"  {escape(str(problem))}")
-        console.print(f"Next, once that is mended: bismooth inspect {where}")
+        console.print(f"Next, once that is mended: bismooth inspect {word(source)}", markup=False)
     else:
-        name = escape(Path(source if found.hub_id is None else found.hub_id).resolve().name)
-        console.print(f"Next: bismooth convert {where} ./{name}-int8")
+        console.print(f"Next: bismooth convert {word(source)} {word(found.proposal)}", markup=False)
+
+
+def _tensor_parallel(console: "Console", found: "inspect.Survey") -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table("tensor parallel", *map(str, found.per_channel))
+    for name, answers in (("per-channel", found.per_channel), (f"g = {found.group_size}", found.per_group)):
+        table.add_row(name, *("no" if reasons else "yes" for reasons in answers.values()))
+    weights = found.needs["data-free"].written_bytes / 1e9
+    table.add_row("GB a rank", *(f"{weights / ranks:.3g}" for ranks in found.per_channel))
+    console.print(table)
+    ranks_of: dict[str, list[str]] = {}
+    for ranks, reasons in found.per_group.items():  # those of per_channel are among them
+        for reason in reasons:
+            ranks_of.setdefault(reason, []).append(str(ranks))
+    for reason, sizes_with in ranks_of.items():
+        console.print(f"  no on {', '.join(sizes_with)}: {escape(reason)}")
+
+
+def _already_float(console: "Console", names: Sequence[str]) -> None:
+    if names:
+        console.print(f"In float anyway, also without --ignore: {in_few_words(names)}", markup=False)
 
 
 def preview(console: "Console", plan: "Preview", recipe: "Recipe") -> None:
-    from rich.markup import escape
     from rich.table import Table
 
     if plan.reused:
@@ -224,13 +142,10 @@ def preview(console: "Console", plan: "Preview", recipe: "Recipe") -> None:
     if plan.grouped is None:
         console.print(f"Per-group linears (g = {recipe.group_size}): the weights decide; sizes are without them")
     elif plan.grouped:
-        console.print(f"{len(plan.grouped)} linears per-group (g = {recipe.group_size}):")
-        for name in plan.grouped:
-            console.print(f"  {escape(name)}")
+        console.print(f"{len(plan.grouped)} linears per-group (g = {recipe.group_size}): {in_few_words(plan.grouped)}")
     if plan.ignored:
-        console.print(f"{len(plan.ignored)} linears left in float:")
-        for name in plan.ignored:
-            console.print(f"  {escape(name)}")
+        console.print(f"{len(plan.ignored)} linears left in float: {in_few_words(plan.ignored)}")
+    _already_float(console, plan.already_float)
     _left_out(console, plan.left_out, plan.notes)
     if plan.resumed:
         console.print(f"{plan.resumed} of {plan.blocks} blocks are done and will be skipped")
@@ -280,30 +195,40 @@ def report_json(report: "Outcome") -> dict[str, Any]:
         "linears": report.linears,
         "ignored": report.ignored,
         "left_out": report.left_out,
+        "already_float": report.already_float,
         "notes": report.notes,
         "sites": report.sites,
         "granularity": [asdict(entry) for entry in report.granularity],
     }
 
 
-def summary(console: "Console", report: "Outcome", recipe: "Recipe") -> None:
+def summary(console: "Console", report: "Outcome") -> None:
     from rich.markup import escape
 
-    where = escape(str(report.destination))
+    name, where = escape(str(report.destination)), word(report.destination)
     if report.reused:
         if report.relabelled:
             says = ", ".join(f"{key}: {value}" for key, value in asdict(report.labels).items() if value)
-            console.print(f"[bold]{where}[/bold] already holds this conversion; its card was rewritten ({says}).")
+            console.print(
+                f"[bold]{name}[/bold] already holds this conversion; its card was rewritten ({escape(says)})."
+            )
         else:
             _nothing_to_do(console, report.destination)
         return
-    grouped = sum(entry["group_size"] is not None for entry in report.linears.values())
-    share = report.written_bytes / report.source_bytes
+    recipe = report.recipe
+    assert recipe is not None
+    per_group = [name for name, entry in report.linears.items() if entry["group_size"] is not None]
+    grouped, share = len(per_group), report.written_bytes / report.source_bytes
     console.print(
-        f"Wrote [bold]{where}[/bold]: {report.source_bytes / 1e9:.3f} GB -> {report.written_bytes / 1e9:.3f} GB "
-        f"({share:.0%}), {len(report.linears) - grouped} linears per-channel, {grouped} per-group"
-        + (f", {len(report.ignored)} left in float." if report.ignored else ".")
+        f"Wrote [bold]{name}[/bold]: {report.source_bytes / 1e9:.3f} GB -> "
+        f"{report.written_bytes / 1e9:.3f} GB ({share:.0%}), {len(report.linears) - grouped} linears per-channel, "
+        f"{grouped} per-group" + (f", {len(report.ignored)} left in float." if report.ignored else ".")
     )
+    if per_group:
+        console.print(f"Per-group (g = {recipe.group_size}): {in_few_words(per_group)}", markup=False)
+    if report.ignored:
+        console.print(f"Left in float: {in_few_words(report.ignored)}", markup=False)
+    _already_float(console, report.already_float)
     for entry in report.granularity:
         if entry.chosen:
             console.print(f"  per-group: {escape(entry.unit)} {entry.reason}", highlight=False)
@@ -316,29 +241,22 @@ def summary(console: "Console", report: "Outcome", recipe: "Recipe") -> None:
     if bad := report.vulnerable():
         console.print(
             f"[yellow]Warning:[/yellow] {len(bad)} linears lose their weights to outlier columns. "
-            + (
-                "Try --method bismooth or mixed."
-                if not recipe.group_size
-                else f"Try a --group-size under {recipe.group_size}, or --method bismooth."
-                if recipe.group_size > 32
-                else "Try --method bismooth."
-            )
+            + advice(recipe, report)
         )
     if report.part is not None:
         console.print(
             f"This is a part, blocks {report.part.start}:{report.part.stop} of {report.blocks}.\n"
             f"Next, with the parts of the other blocks: bismooth merge DST {where} ...",
-            highlight=False,
+            markup=False,
         )
         return
     if missing := report.labels.missing():
         console.print(
             f"The card names no {' and no '.join(missing)}; the same command with {' '.join(missing.values())} adds "
-            f"{'it' if len(missing) == 1 else 'them'} in place.",
-            highlight=False,
+            f"{'it' if len(missing) == 1 else 'them'} in place."
         )
     runner = task_of(report.destination).runner
-    console.print(f"Next: bismooth verify {where}\n      vllm serve {where}{runner}", highlight=False)
+    console.print(f"Next: bismooth verify {where}\n      vllm serve {where}{runner}", markup=False)
 
 
 def _nothing_to_do(console: "Console", destination: Path) -> None:

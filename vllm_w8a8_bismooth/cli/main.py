@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -11,29 +10,13 @@ from typing import Annotated
 import typer
 
 from vllm_w8a8_bismooth import __version__
-from vllm_w8a8_bismooth.cli import display, publication
+from vllm_w8a8_bismooth.cli import analysis, display, publication
+from vllm_w8a8_bismooth.cli.arguments import Verbs
 from vllm_w8a8_bismooth.cli.progress import Progress
 from vllm_w8a8_bismooth.errors import BismoothError
 
-
-class _Verbs(typer.core.TyperGroup):
-    """Ends Ctrl-C with one line and exit code 130."""
-
-    def invoke(self, ctx):
-        try:
-            return super().invoke(ctx)
-        except KeyboardInterrupt:
-            goes_on = (
-                "; the same command goes on from there"
-                if ctx.invoked_subcommand in ("convert", "merge", "push")
-                else ""
-            )
-            print(f"Interrupted{goes_on}", file=sys.stderr)
-            raise typer.Exit(130) from None
-
-
 app = typer.Typer(
-    cls=_Verbs,
+    cls=Verbs,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -43,26 +26,11 @@ app = typer.Typer(
 _SourceArgument = Annotated[
     str,
     typer.Argument(
-        metavar="SRC", help="Folder of a Hugging Face checkpoint (safetensors), or org/name[@revision] on the Hub."
+        metavar="SRC", help="Folder of a Hugging Face checkpoint (safetensors), or org/name\\[@revision] on the Hub."
     ),
 ]
 
 _WITHOUT_TEXT = "--calibration-tokens has no effect without --calibration FILE"
-
-
-def _share(text: str) -> float:
-    """``3%`` or ``0.03``."""
-    try:
-        return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-    except ValueError:
-        raise typer.BadParameter(f"{text!r} is no share; write 3% or 0.03") from None
-
-
-def _blocks(text: str) -> slice:
-    """``42:84``, ``:42`` or ``84:``."""
-    if not (match := re.fullmatch(r"(?a:(\d*):(\d*))", text)):
-        raise typer.BadParameter(f"{text!r} are no blocks; write 42:84 for the blocks 42 to 83")
-    return slice(*(int(end) if end else None for end in match.groups()))
 
 
 def _version(asked: bool) -> None:
@@ -83,9 +51,11 @@ def bismooth(
 @app.command()
 def inspect(
     source: _SourceArgument,
-    calibration_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a calibrated conversion.")] = 16384,
+    calibration_tokens: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Tokens of a calibrated conversion.")
+    ] = 16384,
     group_size: Annotated[
-        int, typer.Option(min=1, help="Columns per scale, for which tensor parallelism is checked.")
+        int, typer.Option(min=1, metavar="N", help="Columns per scale, for which tensor parallelism is checked.")
     ] = 128,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
@@ -93,16 +63,13 @@ def inspect(
 
     Exits with 2 if there are problems.
     """
-    from rich.console import Console
+    from vllm_w8a8_bismooth import api
 
-    from vllm_w8a8_bismooth.checkpoint import hub
-    from vllm_w8a8_bismooth.conversion.inspect import survey
-
-    found = survey(hub.find(source), calibration_tokens, group_size)
+    found = api.inspect(source, calibration_tokens=calibration_tokens, group_size=group_size)
     if as_json:
         print(json.dumps(display.with_sentences(found), indent=2))
     else:
-        display.inspection(Console(soft_wrap=True, highlight=False), found, source)
+        display.inspection(display.console(), found, source)
     if found.problems:
         raise typer.Exit(2)
 
@@ -110,12 +77,13 @@ def inspect(
 @app.command()
 def convert(
     source: _SourceArgument,
-    destination: Annotated[Path, typer.Argument(metavar="DST", help="Folder to write; it must not exist yet.")],
+    destination: Annotated[str, typer.Argument(metavar="DST", help="Folder to write; it must not exist yet.")],
     method: Annotated[
         str,
         typer.Option(
+            metavar="METHOD",
             help="rtn: round as is. bismooth: balance weights and activations, per-channel throughout. "
-            "mixed: per-group scales for vulnerable linears. auto: bismooth, and per-group scales where they pay."
+            "mixed: per-group scales for vulnerable linears. auto: bismooth, and per-group scales where they pay.",
         ),
     ] = "bismooth",
     calibration: Annotated[
@@ -124,10 +92,13 @@ def convert(
             metavar="FILE|none", help='Text (.txt, or .jsonl with "text"); none = data-free, the default of bismooth.'
         ),
     ] = None,
-    calibration_tokens: Annotated[int | None, typer.Option(help="Tokens taken from it.", show_default="16384")] = None,
+    calibration_tokens: Annotated[
+        int | None, typer.Option(metavar="N", help="Tokens taken from it.", show_default="16384")
+    ] = None,
     smoothing: Annotated[
         str | None,
         typer.Option(
+            metavar="RULE",
             help="balanced: factors of least expected output error. alpha: by a fixed share (SmoothQuant's rule).",
             show_default="balanced",
         ),
@@ -135,35 +106,48 @@ def convert(
     alpha: Annotated[
         float | None,
         typer.Option(
-            help="With --smoothing alpha: share of the activation range moved into the weights.", show_default="0.5"
+            metavar="SHARE",
+            help="With --smoothing alpha: share of the activation range moved into the weights.",
+            show_default="0.5",
         ),
     ] = None,
     group_size: Annotated[
-        int | None, typer.Option(help="Columns per scale in per-group linears.", show_default="128 for mixed, auto")
+        int | None,
+        typer.Option(metavar="N", help="Columns per scale in per-group linears.", show_default="128 for mixed, auto"),
     ] = None,
     group_layers: Annotated[
-        str | None,
-        typer.Option(metavar="REGEX", help="Linears to make per-group, instead of finding them from the weights."),
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERNS",
+            help="Linears to make per-group, instead of finding them from the weights; written as with --ignore.",
+        ),
     ] = None,
     group_budget: Annotated[
-        float | None,
+        str | None,
         typer.Option(
-            parser=_share,
             metavar="SHARE",
             help="With auto: share of the linears that may get per-group scales, 3% or 0.03.",
             show_default="3%",
         ),
     ] = None,
-    ignore: Annotated[str | None, typer.Option(metavar="REGEX", help="Linears to leave in the source's dtype.")] = None,
-    blocks: Annotated[
-        slice | None,
+    ignore: Annotated[
+        list[str] | None,
         typer.Option(
-            parser=_blocks,
+            metavar="PATTERNS",
+            help="Linears to leave in the source's dtype: regular expressions for their full names, with commas "
+            "between them or each with its own --ignore. One after re: must match from the name's beginning.",
+        ),
+    ] = None,
+    blocks: Annotated[
+        str | None,
+        typer.Option(
             metavar="FIRST:END",
             help="Convert only these decoder blocks, 0:42 here and 42:84 elsewhere; bismooth merge joins the parts.",
         ),
     ] = None,
-    device: Annotated[str, typer.Option(help="Where blocks are worked on: cpu, cuda, cuda:1.")] = "cpu",
+    device: Annotated[
+        str, typer.Option(metavar="DEVICE", help="Where blocks are worked on: cpu, cuda, cuda:1.")
+    ] = "cpu",
     base_model: publication.BaseModelOption = None,
     license: publication.LicenseOption = None,
     push_to_hub: publication.PushOption = None,
@@ -177,64 +161,49 @@ def convert(
 
     Then: [bold]vllm serve DST[/bold]
     """
-    from rich.console import Console
+    from vllm_w8a8_bismooth import api
+    from vllm_w8a8_bismooth.conversion import pipeline
+    from vllm_w8a8_bismooth.conversion.preview import preview
 
-    from vllm_w8a8_bismooth.checkpoint import hub
-    from vllm_w8a8_bismooth.recipe import DEFAULTS, Recipe
-    from vllm_w8a8_bismooth.report.labels import Labels
-
-    console = Console(stderr=True, soft_wrap=True)  # paths and commands stay copyable
-    text = None
-    if calibration not in (None, "none"):
-        if "calibration_tokens" not in DEFAULTS.get(method, {}):
-            raise BismoothError.of(f"--method {method}", "--calibration has no effect", "leave it out")
-        from vllm_w8a8_bismooth.measure.text import read_text
-
-        text = read_text(Path(calibration))
-    elif calibration_tokens is not None:
-        raise BismoothError.of("convert", _WITHOUT_TEXT, "leave it out")
-    recipe = Recipe.of(
-        method,
+    publication.check(Path(destination), push_to_hub, public, blocks is not None)
+    ready = api.prepare(
+        source,
+        destination,
+        method=method,
+        calibration=None if calibration == "none" else calibration,
+        calibration_tokens=calibration_tokens,
         smoothing=smoothing,
         alpha=alpha,
-        calibration_tokens=calibration_tokens,
         group_size=group_size,
         group_layers=group_layers,
         group_budget=group_budget,
         ignore=ignore,
+        blocks=blocks,
+        device=device,
+        base_model=base_model,
+        license=license,
+        download=not dry_run,
     )
-    labels = Labels(base_model, license)
-    publication.check(destination, push_to_hub, public, blocks is not None)
     if dry_run:
-        if (folder := hub.cached(source)) is None:
-            remedy = "bismooth inspect shows size, needs and problems from the headers alone"
-            raise BismoothError.of(source, "not downloaded yet, and --dry-run writes nothing", remedy)
-        from vllm_w8a8_bismooth.conversion.preparation import prepare
-        from vllm_w8a8_bismooth.conversion.preview import preview
-
-        plan = preview(prepare(folder, destination, recipe, text, device, blocks, labels))
+        plan = preview(ready)
         if as_json:
             print(json.dumps(asdict(plan) | {"destination": str(destination)}, indent=2))
         else:
-            display.preview(Console(soft_wrap=True, highlight=False), plan, recipe)
+            display.preview(display.console(), plan, ready.recipe)
         return
-    folder = hub.fetch(source)
-    from vllm_w8a8_bismooth.conversion.pipeline import convert as run
-    from vllm_w8a8_bismooth.conversion.preparation import prepare
-
-    ready = prepare(folder, destination, recipe, text, device, blocks, labels)
+    console = display.console(stderr=True)
     with Progress(console) as progress:
-        report = run(ready, progress)
+        report = pipeline.convert(ready, progress)
     if not as_json:
-        display.summary(console, report, recipe)
-    pushed = publication.send(destination, push_to_hub, public, console) if push_to_hub is not None else None
+        display.summary(console, report)
+    pushed = publication.send(Path(destination), push_to_hub, public, console) if push_to_hub is not None else None
     if as_json:
         print(json.dumps(display.report_json(report) | ({"push": pushed} if pushed else {}), indent=2))
 
 
 @app.command()
 def merge(
-    destination: Annotated[Path, typer.Argument(metavar="DST", help="Folder to write; it must not exist yet.")],
+    destination: Annotated[str, typer.Argument(metavar="DST", help="Folder to write; it must not exist yet.")],
     parts: Annotated[
         list[Path], typer.Argument(metavar="PART...", help="Folders of all parts, as convert --blocks wrote them.")
     ],
@@ -249,8 +218,6 @@ def merge(
 
     The result is what one machine would have written, byte for byte. The parts stay as they are.
     """
-    from rich.console import Console
-
     from vllm_w8a8_bismooth.conversion.merge import merge as run
     from vllm_w8a8_bismooth.conversion.merge import prepare
     from vllm_w8a8_bismooth.report.labels import Labels
@@ -260,15 +227,15 @@ def merge(
         if as_json:
             print(json.dumps(display.merger_json(ready), indent=2))
         else:
-            display.merger(Console(soft_wrap=True, highlight=False), ready)
+            display.merger(display.console(), ready)
         return
-    console = Console(stderr=True, soft_wrap=True)
+    console = display.console(stderr=True)
     with Progress(console) as progress:
         report = run(ready, progress)
     if as_json:
         print(json.dumps(display.report_json(report), indent=2))
     else:
-        display.summary(console, report, ready.recipe)
+        display.summary(console, report)
 
 
 @app.command()
@@ -277,6 +244,7 @@ def analyze(
     group_size: Annotated[
         int | None,
         typer.Option(
+            metavar="N",
             help="Also measure what per-group scales of this size would leave.",
             show_default="256, 128, 64, 32 on vulnerable linears, until one repairs",
         ),
@@ -288,19 +256,19 @@ def analyze(
         ),
     ] = None,
     calibration_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Tokens taken from it.", show_default="16384")
+        int | None, typer.Option(min=1, metavar="N", help="Tokens taken from it.", show_default="16384")
     ] = None,
     figures: Annotated[Path | None, typer.Option(metavar="DIR", help="Draw the weights and errors as SVG.")] = None,
-    top: Annotated[int, typer.Option(min=1, help="Rows of the table.")] = 20,
-    device: Annotated[str, typer.Option(help="Where weights are worked on: cpu, cuda, cuda:1.")] = "cpu",
+    top: Annotated[int, typer.Option(min=1, metavar="N", help="Rows of the table.")] = 20,
+    device: Annotated[
+        str, typer.Option(metavar="DEVICE", help="Where weights are worked on: cpu, cuda, cuda:1.")
+    ] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="Print everything measured as JSON on stdout.")] = False,
 ) -> None:
     """Measure what INT8 does to each linear, from the weights alone, and say which are vulnerable and why.
 
     With --calibration also how far each linear moves its block's output, before and after smoothing.
     """
-    from rich.console import Console
-
     from vllm_w8a8_bismooth.checkpoint import hub
     from vllm_w8a8_bismooth.checkpoint.blocks import Run
     from vllm_w8a8_bismooth.checkpoint.layout import Source
@@ -319,7 +287,7 @@ def analyze(
     if calibration_tokens is not None and calibration is None:
         raise BismoothError.of("analyze", _WITHOUT_TEXT, "leave it out")
     text = read_text(Path(calibration)) if calibration is not None else None
-    console, where, moved = Console(stderr=True, soft_wrap=True), device_of(device), None
+    console, where, moved = display.console(stderr=True), device_of(device), None
     with Progress(console) as progress:
         over = Run(Source(hub.fetch(source)), where, progress=progress)
         found = measure(over, group_size)
@@ -327,11 +295,11 @@ def analyze(
             tokens = tokenize(text, over.source.checkpoint, calibration_tokens or 16384)
             moved = perturbation.view(over, tokens, balance.by_error)
     if as_json:
-        print(json.dumps({"source": source, **display.analysis_json(found), "perturbation": moved}, indent=2))
+        print(json.dumps({"source": source, **analysis.analysis_json(found), "perturbation": moved}, indent=2))
     else:
-        display.analysis(found, source, group_size, top)
+        analysis.analysis(found, source, group_size, top)
         if moved is not None:
-            display.perturbation(moved, top)
+            analysis.perturbation(moved, top)
     for path in drawing.of_analysis(found, figures) if figures is not None else []:
         console.print(f"Drew {path}", markup=False)
 
@@ -349,14 +317,11 @@ def verify(
 
     Exit codes: 0 nothing wrong, 1 faults (all are listed), 2 nothing there to check.
     """
-    from rich.console import Console
+    from vllm_w8a8_bismooth import api
 
-    from vllm_w8a8_bismooth.checkpoint import hub
-    from vllm_w8a8_bismooth.verification import verify as run
-
-    console = Console(stderr=True, soft_wrap=True)
+    console = display.console(stderr=True)
     with Progress(console) as progress:
-        found = run(folder, hub.fetch(against) if against is not None else None, progress)
+        found = api.verify(folder, against=against, progress=progress)
     if as_json:
         print(json.dumps(display.verification_json(found), indent=2))
     else:
@@ -372,16 +337,14 @@ def doctor(
 
     The first thing to paste into a bug report. Exit codes: 0 nothing is missing, 1 something is.
     """
-    from rich.console import Console
-
     from vllm_w8a8_bismooth.doctor import diagnose
 
-    with Console(stderr=True).status("asking vLLM"):
+    with display.console(stderr=True).status("asking vLLM"):
         found = diagnose()
     if as_json:
         print(json.dumps(display.with_sentences(found), indent=2))
     else:
-        display.diagnosis(Console(soft_wrap=True), found)
+        display.diagnosis(display.console(), found)
     raise typer.Exit(1 if found.problems else 0)
 
 

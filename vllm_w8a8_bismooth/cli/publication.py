@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from vllm_w8a8_bismooth.cli import display
 from vllm_w8a8_bismooth.cli.progress import Progress
 from vllm_w8a8_bismooth.errors import BismoothError
 
@@ -75,9 +76,7 @@ def push(
     Its SHA-256s are compared with report.json first. A push that was interrupted goes on, and sends nothing twice.
     Log in before it with [bold]hf auth login[/bold], with a token that may write.
     """
-    from rich.console import Console
-
-    done = send(folder, hub_id, public, Console(stderr=True, soft_wrap=True))
+    done = send(folder, hub_id, public, display.console(stderr=True))
     if as_json:
         print(json.dumps(done, indent=2))
 

@@ -1,75 +1,198 @@
-"""Whether the place to write to is free, is ours, or holds the result already."""
+"""The place to write to: whether it can be written, is free, is ours, or holds the result already."""
 
 import os
+import re
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from vllm_w8a8_bismooth.checkpoint.files import RECIPE, partial_folder, read_json
+from vllm_w8a8_bismooth.checkpoint.journal import NAMES, readable
 from vllm_w8a8_bismooth.checkpoint.layout import Source
+from vllm_w8a8_bismooth.conversion import proposal
 from vllm_w8a8_bismooth.conversion.part import PART, Part, outline_of
 from vllm_w8a8_bismooth.conversion.plan import span
 from vllm_w8a8_bismooth.errors import BismoothError
-from vllm_w8a8_bismooth.recipe import Recipe
+from vllm_w8a8_bismooth.recipe import Recipe, names_of_hashes
+from vllm_w8a8_bismooth.shell import word
 
-_ELSEWHERE = "remove it or choose another folder"
 _MARKS = {RECIPE: "a whole checkpoint", PART: "a part of a checkpoint"}
+_MOUNTS = Path("/proc/self/mountinfo")
 
 
-def refuse_overlap(folder: Path, destination: Path, what: str = "source") -> None:
-    """Raises :class:`BismoothError` if what is written would lie in a folder that is read, or around it."""
-    read = Path(os.path.realpath(folder))
-    for written in (destination, partial_folder(destination)):
-        if written == read or written in read.parents or read in written.parents:
-            raise BismoothError.of(written, f"overlaps the {what} {folder}", "choose a destination beside it")
+@dataclass(frozen=True)
+class Destination:
+    """The folder to be. It grows beside its place and is renamed in the end, so its place must let itself be taken.
 
+    Attributes:
+        given: as the user wrote it.
+        target: resolved; a link is followed, also one that leads nowhere yet.
+        name: of the model, for proposals.
+    """
 
-def _is_free(destination: Path, mark: str) -> bool:
-    """Whether nothing is at the destination; raises if what is there lacks the file that marks what is to be there."""
-    if destination.is_symlink():
-        raise BismoothError.of(destination, "a link in a circle", _ELSEWHERE)
-    if not destination.exists() or (destination.is_dir() and not any(destination.iterdir())):
-        return True
-    found = [name for name in _MARKS if (destination / name).is_file()]
-    if mark not in found:
+    given: Path
+    target: Path
+    name: str
+
+    @classmethod
+    def of(cls, given: str | Path, name: str) -> "Destination":
+        """Resolve a path.
+
+        Raises:
+            BismoothError: it is empty, begins with a ``~`` that no shell has expanded, or has characters in it that a
+                terminal takes for something else.
+        """
+        text = str(given)
+        if not text:
+            raise BismoothError.of(
+                "the destination",
+                "its name is empty",
+                f"give a folder, like {word(proposal.inside(Path(), name))}",
+            )
+        if any(unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp") for letter in text):
+            what = "the destination's name has a control character, or bytes that are no text"
+            raise BismoothError.of(repr(text), what, "choose a name without")
+        if (expanded := os.path.expanduser(text)) != text:
+            remedy = f"give {word(expanded)}, or {word(os.path.abspath(text))} if it is really called so"
+            raise BismoothError.of(text, "~ stands for your home folder only where a shell reads it", remedy)
+        # realpath, because unlike Path.resolve it survives links in a circle
+        return cls(Path(given), Path(os.path.realpath(text)), name)
+
+    def refuse_overlap(self, folder: Path, what: str = "source") -> None:
+        """Raises :class:`BismoothError` if what is written would lie in a folder that is read, or around it."""
+        read = Path(os.path.realpath(folder))
+        for written in (self.target, partial_folder(self.target)) if self.target.name else (self.target,):
+            if written == read or written in read.parents or read in written.parents:
+                remedy = f"choose a destination beside it, like {word(proposal.beside(read, self.name))}"
+                raise BismoothError.of(written, f"overlaps the {what} {folder}", remedy)
+
+    def check(self) -> None:
+        """Refuse a place that could not be taken, before anything is read, unless something of ours is there.
+
+        Raises:
+            BismoothError: the name is too long, nothing can be written there, a disk is mounted there, or it is the
+                current folder or one around it.
+        """
+        if self.target.is_symlink():
+            raise BismoothError.of(self.given, "a link in a circle", "remove it or choose another folder")
+        if self._marks():
+            return
+        if why := self._fixed():
+            raise BismoothError.of(self.given, why, self._elsewhere())
+        partial = partial_folder(self.target)
+        try:
+            os.lstat(partial)
+        except (FileNotFoundError, NotADirectoryError):
+            pass
+        except OSError as error:
+            raise BismoothError.of(self.given, f"cannot be written ({error})", "choose another name") from None
+        if partial.is_symlink() or str(partial) in mounts():
+            what = "is a link or a mounted disk, and the result grows there before it gets its name"
+            raise BismoothError.of(partial, what, "remove it or choose another destination")
+        _check_writable(self.given, partial)
+
+    def holds(self, mark: str) -> bool:
+        """Whether what the mark stands for is there; ``False`` if nothing is.
+
+        Raises:
+            BismoothError: anything else is there.
+        """
+        if mark in (found := self._marks()):
+            return True
+        if not self.target.exists() or (self.target.is_dir() and not any(self.target.iterdir())):
+            return False
         what = f"holds {_MARKS[found[0]]}" if found else "exists and is no result of bismooth"
-        raise BismoothError.of(destination, what, _ELSEWHERE)
-    return False
+        raise BismoothError.of(self.given, what, self._elsewhere())
+
+    def refuse_another(self, differences: Sequence[str]) -> None:
+        """Raises :class:`BismoothError` if there are differences to what is there."""
+        if differences:
+            more = ["..."] if len(differences) > 10 else []
+            what = f"holds another conversion ({'; '.join([*differences[:10], *more])})"
+            raise BismoothError.of(self.given, what, self._elsewhere())
+
+    def _marks(self) -> list[str]:
+        return [name for name in _MARKS if os.path.isfile(self.target / name)]
+
+    def _fixed(self) -> str | None:
+        """Why no other folder can take this one's place, if that is so."""
+        if str(self.target) in mounts() or os.path.ismount(self.target):
+            return "a disk is mounted there, so that no folder can take its place"
+        try:
+            here = Path(os.path.realpath(os.getcwd()))
+        except FileNotFoundError:
+            here = None
+        if here is not None and (self.target == here or self.target in here.parents):
+            return "is the current folder, or around it; a new folder would take its place"
+        inside, around = (os.access(path, os.W_OK | os.X_OK) for path in (self.target, self.target.parent))
+        if self.target.is_dir() and inside and not around:
+            return f"the result grows beside it, and {self.target.parent} cannot be written"
+        return None
+
+    def _elsewhere(self) -> str:
+        if self._fixed():
+            return f"choose a folder inside it, like {word(proposal.inside(self.given, self.name))}"
+        return "remove it or choose another folder"
 
 
-def _refuse_another(destination: Path, differences: Sequence[str]) -> None:
-    if differences:
-        more = ["..."] if len(differences) > 10 else []
-        what = f"holds another conversion ({'; '.join([*differences[:10], *more])})"
-        raise BismoothError.of(destination, what, _ELSEWHERE)
+def mounts() -> set[str]:
+    """Paths at which disks, or folders of disks, are mounted, as far as the system says."""
+    try:
+        lines = os.fsdecode(_MOUNTS.read_bytes()).split("\n")
+    except OSError:
+        return set()
+    places = (line.split(" ")[4] for line in lines if line)
+    return {re.sub(r"\\(\d{3})", lambda octal: chr(int(octal[1], 8)), place) for place in places}
 
 
-def already_a_part(destination: Path, identity: Mapping[str, Any], blocks: range, source: Source) -> bool:
+def _check_writable(destination: Path, folder: Path) -> None:
+    """Raises :class:`BismoothError` if a folder, which may have to be made, cannot be written."""
+    nearest = folder
+    while not os.path.lexists(nearest):
+        nearest = nearest.parent
+    if not nearest.is_dir():
+        raise BismoothError.of(destination, f"cannot be written ({nearest} is no folder)", "check the path")
+    if os.statvfs(nearest).f_flag & os.ST_RDONLY:
+        what = f"cannot be written (the disk of {nearest} is mounted read-only)"
+        raise BismoothError.of(destination, what, "choose a folder on another disk")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        what = f"cannot be written (no permission in {nearest})"
+        raise BismoothError.of(destination, what, "choose a folder that you may write, or ask for the permissions")
+
+
+def already_a_part(destination: Destination, identity: Mapping[str, Any], blocks: range, source: Source) -> bool:
     """Whether the destination holds just this part already; raises as :func:`already_converted`."""
-    if _is_free(destination, PART):
+    if not destination.holds(PART):
         return False
-    found, outline = Part(destination), outline_of(source)
+    found, outline = Part(destination.target), outline_of(source)
     if found.blocks != blocks:
-        _refuse_another(destination, [f"blocks: {span(found.blocks)} there, {span(blocks)} now"])
-    _refuse_another(destination, found.unlike(identity, outline, {}))
+        destination.refuse_another([f"blocks: {span(found.blocks)} there, {span(blocks)} now"])
+    names = {**found.names(), **identity[NAMES]}
+    destination.refuse_another(readable(found.unlike(identity, outline, {}), names))
     checksums = {name: source.checkpoint.digest(name) for name in found.checksums}
-    _refuse_another(destination, found.unlike(identity, outline, checksums))
+    destination.refuse_another(found.unlike(identity, outline, checksums))
     return True
 
 
-def already_converted(destination: Path, recipe: Recipe, fingerprint: Callable[[], str]) -> bool:
+def already_converted(
+    destination: Destination, recipe: Recipe, fingerprint: Callable[[], str], provenance: Mapping[str, Any]
+) -> bool:
     """Whether the destination holds the result of this recipe already, on the source with this fingerprint.
 
     Raises:
         BismoothError: it holds anything else.
     """
-    if _is_free(destination, RECIPE):
+    if not destination.holds(RECIPE):
         return False
-    stored = read_json(destination / RECIPE).get("recipe")
-    stored = stored if isinstance(stored, dict) else {}
-    differences = replace(recipe, source=stored.get("source")).differences(stored)
+    content = read_json(destination.target / RECIPE)
+    stored, before = (found if isinstance(found := content.get(key), dict) else {} for key in ("recipe", "provenance"))
+    now = replace(recipe, source=stored.get("source"))
+    differences = now.differences(stored)
     if not differences:  # only then is it worth reading every byte of the source
-        differences = replace(recipe, source=fingerprint()).differences(stored)
-    _refuse_another(destination, differences)
+        now = replace(recipe, source=fingerprint())
+        differences = now.differences(stored)
+    names = {**names_of_hashes(stored, before), **names_of_hashes(asdict(now), provenance)}
+    destination.refuse_another(readable(differences, names))
     return True

@@ -15,7 +15,9 @@ from vllm_w8a8_bismooth.checkpoint.files import Folder, free_space
 from vllm_w8a8_bismooth.checkpoint.hub import Repository
 from vllm_w8a8_bismooth.checkpoint.layout import PROBLEMS, Layout
 from vllm_w8a8_bismooth.checkpoint.reader import Headers
+from vllm_w8a8_bismooth.conversion import head
 from vllm_w8a8_bismooth.conversion.estimate import Needs, needs
+from vllm_w8a8_bismooth.conversion.proposal import propose
 from vllm_w8a8_bismooth.errors import BismoothError, Problem
 
 TENSOR_PARALLEL = (1, 2, 4, 8, 16)
@@ -32,22 +34,19 @@ def parallel_problems(source: Layout, group_size: int | None) -> dict[int, list[
     for ranks in TENSOR_PARALLEL:
         found = []
         if sizes["heads"] % ranks:
-            found.append(f"num_attention_heads = {sizes['heads']} is not a multiple of {ranks}")
+            found.append(f"num_attention_heads = {sizes['heads']} is not a multiple of the ranks")
         kv_heads = sizes["kv_heads"]
         if kv_heads % ranks and ranks % kv_heads:
-            found.append(f"num_key_value_heads = {kv_heads} neither divides {ranks} nor is a multiple of it")
+            found.append(f"num_key_value_heads = {kv_heads} neither divides the ranks nor is a multiple of them")
         kinds = {id(layer): layer for layer in source.layers}.values()
         for linear, (_, columns) in sorted(
             {n: layer.linears[n] for layer in kinds for n in layer.row_parallel - layer.experts}.items()
         ):
             width = sizes[columns]
             if width % ranks:
-                found.append(f"{linear}: K = {width} is not a multiple of {ranks}")
-                continue
-            try:
-                grouping.groups(width // ranks, group_size)
-            except ValueError as error:
-                found.append(f"{linear} on {ranks} ranks: {error}")
+                found.append(f"{linear}: K = {width} is not a multiple of the ranks")
+            elif not grouping.fits(width // ranks, group_size):
+                found.append(f"{linear}: a rank's share of K = {width} is not a multiple of group_size = {group_size}")
         problems[ranks] = found
     return problems
 
@@ -83,6 +82,7 @@ class Survey:
         problems: why it cannot be converted, at most :data:`layout.PROBLEMS`.
         left_out: files that a conversion does not copy -> bytes.
         notes: what the user should know of the checkpoint.
+        proposal: a folder for the result.
     """
 
     source: str
@@ -104,6 +104,7 @@ class Survey:
     problems: list[Problem] = field(default_factory=list)
     left_out: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    proposal: str = ""
 
 
 def survey(place: Folder | Repository, calibration_tokens: int, group_size: int) -> Survey:
@@ -127,7 +128,7 @@ def survey(place: Folder | Repository, calibration_tokens: int, group_size: int)
         revision=place.revision,
         model_type=model_type,
         sizes=_sizes(headers.config, architecture),
-        tied=headers.config.get("tie_word_embeddings", architecture.tied if architecture else None),
+        tied=head.is_tied(headers),
         parameters=sum(dtype.parameters for dtype in dtypes.values()),
         source_bytes=headers.nbytes(),
         dtypes=dtypes,
@@ -135,6 +136,7 @@ def survey(place: Folder | Repository, calibration_tokens: int, group_size: int)
         group_size=group_size,
         memory_bytes=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
         free_bytes=free_space(Path()),
+        proposal=propose(place),
     )
     try:
         layout = Layout(headers)
@@ -143,7 +145,7 @@ def survey(place: Folder | Repository, calibration_tokens: int, group_size: int)
         return result
     result.problems = layout.problems
     try:
-        result.left_out, result.notes = headers.left_out(), layout.notes
+        result.left_out, result.notes = headers.left_out(), layout.notes + head.notes(layout)
     except BismoothError as error:
         result.problems += error.problems
         return result

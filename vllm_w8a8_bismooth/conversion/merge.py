@@ -1,7 +1,6 @@
 """Parts, each of which a machine converted, become the checkpoint that one machine would have written."""
 
 import hashlib
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -9,15 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from vllm_w8a8_bismooth.checkpoint.files import check_space, disk_errors, free_space
-from vllm_w8a8_bismooth.checkpoint.journal import Journal, clear
+from vllm_w8a8_bismooth.checkpoint.journal import Journal, clear, readable
 from vllm_w8a8_bismooth.checkpoint.layout import Source
 from vllm_w8a8_bismooth.checkpoint.names import block_of
 from vllm_w8a8_bismooth.checkpoint.writer import NAMES, ShardWriter
-from vllm_w8a8_bismooth.conversion.destination import already_converted, refuse_overlap
-from vllm_w8a8_bismooth.conversion.options import ignored_by_name
+from vllm_w8a8_bismooth.conversion import head
+from vllm_w8a8_bismooth.conversion.destination import Destination, already_converted
+from vllm_w8a8_bismooth.conversion.options import already_float, ignored_by_name
 from vllm_w8a8_bismooth.conversion.part import AGAIN, PART, Part
 from vllm_w8a8_bismooth.conversion.pipeline import complete
 from vllm_w8a8_bismooth.conversion.plan import Plan, full_names, span
+from vllm_w8a8_bismooth.conversion.proposal import name_of
 from vllm_w8a8_bismooth.errors import BismoothError, Interrupted, Problem
 from vllm_w8a8_bismooth.method.rows import Threads
 from vllm_w8a8_bismooth.progress import Progress, silent
@@ -66,7 +67,7 @@ class Merger:
         return Journal(self.target, {"parts": {span(part.blocks): part.digest for part in self.parts}})
 
 
-def prepare(folders: Sequence[Path], destination: Path, labels: Labels = _NONE) -> Merger:
+def prepare(folders: Sequence[str | Path], destination: str | Path, labels: Labels = _NONE) -> Merger:
     """Check all that can be checked of parts without reading their tensors, and write nothing.
 
     Args:
@@ -77,11 +78,12 @@ def prepare(folders: Sequence[Path], destination: Path, labels: Labels = _NONE) 
     Raises:
         BismoothError: with all problems that the parts have.
     """
-    target = Path(os.path.realpath(destination))
-    for folder in folders:
-        refuse_overlap(folder, target, "part")
-    parts = _open(folders)
+    parts = _open([Path(folder) for folder in folders])
     first = parts[0]
+    place = Destination.of(destination, name_of(first.source().checkpoint.place))
+    for part in parts:
+        place.refuse_overlap(part.folder, "part")
+    place.check()
     _refuse(line for part in parts for line in part.problems())
     _refuse(_unlike(parts))
     source = first.source()
@@ -96,8 +98,9 @@ def prepare(folders: Sequence[Path], destination: Path, labels: Labels = _NONE) 
             grouped[index].add(name)
     plan = Plan(source, recipe, grouped, ignored_by_name(source, recipe))
     _refuse(line for part in parts for line in _strangers(part, plan))
-    reused = already_converted(target, recipe, lambda: fingerprint)
-    ready = Merger(destination, target, parts, source, recipe, plan, plan.tensors(), free_space(target), reused, labels)
+    reused = already_converted(place, recipe, lambda: fingerprint, first.provenance)
+    target, room = place.target, free_space(place.target)
+    ready = Merger(place.given, target, parts, source, recipe, plan, plan.tensors(), room, reused, labels)
     if not reused:
         journal = ready.journal()
         journal.look()
@@ -124,8 +127,9 @@ def merge(ready: Merger, progress: Progress = silent) -> Outcome:
         relabelled = card.relabel(ready.target, ready.labels)
         labels = card.labels_of(ready.target)
         return Outcome(destination, reused=True, blocks=len(source.layers), labels=labels, relabelled=relabelled)
-    outcome = Outcome(destination, source.nbytes(), blocks=len(source.layers), notes=[*source.notes])
+    outcome = Outcome(destination, source.nbytes(), blocks=len(source.layers), notes=source.notes + head.notes(source))
     outcome.ignored = full_names(plan.ignored, source.names)
+    outcome.already_float, outcome.recipe = already_float(source, ready.recipe), ready.recipe
     for part in ready.parts:
         outcome.linears |= part.linears
         outcome.sites |= part.sites
@@ -162,7 +166,8 @@ def _unlike(parts: Sequence[Part]) -> Iterator[Problem]:
     """Parts that are not of the same conversion as an earlier one."""
     for number, part in enumerate(parts):
         for other in parts[:number]:
-            if lines := part.unlike(other.identity, other.outline, other.checksums):
+            found = part.unlike(other.identity, other.outline, other.checksums)
+            if lines := readable(found, {**part.names(), **other.names()}):
                 more = f", and {len(lines) - 4} more" if len(lines) > 4 else ""
                 yield Problem(
                     str(part.folder),

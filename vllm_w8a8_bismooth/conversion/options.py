@@ -1,52 +1,81 @@
 """Which linears the options name, and whether they can be what the options say."""
 
-import re
 from collections.abc import Sequence
 
 from vllm_w8a8_bismooth import grouping
-from vllm_w8a8_bismooth.checkpoint.architectures import Layer
 from vllm_w8a8_bismooth.checkpoint.layout import Layout
+from vllm_w8a8_bismooth.checkpoint.names import block_of
 from vllm_w8a8_bismooth.conversion.plan import full_names
-from vllm_w8a8_bismooth.errors import BismoothError
-from vllm_w8a8_bismooth.recipe import Recipe
+from vllm_w8a8_bismooth.errors import BismoothError, Problem
+from vllm_w8a8_bismooth.patterns import found_by
+from vllm_w8a8_bismooth.recipe import Recipe, option_of
 
 
-def named(pattern: re.Pattern[str], block: str, layer: Layer) -> set[str]:
-    """The linears of a block, whose names begin with ``block``, whose full name ``pattern`` finds, with siblings."""
-    return layer.with_siblings(name for name in layer.linears if pattern.search(block + name))
+def module_names(source: Layout) -> list[str]:
+    """Full names of all modules with weights, and of the head, which tied models do not store."""
+    names = (name.rpartition(".")[0] for name in source.checkpoint.headers)
+    return list(dict.fromkeys([*names, source.names.head.removesuffix(".weight")]))
 
 
-def _named(source: Layout, option: str, expression: str) -> list[set[str]]:
-    """Per block, the linears that an option's regular expression finds, with siblings.
+def already_float(source: Layout, recipe: Recipe) -> list[str]:
+    """Full names of what ``ignore`` names although it stays in float anyway: the head, routers, norms.
+
+    A pattern that also names linears is meant for them, and says nothing here.
+    """
+    linears, names = _linears(source), module_names(source)
+    found = [found_by(pattern, names) for pattern in recipe.ignore or ()]
+    named = set().union(*(some for some in found if not some & linears.keys()))
+    return [name for name in names if name in named]
+
+
+def _linears(source: Layout) -> dict[str, None]:
+    return dict.fromkeys(full_names([set(layer.linears) for layer in source.layers], source.names))
+
+
+def _named(source: Layout, field: str, given: Sequence[str]) -> list[set[str]]:
+    """Per block, the linears that the patterns of an option mean, with siblings.
 
     Raises:
-        BismoothError: there are none.
+        BismoothError: with all patterns that name nothing; for ``ignore``, nothing at all.
     """
-    pattern = re.compile(expression)
-    chosen = [named(pattern, source.names.block(i), layer) for i, layer in enumerate(source.layers)]
-    if not any(chosen):
-        remedy = f"they are called like {source.names.block(0)}{next(iter(source.layers[0].linears))}"
-        raise BismoothError.of(f"{option} {expression!r}", "names no linear", remedy)
-    return chosen
+    linears, names = _linears(source), module_names(source)
+    chosen: list[set[str]] = [set() for _ in source.layers]
+    problems, example = [], source.names.block(0) + next(iter(source.layers[0].linears))
+    remedy = f"leave it out or mend it; linears are called like {example}"
+    for pattern in given:
+        found = found_by(pattern, names)
+        for name in found & linears.keys():
+            index, linear = block_of(name)
+            chosen[index].add(linear)
+        if not (found if field == "ignore" else found & linears.keys()):
+            problems.append(Problem(f"{option_of(field)} {pattern!r}", "names no linear", remedy))
+    if problems:
+        raise BismoothError(*problems)
+    return [layer.with_siblings(found) for layer, found in zip(source.layers, chosen, strict=True)]
+
+
+def _as_given(field: str, given: Sequence[str] | None) -> str:
+    return f"{option_of(field)} {','.join(given or ())!r}"
 
 
 def ignored_by_name(source: Layout, recipe: Recipe) -> list[set[str]]:
     """Per block, the linears that the recipe leaves in float.
 
     Raises:
-        BismoothError: ``ignore`` names no linear, all of them, or some of a block's experts and not the others.
+        BismoothError: a pattern of ``ignore`` names no module, together they name all linears, or some of a block's
+            experts and not the others.
     """
     if recipe.ignore is None:
         return [set() for _ in source.layers]
-    chosen = _named(source, "--ignore", recipe.ignore)
+    chosen, option = _named(source, "ignore", recipe.ignore), _as_given("ignore", recipe.ignore)
     if all(names == layer.linears.keys() for names, layer in zip(chosen, source.layers, strict=True)):
         what = "names every linear: nothing would be left to quantize"
-        raise BismoothError.of(f"--ignore {recipe.ignore!r}", what, "let it name fewer")
+        raise BismoothError.of(option, what, "let it name fewer")
     for i, layer in enumerate(source.layers):
         experts = sorted(chosen[i] & layer.experts)
         if experts and (others := sorted(layer.experts - chosen[i])):
             raise BismoothError.of(
-                f"--ignore {recipe.ignore!r}",
+                option,
                 f"names {source.names.block(i)}{experts[0]} and not {others[0]}: vLLM serves all experts of a block "
                 "alike",
                 "name all their linears or none",
@@ -58,24 +87,24 @@ def chosen_by_name(source: Layout, recipe: Recipe, ignored: Sequence[set[str]]) 
     """Per block, the per-group linears that the recipe names; ``None`` if the weights decide.
 
     Raises:
-        BismoothError: ``group_layers`` names no linear, an expert, an ignored one, or one whose K is not a multiple of
-            ``group_size``.
+        BismoothError: a pattern of ``group_layers`` names no linear, or they name an expert, an ignored one, or one
+            whose K is not a multiple of ``group_size``.
     """
     if recipe.group_size is None:
         return [set() for _ in source.layers]
     if recipe.group_layers is None:
         return None
-    chosen = _named(source, "--group-layers", recipe.group_layers)
+    chosen, option = _named(source, "group_layers", recipe.group_layers), _as_given("group_layers", recipe.group_layers)
     if both := full_names([chosen[i] & names for i, names in enumerate(ignored)], source.names):
         raise BismoothError.of(
-            f"--group-layers {recipe.group_layers!r} and --ignore {recipe.ignore!r}",
+            f"{option} and {_as_given('ignore', recipe.ignore)}",
             f"both name {both[0]}, or a sibling that vLLM fuses with it",
             "leave it out of one",
         )
     for i, layer in enumerate(source.layers):
         if experts := sorted(chosen[i] & layer.experts):
             what = f"names {source.names.block(i)}{experts[0]}: experts are served per-channel only"
-            raise BismoothError.of(f"--group-layers {recipe.group_layers!r}", what, "leave them out")
+            raise BismoothError.of(option, what, "leave them out")
     check_group_size(source, recipe, chosen)
     return chosen
 

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from vllm_w8a8_bismooth.checkpoint.files import CONFIG, SINGLE, Folder, copy, pa
 from vllm_w8a8_bismooth.checkpoint.journal import FOLDER, differences
 from vllm_w8a8_bismooth.checkpoint.layout import Source
 from vllm_w8a8_bismooth.errors import BismoothError, Problem
-from vllm_w8a8_bismooth.recipe import Recipe
+from vllm_w8a8_bismooth.recipe import Recipe, names_of_hashes
 from vllm_w8a8_bismooth.report.outcome import Outcome
 
 PART = "part.json"
@@ -132,6 +132,10 @@ class Part:
             return Folder(self.folder).header(shard)
         except BismoothError as error:
             raise BismoothError(*(replace(problem, remedy=AGAIN) for problem in error.problems)) from None
+
+    def names(self) -> dict[str, str]:
+        """See :func:`recipe.names_of_hashes`."""
+        return names_of_hashes(asdict(self.recipe), self.provenance)
 
     def unlike(
         self, identity: Mapping[str, Any], outline: Mapping[str, Any], checksums: Mapping[str, str]

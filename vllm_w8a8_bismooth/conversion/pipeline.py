@@ -11,7 +11,8 @@ from vllm_w8a8_bismooth.checkpoint.files import CONFIG, RECIPE, check_space, cop
 from vllm_w8a8_bismooth.checkpoint.journal import Journal, clear
 from vllm_w8a8_bismooth.checkpoint.layout import Source
 from vllm_w8a8_bismooth.checkpoint.writer import ShardWriter
-from vllm_w8a8_bismooth.conversion import part
+from vllm_w8a8_bismooth.conversion import head, part
+from vllm_w8a8_bismooth.conversion.options import already_float
 from vllm_w8a8_bismooth.conversion.plan import Plan, full_names
 from vllm_w8a8_bismooth.conversion.preparation import Preparation, prepare
 from vllm_w8a8_bismooth.conversion.stages import Stages
@@ -50,6 +51,7 @@ def convert(ready: Preparation, progress: Progress = silent) -> Outcome:
     outcome = Outcome(ready.destination, source.nbytes(ready.part), part=ready.part, blocks=len(source.layers))
     outcome.left_out, outcome.notes = source.checkpoint.left_out(), [*source.notes]
     outcome.ignored = full_names(ready.within(ready.ignored), source.names)
+    outcome.already_float = already_float(source, ready.recipe)
     threads = Threads()
     with Journal(ready.target, ready.identity) as journal:
         stages = Stages(ready, Run(source, ready.device, journal, progress), threads)
@@ -66,6 +68,8 @@ def convert(ready: Preparation, progress: Progress = silent) -> Outcome:
             outcome.linears |= record["linears"]
             outcome.sites[index] = record["sites"]
         outcome.resumed, outcome.granularity = walk.resumed, stages.evidence()
+        if source.outside_with(ready.blocks):
+            outcome.notes += head.notes_with_values(source)
         _finish(journal.partial, ready, plan, outcome, checksums | walk.checksums)
         journal.commit()
     return outcome
@@ -75,11 +79,12 @@ def _finish(folder: Path, ready: Preparation, plan: Plan, outcome: Outcome, chec
     """Write what stands beside the shards, unless the source has changed meanwhile."""
     checkpoint = ready.source.checkpoint
     with disk_errors(ready.destination):
+        outcome.recipe = ready.recipe
         if ready.part is not None:
             part.write(folder, ready.source, ready.identity, ready.provenance, checksums, outcome)
         else:
-            recipe = replace(ready.recipe, source=checkpoint.fingerprint(checksums))
-            complete(folder, ready.source, recipe, plan, outcome, ready.provenance, ready.labels)
+            outcome.recipe = replace(ready.recipe, source=checkpoint.fingerprint(checksums))
+            complete(folder, ready.source, outcome.recipe, plan, outcome, ready.provenance, ready.labels)
     before, now = ready.identity["source"], checkpoint.signature()
     if changed := [name for name in sorted(now.keys() | before.keys()) if now.get(name) != before.get(name)]:
         remedy = "convert again, with it at rest"

@@ -1,5 +1,6 @@
 """What a conversion will write and need, known before the first weight is read or written."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -63,12 +64,23 @@ def span(blocks: range) -> str:
     return f"{blocks.start}:{blocks.stop}"
 
 
-def blocks_of(chosen: slice, count: int) -> range:
+def blocks_of(chosen: str | slice | range, count: int) -> range:
     """The blocks that ``--blocks`` names, of so many; an open end is the first or the last.
+
+    Args:
+        chosen: ``42:84``, ``:42`` or ``84:``, or the same as a slice; the last one is not included.
+        count: how many blocks the model has.
 
     Raises:
         BismoothError: there are no such blocks.
     """
+    if isinstance(chosen, str):
+        if not (match := re.fullmatch(r"(?a:(\d*):(\d*))", chosen)):
+            remedy = "write 42:84 for the blocks 42 to 83"
+            raise BismoothError.of(f"--blocks {chosen}", f"{chosen!r} are no blocks", remedy)
+        chosen = slice(*(int(end) if end else None for end in match.groups()))
+    if not isinstance(chosen, slice | range) or chosen.step not in (None, 1):
+        raise TypeError(f"blocks must be a string like '42:84', or a range, not {chosen!r}")
     start, stop = chosen.start or 0, count if chosen.stop is None else chosen.stop
     if not 0 <= start < stop <= count:
         what = f"names no blocks of this model, which are 0:{count}"

@@ -1,6 +1,5 @@
 """A conversion before its first write: opened, audited, and checked as far as that goes without reading weights."""
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -10,14 +9,16 @@ import torch
 
 from vllm_w8a8_bismooth import __version__
 from vllm_w8a8_bismooth.checkpoint.files import RECIPE, Folder
+from vllm_w8a8_bismooth.checkpoint.journal import NAMES
 from vllm_w8a8_bismooth.checkpoint.layout import Source
 from vllm_w8a8_bismooth.checkpoint.writer import PARTIAL, WHOLE
-from vllm_w8a8_bismooth.conversion.destination import already_a_part, already_converted, refuse_overlap
+from vllm_w8a8_bismooth.conversion.destination import Destination, already_a_part, already_converted
 from vllm_w8a8_bismooth.conversion.options import chosen_by_name, ignored_by_name
 from vllm_w8a8_bismooth.conversion.plan import blocks_of, span
+from vllm_w8a8_bismooth.conversion.proposal import name_of
 from vllm_w8a8_bismooth.errors import BismoothError
 from vllm_w8a8_bismooth.measure.text import CalibrationText, tokenize
-from vllm_w8a8_bismooth.recipe import Recipe
+from vllm_w8a8_bismooth.recipe import Recipe, names_of_hashes
 from vllm_w8a8_bismooth.report import card
 from vllm_w8a8_bismooth.report.labels import Labels
 
@@ -73,12 +74,12 @@ class Preparation:
 
 
 def prepare(
-    folder: Path | Folder,
-    destination: Path,
+    folder: str | Path | Folder,
+    destination: str | Path,
     recipe: Recipe,
     text: CalibrationText | None = None,
     device: str = "cpu",
-    blocks: slice | None = None,
+    blocks: str | slice | range | None = None,
     labels: Labels = _NONE,
 ) -> Preparation:
     """Open, audit and check everything before a conversion, and write nothing.
@@ -89,15 +90,19 @@ def prepare(
         recipe: what to do.
         text: calibration text; without it ``bismooth`` estimates the activations from the weights.
         device: torch's name of where blocks are worked on.
-        blocks: makes a part of the checkpoint, see :class:`part.Part`, for :func:`merge.merge`.
+        blocks: makes a part of the checkpoint, see :func:`plan.blocks_of` and :class:`part.Part`.
         labels: for the card. They are no part of the recipe: a checkpoint is the same with others, but for its card.
 
     Raises:
         BismoothError: anything wrong with the input or the destination.
+        TypeError: an argument is of another kind than it should be.
     """
-    # realpath, because unlike Path.resolve it survives links in a circle
-    place, target, where = Folder.of(folder), Path(os.path.realpath(destination)), device_of(device)
-    refuse_overlap(place.path, target)
+    if text is not None and not isinstance(text, CalibrationText):
+        raise TypeError(f"text must be what measure.text.read_text returns, not {text!r}")
+    place, where = Folder.of(folder), device_of(device)
+    aim = Destination.of(destination, name_of(place))
+    aim.refuse_overlap(place.path)
+    aim.check()
     for name in (RECIPE, *card.OURS):
         if (place.path / name).exists():
             raise BismoothError.of(place.path / name, f"our own {name} would take its place in the copy", "rename it")
@@ -108,18 +113,27 @@ def prepare(
         calibration=text.sha256 if text is not None else None,
         calibration_tokens=recipe.calibration_tokens if text is not None else None,
     )
+    provenance = {
+        "vllm_w8a8_bismooth": __version__,
+        "torch": torch.__version__,
+        "source": place.hub_id or place.path.resolve().name,
+        "revision": place.revision,
+        "calibration": text.path.name if text is not None else None,
+        "device": device,
+    }
     identity = {
         "recipe": asdict(recipe),
         "source": source.checkpoint.signature(),
         "device": where.type,
         "versions": {"vllm_w8a8_bismooth": __version__, "torch": torch.__version__},
+        NAMES: names_of_hashes(asdict(recipe), provenance),
     }
     if part is not None:
         _check_labels(labels)
         identity["blocks"] = span(part)
-        reused = already_a_part(target, identity, part, source)
+        reused = already_a_part(aim, identity, part, source)
     else:
-        reused = already_converted(target, recipe, source.checkpoint.read_fingerprint)
+        reused = already_converted(aim, recipe, source.checkpoint.read_fingerprint, provenance)
     named, ignored, tokens = None, [], None
     if not reused:
         if recipe.method == "auto":
@@ -129,16 +143,20 @@ def prepare(
         if text is not None:
             assert recipe.calibration_tokens is not None
             tokens = tokenize(text, source.checkpoint, recipe.calibration_tokens)
-    provenance = {
-        "vllm_w8a8_bismooth": __version__,
-        "torch": torch.__version__,
-        "source": place.hub_id or place.path.resolve().name,
-        "revision": place.revision,
-        "calibration": text.path.name if text is not None else None,
-        "device": device,
-    }
     return Preparation(
-        destination, target, source, recipe, where, named, ignored, tokens, identity, provenance, part, reused, labels
+        aim.given,
+        aim.target,
+        source,
+        recipe,
+        where,
+        named,
+        ignored,
+        tokens,
+        identity,
+        provenance,
+        part,
+        reused,
+        labels,
     )
 
 
@@ -171,6 +189,8 @@ def device_of(name: str) -> torch.device:
         BismoothError: there is none.
     """
     try:
+        if not isinstance(name, str):
+            raise TypeError(f"device must be a string like 'cuda:1', not {name!r}")
         device = torch.device(name)
         if device.type not in ("cpu", "cuda"):
             raise RuntimeError("only cpu and cuda are supported")

@@ -7,7 +7,9 @@ from vllm_w8a8_bismooth.checkpoint.blocks import finished
 from vllm_w8a8_bismooth.checkpoint.files import check_space, free_space
 from vllm_w8a8_bismooth.checkpoint.journal import Journal
 from vllm_w8a8_bismooth.checkpoint.writer import split
+from vllm_w8a8_bismooth.conversion import head
 from vllm_w8a8_bismooth.conversion.estimate import needs
+from vllm_w8a8_bismooth.conversion.options import already_float
 from vllm_w8a8_bismooth.conversion.plan import Plan, full_names
 from vllm_w8a8_bismooth.conversion.preparation import Preparation
 from vllm_w8a8_bismooth.conversion.stages import CARRY, CONVERT, GRANULARITY
@@ -25,6 +27,7 @@ class Preview:
         shards: file -> bytes of its tensors.
         grouped: full names of per-group linears; ``None`` if the weights decide, and sizes are those of none.
         ignored: full names of linears that stay in float.
+        already_float: see :class:`outcome.Outcome`.
         tokens: of calibration text.
         part: its first block, and the one behind the last, if a part would be made; ``None`` is a whole checkpoint.
         blocks, resumed: how many are to be converted, and how many of them an interrupted run has done.
@@ -41,6 +44,7 @@ class Preview:
     shards: dict[str, int] | None = None
     grouped: list[str] | None = None
     ignored: list[str] | None = None
+    already_float: list[str] = field(default_factory=list)
     tokens: int | None = None
     part: tuple[int, int] | None = None
     blocks: int = 0
@@ -90,6 +94,7 @@ def preview(ready: Preparation) -> Preview:
         shards=shards,
         grouped=None if grouped is None else full_names(ready.within(grouped), ready.source.names),
         ignored=full_names(ready.within(ready.ignored), ready.source.names),
+        already_float=already_float(source, ready.recipe),
         tokens=tokens,
         part=part,
         blocks=len(ready.blocks),
@@ -98,5 +103,5 @@ def preview(ready: Preparation) -> Preview:
         seconds=need.seconds,
         free_bytes=free_space(journal.partial),
         left_out=source.checkpoint.left_out(),
-        notes=source.notes,
+        notes=source.notes + head.notes(source),
     )

@@ -26,12 +26,13 @@ class CalibrationText:
     sha256: str
 
 
-def read_text(path: Path) -> CalibrationText:
+def read_text(path: str | Path) -> CalibrationText:
     """A ``.txt`` file (one document) or a ``.jsonl`` file (one ``{"text": ...}`` object a line).
 
     Raises:
         BismoothError: missing, empty, not UTF-8, another suffix, or a line that is not such an object.
     """
+    path = Path(path)
     if path.suffix not in (".txt", ".jsonl"):
         raise BismoothError.of(path, "no .txt or .jsonl file", "give calibration text as one, or 'none'")
     try:

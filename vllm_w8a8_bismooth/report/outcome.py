@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_w8a8_bismooth.measure import perturbation, weights
+from vllm_w8a8_bismooth.recipe import Recipe
 from vllm_w8a8_bismooth.report.labels import Labels
 
 
@@ -19,6 +20,7 @@ class Outcome:
         linears: full linear name -> ``group_size`` (``None`` = per-channel), ``column_error`` and ``sqnr`` in dB of
             what was written.
         ignored: full names of the linears that were left in float.
+        already_float: full names of what the recipe ignores although it is never quantized: the head, routers, norms.
         sites: block index -> what was folded at each site.
         files: shard -> SHA-256.
         resumed: blocks that an earlier, interrupted run had done.
@@ -29,6 +31,7 @@ class Outcome:
         blocks: how many the model has.
         left_out: files of the source that were not copied -> bytes.
         notes: what the user should know of the source.
+        recipe: what was done; ``None`` if nothing was.
     """
 
     destination: Path
@@ -36,6 +39,7 @@ class Outcome:
     written_bytes: int = 0
     linears: dict[str, dict[str, Any]] = field(default_factory=dict)
     ignored: list[str] = field(default_factory=list)
+    already_float: list[str] = field(default_factory=list)
     sites: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
     granularity: list[perturbation.Evidence] = field(default_factory=list)
     files: dict[str, str] = field(default_factory=dict)
@@ -47,6 +51,7 @@ class Outcome:
     blocks: int = 0
     left_out: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    recipe: Recipe | None = None
 
     def vulnerable(self) -> list[str]:
         """Linears whose weights did not survive what was done to them, worst first."""

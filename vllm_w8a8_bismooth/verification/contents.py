@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -17,50 +18,61 @@ SCALE = ".weight_scale"
 _SMALLEST, _LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max / 127
 
 
-def read(checkpoint: Checkpoint, marked: bool, progress: Progress) -> tuple[dict[str, str], list[Problem]]:
+@dataclass
+class Contents:
+    """What the shards hold.
+
+    Attributes:
+        digests: shard -> SHA-256.
+        problems: one for each tensor with values that cannot be worked with.
+        silent: INT8 weights that have no code but 0.
+    """
+
+    digests: dict[str, str] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+    silent: list[str] = field(default_factory=list)
+
+
+def read(checkpoint: Checkpoint, marked: bool, progress: Progress) -> Contents:
     """Read every shard once.
 
     Args:
         checkpoint: to be read.
         marked: whether its codes must keep to -127 to 127, as ours do.
         progress: counts shards in the stage ``read``.
-
-    Returns:
-        The SHA-256 of each shard, and a problem for each tensor with values that cannot be worked with.
     """
     files: dict[str, list[str]] = {}
     for name in sorted(checkpoint.headers, key=lambda name: checkpoint.headers[name].offset):
         files.setdefault(checkpoint.headers[name].file, []).append(name)
-    digests: dict[str, str] = {}
-    problems: list[Problem] = []
+    found = Contents()
     with Threads() as threads:
         shards = threads.map(lambda file: _read_shard(checkpoint, file, files[file], marked), files)
-        for done, (file, (digest, found)) in enumerate(zip(files, shards, strict=True), 1):
-            digests[file] = digest
-            problems += found
+        for done, shard in enumerate(shards, 1):
+            found.digests |= shard.digests
+            found.problems += shard.problems
+            found.silent += shard.silent
             progress("read", done, len(files))
-    return digests, problems
+    return found
 
 
-def _read_shard(checkpoint: Checkpoint, file: str, names: Sequence[str], marked: bool) -> tuple[str, list[Problem]]:
-    """SHA-256 of a shard, and what is wrong with the values in it."""
-    path, digest, whole = checkpoint.folder / file, hashlib.sha256(), True
-    problems: list[Problem] = []
+def _read_shard(checkpoint: Checkpoint, file: str, names: Sequence[str], marked: bool) -> Contents:
+    path, digest, whole, found = checkpoint.folder / file, hashlib.sha256(), True, Contents()
     with open(path, "rb") as head:
         digest.update(head.read(checkpoint.headers[names[0]].offset))
     for name in names:
         try:
-            problems += _values(checkpoint, name, digest, marked)
+            _values(found, checkpoint, name, digest, marked)
         except Interrupted:
             raise
         except BismoothError as error:  # NaN or infinity; the rest of the tensor has not been read
-            problems += error.problems
+            found.problems += error.problems
             whole = False
-    return digest.hexdigest() if whole else sha256(path), problems
+    found.digests[file] = digest.hexdigest() if whole else sha256(path)
+    return found
 
 
-def _values(checkpoint: Checkpoint, name: str, digest, marked: bool) -> Iterator[Problem]:
-    """What is wrong with the finite values of one tensor."""
+def _values(found: Contents, checkpoint: Checkpoint, name: str, digest, marked: bool) -> None:
+    """Add what is to be said of the finite values of one tensor."""
     header, first, used, count, example = checkpoint.headers[name], 0, False, 0, ""
     is_scale = name.endswith(SCALE)
     for piece in checkpoint.pieces(name, digest):
@@ -79,19 +91,33 @@ def _values(checkpoint: Checkpoint, name: str, digest, marked: bool) -> Iterator
         first += len(piece)
     if count:
         says = "scales outside 1.2e-38 to 2.7e36" if is_scale else "codes outside -127 to 127"
-        yield Problem(name, f"holds {says}: {example} ({count} such values)", AGAIN)
+        found.problems.append(Problem(name, f"holds {says}: {example} ({count} such values)", AGAIN))
     if header.dtype == "I8" and first and not used:
-        yield Problem(name, "has no code but 0; the linear does nothing", AGAIN)
+        found.silent.append(name)
 
 
-def noted(folder: Path) -> Mapping[str, str] | None:
-    """What the conversion noted: shard -> SHA-256; ``None`` if it noted nothing.
+@dataclass
+class Noted:
+    """What the conversion noted in ``report.json``.
+
+    Attributes:
+        digests: shard -> SHA-256; ``None`` if it noted none.
+        exact: linears that rounding did not change at all. One that has no code but 0 was 0 in the source, too.
 
     Raises:
-        BismoothError: ``report.json`` cannot be read.
+        BismoothError: on construction, if ``report.json`` cannot be read.
     """
-    stored = read_json(folder / REPORT).get("sha256") if (folder / REPORT).exists() else None
-    return stored if isinstance(stored, dict) else None
+
+    digests: Mapping[str, str] | None = None
+    exact: frozenset[str] = frozenset()
+
+    @classmethod
+    def of(cls, folder: Path) -> "Noted":
+        stored = read_json(folder / REPORT) if (folder / REPORT).exists() else {}
+        digests, linears = stored.get("sha256"), stored.get("linears")
+        entries = linears.items() if isinstance(linears, dict) else ()
+        exact = (name for name, e in entries if isinstance(e, dict) and e.get("column_error") == 0)
+        return cls(digests if isinstance(digests, dict) else None, frozenset(exact))
 
 
 def changed(noted: Mapping[str, str], digests: Mapping[str, str]) -> Iterator[Problem]:

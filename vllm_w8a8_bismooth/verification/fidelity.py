@@ -76,17 +76,31 @@ class Comparison:
             elif sha256(copied) != sha256(self.source.checkpoint.folder / relative):
                 self.fault(str(place), f"differs from the source's {relative}", "copy it from the source again")
 
-    def outside(self) -> None:
-        """Outside the blocks, whose names the audit knows, the same tensors must be there, bit for bit."""
+    def outside(self, judge: bool) -> None:
+        """Outside the blocks, whose names the audit knows, the same tensors must be there, bit for bit.
+
+        Args:
+            judge: whether that also holds for a head in INT8; if not, its SQNR is measured.
+        """
         before, after = self.source.checkpoint.headers, self.result.headers
         for name in sorted(set(self.source.outside) - after.keys()):
             self.fault(name, "is in the source, but absent here", "convert the source again")
-        for name in sorted(
-            name for name in after.keys() - before.keys() if not name.startswith(self.result.names.blocks)
-        ):
+        quantized = [] if judge else list(filter(self.quantized, self.source.outside))
+        new = after.keys() - before.keys() - {f"{name}_scale" for name in quantized}
+        for name in sorted(name for name in new if not name.startswith(self.result.names.blocks)):
             self.fault(name, "is not in the source", "remove it or convert the source again")
         for name in self.source.outside:
-            self.equal(name)
+            if name not in quantized:
+                self.equal(name)
+        with Threads() as threads:
+            for name in quantized:
+                columns = torch.ones(before[name].shape[1])
+                found = match(threads, self.source.checkpoint, self.result, name, columns, slice(0, 0))
+                self.sqnr[name.removesuffix(".weight")] = found.sqnr
+
+    def quantized(self, name: str) -> bool:
+        """Whether a weight is sound INT8 in the result."""
+        return name.removesuffix(".weight") in self.linears and self.result.headers[name].dtype == "I8"
 
     def blocks(self, judge: bool, progress: Progress) -> None:
         """Compare block after block.
@@ -259,6 +273,8 @@ class _Block:
         full, module = self.prefix + name, name.removesuffix(".weight").removesuffix(".bias")
         if self.layer.linear_of(name) or name in self.folded or full not in self.result.headers:
             return
+        if not judge and self.all.quantized(full):
+            return
         if module in self.layer.routers and module in self.claims:
             self._router(full, self.claims[module])
         elif name == f"{module}.bias" and module in self.free:
@@ -290,6 +306,11 @@ class _Block:
         bad[divided] = False
         if bad.any():
             self.all.fault(name, f"differs from the source's in {int(bad.sum())} values ({_first(bad)})", _SOURCE)
+
+
+def is_zero(source: Checkpoint, name: str) -> bool:
+    """Whether a checkpoint has a tensor of that name in which everything is 0."""
+    return name in source.headers and not any(bool(piece.any()) for piece in source.pieces(name))
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:

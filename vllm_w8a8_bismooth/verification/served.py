@@ -25,15 +25,20 @@ def problems(config: dict[str, Any], marked: bool, structure: Structure) -> list
         Silent: vLLM gives no answer.
     """
     linears, layers = structure.linears, structure.layers
-    routers = (_VLLM.block(i) + n for i, layer in enumerate(layers) for n in layer.routers)
+    head = _VLLM.head.removesuffix(".weight")
+    # A head that is not stored is the embedding, which is float. Others may have made head and routers INT8.
+    in_float = {head} - linears.keys()
+    for i, layer in enumerate(layers):
+        in_float |= {_VLLM.block(i) + n for n in layer.routers if structure.names.block(i) + n not in linears}
+    quantized = {name: linears[stored] for name, stored in _names(structure, linears)}
     answers = ask(
         "probe",
         {
             "config": config,
             "marked": marked,
             "methods": [NAME] if any(linears.values()) else ["compressed-tensors", NAME],
-            "linears": {name: linears[stored] for name, stored in _names(structure, linears)},
-            "float": sorted({"lm_head", *routers, *(name for name, _ in _names(structure, structure.ignored))}),
+            "linears": quantized | ({head: linears[head]} if head in linears else {}),
+            "float": sorted(in_float.union(name for name, _ in _names(structure, structure.ignored))),
             "fused": {_last(f): [_last(p) for p in parts] for layer in layers for f, parts in layer.fused.items()},
         },
     )

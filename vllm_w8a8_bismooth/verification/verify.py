@@ -13,8 +13,9 @@ from vllm_w8a8_bismooth.conversion.part import PART
 from vllm_w8a8_bismooth.engine import Silent
 from vllm_w8a8_bismooth.errors import BismoothError, Problem
 from vllm_w8a8_bismooth.progress import Progress, silent
+from vllm_w8a8_bismooth.report.names import in_few_words
 from vllm_w8a8_bismooth.verification import contents, served
-from vllm_w8a8_bismooth.verification.fidelity import Comparison
+from vllm_w8a8_bismooth.verification.fidelity import Comparison, is_zero
 from vllm_w8a8_bismooth.verification.schemes import KEY, Schemes, config_problems
 from vllm_w8a8_bismooth.verification.structure import Structure
 
@@ -56,8 +57,8 @@ class Verification:
 
 
 def verify(
-    folder: Path,
-    against: Path | Folder | None = None,
+    folder: str | Path,
+    against: str | Path | Folder | None = None,
     progress: Progress = silent,
     engine: bool = True,
 ) -> Verification:
@@ -72,6 +73,7 @@ def verify(
     Raises:
         BismoothError: ``folder`` is no folder of a checkpoint, or ``against`` no checkpoint that could be converted.
     """
+    folder = Path(folder)
     if (folder / PART).is_file():
         remedy = "bismooth merge makes a checkpoint of all its parts"
         raise BismoothError.of(folder, "a part of a checkpoint", remedy)
@@ -94,11 +96,18 @@ def verify(
     found.add(structure.problems)
     found.linears = {name: {"group_size": size, "sqnr": None} for name, size in structure.linears.items()}
     found.ignored = structure.ignored
-    digests, bad_values = contents.read(checkpoint, marked, progress)
-    found.add(bad_values)
-    _compare_hashes(found, digests)
+    values = contents.read(checkpoint, marked, progress)
+    found.add(values.problems)
+    exact = _compare_hashes(found, values.digests, checkpoint)
+    unreadable = {problem.where for problem in values.problems}
     if source is not None:
-        _compare_source(found, source, checkpoint, {problem.where for problem in bad_values}, marked, progress)
+        exact = {name for name in values.silent if is_zero(source.checkpoint, name)}
+    unreadable |= _judge_silent(found, values.silent, exact, source is not None)
+    routers = {structure.names.block(i) + name for i, layer in enumerate(structure.layers) for name in layer.routers}
+    if stored := sorted(routers & found.linears.keys()):
+        found.notes.append(f"routers in INT8 ({in_few_words(stored)}): whether vLLM serves them so was not checked")
+    if source is not None:
+        _compare_source(found, source, checkpoint, unreadable, marked, progress)
     else:
         names = checkpoint.names
         known = (names.embedding, names.norm, names.head)
@@ -118,16 +127,40 @@ def _schemes(found: Verification, config: object) -> Schemes | None:
         return None
 
 
-def _compare_hashes(found: Verification, digests: dict[str, str]) -> None:
+def _compare_hashes(found: Verification, digests: dict[str, str], checkpoint: Checkpoint | None = None) -> set[str]:
+    """Compare the shards with what the conversion noted; the weights of which it is known that nothing was lost."""
     try:
-        noted = contents.noted(found.folder)
+        noted = contents.Noted.of(found.folder)
     except BismoothError as error:
         found.add(error.problems)
-        return
-    if noted is None:
+        return set()
+    if noted.digests is None:
         found.notes.append(f"{REPORT} is absent or holds no sha256: no hashes to compare the shards with")
-    else:
-        found.add(contents.changed(noted, digests))
+        return set()
+    found.add(contents.changed(noted.digests, digests))
+    whole = {file for file, digest in digests.items() if noted.digests.get(file) == digest}
+    headers = checkpoint.headers if checkpoint is not None else {}
+    return {
+        name
+        for name in (f"{linear}.weight" for linear in noted.exact)
+        if name in headers and headers[name].file in whole
+    }
+
+
+def _judge_silent(found: Verification, silent: list[str], exact: set[str], compared: bool) -> set[str]:
+    """Linears that do nothing: a note where the source's do nothing either. Returns the weights that are at fault."""
+    if right := [name.removesuffix(".weight") for name in silent if name in exact]:
+        how = "as in the source" if compared else f"as in the source, by what {REPORT} says"
+        found.notes.append(f"all weights are 0, {how}: {in_few_words(right)}")
+    wrong = set(silent) - exact
+    for name in sorted(wrong):
+        what = "has no code but 0; the linear does nothing"
+        if compared:
+            found.add([Problem(name, f"{what}, and the source's does something", contents.AGAIN)])
+        else:
+            remedy = f"name the source with --against, in case its weights are 0 too; if not, {contents.AGAIN}"
+            found.add([Problem(name, what, remedy)])
+    return wrong
 
 
 def _compare_source(
@@ -135,7 +168,7 @@ def _compare_source(
 ) -> None:
     comparison = Comparison(source, result, {*found.linears, *found.ignored}, unreadable)
     comparison.files()
-    comparison.outside()
+    comparison.outside(marked)
     comparison.blocks(marked, progress)
     found.add(comparison.problems)
     for name, linear in found.linears.items():

@@ -1,0 +1,299 @@
+"""Conversion, inspection and verification as functions, for Python and for the command.
+
+``import vllm_w8a8_bismooth as b; b.convert("SRC", "DST")``. Messages name options as the command does:
+``--group-size`` is ``group_size``. Nothing here needs vLLM.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vllm_w8a8_bismooth.errors import BismoothError
+from vllm_w8a8_bismooth.progress import Progress, silent
+
+if TYPE_CHECKING:  # torch comes with most of them, and inspect does without
+    from vllm_w8a8_bismooth.checkpoint.files import Folder
+    from vllm_w8a8_bismooth.conversion.inspect import Survey
+    from vllm_w8a8_bismooth.conversion.preparation import Preparation
+    from vllm_w8a8_bismooth.conversion.preview import Preview
+    from vllm_w8a8_bismooth.measure.text import CalibrationText
+    from vllm_w8a8_bismooth.report.outcome import Outcome
+    from vllm_w8a8_bismooth.verification import Verification
+
+
+def convert(
+    source: str | Path,
+    destination: str | Path,
+    *,
+    method: str = "bismooth",
+    calibration: str | Path | Sequence[str | Path] | None = None,
+    calibration_tokens: int | None = None,
+    smoothing: str | None = None,
+    alpha: float | None = None,
+    group_size: int | None = None,
+    group_layers: str | Sequence[str] | None = None,
+    group_budget: float | str | None = None,
+    ignore: str | Sequence[str] | None = None,
+    blocks: str | slice | range | None = None,
+    device: str = "cpu",
+    base_model: str | None = None,
+    license: str | None = None,
+    progress: Progress | None = None,
+) -> "Outcome":
+    """Convert a checkpoint to INT8, as ``bismooth convert`` does.
+
+    The destination ends up whole or absent; the source is only read. A call that was interrupted goes on where it
+    stopped when it is made again; one whose result is there already does nothing.
+
+    Args:
+        source: a folder, or as a string also ``org/name[@revision]`` on the Hugging Face Hub.
+        destination: the folder to write. It must be absent, empty, or hold the same result.
+        method: ``rtn``, ``bismooth``, ``mixed`` or ``auto``.
+        calibration: one or more files of text; ``None`` is data-free, which ``auto`` cannot do.
+        calibration_tokens: how many tokens are taken from them; ``None`` is 16384.
+        smoothing: the rule for the factors, ``balanced`` (the default) or ``alpha``.
+        alpha: with ``smoothing="alpha"``, the share of the activations' range that moves into the weights, 0 to 1.
+        group_size: columns per scale in per-group linears, a multiple of 32. ``mixed`` and ``auto`` take 128 if it is
+            ``None``.
+        group_layers: patterns of the linears to make per-group, see :mod:`patterns`.
+        group_budget: with ``auto``, the share of the linears that may get per-group scales, ``0.03`` or ``"3%"``.
+        ignore: patterns of the linears to leave in the source's dtype.
+        blocks: only these decoder blocks, ``"0:42"`` or ``range(42)``: makes a part, see :func:`merge`.
+        device: where blocks are worked on: ``cpu``, ``cuda``, ``cuda:1``.
+        base_model: for the model card, the original's id on the Hub, ``org/name``; ``None`` is the source's, if known.
+        license: for the model card, the original's licence by its id on the Hub or in SPDX; ``None`` is the source's.
+        progress: called as ``progress(stage, done, total, written)``: a stage's name (``analyze``, ``carry``,
+            ``convert``), blocks done and in all, and bytes written so far.
+
+    Returns:
+        What was done; ``outcome.vulnerable()`` lists the linears that INT8 still breaks.
+
+    Raises:
+        BismoothError: anything wrong with the input. The text says what, where and what to do; ``problems`` has it as
+            data.
+        errors.Interrupted: a kind of it: the machine stood in the way (a full disk); the same call goes on from there.
+        TypeError: an argument is of another kind than it should be.
+    """
+    from vllm_w8a8_bismooth.conversion import pipeline
+
+    ready = prepare(
+        source,
+        destination,
+        method=method,
+        calibration=calibration,
+        calibration_tokens=calibration_tokens,
+        smoothing=smoothing,
+        alpha=alpha,
+        group_size=group_size,
+        group_layers=group_layers,
+        group_budget=group_budget,
+        ignore=ignore,
+        blocks=blocks,
+        device=device,
+        base_model=base_model,
+        license=license,
+    )
+    return pipeline.convert(ready, _progress(progress))
+
+
+def preview(source: str | Path, destination: str | Path, **options: Any) -> "Preview":
+    """What :func:`convert` would do with the same arguments, after the same checks. Nothing is written or downloaded.
+
+    Args:
+        source: a folder, or a repository on the Hub that is in the cache already.
+        destination: the folder to be.
+        options: those of :func:`convert` but ``progress``.
+
+    Raises:
+        BismoothError: whatever :func:`convert` would refuse before it reads the weights.
+        TypeError: an argument is of another kind than it should be.
+    """
+    from vllm_w8a8_bismooth.conversion import preview as room
+
+    return room.preview(prepare(source, destination, download=False, **options))
+
+
+def merge(
+    destination: str | Path,
+    parts: Sequence[str | Path],
+    *,
+    base_model: str | None = None,
+    license: str | None = None,
+    progress: Progress | None = None,
+) -> "Outcome":
+    """Join the parts of a checkpoint that :func:`convert` made with ``blocks``, as ``bismooth merge`` does.
+
+    Args:
+        destination: the folder to write. It must be absent, empty, or hold the same result.
+        parts: the folders of all parts, in any order; they are only read.
+        base_model, license: for the model card, as of :func:`convert`.
+        progress: as of :func:`convert`; counts shards in the stage ``merge``.
+
+    Raises:
+        BismoothError: parts are missing, damaged, or do not fit together.
+        TypeError: an argument is of another kind than it should be.
+    """
+    from vllm_w8a8_bismooth.conversion import merge as room
+    from vllm_w8a8_bismooth.report.labels import Labels
+
+    if isinstance(parts, str | os.PathLike):
+        raise TypeError(f"parts must be a list of folders, not {parts!r}")
+    folders = [_path("parts", part) for part in parts]
+    ready = room.prepare(folders, _destination(destination), Labels(base_model, license))
+    return room.merge(ready, _progress(progress))
+
+
+def verify(
+    folder: str | Path,
+    *,
+    against: str | Path | None = None,
+    progress: Progress | None = None,
+    engine: bool = True,
+) -> "Verification":
+    """Check a converted checkpoint, as ``bismooth verify`` does.
+
+    Args:
+        folder: the checkpoint, ours or another symmetric INT8 W8A8 one in compressed-tensors' format.
+        against: the checkpoint that it was made from, a folder or ``org/name[@revision]``, to compare weights and
+            function with.
+        progress: as of :func:`convert`; counts shards in the stage ``read`` and blocks in the stage ``compare``.
+        engine: whether vLLM is asked in a process of its own, if it is installed and nothing else is wrong; that takes
+            10 to 20 seconds.
+
+    Returns:
+        What was found: ``ok``, ``findings`` (what is wrong, where, and what to do), ``notes``.
+
+    Raises:
+        BismoothError: there is nothing to check.
+        TypeError: an argument is of another kind than it should be.
+    """
+    from vllm_w8a8_bismooth import verification
+
+    other = None if against is None else _fetched(against)
+    return verification.verify(_path("folder", folder), other, _progress(progress), engine)
+
+
+def inspect(source: str | Path, *, calibration_tokens: int = 16384, group_size: int = 128) -> "Survey":
+    """Say from headers alone what a conversion needs and what stands in its way, as ``bismooth inspect`` does.
+
+    Args:
+        source: a folder, or as a string also ``org/name[@revision]`` on the Hub, of which no weights are downloaded.
+        calibration_tokens: of a calibrated conversion, for the estimates.
+        group_size: columns per scale, for which tensor parallelism is checked.
+
+    Returns:
+        What the headers hold; ``problems`` is empty if the checkpoint can be converted.
+
+    Raises:
+        BismoothError: there is nothing to read.
+        TypeError: an argument is of another kind than it should be.
+    """
+    from vllm_w8a8_bismooth.checkpoint import hub
+    from vllm_w8a8_bismooth.checkpoint.files import Folder
+    from vllm_w8a8_bismooth.conversion.inspect import survey
+
+    for name, value in {"calibration_tokens": calibration_tokens, "group_size": group_size}.items():
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"{name} must be an integer, not {value!r}")
+        if value < 1:
+            raise BismoothError.of(f"--{name.replace('_', '-')} {value}", "not positive", "give a number from 1 on")
+    place = hub.find(source) if isinstance(source, str) else Folder(_path("source", source))
+    return survey(place, calibration_tokens, group_size)
+
+
+def prepare(
+    source: str | Path,
+    destination: str | Path,
+    *,
+    method: str = "bismooth",
+    calibration: str | Path | Sequence[str | Path] | None = None,
+    calibration_tokens: int | None = None,
+    blocks: str | slice | range | None = None,
+    device: str = "cpu",
+    base_model: str | None = None,
+    license: str | None = None,
+    download: bool = True,
+    **choices: Any,
+) -> "Preparation":
+    """All that :func:`convert` does before its first write.
+
+    Args:
+        source, destination, method, calibration, calibration_tokens, blocks, device, base_model, license: see
+            :func:`convert`.
+        download: whether a source on the Hub may be downloaded.
+        choices: further fields of :class:`recipe.Recipe`.
+
+    Raises:
+        BismoothError: see :func:`convert`.
+        TypeError: an argument is of another kind than it should be.
+    """
+    from vllm_w8a8_bismooth.checkpoint import hub
+    from vllm_w8a8_bismooth.recipe import Recipe
+    from vllm_w8a8_bismooth.report.labels import Labels
+
+    destination = _destination(destination)
+    recipe = Recipe.of(method, calibration_tokens=calibration_tokens, **choices)
+    labels, text = Labels(base_model, license), _text(method, calibration)
+    if text is None and calibration_tokens is not None:
+        what = "--calibration-tokens has no effect without --calibration FILE"
+        raise BismoothError.of("convert", what, "leave it out")
+
+    from vllm_w8a8_bismooth.conversion import preparation
+    from vllm_w8a8_bismooth.conversion.destination import Destination
+
+    if isinstance(source, str) and (parsed := hub.parse(source)) is not None:  # a download may take hours
+        Destination.of(destination, parsed[0].rpartition("/")[2]).check()
+    folder = _fetched(source) if download else _at_hand(source)
+    return preparation.prepare(folder, destination, recipe, text, device, blocks, labels)
+
+
+def _text(method: str, calibration: str | Path | Sequence[str | Path] | None) -> "CalibrationText | None":
+    from vllm_w8a8_bismooth.recipe import DEFAULTS
+
+    if calibration is None:
+        return None
+    files = calibration if isinstance(calibration, list | tuple) else [calibration]
+    if not files:
+        return None
+    if "calibration_tokens" not in DEFAULTS[method]:
+        raise BismoothError.of(f"--method {method}", "--calibration has no effect", "leave it out")
+    from vllm_w8a8_bismooth.measure.text import read_text
+
+    return read_text(*(_path("calibration", file) for file in files))
+
+
+def _fetched(source: str | Path) -> "Folder":
+    from vllm_w8a8_bismooth.checkpoint import hub
+    from vllm_w8a8_bismooth.checkpoint.files import Folder
+
+    return hub.fetch(source) if isinstance(source, str) else Folder(_path("source", source))
+
+
+def _at_hand(source: str | Path) -> "Folder":
+    from vllm_w8a8_bismooth.checkpoint import hub
+    from vllm_w8a8_bismooth.checkpoint.files import Folder
+
+    if not isinstance(source, str):
+        return Folder(_path("source", source))
+    if (folder := hub.cached(source)) is None:
+        remedy = "bismooth inspect shows size, needs and problems from the headers alone"
+        raise BismoothError.of(source, "not downloaded yet, and --dry-run writes nothing", remedy)
+    return folder
+
+
+def _path(argument: str, value: object) -> Path:
+    if not isinstance(value, str | os.PathLike):
+        raise TypeError(f"{argument} must be a path, as a string or a pathlib.Path, not {value!r}")
+    return Path(value)
+
+
+def _destination(value: object) -> str | Path:
+    """As it was given: a path would have no empty name any more."""
+    return value if isinstance(value, str) else _path("destination", value)
+
+
+def _progress(progress: Progress | None) -> Progress:
+    if progress is not None and not callable(progress):
+        raise TypeError(f"progress must be a function of stage, done, total and written, not {progress!r}")
+    return progress or silent

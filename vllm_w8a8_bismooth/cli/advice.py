@@ -1,0 +1,25 @@
+"""What to try next."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vllm_w8a8_bismooth.recipe import Recipe
+    from vllm_w8a8_bismooth.report.outcome import Outcome
+
+
+def advice(recipe: "Recipe", report: "Outcome") -> str:
+    """What to try where linears still lose their weights: never what was just done."""
+    smaller = f"a --group-size under {recipe.group_size}" if (recipe.group_size or 0) > 32 else ""
+    balanced = "--smoothing balanced" if recipe.smoothing == "alpha" else ""
+    tries = {
+        "rtn": ["--method bismooth", "--method mixed"],
+        "mixed": ["--method bismooth", smaller],
+        "bismooth": [
+            "--calibration FILE" if recipe.calibration is None else "",
+            balanced,
+            smaller,
+            "" if recipe.calibration is None or report.part or recipe.group_size else "--method auto",
+        ],
+        "auto": ["a larger --group-budget", smaller, balanced],
+    }[recipe.method]
+    return f"Try {' or '.join([*filter(None, tries), '--ignore, which leaves linears in float'])}."

@@ -1,0 +1,46 @@
+"""How the command line is read, beyond what typer does: nothing that is given may vanish."""
+
+import sys
+from collections import Counter
+
+import typer
+
+from vllm_w8a8_bismooth.errors import BismoothError, Problem
+
+_GO_ON = ("convert", "merge", "push")
+
+
+class Verbs(typer.core.TyperGroup):
+    """The verbs. Refuses an option that is given twice, unless it adds up, where the last one would count in silence.
+
+    Flags are shown without a type, and Ctrl-C ends a verb with one line and exit code 130.
+    """
+
+    def resolve_command(self, ctx, args):
+        name, verb, rest = super().resolve_command(ctx, args)
+        with verb.context_class(verb, info_name=name, parent=ctx, resilient_parsing=True) as inner:
+            _, _, order = verb.make_parser(inner).parse_args(args=list(rest))
+            _show_no_type_of_flags(verb.get_params(inner))
+        counts = Counter(option for option in order if option.param_type_name == "option")
+        twice = [o.opts[0] for o, count in counts.items() if count > 1 and not (o.multiple or o.is_eager)]
+        if twice:
+            raise BismoothError(*(Problem(option, "given twice", "give it once") for option in twice))
+        return name, verb, rest
+
+    def get_params(self, ctx):
+        return _show_no_type_of_flags(super().get_params(ctx))
+
+    def invoke(self, ctx):
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            goes_on = "; the same command goes on from there" if ctx.invoked_subcommand in _GO_ON else ""
+            print(f"Interrupted{goes_on}", file=sys.stderr)
+            raise typer.Exit(130) from None
+
+
+def _show_no_type_of_flags(parameters):
+    for parameter in parameters:
+        if getattr(parameter, "is_flag", False) and parameter.metavar is None:
+            parameter.metavar = ""
+    return parameters

@@ -1,0 +1,28 @@
+"""Names of linears for people: many of them in few words."""
+
+import re
+from collections.abc import Iterable, Sequence
+
+from vllm_w8a8_bismooth.checkpoint.architectures import kind_of
+
+_IN_A_BLOCK = re.compile(r"(?:^|\.)layers\.\d+\.")
+
+
+def in_few_words(names: Iterable[str]) -> str:
+    """Full names by kind and blocks: ``down_proj in blocks 0, 3-5; lm_head``."""
+    kinds: dict[str, set[int]] = {}
+    for name in names:
+        kind, block = kind_of(name) if _IN_A_BLOCK.search(name) else (name, None)
+        kinds.setdefault(kind, set()).update([] if block is None else [block])
+    return "; ".join(kind + _in_blocks(sorted(blocks)) for kind, blocks in kinds.items())
+
+
+def _in_blocks(blocks: Sequence[int]) -> str:
+    runs: list[list[int]] = []
+    for block in blocks:
+        if runs and runs[-1][1] == block - 1:
+            runs[-1][1] = block
+        else:
+            runs.append([block, block])
+    shown = ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+    return f" in block{'s' if len(blocks) > 1 else ''} {shown}" if blocks else ""
