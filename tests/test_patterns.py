@@ -83,8 +83,8 @@ def test_stored_recipes_are_compared_pattern_by_pattern():
     stored = {"method": "rtn", **dict.fromkeys(("smoothing", "alpha", "calibration_tokens", "group_size"))}
     assert not recipe.differences({**stored, "ignore": ["a", "b{1,2}"]})
     assert not recipe.differences({**stored, "ignore": "a,b{1,2}"})
-    assert recipe.differences({**stored, "ignore": ["a", 7]}) == ["ignore: a, 7 there, a, b{1,2} now"]
-    assert recipe.differences({**stored, "ignore": None}) == ["ignore: None there, a, b{1,2} now"]
+    assert recipe.differences({**stored, "ignore": ["a", 7]}) == ["ignore: a,7 there, a,b{1,2} now"]
+    assert recipe.differences({**stored, "ignore": None}) == ["ignore: None there, a,b{1,2} now"]
 
 
 @pytest.mark.parametrize("pattern", ["(", "*", "re:[", "a{3,1}", "re:", "(?P<a>x)(?P<a>y)", r"\1"])

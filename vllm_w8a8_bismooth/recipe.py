@@ -170,7 +170,7 @@ def _check_pattern(option: str, pattern: str) -> None:
 
 
 def _shown(value: Any) -> str:
-    return ", ".join(value) if isinstance(value, tuple) else repr(value)
+    return ",".join(value) if isinstance(value, tuple) else repr(value)
 
 
 def _arguments(strategy: str, group_size: int | None, dynamic: bool) -> dict[str, Any]:

@@ -65,6 +65,8 @@ def test_many_names_in_few_words():
         "experts.*.up_proj in blocks 0-2, 9; lm_head; input_layernorm in block 4"
     )
     assert in_few_words([]) == ""
+    alike = [f"model.layers.{i}.mlp.{name}_proj" for i in (0, 3) for name in ("up", "gate")]
+    assert in_few_words([*alike, "layers.0.mlp.down_proj"]) == "up_proj, gate_proj in blocks 0, 3; down_proj in block 0"
 
 
 def test_reasons_against_tensor_parallelism_are_few(make_checkpoint):

@@ -56,7 +56,7 @@ def test_what_is_named_is_said_in_few_words(make_checkpoint, tmp_path):
         (ignored,) = [line for line in lines if "eft in float: " in line]
         assert ignored.endswith("eft in float: down_proj in blocks 0, 3-5, 7, 10-11; o_proj in block 9"), text
         (grouped,) = [line for line in lines if "er-group" in line and "g = 32" in line]
-        assert grouped.endswith(": k_proj in block 1; q_proj in block 1; v_proj in block 1; down_proj in block 2"), text
+        assert grouped.endswith(": k_proj, q_proj, v_proj in block 1; down_proj in block 2"), text
         assert "In float anyway, also without --ignore: lm_head" in lines
 
 
@@ -81,7 +81,7 @@ def test_the_same_choice_in_other_words_is_another_recipe(make_checkpoint, tmp_p
     convert(source, out, Recipe.of("rtn", ignore=["down_proj", "o_proj"]))
     assert convert(source, out, Recipe.of("rtn", ignore="down_proj,o_proj")).reused
     code, text = run("convert", source, out, *RTN, "--ignore", "o_proj")
-    assert code == 2 and "ignore: down_proj, o_proj there, o_proj now" in text
+    assert code == 2 and "ignore: down_proj,o_proj there, o_proj now" in text
 
 
 def test_siblings_come_along(make_checkpoint):

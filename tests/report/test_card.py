@@ -192,7 +192,7 @@ def test_last_words_on_ignored_linears(make_checkpoint, tmp_path):
     edit_shard(source, lambda tensors: tensors[name][:, 5].mul_(1000), name)
     options = ("--method", "rtn", "--ignore", r"layers\.1\.self_attn\.q")
     code, output = run("convert", source, out, *options, "--dry-run")
-    assert code == 0 and "3 linears left in float: k_proj in block 1; q_proj in block 1; v_proj in block 1\n" in output
+    assert code == 0 and "3 linears left in float: k_proj, q_proj, v_proj in block 1\n" in output
     code, output = run("convert", source, out, *options)
     assert code == 0 and "18 linears per-channel, 0 per-group, 3 left in float." in output and "Warning" not in output
     card = (out / "README.md").read_text()

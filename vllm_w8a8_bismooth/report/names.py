@@ -9,12 +9,15 @@ _IN_A_BLOCK = re.compile(r"(?:^|\.)layers\.\d+\.")
 
 
 def in_few_words(names: Iterable[str]) -> str:
-    """Full names by kind and blocks: ``down_proj in blocks 0, 3-5; lm_head``."""
+    """Full names by kind and blocks: ``q_proj, k_proj, v_proj in block 2; down_proj in blocks 0, 3-5; lm_head``."""
     kinds: dict[str, set[int]] = {}
     for name in names:
         kind, block = kind_of(name) if _IN_A_BLOCK.search(name) else (name, None)
         kinds.setdefault(kind, set()).update([] if block is None else [block])
-    return "; ".join(kind + _in_blocks(sorted(blocks)) for kind, blocks in kinds.items())
+    alike: dict[tuple[int, ...], list[str]] = {}
+    for kind, blocks in kinds.items():
+        alike.setdefault(tuple(sorted(blocks)), []).append(kind)
+    return "; ".join(", ".join(same) + _in_blocks(blocks) for blocks, same in alike.items())
 
 
 def _in_blocks(blocks: Sequence[int]) -> str:
