@@ -14,7 +14,6 @@ first draw and the first plant of one bed. ``--peer`` is the Python of an enviro
 """
 
 import argparse
-import hashlib
 import os
 import re
 import shutil
@@ -84,7 +83,7 @@ class Case:
         if setting.kind != "healthy":
             self.source = work / "source"
             plant(self.bed.model, self.source, kind=setting.kind, k=setting.k, seed=setting.seed)
-        self.text = drawn(read_text(self.bed.calibration), setting.draw)
+        self.text = drawn(self.bed.calibration.read_text(), setting.draw)
 
     @cached_property
     def tokens(self) -> torch.Tensor:
@@ -97,12 +96,10 @@ class Case:
         return self.work / name, convert(prepare(source or self.source, self.work / name, recipe, text))
 
 
-def drawn(text: CalibrationText, seed: int) -> CalibrationText:
-    """Another draw of calibration windows from the same text: it begins elsewhere, and goes round."""
-    whole = "\n\n".join(text.documents)
+def drawn(whole: str, seed: int) -> CalibrationText:
+    """A draw of calibration windows from a text: for each seed it begins elsewhere, and goes round."""
     start = seed * len(whole) // SEEDS + 1000 * seed
-    turned = whole[start:] + whole[:start]
-    return CalibrationText(text.path, (turned,), hashlib.sha256(turned.encode()).hexdigest())
+    return read_text([whole[start:] + whole[:start]])
 
 
 Make = Callable[[Case], Path]
@@ -263,16 +260,15 @@ def texts(bed: str) -> dict[str, str]:
 def study(bed: str, arm: str, name: str, size: int, work: Path, windows: int) -> list[dict]:
     """KL of one arm by what and how much it is calibrated on: :data:`DRAWS` rows; none where the text is too short."""
     text = texts(bed)[name]
-    whole = CalibrationText(BEDS[bed].calibration, (text,), hashlib.sha256(text.encode()).hexdigest())
     model, heldout = BEDS[bed].model, BEDS[bed].heldout_windows(windows)
-    if tokenize(whole, Source(model).checkpoint, size).numel() < 0.97 * size:
+    if tokenize(read_text([text]), Source(model).checkpoint, size).numel() < 0.97 * size:
         return []
     options = {"smoothing": "alpha", "alpha": 0.5} if arm == "alpha-0.5" else {}
     recipe = Recipe.of("bismooth", calibration_tokens=size, **options)
     reference, rows = emulate.log_probabilities(emulate.load(model), heldout), []
     for draw in range(DRAWS):
         shutil.rmtree(work, ignore_errors=True)
-        convert(prepare(model, work, recipe, drawn(whole, draw)))
+        convert(prepare(model, work, recipe, drawn(text, draw)))
         found = distance(reference, emulate.log_probabilities(emulate.load(work), heldout), heldout)
         rows.append({"bed": bed, "arm": arm, "set": name, "tokens": size, "seed": draw, **found.as_dict()})
     shutil.rmtree(work)

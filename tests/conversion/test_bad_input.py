@@ -111,10 +111,6 @@ CALIBRATION = {
     "absent": ("a.txt", None, ["a.txt", "cannot be read"]),
     "empty": ("a.txt", b" \n ", ["a.txt", "is empty", "--calibration none"]),
     "latin 1": ("a.txt", b"caf\xe9", ["a.txt", "not UTF-8 (byte 3)"]),
-    "parquet": ("a.parquet", b"PAR1", ["a.parquet", ".txt or .jsonl"]),
-    "no JSON": ("a.jsonl", b'{"text": "a"}\nhello\n', ["a.jsonl", "line 2"]),
-    "no text": ("a.jsonl", b'{"content": "a"}\n', ["a.jsonl", "line 1", '"text"']),
-    "only empty texts": ("a.jsonl", b'{"text": ""}\n', ["a.jsonl", "is empty"]),
 }
 
 

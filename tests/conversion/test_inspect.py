@@ -42,7 +42,7 @@ def test_whole_70b_takes_no_torch_and_little_time(tmp_path):
     assert done.returncode == 0 and heavy == "[]" and float(seconds) < 2, done.stderr
     assert found["parameters"] == 70_553_706_496 and found["source_bytes"] == 2 * found["parameters"]
     assert found["needs"]["data-free"]["written_bytes"] == pytest.approx(72.68e9, rel=1e-3)  # as llm-compressor's
-    assert found["needs"]["calibrated"]["seconds"] > 10 * found["needs"]["data-free"]["seconds"]
+    assert found["needs"]["calibrated"]["seconds"] > 3 * found["needs"]["data-free"]["seconds"]
     assert not found["problems"] and all(not found["per_group"][str(ranks)] for ranks in TENSOR_PARALLEL)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_w8a8_bismooth.cli.advice import advice
+from vllm_w8a8_bismooth.cli.calibrating import remarks
 from vllm_w8a8_bismooth.cli.progress import duration
 from vllm_w8a8_bismooth.report.names import in_few_words
 from vllm_w8a8_bismooth.report.task import task_of
@@ -139,6 +140,7 @@ def preview(console: "Console", plan: "Preview", recipe: "Recipe") -> None:
         console.print("A part: blocks {}:{}".format(*plan.part))
     tokens = "data-free" if plan.tokens is None else f"calibrated on {plan.tokens} tokens"
     console.print(f"{_gb(plan.source_bytes)} -> {_gb(plan.written_bytes)}, method {recipe.method}, {tokens}")
+    remarks(console, plan.used)
     if plan.grouped is None:
         console.print(f"Per-group linears (g = {recipe.group_size}): the weights decide; sizes are without them")
     elif plan.grouped:
@@ -191,6 +193,7 @@ def report_json(report: "Outcome") -> dict[str, Any]:
         "labels": asdict(report.labels),
         "source_bytes": report.source_bytes,
         "written_bytes": report.written_bytes,
+        "calibration": report.calibration(),
         "vulnerable": report.vulnerable(),
         "linears": report.linears,
         "ignored": report.ignored,
@@ -229,6 +232,7 @@ def summary(console: "Console", report: "Outcome") -> None:
     if report.ignored:
         console.print(f"Left in float: {in_few_words(report.ignored)}", markup=False)
     _already_float(console, report.already_float)
+    remarks(console, report.used)
     for entry in report.granularity:
         if entry.chosen:
             console.print(f"  per-group: {escape(entry.unit)} {entry.reason}", highlight=False)

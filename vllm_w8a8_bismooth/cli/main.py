@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from vllm_w8a8_bismooth import __version__
-from vllm_w8a8_bismooth.cli import analysis, display, publication
+from vllm_w8a8_bismooth.cli import analysis, calibrating, display, publication
 from vllm_w8a8_bismooth.cli.arguments import Verbs
 from vllm_w8a8_bismooth.cli.progress import Progress
 from vllm_w8a8_bismooth.errors import BismoothError
@@ -29,8 +29,6 @@ _SourceArgument = Annotated[
         metavar="SRC", help="Folder of a Hugging Face checkpoint (safetensors), or org/name\\[@revision] on the Hub."
     ),
 ]
-
-_WITHOUT_TEXT = "--calibration-tokens has no effect without --calibration FILE"
 
 
 def _version(asked: bool) -> None:
@@ -59,7 +57,7 @@ def inspect(
     ] = 128,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
-    """Show from headers alone what a conversion needs and everything that stands in its way; no weights are read.
+    """Show what a conversion needs on this machine and everything that stands in its way, from headers alone.
 
     Exits with 2 if there are problems.
     """
@@ -86,12 +84,7 @@ def convert(
             "mixed: per-group scales for vulnerable linears. auto: bismooth, and per-group scales where they pay.",
         ),
     ] = "bismooth",
-    calibration: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE|none", help='Text (.txt, or .jsonl with "text"); none = data-free, the default of bismooth.'
-        ),
-    ] = None,
+    calibration: calibrating.CalibrationOption = None,
     calibration_tokens: Annotated[
         int | None, typer.Option(metavar="N", help="Tokens taken from it.", show_default="16384")
     ] = None,
@@ -170,7 +163,7 @@ def convert(
         source,
         destination,
         method=method,
-        calibration=None if calibration == "none" else calibration,
+        calibration=calibrating.files(calibration, calibration_tokens, "convert"),
         calibration_tokens=calibration_tokens,
         smoothing=smoothing,
         alpha=alpha,
@@ -249,12 +242,7 @@ def analyze(
             show_default="256, 128, 64, 32 on vulnerable linears, until one repairs",
         ),
     ] = None,
-    calibration: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE", help="Also measure on this text which linears' errors come from weights or activations."
-        ),
-    ] = None,
+    calibration: calibrating.CalibrationOption = None,
     calibration_tokens: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Tokens taken from it.", show_default="16384")
     ] = None,
@@ -274,7 +262,7 @@ def analyze(
     from vllm_w8a8_bismooth.checkpoint.layout import Source
     from vllm_w8a8_bismooth.conversion.preparation import device_of
     from vllm_w8a8_bismooth.measure import perturbation
-    from vllm_w8a8_bismooth.measure.text import read_text, tokenize
+    from vllm_w8a8_bismooth.measure.text import sample
     from vllm_w8a8_bismooth.measure.weights import analyze as measure
     from vllm_w8a8_bismooth.method import balance
     from vllm_w8a8_bismooth.recipe import Recipe
@@ -284,18 +272,18 @@ def analyze(
         Recipe.of("mixed", group_size=group_size)  # the same bounds
     if figures is not None:
         drawing.require()
-    if calibration_tokens is not None and calibration is None:
-        raise BismoothError.of("analyze", _WITHOUT_TEXT, "leave it out")
-    text = read_text(Path(calibration)) if calibration is not None else None
-    console, where, moved = display.console(stderr=True), device_of(device), None
+    text = calibrating.read(calibrating.files(calibration, calibration_tokens, "analyze"))
+    console, where, moved, used = display.console(stderr=True), device_of(device), None, None
     with Progress(console) as progress:
         over = Run(Source(hub.fetch(source)), where, progress=progress)
         found = measure(over, group_size)
         if text is not None:
-            tokens = tokenize(text, over.source.checkpoint, calibration_tokens or 16384)
-            moved = perturbation.view(over, tokens, balance.by_error)
+            taken = sample(text, over.source.checkpoint, calibration_tokens or 16384)
+            moved, used = perturbation.view(over, taken.tokens, balance.by_error), taken.used
+    calibrating.remarks(console, used)
     if as_json:
-        print(json.dumps({"source": source, **analysis.analysis_json(found), "perturbation": moved}, indent=2))
+        measured = {"perturbation": moved, "calibration": used.json() if used is not None else None}
+        print(json.dumps({"source": source, **analysis.analysis_json(found), **measured}, indent=2))
     else:
         analysis.analysis(found, source, group_size, top)
         if moved is not None:

@@ -18,6 +18,7 @@ from vllm_w8a8_bismooth.checkpoint.reader import Headers
 from vllm_w8a8_bismooth.conversion import head
 from vllm_w8a8_bismooth.conversion.estimate import Needs, needs
 from vllm_w8a8_bismooth.conversion.proposal import propose
+from vllm_w8a8_bismooth.conversion.rates import measured
 from vllm_w8a8_bismooth.errors import BismoothError, Problem
 
 TENSOR_PARALLEL = (1, 2, 4, 8, 16)
@@ -149,7 +150,8 @@ def survey(place: Folder | Repository, calibration_tokens: int, group_size: int)
     except BismoothError as error:
         result.problems += error.problems
         return result
-    result.needs = {"data-free": needs(layout, None), "calibrated": needs(layout, calibration_tokens)}
+    rates = measured(layout)
+    result.needs = {"data-free": needs(layout, None, rates), "calibrated": needs(layout, calibration_tokens, rates)}
     result.per_channel, result.per_group = parallel_problems(layout, None), parallel_problems(layout, group_size)
     return result
 

@@ -130,6 +130,7 @@ def merge(ready: Merger, progress: Progress = silent) -> Outcome:
     outcome = Outcome(destination, source.nbytes(), blocks=len(source.layers), notes=source.notes + head.notes(source))
     outcome.ignored = full_names(plan.ignored, source.names)
     outcome.already_float, outcome.recipe = already_float(source, ready.recipe), ready.recipe
+    outcome.used, outcome.arithmetic = ready.parts[0].used, ready.parts[0].identity.get("arithmetic")
     for part in ready.parts:
         outcome.linears |= part.linears
         outcome.sites |= part.sites

@@ -13,6 +13,7 @@ from vllm_w8a8_bismooth.checkpoint.files import CONFIG, SINGLE, Folder, copy, pa
 from vllm_w8a8_bismooth.checkpoint.journal import FOLDER, differences
 from vllm_w8a8_bismooth.checkpoint.layout import Source
 from vllm_w8a8_bismooth.errors import BismoothError, Problem
+from vllm_w8a8_bismooth.measure.text import Used
 from vllm_w8a8_bismooth.recipe import Recipe, names_of_hashes
 from vllm_w8a8_bismooth.report.outcome import Outcome
 
@@ -51,6 +52,7 @@ def write(
         "linears": outcome.linears,
         "sites": list(outcome.sites.values()),
         "shards": outcome.files,
+        "used": None if outcome.used is None else outcome.used.json(),
     }
     content = json.loads(json.dumps(content))
     (folder / PART).write_text(json.dumps({"sha256": _digest(content), "part": content}))
@@ -63,13 +65,14 @@ class Part:
         folder: of the part.
         digest: SHA-256 of what ``part.json`` says.
         blocks: those that it holds. With the first of the model comes everything outside the blocks.
-        identity: recipe, device and versions, which all parts of a checkpoint share.
+        identity: recipe, arithmetic, device and versions, which all parts of a checkpoint share.
         recipe: complete but for the source's fingerprint.
         provenance: see :func:`pipeline.complete`.
         outline: of the source, see :func:`outline_of`.
         checksums: of those of the source's tensors that were read, see :class:`files.Checksum`.
         linears, sites: what was made of them, see :class:`outcome.Outcome`.
         shards: files of tensors -> SHA-256.
+        used: what of the calibration text was really used; ``None`` is data-free.
 
     Raises:
         BismoothError: on construction, if the folder holds no finished part, or one of another version's.
@@ -100,6 +103,7 @@ class Part:
         self.linears: dict[str, dict[str, Any]] = content["linears"]
         self.sites: dict[int, list[dict[str, Any]]] = dict(zip(self.blocks, content["sites"], strict=True))
         self.shards: dict[str, str] = content["shards"]
+        self.used = None if content.get("used") is None else Used.of(content["used"])
         self._source = content["source"]
 
     def source(self) -> Source:
@@ -189,7 +193,7 @@ def outline_of(source: Source) -> dict[str, Any]:
 
 def _shared(identity: Mapping[str, Any]) -> dict[str, Any]:
     """What all parts of a checkpoint have in common of the identity of a run."""
-    return {key: identity[key] for key in ("recipe", "device", "versions")}
+    return {key: identity.get(key) for key in ("recipe", "arithmetic", "device", "versions")}
 
 
 def _digest(content: Mapping[str, Any]) -> str:

@@ -52,6 +52,7 @@ def convert(ready: Preparation, progress: Progress = silent) -> Outcome:
     outcome.left_out, outcome.notes = source.checkpoint.left_out(), [*source.notes]
     outcome.ignored = full_names(ready.within(ready.ignored), source.names)
     outcome.already_float = already_float(source, ready.recipe)
+    outcome.used, outcome.arithmetic = ready.used, ready.arithmetic
     threads = Threads()
     with Journal(ready.target, ready.identity) as journal:
         stages = Stages(ready, Run(source, ready.device, journal, progress), threads)

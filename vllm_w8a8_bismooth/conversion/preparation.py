@@ -17,7 +17,8 @@ from vllm_w8a8_bismooth.conversion.options import chosen_by_name, ignored_by_nam
 from vllm_w8a8_bismooth.conversion.plan import blocks_of, span
 from vllm_w8a8_bismooth.conversion.proposal import name_of
 from vllm_w8a8_bismooth.errors import BismoothError
-from vllm_w8a8_bismooth.measure.text import CalibrationText, tokenize
+from vllm_w8a8_bismooth.measure.arithmetic import arithmetic
+from vllm_w8a8_bismooth.measure.text import CalibrationText, Used, sample
 from vllm_w8a8_bismooth.recipe import Recipe, names_of_hashes
 from vllm_w8a8_bismooth.report import card
 from vllm_w8a8_bismooth.report.labels import Labels
@@ -39,9 +40,12 @@ class Preparation:
         tokens: int64 ``[windows, length]`` for calibration; ``None`` is data-free.
         identity: what an unfinished run must have in common with this one to be continued.
         provenance: where the choices came from, for people.
+        used: what of the calibration text the tokens come from.
+        arithmetic: the dtype in which the tokens run through the model, as torch calls it; ``None`` is data-free.
         part: the blocks to convert, if the result is to be a part of a checkpoint; ``None`` is all, and the whole.
         labels: for the card of a whole checkpoint.
-        reused: the destination already holds the result; then ``named``, ``ignored`` and ``tokens`` are not known.
+        reused: the destination already holds the result; then ``named``, ``ignored``, ``tokens`` and ``used``
+            are not known.
     """
 
     destination: Path
@@ -54,6 +58,8 @@ class Preparation:
     tokens: torch.Tensor | None
     identity: Mapping[str, Any]
     provenance: Mapping[str, Any]
+    used: Used | None = None
+    arithmetic: str | None = None
     part: range | None = None
     reused: bool = False
     labels: Labels = _NONE
@@ -113,16 +119,20 @@ def prepare(
         calibration=text.sha256 if text is not None else None,
         calibration_tokens=recipe.calibration_tokens if text is not None else None,
     )
+    computed = (
+        arithmetic(source.checkpoint.headers[source.names.embedding].dtype, where.type) if text is not None else None
+    )
     provenance = {
         "vllm_w8a8_bismooth": __version__,
         "torch": torch.__version__,
         "source": place.hub_id or place.path.resolve().name,
         "revision": place.revision,
-        "calibration": text.path.name if text is not None else None,
+        "calibration": text.name if text is not None else None,
         "device": device,
     }
     identity = {
         "recipe": asdict(recipe),
+        "arithmetic": computed,
         "source": source.checkpoint.signature(),
         "device": where.type,
         "versions": {"vllm_w8a8_bismooth": __version__, "torch": torch.__version__},
@@ -134,7 +144,7 @@ def prepare(
         reused = already_a_part(aim, identity, part, source)
     else:
         reused = already_converted(aim, recipe, source.checkpoint.read_fingerprint, provenance)
-    named, ignored, tokens = None, [], None
+    named, ignored, taken = None, [], None
     if not reused:
         if recipe.method == "auto":
             _check_auto(part, text)
@@ -142,21 +152,23 @@ def prepare(
         named = chosen_by_name(source, recipe, ignored)
         if text is not None:
             assert recipe.calibration_tokens is not None
-            tokens = tokenize(text, source.checkpoint, recipe.calibration_tokens)
+            taken = sample(text, source.checkpoint, recipe.calibration_tokens)
     return Preparation(
-        aim.given,
-        aim.target,
-        source,
-        recipe,
-        where,
-        named,
-        ignored,
-        tokens,
-        identity,
-        provenance,
-        part,
-        reused,
-        labels,
+        destination=aim.given,
+        target=aim.target,
+        source=source,
+        recipe=recipe,
+        device=where,
+        named=named,
+        ignored=ignored,
+        tokens=None if taken is None else taken.tokens,
+        identity=identity,
+        provenance=provenance,
+        used=None if taken is None else taken.used,
+        arithmetic=computed,
+        part=part,
+        reused=reused,
+        labels=labels,
     )
 
 

@@ -12,8 +12,10 @@ from vllm_w8a8_bismooth.conversion.estimate import needs
 from vllm_w8a8_bismooth.conversion.options import already_float
 from vllm_w8a8_bismooth.conversion.plan import Plan, full_names
 from vllm_w8a8_bismooth.conversion.preparation import Preparation
+from vllm_w8a8_bismooth.conversion.rates import measured as measured_rates
 from vllm_w8a8_bismooth.conversion.stages import CARRY, CONVERT, GRANULARITY
 from vllm_w8a8_bismooth.measure import calibration, perturbation
+from vllm_w8a8_bismooth.measure.text import Used
 
 
 @dataclass
@@ -29,6 +31,7 @@ class Preview:
         ignored: full names of linears that stay in float.
         already_float: see :class:`outcome.Outcome`.
         tokens: of calibration text.
+        used: what of the text they come from.
         part: its first block, and the one behind the last, if a part would be made; ``None`` is a whole checkpoint.
         blocks, resumed: how many are to be converted, and how many of them an interrupted run has done.
         memory_bytes, seconds: see :class:`estimate.Needs`; the time is that of what is still to do.
@@ -46,6 +49,7 @@ class Preview:
     ignored: list[str] | None = None
     already_float: list[str] = field(default_factory=list)
     tokens: int | None = None
+    used: Used | None = None
     part: tuple[int, int] | None = None
     blocks: int = 0
     resumed: int = 0
@@ -85,7 +89,7 @@ def preview(ready: Preparation) -> Preview:
     resumed = finished(journal, CONVERT, ready.blocks)
     before = range(ready.blocks.start if ready.recipe.smoothing and not resumed else 0)
     left = range(finished(journal, CARRY, before), before.stop)
-    need = needs(source, tokens, measured, blocks=ready.blocks[resumed:], carried=left)
+    need = needs(source, tokens, measured_rates(source), measured, blocks=ready.blocks[resumed:], carried=left)
     return Preview(
         destination=ready.destination,
         reused=False,
@@ -96,6 +100,7 @@ def preview(ready: Preparation) -> Preview:
         ignored=full_names(ready.within(ready.ignored), ready.source.names),
         already_float=already_float(source, ready.recipe),
         tokens=tokens,
+        used=ready.used,
         part=part,
         blocks=len(ready.blocks),
         resumed=resumed,

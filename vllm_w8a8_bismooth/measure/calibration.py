@@ -9,6 +9,7 @@ import torch
 from vllm_w8a8_bismooth.checkpoint.architectures import Architecture
 from vllm_w8a8_bismooth.checkpoint.layout import Source
 from vllm_w8a8_bismooth.errors import BismoothError
+from vllm_w8a8_bismooth.measure.arithmetic import arithmetic
 from vllm_w8a8_bismooth.measure.text import refused, transformers_config
 from vllm_w8a8_bismooth.method.moments import Moments
 from vllm_w8a8_bismooth.method.rows import Threads
@@ -17,14 +18,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _ROWS = 64  # tokens measured at once, which fit a core's cache
+_LARGEST = 1e19  # of an activation: fp32 holds its square, and norms take squares
 _CHUNK = 1024  # tokens that pass through a block at once; bounds the MLP's intermediate
 
 
 class Calibration:
     """The calibration tokens on their way through the model, one decoder block after the other.
 
-    Blocks run in the checkpoint's own dtype, as they are served unquantized. The model is built without storage: a
-    block's weights are lent to it for the time of its forward pass.
+    Blocks run in the dtype of :func:`arithmetic.arithmetic`. The model is built without storage: a block's weights are
+    lent to it for the time of its forward pass.
 
     Args:
         source: of config, weights and names.
@@ -48,13 +50,14 @@ class Calibration:
         self.source = source
         # The embedding's rows are read one by one: only those that occur exist.
         used, compact = tokens.unique(return_inverse=True)
-        rows = torch.cat([checkpoint.rows(source.names.embedding, int(i), 1) for i in used])
+        dtype = getattr(torch, arithmetic(checkpoint.headers[source.names.embedding].dtype, device.type))
+        rows = torch.cat([checkpoint.rows(source.names.embedding, int(i), 1) for i in used]).to(dtype)
         config = transformers_config(checkpoint)
         try:
             # sdpa would drop the soft cap on attention logits without a word
             attention = "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
             with torch.device("meta"):
-                model = AutoModel.from_config(config, dtype=rows.dtype, attn_implementation=attention).eval()
+                model = AutoModel.from_config(config, dtype=dtype, attn_implementation=attention).eval()
                 separate_experts(model.layers, source.architecture)
             _materialize_buffers(model)
             model.embed_tokens.weight = torch.nn.Parameter(rows, requires_grad=False)
@@ -147,10 +150,17 @@ class Calibration:
                 windows.copy_(run(windows))
             for hook in hooks:
                 hook.remove()
-        for site, found in seen.items():
-            if not found.high.isfinite().all():
-                what = f"overflows at site {site} in calibration"
-                raise BismoothError.of(f"{prefix}*", what, "the model itself is broken, repair it")
+        sizes = {f"at site {name}": float(found.largest.max()) for name, found in seen.items() if found.rows}
+        low, high = self.hidden.aminmax()
+        sizes["in the residual stream behind it"] = float(torch.maximum(-low, high))
+        for place, size in sizes.items():
+            if not size < _LARGEST:
+                dtype = str(self.hidden.dtype).removeprefix("torch.")
+                what = (
+                    f"calibration, computed in {dtype}, meets the value {size:.3g} {place}: fp32 cannot hold its square"
+                )
+                remedy = "repair the model, or use --method rtn, which does not run it"
+                raise BismoothError.of(f"{prefix}*", what, remedy)
         return {site: found for site, found in seen.items() if found.rows}
 
 

@@ -1,74 +1,208 @@
 """Calibration text, and the tokens that the checkpoint's own tokenizer makes of it."""
 
 import hashlib
-import json
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from vllm_w8a8_bismooth.checkpoint.reader import Checkpoint
 from vllm_w8a8_bismooth.errors import BismoothError
+from vllm_w8a8_bismooth.measure.corpus import PLAIN, Corpus
+from vllm_w8a8_bismooth.measure.documents import ACCEPTED, Chat, Unusable, document
 
 WINDOW = 512
 _PIECE = 2**12  # characters tokenized at once
 _DENSE = 16  # characters of a token, at most, on average
+_DAY = datetime(2024, 7, 26)  # for templates that show the date: tokens must not depend on the day of the conversion
+
+
+@dataclass(frozen=True)
+class Read:
+    """What one file of calibration text holds.
+
+    Attributes:
+        corpus: the file.
+        rows, skipped: rows with text or a chat, and others. A file of plain text is one row.
+        reason: the first that was skipped, and why; ``None`` if none was.
+        pieces, characters: of all text, pieces as :func:`_pieces` cuts them.
+    """
+
+    corpus: Corpus
+    rows: int
+    skipped: int
+    reason: str | None
+    pieces: int
+    characters: int
 
 
 @dataclass(frozen=True)
 class CalibrationText:
-    """The documents of a calibration file and the SHA-256 of its bytes."""
+    """Files of calibration text, of which nothing is in memory, and the SHA-256 of their bytes.
 
-    path: Path
-    documents: tuple[str, ...]
-    sha256: str
+    Attributes:
+        files: in the order given.
+        sha256: of a single file's bytes; of several, that of their SHA-256, in hexadecimal, one after the other.
+    """
+
+    files: tuple[Read, ...]
+
+    @property
+    def sha256(self) -> str:
+        digests = [read.corpus.sha256 for read in self.files]
+        return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
+    @property
+    def name(self) -> str:
+        """The files' names, for people."""
+        return ", ".join(read.corpus.name for read in self.files)
 
 
-def read_text(path: str | Path) -> CalibrationText:
-    """A ``.txt`` file (one document) or a ``.jsonl`` file (one ``{"text": ...}`` object a line).
+@dataclass(frozen=True)
+class Used:
+    """What of the calibration text was really used.
+
+    Attributes:
+        files: names, without folders.
+        rows, skipped, reason: see :class:`Read`, over all files.
+        documents: rows that the tokens come from.
+        windows, tokens: how many there are.
+        left_out: windows that were left out for token ids that the embedding lacks.
+        plain_chats: of the documents, chats whose turns were joined by line ends, because the checkpoint's chat
+            template is not there, or refused them.
+        template: why, for the first of them; ``None`` if there is none.
+    """
+
+    files: tuple[str, ...]
+    rows: int
+    skipped: int
+    reason: str | None
+    documents: int
+    windows: int
+    tokens: int
+    left_out: int = 0
+    plain_chats: int = 0
+    template: str | None = None
+
+    @classmethod
+    def of(cls, stored: Mapping[str, Any]) -> "Used":
+        """From what :meth:`json` gave."""
+        return cls(**{**stored, "files": tuple(stored["files"])})
+
+    def json(self) -> dict[str, Any]:
+        """For report.json; :meth:`of` is the way back."""
+        return asdict(self) | {"files": list(self.files)}
+
+    def remarks(self) -> list[str]:
+        """Whatever was not used as it is, in sentences; empty if all was."""
+        found = []
+        if self.skipped:
+            found.append(
+                f"Skipped {self.skipped} of {self.rows + self.skipped} rows of calibration text ({self.reason})"
+            )
+        if self.plain_chats:
+            found.append(f"Joined {self.plain_chats} chats by line ends, without a chat template ({self.template})")
+        if self.left_out:
+            found.append(f"Left out {self.left_out} windows with token ids that the embedding lacks")
+        return found
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Tokens for calibration.
+
+    Attributes:
+        tokens: int64 ``[windows, length]``.
+        used: what they were made of.
+    """
+
+    tokens: torch.Tensor
+    used: Used
+
+
+def read_text(*sources: str | Path | Iterable[str]) -> CalibrationText:
+    """Look through files of text: plain text, JSON lines, JSON or Parquet, also gzipped; see docs/converter.md.
+
+    Rows that hold no text are skipped and counted.
+
+    Args:
+        sources: paths (``-`` is what is piped in), or documents in memory, as an iterable of strings that is no string.
 
     Raises:
-        BismoothError: missing, empty, not UTF-8, another suffix, or a line that is not such an object.
+        BismoothError: a file cannot be read, is of no known kind, or holds no text.
     """
-    path = Path(path)
-    if path.suffix not in (".txt", ".jsonl"):
-        raise BismoothError.of(path, "no .txt or .jsonl file", "give calibration text as one, or 'none'")
-    try:
-        data = path.read_bytes()
-        text = data.decode("utf-8")
-    except OSError as error:
-        what = f"calibration file cannot be read ({error.strerror})"
-        raise BismoothError.of(path, what, "check the path") from None
-    except UnicodeDecodeError as error:
-        what = f"not UTF-8 (byte {error.start})"
-        raise BismoothError.of(path, what, "convert the calibration file to UTF-8") from None
-    documents = [text] if path.suffix == ".txt" else [_document(path, n, line) for n, line in _lines(text)]
-    documents = [d for d in documents if d.strip()]
-    if not documents:
-        raise BismoothError.of(path, "the calibration file is empty", "give it text, or use --calibration none")
-    return CalibrationText(path, tuple(documents), hashlib.sha256(data).hexdigest())
+    files = []
+    for source in sources:
+        path = Path(source) if isinstance(source, str | Path) else Path("text in memory")
+        files.append(_read(Corpus(path, None if isinstance(source, str | Path) else source)))
+    return CalibrationText(tuple(files))
 
 
-def _lines(text: str) -> Iterator[tuple[int, str]]:
-    return ((n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip())
+def _read(corpus: Corpus) -> Read:
+    rows = skipped = pieces = characters = 0
+    reason = None
+    if corpus.kind == PLAIN:
+        for piece in corpus.text(_PIECE):
+            rows |= bool(piece.strip())
+            pieces, characters = pieces + 1, characters + len(piece)
+    else:
+        for place, row in corpus.rows():
+            found = row if isinstance(row, Unusable) else document(row)
+            if isinstance(found, Unusable):
+                skipped += 1
+                reason = reason or f"{corpus.name} {place}: {found.reason}"
+            else:
+                size = len(_plain(found))
+                rows, pieces, characters = rows + 1, pieces + _cuts(size), characters + size
+    if not rows:
+        what = f"holds no usable row ({reason})" if reason else "the calibration file is empty"
+        remedy = f"rows must have {ACCEPTED}" if reason else "give it text, or use --calibration none"
+        raise BismoothError.of(corpus.path, what, remedy)
+    return Read(corpus, rows, skipped, reason, pieces, characters)
 
 
-def _document(path: Path, number: int, line: str) -> str:
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict) or not isinstance(value.get("text"), str):
-        raise BismoothError.of(path, f'line {number} is not a JSON object with a string "text"', "mend it")
-    return value["text"]
+def _cuts(characters: int) -> int:
+    """How many pieces a document is cut into."""
+    return -(-characters // _PIECE)
+
+
+def _plain(found: str | Chat) -> str:
+    return found.plain() if isinstance(found, Chat) else found
+
+
+def _pieces(text: CalibrationText) -> Iterator[tuple[int, str | Chat, int]]:
+    """Every piece of the text in its order: number of its document, the document, number of the piece inside it.
+
+    Of plain text the document is the piece itself.
+    """
+    number = 0
+    for read in text.files:
+        if read.corpus.kind == PLAIN:
+            yield from ((number, piece, 0) for piece in read.corpus.text(_PIECE))
+            number += 1
+            continue
+        for _, row in read.corpus.rows():
+            found = row if isinstance(row, Unusable) else document(row)
+            if not isinstance(found, Unusable):
+                yield from ((number, found, i) for i in range(_cuts(len(_plain(found)))))
+                number += 1
 
 
 def tokenize(text: CalibrationText, checkpoint: Checkpoint, budget: int) -> torch.Tensor:
+    """The tokens of :func:`sample`, for those who need nothing else."""
+    return sample(text, checkpoint, budget).tokens
+
+
+def sample(text: CalibrationText, checkpoint: Checkpoint, budget: int) -> Sample:
     """Windows of equal length from the checkpoint's own tokenizer, each led by BOS where the tokenizer adds one.
 
     They are spread evenly over the text: a few documents in a row show less of the model than as many tokens of all.
+    Chats go through the checkpoint's chat template. Windows with ids that the embedding lacks are left out.
 
     Args:
         text: the documents.
@@ -76,52 +210,139 @@ def tokenize(text: CalibrationText, checkpoint: Checkpoint, budget: int) -> torc
         budget: largest number of tokens.
 
     Returns:
-        int64 ``[windows, length]`` with ``length <= 512`` and at most ``budget`` tokens in all.
+        int64 ``[windows, length]`` with ``length <= 512`` and at most ``budget`` tokens in all, and what was used.
 
     Raises:
-        BismoothError: no tokenizer in the folder, its ids exceed the model's vocabulary, or transformers refuses the
-            config.
+        BismoothError: no tokenizer in the folder, most windows hold ids beyond the model's vocabulary, transformers
+            refuses the config, or the text has changed since it was read.
     """
     from transformers import AutoTokenizer
 
-    ids: list[int] = []
     # The config decides on the tokenizer's class where no file of the tokenizer does.
     config = transformers_config(checkpoint)
-    try:
+    with _tokenizer_errors(checkpoint):
         tokenizer = AutoTokenizer.from_pretrained(
             checkpoint.folder, config=config, local_files_only=True, trust_remote_code=False
         )
         lead = [tokenizer.bos_token_id] if tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id] else []
-        # In pieces, because the text may be far longer than the budget; a seam costs at most one odd token.
-        pieces = [(d, i) for d in text.documents for i in range(0, len(d), _PIECE)]
-        share = min(1, budget * _DENSE / sum(map(len, text.documents)))
-        for document, i in _spread(pieces, math.ceil(share * len(pieces))):
-            ids += tokenizer(document[i : i + _PIECE], add_special_tokens=False, verbose=False).input_ids
-    except Exception as error:  # transformers raises anything from OSError to KeyError here
-        what = f"no usable tokenizer ({type(error).__name__}: {error})"
-        raise BismoothError.of(checkpoint.folder, what, "add tokenizer.json, or use --calibration none") from None
+    rendering, documents, ids = _Rendering(tokenizer, begun=bool(lead)), set(), []
+    for number, piece in _chosen(text, budget, rendering):
+        with _tokenizer_errors(checkpoint):
+            ids += tokenizer(piece, add_special_tokens=False, verbose=False).input_ids
+        documents.add(number)
     if not ids:
         what = "the checkpoint's tokenizer makes no tokens of it"
-        raise BismoothError.of(text.path, what, "use --calibration none")
-    vocabulary = checkpoint.headers[checkpoint.names.embedding].shape[0]
-    if max(ids) >= vocabulary:
-        raise BismoothError.of(
-            checkpoint.folder,
-            f"the tokenizer gives id {max(ids)}, {checkpoint.names.embedding} has {vocabulary} rows",
-            "put the tokenizer there that belongs to the model",
-        )
+        raise BismoothError.of(text.name, what, "use --calibration none")
     longest = checkpoint.config.get("max_position_embeddings")
     longest = longest if isinstance(longest, int) and longest > 0 else WINDOW
     length = max(1, min(WINDOW, longest, budget, len(ids) + len(lead)) - len(lead))
-    count = max(1, min(budget // (length + len(lead)), len(ids) // length))
-    windows = torch.tensor(_spread([ids[i : i + length] for i in range(0, len(ids) - length + 1, length)], count))
-    return torch.cat([torch.tensor(lead, dtype=torch.int64).expand(count, -1), windows], dim=1)
+    all_windows = [ids[i : i + length] for i in range(0, len(ids) - length + 1, length)]
+    windows = _within_vocabulary(all_windows, lead, checkpoint)
+    count = max(1, min(budget // (length + len(lead)), len(windows)))
+    chosen = torch.tensor(_spread(windows, count))
+    tokens = torch.cat([torch.tensor(lead, dtype=torch.int64).expand(count, -1), chosen], dim=1)
+    used = Used(
+        files=tuple(read.corpus.name for read in text.files),
+        rows=sum(read.rows for read in text.files),
+        skipped=sum(read.skipped for read in text.files),
+        reason=next((read.reason for read in text.files if read.reason), None),
+        documents=len(documents),
+        windows=count,
+        tokens=tokens.numel(),
+        left_out=len(all_windows) - len(windows),
+        plain_chats=rendering.refused,
+        template=rendering.reason,
+    )
+    return Sample(tokens, used)
+
+
+def _chosen(text: CalibrationText, budget: int, rendering: "_Rendering") -> Iterator[tuple[int, str]]:
+    """Pieces at even distances, with the numbers of their documents: as many as give the budget for sure.
+
+    In pieces, because the text may be far longer than the budget; a seam costs at most one odd token.
+    """
+    pieces, characters = (sum(getattr(read, key) for read in text.files) for key in ("pieces", "characters"))
+    count = math.ceil(min(1, budget * _DENSE / characters) * pieces)
+    wanted = (i * pieces // count for i in range(count))
+    following = next(wanted, None)
+    for place, (number, found, i) in enumerate(_pieces(text)):
+        if following is None:
+            return
+        if place == following:
+            yield number, rendering.piece(number, found, i)
+            following = next(wanted, None)
+
+
+class _Rendering:
+    """Makes text of chats by the checkpoint's chat template.
+
+    Args:
+        tokenizer: of the checkpoint.
+        begun: whether every window begins with BOS anyway, which a chat then leaves out.
+
+    Attributes:
+        refused: number of chats of which it made none.
+        reason: for the first of them.
+    """
+
+    def __init__(self, tokenizer: Any, begun: bool):
+        self._tokenizer = tokenizer
+        self._begin = tokenizer.bos_token if begun else None
+        self.refused = 0
+        self.reason: str | None = None
+        self._last: tuple[int, str] = (-1, "")  # a chat may be long, and many of its pieces chosen
+
+    def piece(self, number: int, found: str | Chat, index: int) -> str:
+        """The text of one piece of a document; no half of a surrogate pair is left in it."""
+        if isinstance(found, Chat):
+            if self._last[0] != number:
+                self._last = number, self._rendered(found)
+            size = -(-len(self._last[1]) // _cuts(len(found.plain())))
+            text = self._last[1][index * size : (index + 1) * size]
+        else:
+            text = found[index * _PIECE : (index + 1) * _PIECE]
+        return text.encode("utf-8", "replace").decode()
+
+    def _rendered(self, chat: Chat) -> str:
+        try:
+            if not getattr(self._tokenizer, "chat_template", None):
+                raise ValueError("the checkpoint has none")
+            text = self._tokenizer.apply_chat_template(chat.messages(), tokenize=False, strftime_now=_DAY.strftime)
+            return text.removeprefix(self._begin or "")
+        except Exception as error:  # a template raises what it likes
+            self.refused += 1
+            self.reason = self.reason or str(error)[:200]
+            return chat.plain()
+
+
+def _within_vocabulary(windows: list[list[int]], lead: list[int], checkpoint: Checkpoint) -> list[list[int]]:
+    """The windows whose ids all have a row of the embedding; raises where those are fewer than half."""
+    embedding = checkpoint.names.embedding
+    vocabulary = checkpoint.headers[embedding].shape[0]
+    kept = [window for window in windows if max([*lead, *window]) < vocabulary]
+    if 2 * len(kept) < len(windows):
+        raise BismoothError.of(
+            checkpoint.folder,
+            f"the tokenizer gives id {max(map(max, [lead or [0], *windows]))}, {embedding} has {vocabulary} rows, "
+            f"and {len(windows) - len(kept)} of {len(windows)} windows of text hold such ids",
+            "put the tokenizer there that belongs to the model, or use --calibration none",
+        )
+    return kept
 
 
 def _spread(items: list, count: int) -> list:
     """``count`` of the items (all, if there are fewer) at even distances."""
     count = min(count, len(items))
     return [items[i * len(items) // count] for i in range(count)]
+
+
+@contextmanager
+def _tokenizer_errors(checkpoint: Checkpoint) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # transformers raises anything from OSError to KeyError here
+        what = f"no usable tokenizer ({type(error).__name__}: {error})"
+        raise BismoothError.of(checkpoint.folder, what, "add tokenizer.json, or use --calibration none") from None
 
 
 def transformers_config(checkpoint: Checkpoint):

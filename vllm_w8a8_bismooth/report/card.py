@@ -60,6 +60,7 @@ def write(folder: Path, outcome: Outcome, labels: Labels = _NONE) -> Labels:
     report = {
         "source_bytes": outcome.source_bytes,
         "written_bytes": outcome.written_bytes,
+        "calibration": outcome.calibration(),
         "vulnerable": outcome.vulnerable(),
         "linears": outcome.linears,
         "ignored": outcome.ignored,
@@ -221,7 +222,7 @@ def _method(recipe: Recipe) -> str:
         which = "match `group_layers`" if recipe.group_layers else "would lose columns to outliers"
         return f"Linears that {which} have one scale per group of {size} columns; nothing else was changed (`mixed`)."
     ranges = (
-        f"measured on up to {recipe.calibration_tokens} tokens of calibration text, whose file has the SHA-256 below"
+        "measured on calibration text, whose SHA-256 is below"
         if recipe.calibration
         else "estimated from the weights alone, without calibration text (data-free)"
     )

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_w8a8_bismooth.measure import perturbation, weights
+from vllm_w8a8_bismooth.measure.text import Used
 from vllm_w8a8_bismooth.recipe import Recipe
 from vllm_w8a8_bismooth.report.labels import Labels
 
@@ -23,6 +24,8 @@ class Outcome:
         already_float: full names of what the recipe ignores although it is never quantized: the head, routers, norms.
         sites: block index -> what was folded at each site.
         files: shard -> SHA-256.
+        used: what of the calibration text was really used; ``None`` is data-free.
+        arithmetic: the dtype in which it ran through the model, as torch calls it.
         resumed: blocks that an earlier, interrupted run had done.
         reused: the destination already held this very conversion, and nothing was done.
         labels: what its card says.
@@ -43,6 +46,8 @@ class Outcome:
     sites: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
     granularity: list[perturbation.Evidence] = field(default_factory=list)
     files: dict[str, str] = field(default_factory=dict)
+    used: Used | None = None
+    arithmetic: str | None = None
     resumed: int = 0
     reused: bool = False
     labels: Labels = Labels()
@@ -52,6 +57,10 @@ class Outcome:
     left_out: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     recipe: Recipe | None = None
+
+    def calibration(self) -> dict[str, Any] | None:
+        """What was used of the calibration text, and how, for JSON; ``None`` is data-free."""
+        return None if self.used is None else {**self.used.json(), "arithmetic": self.arithmetic}
 
     def vulnerable(self) -> list[str]:
         """Linears whose weights did not survive what was done to them, worst first."""

@@ -1,0 +1,93 @@
+"""What a conversion is said to need: from headers and rates, and the rates from this machine."""
+
+import math
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks.convert import WHOLE_70B
+from benchmarks.random_llama import checkpoint, hole
+from vllm_w8a8_bismooth.checkpoint.files import Folder
+from vllm_w8a8_bismooth.checkpoint.layout import Layout
+from vllm_w8a8_bismooth.checkpoint.reader import Headers
+from vllm_w8a8_bismooth.conversion import rates
+from vllm_w8a8_bismooth.conversion.estimate import needs
+from vllm_w8a8_bismooth.measure import arithmetic
+
+RATES = rates.Rates(rounding=1e9, reading=math.inf, arithmetic="bfloat16", products=1e12, precise=1e11)
+
+
+@pytest.fixture(scope="module")
+def layout(tmp_path_factory) -> Layout:
+    """LLaMA 3 70B's headers, in sparse files."""
+    folder = checkpoint(tmp_path_factory.mktemp("whole") / "llama", WHOLE_70B, hole)
+    return Layout(Headers(Folder(folder)))
+
+
+def test_seconds_follow_from_rates(layout):
+    linears = 68.45e9  # numbers in the blocks' linears
+    rounding = layout.nbytes(range(80)) / 1e9
+    assert needs(layout, None, RATES).seconds == pytest.approx(rounding)
+    calibrated = needs(layout, 1000, RATES)
+    assert calibrated.seconds == pytest.approx(rounding + 2 * linears * 1000 / 1e12, rel=1e-3)
+    slower = needs(layout, 1000, replace(RATES, arithmetic="float32", products=1e11))
+    assert slower.seconds == pytest.approx(rounding + 2 * linears * 1000 / 1e11, rel=1e-3)
+    both = needs(layout, 1000, RATES, measured_tokens=100)
+    assert both.seconds == pytest.approx(calibrated.seconds + rounding + 2 * linears * 100 / 1e11, rel=1e-3)
+
+
+def test_reading_goes_on_beside_the_work(layout):
+    assert needs(layout, None, replace(RATES, reading=2e9)).seconds == pytest.approx(layout.nbytes(range(80)) / 1e9)
+    assert needs(layout, None, replace(RATES, reading=1e8)).seconds == pytest.approx(layout.nbytes(range(80)) / 1e8)
+
+
+def test_fp32_takes_memory(layout):
+    """Twice the states, and a copy of the block that runs."""
+    narrow, wide = (needs(layout, 16384, replace(RATES, arithmetic=a)).memory_bytes for a in ("bfloat16", "float32"))
+    states, inside = 2 * 16384 * 8192, 2 * 3 * 1024 * 28672
+    assert wide - narrow == states + inside + 2 * layout.block_nbytes()
+
+
+def test_rates_are_those_of_this_machine(layout, monkeypatch):
+    for function in (rates._products, rates._elements, rates._reading):
+        function.cache_clear()
+    started = time.perf_counter()
+    found = rates.measured(layout)
+    first, started = time.perf_counter() - started, time.perf_counter()
+    assert rates.measured(layout) == found
+    assert time.perf_counter() - started < first < 2, "measured once; half a second on a machine that is at rest"
+    assert all(rate > 1e6 for rate in (found.rounding, found.reading, found.products, found.precise))
+    monkeypatch.setattr("vllm_w8a8_bismooth.conversion.rates._products", lambda: 1e12)
+    seen = {}
+    for flags in ((), ("avx512_bf16",), ("avx512_bf16", "amx_bf16")):
+        for module in (arithmetic, rates):
+            monkeypatch.setattr(module, "cpu_flags", lambda flags=flags: set(flags))
+        seen[flags] = rates.measured(layout)
+    assert [rate.arithmetic for rate in seen.values()] == ["float32", "bfloat16", "bfloat16"]
+    products = [rate.products for rate in seen.values()]
+    assert products == sorted(products) and len(set(products)) == 3
+
+
+def test_a_disk_is_timed_where_there_is_something_to_read(make_checkpoint, tmp_path):
+    small = Layout(Headers(Folder(make_checkpoint())))
+    assert rates.measured(small).reading == math.inf
+    (tmp_path / "big").write_bytes(bytes(2**23))
+    assert 1e6 < rates._reading(tmp_path / "big") < math.inf
+    assert rates._reading(tmp_path / "nothing") == math.inf
+
+
+def test_measuring_takes_no_torch():
+    script = (
+        "import sys; from vllm_w8a8_bismooth.conversion import rates; rates._products(), rates._elements()\n"
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_fp16_is_computed_in_fp32(make_checkpoint):
+    found = rates.measured(Layout(Headers(Folder(make_checkpoint(dtype=torch.float16)))))
+    assert found.arithmetic == "float32" and found.products == found.precise

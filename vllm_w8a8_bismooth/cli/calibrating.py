@@ -1,0 +1,52 @@
+"""The option ``--calibration``, which several verbs have, and what they say of the text that was read."""
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from vllm_w8a8_bismooth.errors import BismoothError
+
+if TYPE_CHECKING:  # torch comes with them
+    from rich.console import Console
+
+    from vllm_w8a8_bismooth.measure.text import CalibrationText, Used
+
+CalibrationOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--calibration",
+        metavar="FILE|-|none",
+        help="Text, or rows of texts or chats (.txt, .jsonl, .json, .parquet, also .gz; - is what is piped in). "
+        "Several files add up. none, the default, does without.",
+    ),
+]
+
+
+def files(given: list[str] | None, tokens: int | None, verb: str) -> list[str]:
+    """The files of ``--calibration``; empty is none.
+
+    Raises:
+        BismoothError: ``none`` beside files, or ``--calibration-tokens`` without any.
+    """
+    if given and "none" in given and len(given) > 1:
+        raise BismoothError.of("--calibration none", "stands beside files", "leave out one of the two")
+    found = [] if not given or given == ["none"] else given
+    if tokens is not None and not found:
+        what = "--calibration-tokens has no effect without --calibration FILE"
+        raise BismoothError.of(verb, what, "leave it out")
+    return found
+
+
+def read(paths: list[str]) -> "CalibrationText | None":
+    """What is in the files; ``None`` if there are none."""
+    from vllm_w8a8_bismooth.measure.text import read_text
+
+    return read_text(*paths) if paths else None
+
+
+def remarks(console: "Console", used: "Used | None") -> None:
+    """A line for everything of the calibration text that was not used as it is."""
+    from rich.markup import escape
+
+    for remark in used.remarks() if used is not None else []:
+        console.print(f"[yellow]Note:[/yellow] {escape(remark)}.", highlight=False)
