@@ -2,7 +2,6 @@
 
 import bz2
 import gzip
-import importlib.util
 import io
 import json
 import lzma
@@ -11,14 +10,15 @@ import shutil
 import subprocess
 import sys
 import threading
-import types
 import zipfile
 from pathlib import Path
 
+import pyarrow
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pyarrow import parquet
 from transformers import AutoTokenizer
 
 from tests.support.command import patience, run
@@ -258,46 +258,7 @@ def test_parquet_without_pyarrow(make_checkpoint, tmp_path, monkeypatch):
     assert code == 2 and "a.parquet: pyarrow is not installed" in message and "pip install pyarrow" in message
 
 
-class _Batch(list):
-    to_pylist = list.copy
-
-
-def _stand_in(rows: list[dict]) -> types.ModuleType:
-    """As much of pyarrow.parquet as is used."""
-
-    class ParquetFile:
-        def __init__(self, file):
-            if file.read(4) != b"PAR1":
-                raise ValueError
-            self.schema_arrow = types.SimpleNamespace(names=list(rows[0]))
-
-        def iter_batches(self, batch_size, columns):
-            for i in range(0, len(rows), batch_size):
-                yield _Batch({key: row[key] for key in columns} for row in rows[i : i + batch_size])
-
-    module = types.ModuleType("pyarrow.parquet")
-    module.ParquetFile = ParquetFile
-    return module
-
-
-def test_parquet_by_a_stand_in(tmp_path, monkeypatch):
-    """Only the columns that are looked for are read."""
-    rows = [{"id": i, "text": f"row {i}" if i else None} for i in range(150)]
-    package = types.ModuleType("pyarrow")
-    package.ArrowException, package.parquet = type("ArrowException", (Exception,), {}), _stand_in(rows)
-    monkeypatch.setitem(sys.modules, "pyarrow", package)
-    monkeypatch.setitem(sys.modules, "pyarrow.parquet", package.parquet)
-    (tmp_path / "a.parquet").write_bytes(b"PAR1")
-    text = read_text(tmp_path / "a.parquet")
-    assert said(text) == [f"row {i}" for i in range(1, 150)]
-    assert text.files[0].reason == 'a.parquet row 1: "text" is null'
-
-
-@pytest.mark.skipif(importlib.util.find_spec("pyarrow") is None, reason="pyarrow is not installed")
 def test_parquet(tmp_path):
-    import pyarrow
-    from pyarrow import parquet
-
     rows = [{"messages": CHAT, "n": 1}] * 3 + [{"messages": None, "n": 2}]
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
     text = read_text(tmp_path / "a.parquet")
