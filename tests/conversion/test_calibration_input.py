@@ -73,9 +73,9 @@ FILES = {
     "one row over lines": ("a.json", json.dumps({**A, "tags": ["x"]}, indent=1).encode(), ["one"]),
     "lines named json": ("a.json", b'{"text": "one"}\n{"text": "two"}\n', ["one", "two"]),
     "nested keys": ("a.json", json.dumps([{"meta": {"text": "x"}, **A}]).encode(), ["one"]),
-    "gzipped": ("a.txt.gz", gzip.compress(b"one"), ["one"]),
-    "gzipped lines": ("a.jsonl.GZ", gzip.compress(b'{"text": "one"}'), ["one"]),
-    "gzipped under another name": ("a.jsonl", gzip.compress(b'{"text": "one"}'), ["one"]),
+    "gzipped": ("a.txt.gz", gzip.compress(b"one", mtime=0), ["one"]),
+    "gzipped lines": ("a.jsonl.GZ", gzip.compress(b'{"text": "one"}', mtime=0), ["one"]),
+    "gzipped under another name": ("a.jsonl", gzip.compress(b'{"text": "one"}', mtime=0), ["one"]),
 }
 
 
@@ -239,7 +239,7 @@ def test_standard_input_and_pipes(make_checkpoint, tmp_path):
     writer.start()
     piped = read_text(str(tmp_path / "pipe"))
     writer.join()
-    before, sys.stdin = sys.stdin, io.TextIOWrapper(io.BytesIO(gzip.compress(data)))
+    before, sys.stdin = sys.stdin, io.TextIOWrapper(io.BytesIO(gzip.compress(data, mtime=0)))
     try:
         given = read_text("-")
     finally:
@@ -348,7 +348,7 @@ REFUSED = {
     "zstd": ("a.jsonl.zst", b"(\xb5/\xfd....", ["only gzip", "zstd -dc "]),
     "bzip2": ("a.txt.bz2", b"BZh9....", ["only gzip", "bzip2 -dc "]),
     "zip": ("a.zip", b"PK\x03\x04....", ["only gzip", "funzip "]),
-    "damaged gzip": ("a.txt.gz", gzip.compress(b"one" * 99)[:-9], ["a damaged gzip file", "again"]),
+    "damaged gzip": ("a.txt.gz", gzip.compress(b"one" * 99, mtime=0)[:-9], ["a damaged gzip file", "again"]),
     "no Parquet": ("a.parquet", b"PAR2", ["a.parquet: no Parquet file"]),
     "a table": ("a.csv", b"text\none\n", ["a.csv: a table", "csv.DictReader"]),
     "only bad rows": (
@@ -377,10 +377,10 @@ def test_files_are_refused(make_checkpoint, tmp_path, case):
     [
         ("it's a table.csv", b'\xef\xbb\xbftext,n\r\none,1\r\n"two,\nthree",2\r\n'),
         ("a.tsv", b'text\tn\none\t1\n"two,\nthree"\t2\n'),
-        ("a.CSV.gz", gzip.compress(b"text\none\n")),
+        ("a.CSV.gz", gzip.compress(b"text\none\n", mtime=0)),
         ("a.txt", "one, two".encode("utf-16")),
         ("a b.txt", b"one, \xe9\x81"),
-        ("a.jsonl.gz", gzip.compress(b'{"text": "one \xe9"}')),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "one \xe9"}', mtime=0)),
         ("a.md", b"one \xc3\xa9 \xe9 two"),
         ("a.jsonl.bz2", bz2.compress(b'{"text": "one"}')),
         ("a.txt.xz", lzma.compress(b"one")),
@@ -447,7 +447,7 @@ def test_mutated_files(tmp_path_factory, data):
     rows = [{"messages": CHAT}, A, {"prompt": "one", "completion": "two"}, B]
     base = json.dumps(rows, indent=data.draw(st.sampled_from([None, 1]))) if name != "a.jsonl" else ""
     base = (base or "\n".join(map(json.dumps, rows))).encode()
-    base = bytearray(gzip.compress(base) if name.endswith(".gz") else base)
+    base = bytearray(gzip.compress(base, mtime=0) if name.endswith(".gz") else base)
     for _ in range(data.draw(st.integers(1, 4))):
         at = data.draw(st.integers(0, len(base)))
         base[at : at + data.draw(st.integers(0, 9))] = data.draw(st.binary(max_size=6))
