@@ -9,6 +9,7 @@ import pytest
 from tests.support.command import run
 from tests.support.contents import digests
 from tests.support.damage import CASES, INDEX, Q, config, drop, edit_json, edit_shard, poison, to_itself
+from tests.support.options import OPTIONS
 
 
 def assert_refused(tmp_path: Path, source: Path, parts: list[str], *options) -> None:
@@ -25,56 +26,6 @@ def test_source_is_refused(make_checkpoint, tmp_path, case):
     damage, parts = CASES[case]
     damage(source)
     assert_refused(tmp_path, source, parts, "--method", "rtn")
-
-
-OPTIONS = {
-    "K and group size": (["--method", "mixed", "--group-size", "64", "--group-layers", "down_proj"], ["K = 96", "32"]),
-    "group size of 48": (["--method", "mixed", "--group-size", "48"], ["--group-size 48", "multiple of 32"]),
-    "names no linear": (["--method", "mixed", "--group-layers", "lm_head"], ["'lm_head': names no linear", "q_proj"]),
-    "no expression": (["--method", "mixed", "--group-layers", "("], ["no regular expression"]),
-    "ignores no linear": (["--ignore", "lm_heads"], ["--ignore 'lm_heads': names no linear", "q_proj"]),
-    "two of three ignore nothing": (
-        ["--ignore", "down_proj,dwn_proj", "--ignore", "re:down_proj"],
-        ["--ignore 'dwn_proj': names no linear", "also: --ignore 're:down_proj': names no linear"],
-    ),
-    "an empty pattern": (["--ignore", ""], ["--ignore: one of its patterns is empty"]),
-    "an empty pattern among others": (["--ignore", "down_proj,"], ["--ignore: one of its patterns is empty"]),
-    "a comma where none is meant": (
-        ["--group-size", "32", "--group-layers", "(down,proj"],
-        ["--group-layers '(down,proj': no regular expression"],
-    ),
-    "ignores everything": (["--method", "rtn", "--ignore", "proj"], ["--ignore 'proj': names every linear"]),
-    "ignore is no expression": (["--ignore", "["], ["--ignore '[': no regular expression"]),
-    "ignored and per-group": (
-        ["--group-size", "32", "--group-layers", "q_proj", "--ignore", r"layers\.2\.self_attn\.k"],
-        ["--group-layers 'q_proj' and --ignore", "both name model.layers.2.self_attn.k_proj", "sibling"],
-    ),
-    "unknown method": (["--method", "gptq"], ["'gptq'", "rtn, bismooth, mixed, auto"]),
-    "alpha": (["--smoothing", "alpha", "--alpha", "1.5"], ["--alpha 1.5", "0 to 1"]),
-    "alpha of balanced": (["--alpha", "0.5"], ["--alpha has no effect", "--smoothing alpha"]),
-    "alpha of balanced, named": (["--smoothing", "balanced", "--alpha", "0.5"], ["--alpha has no effect", "leave it"]),
-    "unknown smoothing": (["--smoothing", "awq"], ["--smoothing 'awq'", "balanced, alpha"]),
-    "unknown smoothing of auto": (["--method", "auto", "--smoothing", "awq"], ["--smoothing 'awq'", "balanced, alpha"]),
-    "useless smoothing": (
-        ["--method", "rtn", "--smoothing", "balanced"],
-        ["--smoothing has no effect", "leave it out"],
-    ),
-    "auto without text": (["--method", "auto"], ["--method auto", "activations", "--calibration FILE"]),
-    "auto with no text": (["--method", "auto", "--calibration", "none"], ["--method auto", "--calibration FILE"]),
-    "group budget": (["--method", "auto", "--group-budget", "1.5"], ["--group-budget 1.5", "0 to 1"]),
-    "budget in per cent": (["--method", "auto", "--group-budget", "300%"], ["--group-budget 3.0", "0 to 1"]),
-    "budget in words": (["--method", "auto", "--group-budget", "few"], ["'few' is no share", "3% or 0.03"]),
-    "negative budget": (["--method", "auto", "--group-budget", "-0.1"], ["--group-budget -0.1", "0 to 1"]),
-    "no budget": (["--method", "auto", "--group-budget", "nan"], ["--group-budget nan", "0 to 1"]),
-    "useless budget": (["--group-budget", "0.1"], ["--group-budget has no effect", "leave it out"]),
-    "names for auto": (["--method", "auto", "--group-layers", "down_proj"], ["--group-layers has no effect"]),
-    "useless option": (["--method", "rtn", "--alpha", "0.5"], ["--alpha has no effect", "leave it out"]),
-    "useless calibration": (["--method", "mixed", "--calibration", "x.txt"], ["--calibration has no effect"]),
-    "half of a group": (["--group-layers", "down"], ["needs both --group-layers and --group-size"]),
-    "no such device": (["--device", "tpu"], ["--device tpu", "leave it out"]),
-    "no CUDA": (["--device", "cuda:77"], ["--device cuda:77", "leave it out"]),
-    "tokens of no text": (["--calibration-tokens", "9"], ["--calibration-tokens has no effect without"]),
-}
 
 
 @pytest.mark.parametrize("case", OPTIONS)

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.support.command import run
 from tests.support.damage import CASES, INDEX, Q, edit_json, edit_shard
+from tests.support.options import OPTIONS
 from tests.support.rename import bare, edit_tensors, in_files, renamed
 from vllm_w8a8_bismooth.verification import verify
 
@@ -150,3 +151,75 @@ def test_an_odd_source(make_checkpoint, tmp_path, damage):
     whole = shutil.copytree(source, tmp_path / "whole")
     damage(source)
     try_remedy(source, whole, tmp_path / "out", "--method", "rtn")
+
+
+Change = Callable[[list[str], re.Match, str, Path], list[str]]
+"""(options, the remedy's words, the line, a text file) -> the options as the remedy wants them."""
+
+
+def named(line: str) -> str:
+    """The option that a refusal is about: what has no effect, or what stands first."""
+    found = re.search(r"(--[a-z-]+) has no effect", line) or re.search(r"(--[a-z-]+)", line)
+    assert found, line
+    return found[1]
+
+
+def without(options: list[str], option: str) -> list[str]:
+    at = options.index(option)
+    return options[:at] + options[at + 2 :]
+
+
+def leave_out(options: list[str], found: re.Match, line: str, text: Path) -> list[str]:
+    return without(options, named(line))
+
+
+def give(options: list[str], found: re.Match, line: str, text: Path) -> list[str]:
+    """The value that the remedy names, for the option at fault."""
+    option = "--group-size" if "would fit" in found[0] else named(line)
+    kept = without(options, option) if option in options else options
+    return [*kept, option, found[1]]
+
+
+def another_pattern(options: list[str], found: re.Match, line: str, text: Path) -> list[str]:
+    """A sound pattern for fewer linears, in place of all that were given."""
+    option = re.findall(r"(--ignore|--group-layers)", line)[-1]
+    while option in options:
+        options = without(options, option)
+    return [*options, option, r"layers\.1\.self_attn\.o_proj"]
+
+
+def the_other_one(options: list[str], found: re.Match, line: str, text: Path) -> list[str]:
+    return [*options, "--group-size", "32"]
+
+
+def calibrated(options: list[str], found: re.Match, line: str, text: Path) -> list[str]:
+    kept = without(options, "--calibration") if "--calibration" in options else options
+    return [*kept, "--calibration", str(text)]
+
+
+CHANGES: dict[str, Change] = {
+    r"(\d+)(?:, \d+)* would fit": give,
+    r"choose one of (\w+)": give,
+    r"(?:give|write) (?:a share|one|3)\D*(\d[\d.]*%?)": give,
+    r"linears are called like|mend it|let it name fewer|leave it out of one|leave that one out": another_pattern,
+    r"give the other one too": the_other_one,
+    r"give it --calibration FILE": calibrated,
+    r"leave it out": leave_out,
+}
+
+
+@pytest.mark.parametrize("case", OPTIONS)
+def test_options(make_checkpoint, tmp_path, calibration_text, case):
+    """Until nothing is refused any more: a remedy may lead to the next sentence, but not in a circle."""
+    source, options, seen = make_checkpoint(), list(OPTIONS[case][0]), set()
+    while True:
+        code, message = run("convert", source, tmp_path / "out", *options)
+        if code == 0:
+            break
+        line = message.strip().splitlines()[-1]
+        assert line not in seen, "the remedy changed nothing"
+        seen.add(line)
+        change = next(((f, m) for words, f in CHANGES.items() if (m := re.search(words, line))), None)
+        assert change, f"no line of the table is about {line!r}"
+        options = change[0](options, change[1], line, calibration_text)
+    assert seen and len(seen) <= 3

@@ -199,13 +199,14 @@ def device_of(name: str) -> torch.device:
 
     Raises:
         BismoothError: there is none.
+        TypeError: it is no string.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"device must be a string like 'cuda:1', not {name!r}")
+    if name.partition(":")[0] not in ("cpu", "cuda"):
+        raise BismoothError.of(f"--device {name}", "neither cpu nor cuda", "leave it out to use the CPU")
     try:
-        if not isinstance(name, str):
-            raise TypeError(f"device must be a string like 'cuda:1', not {name!r}")
         device = torch.device(name)
-        if device.type not in ("cpu", "cuda"):
-            raise RuntimeError("only cpu and cuda are supported")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:  # torch asserts where it was built without CUDA
         what = str(error).splitlines()[0]
