@@ -104,7 +104,7 @@ def only_pickle(folder: Path) -> None:
 FAULTS: Mapping[str, tuple[Callable[[Path], object], str | None]] = {
     "sound": (lambda folder: None, None),
     "code-and-pickle-beside": (add_code, None),
-    "pickle-only": (only_pickle, "pickled .bin files are refused"),
+    "pickle-only": (only_pickle, "pickled files are refused"),
     "truncated": (edit_bytes(lambda c: c.__delitem__(slice(-100, None))), r"model-0000\d.* truncated or corrupt"),
     "empty": (edit_bytes(bytearray.clear), r"model-0000\d.* truncated or corrupt"),
     "absent": (lambda folder: shard_of(folder, K).unlink(), r"model-0000\d.* named by .* but absent"),
