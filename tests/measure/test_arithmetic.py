@@ -49,6 +49,8 @@ def test_on_gpus(monkeypatch, ampere):
 
 def test_flags_of_this_and_other_machines(tmp_path):
     (tmp_path / "x86").write_text("processor : 0\nflags\t\t: fpu amx_bf16\nvmx flags : x\n\nflags : other\n")
+    (tmp_path / "odd").write_bytes(b"model name : caf\xe9\nflags : fpu\n")
+    assert arithmetic.cpu_flags(tmp_path / "odd") == {"fpu"}
     (tmp_path / "arm").write_text("processor : 0\nFeatures : fp asimd bf16\n")
     assert arithmetic.cpu_flags(tmp_path / "x86") == {"fpu", "amx_bf16"}
     assert arithmetic.cpu_flags(tmp_path / "arm") == {"fp", "asimd", "bf16"}

@@ -30,7 +30,7 @@ def arithmetic(stored: str, device: str = "cpu") -> str:
 def cpu_flags(path: Path = Path("/proc/cpuinfo")) -> set[str]:
     """What the first CPU can do, as Linux calls it; empty where that is not known."""
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_text(errors="replace").splitlines()  # names of processors may hold anything
     except OSError:
         return set()
     flags = (line.partition(":")[2].split() for line in lines if line.startswith(("flags", "Features")))
