@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from benchmarks.convert import WHOLE_70B
 from benchmarks.random_llama import checkpoint, hole
@@ -50,6 +51,22 @@ def test_fp32_takes_memory(layout):
     narrow, wide = (needs(layout, 16384, replace(RATES, arithmetic=a)).memory_bytes for a in ("bfloat16", "float32"))
     states, inside = 2 * 16384 * 8192, 2 * 3 * 1024 * 28672
     assert wide - narrow == states + inside + 2 * layout.block_nbytes()
+
+
+@pytest.mark.parametrize(("embedding", "blocks"), [("F32", "BF16"), ("BF16", "F32"), ("BF16", "F16"), ("F32", "F32")])
+def test_what_is_copied_follows_from_the_blocks(make_checkpoint, embedding, blocks):
+    """Not from the embedding's dtype, which only decides on the arithmetic."""
+    dtypes = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+    source = make_checkpoint(dtype=dtypes[blocks], sharded=False)
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].to(dtypes[embedding])
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    found = Layout(Headers(Folder(source)))
+    item = 4 if embedding == "F32" else 2
+    chosen = replace(RATES, arithmetic="float32" if embedding == "F32" else "bfloat16")
+    extra = needs(found, 128, chosen).memory_bytes - needs(found, None, chosen).memory_bytes
+    numbers = found.block_nbytes() // dtypes[blocks].itemsize
+    assert extra == item * (128 * 64 + 3 * 1024 * 96 + (numbers if embedding != blocks else 0))
 
 
 def test_rates_are_those_of_this_machine(layout, monkeypatch):

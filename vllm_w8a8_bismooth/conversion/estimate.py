@@ -67,10 +67,7 @@ def needs(
     if calibration_tokens is not None:
         state = item * calibration_tokens * source.sizes["hidden"]
         memory += state + item * 3 * 1024 * source.sizes["intermediate"]
-        embedding = headers.get(source.names.embedding)
-        if rates.arithmetic == FP32 and embedding is not None and embedding.dtype != "F32":
-            # a block is copied to be run
-            memory += 2 * source.block_nbytes()
+        memory += item * _copied(source, {BF16: "BF16", FP32: "F32"}[rates.arithmetic])
         seconds += 2 * work * calibration_tokens / rates.products
     if measured_tokens:
         memory += 2 * source.block_nbytes()
@@ -79,3 +76,10 @@ def needs(
     disk = written + source.checkpoint.companion_nbytes() + 2 * state
     # The source is read while blocks are worked on.
     return Needs(source.nbytes(blocks), written, int(memory), disk, max(seconds, read / rates.reading))
+
+
+def _copied(source: Layout, dtype: str) -> int:
+    """How many numbers of a block are copied to be run, because they are stored in another dtype; of the largest."""
+    headers = source.checkpoint.headers
+    blocks = ([headers[source.names.block(i) + name] for name in inside] for i, inside in enumerate(source.blocks))
+    return max(sum(math.prod(header.shape) for header in block if header.dtype != dtype) for block in blocks)
