@@ -142,6 +142,8 @@ def test_wrong_kinds_elsewhere(make_checkpoint, tmp_path):
         b.inspect(source, group_size=0)
     with pytest.raises(BismoothError, match="--calibration-tokens has no effect without"):
         b.convert(source, tmp_path / "out", calibration_tokens=9)
+    with pytest.raises(BismoothError, match="names no file; give it one, or None"):
+        b.convert(source, tmp_path / "out", calibration=[])
 
 
 def test_strings_where_paths_are_usual(make_checkpoint, tmp_path, calibration_text):

@@ -255,7 +255,7 @@ def _text(method: str, calibration: str | Path | Sequence[str | Path] | None) ->
         return None
     files = calibration if isinstance(calibration, list | tuple) else [calibration]
     if not files:
-        return None
+        raise BismoothError.of("calibration=[]", "names no file", "give it one, or None, which is data-free")
     if "calibration_tokens" not in DEFAULTS[method]:
         raise BismoothError.of(f"--method {method}", "--calibration has no effect", "leave it out")
     from vllm_w8a8_bismooth.measure.text import read_text

@@ -26,11 +26,14 @@ def files(given: list[str] | None, tokens: int | None, verb: str) -> list[str]:
     """The files of ``--calibration``; empty is none.
 
     Raises:
-        BismoothError: ``none`` beside files, or ``--calibration-tokens`` without any.
+        BismoothError: ``none`` beside files, standard input twice, or ``--calibration-tokens`` without any file.
     """
-    if given and "none" in given and len(given) > 1:
+    given = given or ["none"]
+    if given.count("-") > 1:
+        raise BismoothError.of("--calibration -", "given twice, and can be read once", "leave out one of the two")
+    if "none" in given and set(given) != {"none"}:
         raise BismoothError.of("--calibration none", "stands beside files", "leave out one of the two")
-    found = [] if not given or given == ["none"] else given
+    found = [path for path in given if path != "none"]
     if tokens is not None and not found:
         what = "--calibration-tokens has no effect without --calibration FILE"
         raise BismoothError.of(verb, what, "leave it out")

@@ -163,7 +163,7 @@ def convert(
         source,
         destination,
         method=method,
-        calibration=calibrating.files(calibration, calibration_tokens, "convert"),
+        calibration=calibrating.files(calibration, calibration_tokens, "convert") or None,
         calibration_tokens=calibration_tokens,
         smoothing=smoothing,
         alpha=alpha,
