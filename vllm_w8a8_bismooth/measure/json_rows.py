@@ -1,14 +1,16 @@
 """The rows of a JSON file, one at a time: of a list, of an object that holds a list, or one behind the other."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, TextIO
 
-from vllm_w8a8_bismooth.measure.documents import CHATS, KEYS, Unusable
+from vllm_w8a8_bismooth.measure.documents import CHATS, KEYS, Unusable, document
 
 LONGEST = 2**23
 """Characters of a row; longer ones are skipped, so that a row fits into memory whatever it holds."""
 _PIECE = 2**16
+_ITEM = 32  # characters' worth of memory that every item of a list takes
 
 
 class _Broken(Exception):
@@ -48,18 +50,66 @@ def _items(cursor: "_Cursor") -> Iterator[Any]:
 
 
 def _members(cursor: "_Cursor") -> Iterator[Any]:
-    """What the lists of an object hold, or the object itself where it is a row."""
-    cursor.skip()
+    """What the lists of an object hold, or the object itself where it is a row: tags may come before its text.
+
+    Which it is may show only at its end. Until then what the lists hold is kept, if it is no longer than a row may be.
+    """
     fields: dict[str, Any] = {}
-    held = False
+    kept = _Kept()
+    try:
+        yield from _into(cursor, fields, kept)
+    except _Broken:
+        yield from kept.items
+        raise
+    row = _usable(fields)
+    if not row or any(isinstance(item, Mapping) and _usable(item) for item in kept.items):
+        yield from kept.items
+    if row or not kept.seen:
+        yield fields
+
+
+@dataclass
+class _Kept:
+    """What the lists of an object hold, until it is clear what they are.
+
+    Attributes:
+        seen: whether there was a list.
+        rows: whether they are taken for rows, because they are too long to be kept.
+        items: what is kept.
+        size: of the items, in characters.
+    """
+
+    seen: bool = False
+    rows: bool = False
+    items: list[Any] = field(default_factory=list)
+    size: int = 0
+
+    def add(self, item: Any) -> Iterator[Any]:
+        """Keep an item, or say that it is a row, with those before it."""
+        self.items.append(item)
+        self.size += len(str(item)) + _ITEM
+        self.rows |= self.size > LONGEST
+        if self.rows:
+            yield from self.items
+            self.items = []
+
+
+def _usable(row: Any) -> bool:
+    return not isinstance(document(row), Unusable)
+
+
+def _into(cursor: "_Cursor", fields: dict[str, Any], kept: _Kept) -> Iterator[Any]:
+    """Read an object to its end: its fields, and what its lists hold."""
+    cursor.skip()
     while cursor.peek() == '"':
         key = cursor.value()
         if cursor.peek() != ":":
             raise _Broken("no valid JSON")
         cursor.skip()
         if cursor.peek() == "[" and key not in CHATS and not fields.keys() & KEYS:
-            held = True
-            yield from _items(cursor)
+            kept.seen = True
+            for item in _items(cursor):
+                yield from kept.add(item)
         else:
             value = cursor.value()
             if key in KEYS or len(fields) < 8:  # some others, for the message
@@ -70,8 +120,6 @@ def _members(cursor: "_Cursor") -> Iterator[Any]:
     if cursor.peek() != "}":
         raise _Broken("no valid JSON")
     cursor.skip()
-    if not held:
-        yield fields
 
 
 class _Cursor:

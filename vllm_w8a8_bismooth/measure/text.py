@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -15,6 +16,7 @@ from vllm_w8a8_bismooth.checkpoint.reader import Checkpoint
 from vllm_w8a8_bismooth.errors import BismoothError
 from vllm_w8a8_bismooth.measure.corpus import PLAIN, Corpus
 from vllm_w8a8_bismooth.measure.documents import ACCEPTED, Chat, Unusable, document
+from vllm_w8a8_bismooth.measure.json_rows import LONGEST
 
 WINDOW = 512
 _PIECE = 2**12  # characters tokenized at once
@@ -151,8 +153,7 @@ def _read(corpus: Corpus) -> Read:
             rows |= bool(piece.strip())
             pieces, characters = pieces + 1, characters + len(piece)
     else:
-        for place, row in corpus.rows():
-            found = row if isinstance(row, Unusable) else document(row)
+        for place, found in _documents(corpus):
             if isinstance(found, Unusable):
                 skipped += 1
                 reason = reason or f"{corpus.name} {place}: {found.reason}"
@@ -166,6 +167,15 @@ def _read(corpus: Corpus) -> Read:
     return Read(corpus, rows, skipped, reason, pieces, characters)
 
 
+def _documents(corpus: Corpus) -> Iterator[tuple[str, str | Chat | Unusable]]:
+    """Where every row is, and what it says. None is longer than JSON's may be, whatever the file."""
+    for place, row in corpus.rows():
+        found = row if isinstance(row, Unusable) else document(row)
+        if not isinstance(found, Unusable) and len(_plain(found)) > LONGEST:
+            found = Unusable(f"longer than {LONGEST} characters")
+        yield place, found
+
+
 def _cuts(characters: int) -> int:
     """How many pieces a document is cut into."""
     return -(-characters // _PIECE)
@@ -175,21 +185,21 @@ def _plain(found: str | Chat) -> str:
     return found.plain() if isinstance(found, Chat) else found
 
 
-def _pieces(text: CalibrationText) -> Iterator[tuple[int, str | Chat, int]]:
-    """Every piece of the text in its order: number of its document, the document, number of the piece inside it.
+def _pieces(text: CalibrationText) -> Iterator[tuple[int, str | Chat, int, int]]:
+    """Every piece of the text in its order: number of its document, the document, number of the piece inside it, size.
 
     Of plain text the document is the piece itself.
     """
     number = 0
     for read in text.files:
         if read.corpus.kind == PLAIN:
-            yield from ((number, piece, 0) for piece in read.corpus.text(_PIECE))
+            yield from ((number, piece, 0, len(piece)) for piece in read.corpus.text(_PIECE))
             number += 1
             continue
-        for _, row in read.corpus.rows():
-            found = row if isinstance(row, Unusable) else document(row)
+        for _, found in _documents(read.corpus):
             if not isinstance(found, Unusable):
-                yield from ((number, found, i) for i in range(_cuts(len(_plain(found)))))
+                size = len(_plain(found))
+                yield from ((number, found, i, min(_PIECE, size - i * _PIECE)) for i in range(_cuts(size)))
                 number += 1
 
 
@@ -225,52 +235,57 @@ def sample(text: CalibrationText, checkpoint: Checkpoint, budget: int) -> Sample
             checkpoint.folder, config=config, local_files_only=True, trust_remote_code=False
         )
         lead = [tokenizer.bos_token_id] if tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id] else []
-    rendering, documents, ids = _Rendering(tokenizer, begun=bool(lead)), set(), []
+    # Of each token, its id and the number of its document.
+    rendering, ids, owners = _Rendering(tokenizer, begun=bool(lead)), array("q"), array("q")
     for number, piece in _chosen(text, budget, rendering):
         with _tokenizer_errors(checkpoint):
-            ids += tokenizer(piece, add_special_tokens=False, verbose=False).input_ids
-        documents.add(number)
+            found = tokenizer(piece, add_special_tokens=False, verbose=False).input_ids
+        ids.extend(found)
+        owners.extend([number] * len(found))
     if not ids:
         what = "the checkpoint's tokenizer makes no tokens of it"
         raise BismoothError.of(text.name, what, "use --calibration none")
     longest = checkpoint.config.get("max_position_embeddings")
     longest = longest if isinstance(longest, int) and longest > 0 else WINDOW
-    length = max(1, min(WINDOW, longest, budget, len(ids) + len(lead)) - len(lead))
-    all_windows = [ids[i : i + length] for i in range(0, len(ids) - length + 1, length)]
-    windows = _within_vocabulary(all_windows, lead, checkpoint)
-    count = max(1, min(budget // (length + len(lead)), len(windows)))
-    chosen = torch.tensor(_spread(windows, count))
-    tokens = torch.cat([torch.tensor(lead, dtype=torch.int64).expand(count, -1), chosen], dim=1)
+    whole = min(WINDOW, longest, budget, len(ids) + len(lead))
+    lead = lead[: whole - 1]  # a window of one token has no room for it
+    length = whole - len(lead)
+    starts = range(0, len(ids) - length + 1, length)
+    kept = _within_vocabulary([ids[i : i + length] for i in starts], lead, checkpoint)
+    chosen = [starts[i] for i in _spread(kept, budget // whole)]
+    windows = torch.tensor([ids[i : i + length] for i in chosen])
+    tokens = torch.cat([torch.tensor(lead, dtype=torch.int64).expand(len(chosen), -1), windows], dim=1)
+    documents = {number for i in chosen for number in owners[i : i + length]}
+    refused = rendering.refused
     used = Used(
         files=tuple(read.corpus.name for read in text.files),
         rows=sum(read.rows for read in text.files),
         skipped=sum(read.skipped for read in text.files),
         reason=next((read.reason for read in text.files if read.reason), None),
         documents=len(documents),
-        windows=count,
+        windows=len(chosen),
         tokens=tokens.numel(),
-        left_out=len(all_windows) - len(windows),
-        plain_chats=rendering.refused,
-        template=rendering.reason,
+        left_out=len(starts) - len(kept),
+        plain_chats=len(documents & refused.keys()),
+        template=next((reason for number, reason in refused.items() if number in documents), None),
     )
     return Sample(tokens, used)
 
 
 def _chosen(text: CalibrationText, budget: int, rendering: "_Rendering") -> Iterator[tuple[int, str]]:
-    """Pieces at even distances, with the numbers of their documents: as many as give the budget for sure.
+    """Pieces spread evenly over the text, with the numbers of their documents: as many as give the budget for sure.
 
-    In pieces, because the text may be far longer than the budget; a seam costs at most one odd token.
+    In pieces, because the text may be far longer than the budget; a seam costs at most one odd token. Pieces are taken
+    as characters fall due, not by their number: else rows that alternate in length could give only the short ones.
     """
     pieces, characters = (sum(getattr(read, key) for read in text.files) for key in ("pieces", "characters"))
     count = math.ceil(min(1, budget * _DENSE / characters) * pieces)
-    wanted = (i * pieces // count for i in range(count))
-    following = next(wanted, None)
-    for place, (number, found, i) in enumerate(_pieces(text)):
-        if following is None:
-            return
-        if place == following:
+    due = 0  # characters times pieces; never above 0 between two pieces
+    for number, found, i, size in _pieces(text):
+        due += size * count
+        if due > 0:
+            due -= size * pieces
             yield number, rendering.piece(number, found, i)
-            following = next(wanted, None)
 
 
 class _Rendering:
@@ -281,45 +296,44 @@ class _Rendering:
         begun: whether every window begins with BOS anyway, which a chat then leaves out.
 
     Attributes:
-        refused: number of chats of which it made none.
-        reason: for the first of them.
+        refused: numbers of the chats of which it made none, and why.
     """
 
     def __init__(self, tokenizer: Any, begun: bool):
         self._tokenizer = tokenizer
         self._begin = tokenizer.bos_token if begun else None
-        self.refused = 0
-        self.reason: str | None = None
+        self.refused: dict[int, str] = {}
         self._last: tuple[int, str] = (-1, "")  # a chat may be long, and many of its pieces chosen
 
     def piece(self, number: int, found: str | Chat, index: int) -> str:
         """The text of one piece of a document; no half of a surrogate pair is left in it."""
         if isinstance(found, Chat):
             if self._last[0] != number:
-                self._last = number, self._rendered(found)
+                self._last = number, self._rendered(number, found)
             size = -(-len(self._last[1]) // _cuts(len(found.plain())))
             text = self._last[1][index * size : (index + 1) * size]
         else:
             text = found[index * _PIECE : (index + 1) * _PIECE]
         return text.encode("utf-8", "replace").decode()
 
-    def _rendered(self, chat: Chat) -> str:
+    def _rendered(self, number: int, chat: Chat) -> str:
         try:
             if not getattr(self._tokenizer, "chat_template", None):
                 raise ValueError("the checkpoint has none")
             text = self._tokenizer.apply_chat_template(chat.messages(), tokenize=False, strftime_now=_DAY.strftime)
+            if not any(content.strip() in text for _, content in chat.turns if content.strip()):
+                raise ValueError("it leaves out what is said")
             return text.removeprefix(self._begin or "")
         except Exception as error:  # a template raises what it likes
-            self.refused += 1
-            self.reason = self.reason or str(error)[:200]
+            self.refused[number] = str(error)[:200]
             return chat.plain()
 
 
-def _within_vocabulary(windows: list[list[int]], lead: list[int], checkpoint: Checkpoint) -> list[list[int]]:
-    """The windows whose ids all have a row of the embedding; raises where those are fewer than half."""
+def _within_vocabulary(windows: list[array], lead: list[int], checkpoint: Checkpoint) -> list[int]:
+    """Numbers of the windows whose ids all have a row of the embedding; raises where those are fewer than half."""
     embedding = checkpoint.names.embedding
     vocabulary = checkpoint.headers[embedding].shape[0]
-    kept = [window for window in windows if max([*lead, *window]) < vocabulary]
+    kept = [i for i, window in enumerate(windows) if max([*lead, *window]) < vocabulary]
     if 2 * len(kept) < len(windows):
         raise BismoothError.of(
             checkpoint.folder,
