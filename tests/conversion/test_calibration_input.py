@@ -65,6 +65,11 @@ FILES = {
     "upper case": ("A.JSONL", b'{"text": "one"}\n', ["one"]),
     "plain in upper case": ("A.TXT", b"one", ["one"]),
     "a list": ("a.json", json.dumps([A, B]).encode(), ["one", "two é"]),
+    "indented rows named jsonl": (
+        "a.jsonl",
+        "\n".join(json.dumps(row, indent=2) for row in (A, B)).encode(),
+        ["one", "two é"],
+    ),
     "a list over lines": ("a.json", json.dumps([A, B], indent=2).encode(), ["one", "two é"]),
     "a list of strings": ("a.json", b'["one", "two"]', ["one", "two"]),
     "a list named jsonl": ("a.jsonl", json.dumps([A, B]).encode(), ["one", "two é"]),
@@ -72,6 +77,11 @@ FILES = {
     "one row": ("a.json", json.dumps({**A, "tags": ["x"]}).encode(), ["one"]),
     "one row over lines": ("a.json", json.dumps({**A, "tags": ["x"]}, indent=1).encode(), ["one"]),
     "lines named json": ("a.json", b'{"text": "one"}\n{"text": "two"}\n', ["one", "two"]),
+    "tags before the text": ("a.json", json.dumps({"tags": ["x", "y"], **A}, indent=1).encode(), ["one"]),
+    "a list of strings in an object": ("a.json", b'{"id": 1, "data": ["one", "two"]}', ["one", "two"]),
+    "a list before the name of it": ("a.json", b'{"data": [{"text": "one"}],\n"text": "two"}', ["one", "two"]),
+    "a chat a line": ("a.jsonl", b'[{"role": "user", "content": "1"}, {"role": "x", "content": "2"}]', ["1\n2"]),
+    "a list of chats": ("a.json", b'[[{"from": "human", "value": "one"}]]', ["one"]),
     "nested keys": ("a.json", json.dumps([{"meta": {"text": "x"}, **A}]).encode(), ["one"]),
     "gzipped": ("a.txt.gz", gzip.compress(b"one", mtime=0), ["one"]),
     "gzipped lines": ("a.jsonl.GZ", gzip.compress(b'{"text": "one"}', mtime=0), ["one"]),
@@ -94,6 +104,10 @@ ROWS = {
     "a string": ("one", "one"),
     "messages": ({"messages": CHAT}, "one\ntwo"),
     "parts": ({"messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "1"}]}]}, "1"),
+    "parts of other services": ({"messages": [{"role": "x", "content": [{"type": "input_text", "text": "1"}]}]}, "1"),
+    "parts that are strings": ({"messages": [{"role": "x", "content": ["1", "2"]}]}, "1\n2"),
+    "keys that are null": ({"messages": [{"role": None, "content": None, "from": "human", "value": "one"}]}, "one"),
+    "lists in an object": ({"messages": {"role": ["user", "x"], "content": ["one", "two"]}}, "one\ntwo"),
     "a call of a tool": ({"messages": [*CHAT, {"role": "assistant", "content": None, "tool_calls": []}]}, "one\ntwo\n"),
     "ShareGPT": ({"conversations": [{"from": "human", "value": "one"}, {"from": "gpt", "value": "two"}]}, "one\ntwo"),
     "conversation": ({"conversation": CHAT}, "one\ntwo"),
@@ -102,6 +116,9 @@ ROWS = {
     "prompt of turns": ({"prompt": CHAT[:1], "completion": CHAT[1:]}, "one\ntwo"),
     "Alpaca": ({"instruction": "one", "input": "in", "output": "two"}, "one\n\nin\ntwo"),
     "Alpaca without input": ({"instruction": "one", "input": "", "output": "two"}, "one\ntwo"),
+    "Dolly": ({"instruction": "one", "context": "in", "response": "two"}, "one\n\nin\ntwo"),
+    "OpenOrca": ({"system_prompt": "", "question": "one", "response": "two"}, "one\ntwo"),
+    "input": ({"input": "one", "output": "two"}, "one\ntwo"),
     "question": ({"question": "one", "answer": "two"}, "one\ntwo"),
     "content": ({"content": "one"}, "one"),
     "text before others": ({"content": "no", "messages": CHAT, "text": "one"}, "one"),
@@ -117,6 +134,7 @@ UNUSABLE = {
     "empty text": ({"text": " \n"}, '"text" is empty'),
     "text of a number": ({"text": 3}, '"text" is a number'),
     "half a pair": ({"prompt": "one"}, '"prompt" lacks the key'),
+    "a chat in a string": ({"messages": "[]"}, '"messages" is a string without turns'),
     "no turns": ({"messages": []}, '"messages" is a list without turns'),
     "turns of strings": ({"messages": ["one"]}, '"messages" is a list without turns'),
     "a turn without role": ({"messages": [{"content": "one"}]}, '"messages" is a list without turns'),
@@ -276,6 +294,12 @@ TEMPLATES = {
     "a template": (TEMPLATE, "<user>one<assistant>two", 0, None),
     "a template with BOS": ("<s>" + TEMPLATE, "<s><user>one<assistant>two", 0, None),
     "a template with the date": ("{{ strftime_now('%d%Y') }}" + TEMPLATE, "262024<user>one<assistant>two", 0, None),
+    "a template for parts": (
+        "{% for m in messages %}<{{ m.role }}>{% for p in m.content %}{{ p.text }}{% endfor %}{% endfor %}",
+        "one\ntwo",
+        1,
+        "leaves out what is said",
+    ),
     "a template that refuses": ("{{ raise_exception('no such role') }}", "one\ntwo", 1, "no such role"),
     "a template that is none": ("{% for %}", "one\ntwo", 1, ""),
     "no template": (None, "one\ntwo", 1, "the checkpoint has none"),
@@ -308,7 +332,8 @@ def test_only_chosen_pieces_of_chats_are_rendered(make_checkpoint, tmp_path, mon
     render = kind.apply_chat_template
     monkeypatch.setattr(kind, "apply_chat_template", lambda *a, **k: calls.append(1) or render(*a, **k))
     found = sample(read_text(path), Checkpoint(source), 512)
-    assert found.tokens.shape == (4, 128) and 1 < len(calls) < 250 and found.used.documents == len(calls)
+    assert found.tokens.shape == (4, 128) and 1 < len(calls) < 250
+    assert 1 < found.used.documents < len(calls), "those that the windows hold"
 
 
 def test_lone_surrogates_are_no_fault_of_the_tokenizer(make_checkpoint, tmp_path):
@@ -340,7 +365,9 @@ def zipped(name: str, data: bytes) -> bytes:
 
 
 REFUSED = {
-    "UTF-16": ("a.txt", "one".encode("utf-16"), ["a.txt: not UTF-8 (byte 0)", "convert it: iconv -f UTF-16 -t UTF-8 "]),
+    "UTF-16": ("a.txt", "one".encode("utf-16"), ["a.txt: not UTF-8, but UTF-16;", "it: iconv -f UTF-16 -t UTF-8 "]),
+    "a PDF": ("a.txt", b"%PDF-1.4\n\xff", ["a.txt: a formatted document", "save it as .txt"]),
+    "a document": ("a.docx", b"PK\x03\x04....", ["a.docx: a formatted document"]),
     "Latin-1 far inside": ("a.txt", b"x" * 2**20 + b"\xc3\xa9\xe9", ["not UTF-8 (byte 1048578)", "iconv -c -f UTF-8"]),
     "Latin-1 lines": ("a.jsonl", b'{"text": "caf\xe9"}', ["not UTF-8 (byte 13)", "iconv -f LATIN1"]),
     "half a character": ("a.txt", b"one \xc3", ["not UTF-8 (byte 4)"]),
@@ -379,6 +406,12 @@ def test_files_are_refused(make_checkpoint, tmp_path, case):
         ("a.tsv", b'text\tn\none\t1\n"two,\nthree"\t2\n'),
         ("a.CSV.gz", gzip.compress(b"text\none\n", mtime=0)),
         ("a.txt", "one, two".encode("utf-16")),
+        ("a.txt", "one, two".encode("utf-32")),
+        ("a.txt", "one, two\r\n".encode("utf-16-le")),
+        ("a.txt", "one, two\r\n".encode("utf-16-be")),
+        ("a.txt", b"one \x93two\x94"),
+        ("a.txt.gz", gzip.compress(gzip.compress(b"one"))),
+        ("a.jsonl.bz2.gz", gzip.compress(bz2.compress(b'{"text": "one"}'))),
         ("a b.txt", b"one, \xe9\x81"),
         ("a.jsonl.gz", gzip.compress(b'{"text": "one \xe9"}', mtime=0)),
         ("a.md", b"one \xc3\xa9 \xe9 two"),
@@ -419,6 +452,12 @@ def test_none_stands_alone(make_checkpoint, tmp_path):
     options = ("--calibration", "none", "--calibration", tmp_path / "a.txt")
     code, message = run("convert", make_checkpoint(), tmp_path / "out", *options)
     assert code == 2 and "--calibration none" in message and "leave out one of the two" in message
+    assert run("convert", tmp_path / "source", tmp_path / "out", *options[:2] * 2, "--dry-run")[0] == 0
+
+
+def test_what_is_piped_in_is_given_once(make_checkpoint, tmp_path):
+    code, message = run("convert", make_checkpoint(), tmp_path / "out", *("--calibration", "-") * 2)
+    assert code == 2 and "--calibration -: given twice" in message
 
 
 def test_text_that_changes_meanwhile(make_checkpoint, tmp_path):

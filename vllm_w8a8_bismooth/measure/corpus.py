@@ -17,13 +17,15 @@ from typing import IO, Any, BinaryIO, TextIO
 
 from vllm_w8a8_bismooth.errors import BismoothError
 from vllm_w8a8_bismooth.measure import json_rows, remedies
-from vllm_w8a8_bismooth.measure.documents import ACCEPTED, KEYS, Unusable
+from vllm_w8a8_bismooth.measure.documents import ACCEPTED, KEYS, Chat, Unusable, document
 
 STDIN = "-"
 """The path of what is piped into the command."""
 PLAIN, LINES, JSON, PARQUET = "plain text", "JSON lines", "JSON", "Parquet"
 
 _SUFFIXES = {".txt": PLAIN, ".jsonl": LINES, ".ndjson": LINES, ".json": JSON, ".parquet": PARQUET}
+_PIPE = "a pipe"
+_DESCRIPTORS = {Path("/dev/fd"), Path("/proc/self/fd")}  # whose names are numbers, as of <(...) in a shell
 _GZIP = b"\x1f\x8b"
 _HEAD = 2**16  # bytes by which a kind is told
 _PART = 2**20  # characters of a document in memory that become a row
@@ -53,9 +55,11 @@ class Corpus:
         if documents is not None:
             self.name, self._file = "text in memory", _spooled(_lines_of(documents), path)
         elif str(path) == STDIN:
-            self.name, self._file = "standard input", _spooled(_pieces(sys.stdin.buffer), path)
+            # Python has none where the shell closed it.
+            piped = _pieces(sys.stdin.buffer) if sys.stdin is not None else iter(())
+            self.name, self._file = "standard input", _spooled(piped, path)
         else:
-            self.name, self._file = path.name, _opened(path)
+            self.name, self._file = _PIPE if path.parent in _DESCRIPTORS else path.name, _opened(path)
         self._stat = os.fstat(self._file.fileno())
         self._gzip = self._start(2) == _GZIP
         self.kind = LINES if documents is not None else self._kind()
@@ -119,7 +123,8 @@ class Corpus:
             yield
         except UnicodeDecodeError:
             place, wide = self._bad_byte()
-            remedy = remedies.to_utf8(self.path, self._gzip, self._start(2, self._gzip), wide)
+            coding = remedies.narrow_encoding(self._bytes())
+            remedy = remedies.to_utf8(self.path, self._gzip, coding, wide)
             raise BismoothError.of(self.path, f"not UTF-8 (byte {place})", remedy) from None
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             what = f"a damaged gzip file ({error})"
@@ -145,18 +150,28 @@ class Corpus:
                 done, left, wide = done + good, whole[good:], wide or not whole[:good].isascii()
         return done, wide
 
+    def _bytes(self) -> set[int]:
+        """All bytes beyond ASCII that occur in the unpacked file."""
+        found: set[int] = set()
+        with self._raw() as raw:
+            for piece in _pieces(self._unpacked(raw)):
+                found.update(piece.translate(None, bytes(range(128))))
+        return found
+
     def _kind(self) -> str:
         head = self._start(_HEAD, self._gzip)
         suffixes = [suffix.lower() for suffix in self.path.suffixes]
         suffix = next((s for s in reversed(suffixes) if not (self._gzip and s == ".gz")), "")
-        for magic, program in remedies.PACKED.items():
+        if suffix in remedies.FORMATTED or head.startswith(b"%PDF-"):
+            raise BismoothError.of(self.path, "a formatted document, no plain text", f"save it as .txt, {_NONE}")
+        for magic, program in (remedies.PACKED | ({_GZIP: "gzip -dc"} if self._gzip else {})).items():
             if head.startswith(magic):
                 what = "compressed in a way that is not read, only gzip is"
-                raise BismoothError.of(self.path, what, remedies.to_unpacked(self.path, program))
+                raise BismoothError.of(self.path, what, remedies.to_unpacked(self.path, self._gzip, program))
         if head.startswith(b"PAR1") or suffix == ".parquet":
             if self._gzip or not head.startswith(b"PAR1"):
                 if self._gzip:
-                    remedy = remedies.to_unpacked(self.path, "gzip -dc")
+                    remedy = remedies.to_unpacked(self.path, False, "gzip -dc")
                     raise BismoothError.of(self.path, "a Parquet file that is gzipped as a whole", remedy)
                 raise BismoothError.of(self.path, "no Parquet file, by its first bytes", "download it again")
             return PARQUET
@@ -164,7 +179,10 @@ class Corpus:
             remedy = remedies.to_rows(self.path, self._gzip, remedies.TABLES[suffix])
             raise BismoothError.of(self.path, "a table, which is not read", remedy)
         kind = _SUFFIXES.get(suffix)
-        if kind is None and b"\0" in head and not head.startswith(remedies.UTF16):
+        if (coding := remedies.wide_encoding(head)) is not None:
+            remedy = remedies.to_utf8(self.path, self._gzip, coding, False)
+            raise BismoothError.of(self.path, f"not UTF-8, but {coding}", remedy)
+        if kind is None and b"\0" in head:
             raise BismoothError.of(self.path, "no text (it holds zero bytes)", f"give it text, {_NONE}")
         return PLAIN if kind == PLAIN else _kind_by_content(head.decode("utf-8-sig", "ignore"), kind)
 
@@ -177,13 +195,19 @@ class Corpus:
             raise BismoothError.of(self.path, "pyarrow is not installed, which reads Parquet", remedy) from None
         with self._raw() as raw:
             try:
-                table = parquet.ParquetFile(raw)
+                # Not a whole column of a group of rows at once, which may be the whole file.
+                table = parquet.ParquetFile(raw, pre_buffer=False, buffer_size=2**20)
                 names = table.schema_arrow.names
                 if not (columns := [name for name in names if name in KEYS]):
                     what = f"has only the columns {', '.join(names[:8])}"
                     raise BismoothError.of(self.path, what, f"rename what holds the text to one of {ACCEPTED}")
-                for batch in table.iter_batches(batch_size=_BATCH, columns=columns):
-                    yield from batch.to_pylist()
+                if len(set(columns)) < len(columns):
+                    raise BismoothError.of(self.path, "has several columns of one name", "rename all but one")
+                groups = (table.metadata.row_group(i) for i in range(table.num_row_groups))
+                mean = max((group.total_byte_size // max(1, group.num_rows) for group in groups), default=0)
+                batch_size = max(1, min(_BATCH, json_rows.LONGEST // max(1, mean)))
+                for batch in table.iter_batches(batch_size=batch_size, columns=columns):
+                    yield from _rows_of(batch)
             except (pyarrow.ArrowException, OSError, MemoryError) as error:
                 what = f"a damaged Parquet file ({error})"
                 raise BismoothError.of(self.path, what, "copy or download it again") from None
@@ -202,6 +226,16 @@ def _json_lines(text: TextIO) -> Iterator[tuple[str, Any]]:
             yield f"line {number}", _parsed(line)
 
 
+def _rows_of(batch: Any) -> list[Any]:
+    """The rows of a pyarrow batch; one that Python cannot hold (bytes that are no UTF-8) costs no more than itself."""
+    try:
+        return batch.to_pylist()
+    except ValueError as error:
+        if len(batch) == 1:
+            return [Unusable(f"cannot be read ({error})")]
+        return [row for i in range(len(batch)) for row in _rows_of(batch.slice(i, 1))]
+
+
 def _parsed(line: str) -> Any:
     try:
         return json.loads(line)
@@ -211,13 +245,22 @@ def _parsed(line: str) -> Any:
 
 def _kind_by_content(head: str, kind: str | None) -> str:
     """JSON lines, other JSON or, where the suffix does not say that it is JSON, perhaps plain text."""
-    first = next((line for line in head.split("\n") if line.strip()), "")
+    first, *others = [line for line in head.split("\n") if line.strip()] or [""]
     row = _parsed(first)
     if isinstance(row, dict) and (kind == LINES or row.keys() & KEYS):
         return LINES
+    if isinstance(row, list) and isinstance(document(row), Chat):
+        return LINES
+    if kind == LINES and isinstance(row, Unusable) and first.lstrip().startswith("{"):
+        return JSON if others and _begins_inside(others[0]) else LINES
     if kind is None:
         return JSON if re.match(r"\s*\[?\s*\{\s*\"", head) else PLAIN
     return JSON if kind == JSON or head.lstrip().startswith("[") else LINES
+
+
+def _begins_inside(line: str) -> bool:
+    """Whether a line goes on with an object that began in the line before, as programs that indent write them."""
+    return re.match(r"\s*(\"(?:[^\"\\]|\\.)*\"\s*:|\}\s*,?\s*$)", line) is not None
 
 
 def _opened(path: Path) -> IO[bytes]:
@@ -263,7 +306,7 @@ def _pieces(file: IO[bytes]) -> Iterator[bytes]:
 
 def _lines_of(documents: Iterable[str]) -> Iterator[bytes]:
     """JSON lines. Long documents take several, so that none is too long for a row."""
-    for document in documents:
-        parts = range(0, len(document), _PART) if isinstance(document, str) else ()
-        for text in [document[i : i + _PART] for i in parts] or [document]:
+    for whole in documents:
+        parts = range(0, len(whole), _PART) if isinstance(whole, str) else ()
+        for text in [whole[i : i + _PART] for i in parts] or [whole]:
             yield json.dumps({"text": text}).encode() + b"\n"

@@ -12,17 +12,21 @@ PAIRS = (
     ("instruction", "output"),
     ("instruction", "response"),
     ("question", "answer"),
+    ("question", "response"),
+    ("input", "output"),
 )
-"""Keys of what a user says and what is answered. ``input``, if there, goes with ``instruction``."""
-KEYS = frozenset({"text", *CHATS, "input", "content", *(key for pair in PAIRS for key in pair)})
+"""Keys of what a user says and what is answered. What is in :data:`MORE`, if there, goes with an ``instruction``."""
+MORE = ("input", "context")
+KEYS = frozenset({"text", *CHATS, *MORE, "content", *(key for pair in PAIRS for key in pair)})
 """All keys that are looked at."""
 ACCEPTED = (
-    '"text", "messages" or "conversations", "prompt" with "completion" or "response", "instruction" with "output", '
-    '"question" with "answer", or "content"'
+    '"text", "messages" or "conversations", "prompt" with "completion" or "response", '
+    '"instruction" or "input" with "output", "question" with "answer" or "response", or "content"'
 )
 """The same for people."""
 
 _ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "model": "assistant"}
+_TEXTS = ("text", "input_text", "output_text")
 _SHOWN = 40  # characters of a name from a file that a message shows
 
 
@@ -53,13 +57,17 @@ class Unusable:
 
 
 def document(row: Any) -> str | Chat | Unusable:
-    """The text or chat in a row: a string, or an object with some of :data:`KEYS`. What it holds beside is ignored.
+    """The text or chat in a row: a string, a list of turns, or an object with some of :data:`KEYS`.
+
+    What it holds beside is ignored.
 
     Args:
         row: any JSON value.
     """
     if isinstance(row, str):
         row = {"text": row}
+    if isinstance(row, list) and (chat := _chat(row)):
+        return chat
     if not isinstance(row, Mapping):
         return Unusable(f"{_kind(row)}, not an object")
     text = row.get("text")
@@ -75,26 +83,38 @@ def document(row: Any) -> str | Chat | Unusable:
 
 
 def _chat(turns: Any) -> Chat | None:
-    """The chat in a list of ``{role, content}`` or ``{from, value}``; ``None`` if it is none, or says nothing."""
+    """The chat in a list of ``{role, content}`` or ``{from, value}``; ``None`` if it is none, or says nothing.
+
+    Keys that are null count as absent: tables have every key in every row. The ``datasets`` library also makes one
+    object of lists of a list of objects.
+    """
+    if isinstance(turns, Mapping) and all(isinstance(values, list) for values in turns.values()):
+        turns = [dict(zip(turns, values, strict=False)) for values in zip(*turns.values(), strict=False)]
     if not isinstance(turns, Sequence) or isinstance(turns, str):
         return None
     found = []
     for turn in turns:
         if not isinstance(turn, Mapping):
             return None
-        role, content = turn.get("role", turn.get("from")), _content(turn.get("content", turn.get("value")))
+        role, content = _first(turn, "role", "from"), _content(_first(turn, "content", "value"))
         if not isinstance(role, str) or content is None:
             return None
         found.append((_ROLES.get(role, role), content))
     return Chat(tuple(found)) if any(content.strip() for _, content in found) else None
 
 
+def _first(turn: Mapping, *keys: str) -> Any:
+    return next((turn[key] for key in keys if turn.get(key) is not None), None)
+
+
 def _content(content: Any) -> str | None:
-    """The text of a turn: a string, or parts of which those of type ``text`` count. Calls of tools may say nothing."""
+    """The text of a turn: a string, or parts of which those of a type of text count. Calls of tools may say nothing."""
     if content is None:
         return ""
     if isinstance(content, Sequence) and not isinstance(content, str):
-        texts = [part.get("text") for part in content if isinstance(part, Mapping) and part.get("type") == "text"]
+        texts = [
+            part.get("text") if isinstance(part, Mapping) and part.get("type") in _TEXTS else part for part in content
+        ]
         return "\n".join(text for text in texts if isinstance(text, str))
     return content if isinstance(content, str) else None
 
@@ -103,8 +123,8 @@ def _pair(row: Mapping) -> Chat | None:
     for asked, answered in PAIRS:
         question, answer = row.get(asked), row.get(answered)
         if isinstance(question, str) and isinstance(answer, str) and (question + answer).strip():
-            more = row.get("input") if asked == "instruction" else None
-            question = f"{question}\n\n{more}" if isinstance(more, str) and more.strip() else question
+            for more in (row.get(key) for key in MORE if asked == "instruction"):
+                question = f"{question}\n\n{more}" if isinstance(more, str) and more.strip() else question
             return Chat((("user", question), ("assistant", answer)))
         if isinstance(question, list) and isinstance(answer, list) and (chat := _chat([*question, *answer])):
             return chat
@@ -117,7 +137,7 @@ def _reason(row: Mapping) -> str:
     if "text" in known or len(known) == 1:
         key = "text" if "text" in known else known[0]
         value = row[key]
-        if isinstance(value, str):
+        if isinstance(value, str) and key not in CHATS:
             return f'"{key}" is empty' if not value.strip() else f'"{key}" lacks the key that goes with it'
         return f'"{key}" is {_kind(value)}' + (" without turns that say something" if key in CHATS else "")
     if known:
