@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from tests.support.command import patience
 from vllm_w8a8_bismooth.checkpoint.reader import Checkpoint
 from vllm_w8a8_bismooth.measure.text import read_text, sample
 
@@ -26,6 +27,18 @@ def test_rows_of_alternating_length_fill_the_budget(make_checkpoint, tmp_path, b
     text = lines(tmp_path / "rows.jsonl", ("s" * 2 if i % 2 else "L" * 4000 for i in range(2000)))
     found = sample(text, Checkpoint(make_checkpoint()), budget)
     assert found.tokens.shape == (budget // 128, 128)
+
+
+def test_templates_that_say_much_take_no_longer(make_checkpoint, tmp_path):
+    """As those with a long system prompt: with chats of few words, 100 times what is said."""
+    source = make_checkpoint()
+    prompt = "You are a model. " * 200
+    (source / "chat_template.jinja").write_text(prompt + "{% for m in messages %}{{ m.content }}{% endfor %}")
+    chats = [{"messages": [{"role": "user", "content": f"{i:05d}"}]} for i in range(20000)]
+    (tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, chats)))
+    with patience(20):
+        found = sample(read_text(tmp_path / "chats.jsonl"), Checkpoint(source), 3000)
+    assert found.tokens.shape == (23, 128) and 1 < found.used.documents <= 2 * 23
 
 
 def test_no_budget_is_passed(make_checkpoint, tmp_path):

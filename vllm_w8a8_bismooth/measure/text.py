@@ -21,6 +21,7 @@ from vllm_w8a8_bismooth.measure.json_rows import LONGEST
 WINDOW = 512
 _PIECE = 2**12  # characters tokenized at once
 _DENSE = 16  # characters of a token, at most, on average
+_MOST = 64  # times the budget are kept, where a template adds far more than is said
 _DAY = datetime(2024, 7, 26)  # for templates that show the date: tokens must not depend on the day of the conversion
 
 
@@ -235,11 +236,20 @@ def sample(text: CalibrationText, checkpoint: Checkpoint, budget: int) -> Sample
             checkpoint.folder, config=config, local_files_only=True, trust_remote_code=False
         )
         lead = [tokenizer.bos_token_id] if tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id] else []
+    rendering = _Rendering(tokenizer, begun=bool(lead))
+    pieces, size, step = [], 0, 1
+    for place, (number, piece) in enumerate(_chosen(text, budget, rendering)):
+        if place % step == 0:
+            with _tokenizer_errors(checkpoint):
+                found = array("q", tokenizer(piece, add_special_tokens=False, verbose=False).input_ids)
+            pieces.append((number, found))
+            size += len(found)
+            if size > _MOST * budget:
+                pieces, step = pieces[::2], 2 * step
+                size = sum(len(found) for _, found in pieces)
     # Of each token, its id and the number of its document.
-    rendering, ids, owners = _Rendering(tokenizer, begun=bool(lead)), array("q"), array("q")
-    for number, piece in _chosen(text, budget, rendering):
-        with _tokenizer_errors(checkpoint):
-            found = tokenizer(piece, add_special_tokens=False, verbose=False).input_ids
+    ids, owners = array("q"), array("q")
+    for number, found in pieces:
         ids.extend(found)
         owners.extend([number] * len(found))
     if not ids:
