@@ -164,6 +164,50 @@ def test_wrapped_names_are_written_without_and_that_is_said(make, tmp_path, kind
     assert code == 0 and "which a wrapper left" in shown
 
 
+BESIDE = {
+    "TRL": ("pretrained_model.", "pretrained_model.", "v_head.summary.weight"),
+    "multimodal": ("model.", "model.language_model.", "model.visual.proj.weight"),
+    "base model": ("model.", "model.base_model.", "score.weight"),
+    "another name": ("model.", "transformer.", "other.weight"),
+}
+
+
+@pytest.mark.parametrize("kind", BESIDE)
+def test_what_only_the_decoder_is_wrapped_in(make, tmp_path, kind):
+    """The head beside it keeps its name, and what a reader looks for is there."""
+    source, (old, new, other) = make(), BESIDE[kind]
+    extra = {other: torch.randn(1, 64)}
+    edit_tensors(source, lambda tensors: tensors | extra)
+    converted(source, tmp_path / "plain")
+
+    def name_of(name: str) -> str:
+        return name if name == other else name.replace(old, new, 1) if kind != "TRL" else new + name
+
+    renamed(source, name_of)
+    message = converted(source, tmp_path / "out")
+    assert f"hold '{new}', which a wrapper left" in message
+    plain, out = tensors_of(tmp_path / "plain"), tensors_of(tmp_path / "out")
+    assert plain.keys() == out.keys() and all(torch.equal(plain[name], out[name]) for name in plain)
+    assert verify(tmp_path / "out", source, engine=False).ok
+
+
+def test_several_models_of_which_none_is_named(make, tmp_path):
+    source = make()
+    renamed(source, bare)
+    edit_tensors(source, lambda tensors: {f"{a}.{n}": t.clone() for n, t in tensors.items() for a in ("doc", "query")})
+    architecture(source, "LlamaModel")
+    refused(source, tmp_path, "doc.layers and query.layers: are blocks of several models", "save the one that is meant")
+
+
+def test_a_copy_beside_the_model_is_not_taken_for_it(make, tmp_path):
+    source = make()
+    edit_tensors(source, lambda tensors: tensors | {f"ema.{n}": t + 1 for n, t in tensors.items()})
+    converted(source, tmp_path / "out")
+    after = tensors_of(tmp_path / "out")
+    assert after["ema.model.layers.0.mlp.up_proj.weight"].dtype == torch.bfloat16
+    assert after["model.layers.0.mlp.up_proj.weight"].dtype == torch.int8
+
+
 def test_names_that_only_some_tensors_have(make, tmp_path):
     source = make()
     renamed(source, lambda name: f"policy.{name}" if "layers.1." in name else name)

@@ -85,7 +85,7 @@ def companions(place: Place) -> list[str]:
     small JSON files among these that are configs.
 
     Raises:
-        BismoothError: one of them is only a link or a pointer to a file that is absent; ``modules.json`` cannot be read.
+        BismoothError: one of them is a link or a pointer to a file that is absent; ``modules.json`` cannot be read.
     """
     files = place.files()
     found = {file for file in files if _useful(file)}
