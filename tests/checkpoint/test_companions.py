@@ -168,6 +168,18 @@ def test_the_paths_of_modules_may_be_written_otherwise(make_checkpoint, tmp_path
     assert (converted(source, tmp_path / "out") / "2_Dense" / "model.safetensors").is_file()
 
 
+@pytest.mark.parametrize("file", ["modules.json", "tokenizer.json", "2_Dense/config.json", "chat_template.jinja"])
+@pytest.mark.parametrize("compared", [True, False], ids=["with the source", "alone"])
+def test_a_copied_file_that_is_gone_is_found(make_checkpoint, tmp_path, file, compared):
+    """Without modules.json an embedding model gives other vectors, and no engine says so."""
+    source = make_checkpoint()
+    projector(source)
+    out = converted(source, tmp_path / "out")
+    (out / file).unlink()
+    found = verify(out, source if compared else None, engine=False).findings
+    assert any(problem.where in (file, str(Path(file).parent)) for problem in found) and len(found) <= 1 + compared
+
+
 def test_leftovers_in_the_folder_of_a_module_stay(make_checkpoint, tmp_path):
     source = make_checkpoint()
     projector(source)
