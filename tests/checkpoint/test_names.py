@@ -1,7 +1,10 @@
 """Checkpoints that hold more, less or otherwise called tensors than a causal LM: what is right is taken as it is."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
 from tests.support.command import run
 from tests.support.contents import tensors_of
@@ -9,6 +12,8 @@ from tests.support.damage import config, edit_json
 from tests.support.models import MODEL_TYPES
 from tests.support.rename import architecture, bare, edit_tensors, renamed
 from tests.support.sweep import sweep
+from vllm_w8a8_bismooth.checkpoint import audit
+from vllm_w8a8_bismooth.checkpoint.architectures import ARCHITECTURES
 from vllm_w8a8_bismooth.checkpoint.names import Names, unwrapped
 from vllm_w8a8_bismooth.verification import verify
 
@@ -75,6 +80,7 @@ def test_a_head_that_is_not_there(make, tmp_path, ending):
     source = make()
     renamed(source, bare)
     architecture(source, f"Llama{ending}")
+    edit_tensors(source, lambda tensors: tensors | {"position_ids": torch.arange(8)})  # which is no head
     refused(source, tmp_path, f"architectures is ['Llama{ending}']", "no tensor of such a head", '"LlamaModel"')
 
 
@@ -83,6 +89,37 @@ def test_a_causal_lm_without_head_says_what_it_is_and_the_remedy_works(make, tmp
     renamed(source, bare)
     refused(source, tmp_path, "lm_head.weight: is missing", "a bare decoder", 'set architectures to ["LlamaModel"]')
     architecture(source, "LlamaModel")
+    converted(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("given", [None, [], [None], ["GritLM"], ["AnyForConditionalGeneration"], ["AnyLMHeadModel"]])
+def test_the_class_that_a_remedy_names_is_one(model_type, given):
+    """Whatever ``architectures`` says: the decoder's own class, as transformers and vLLM call it."""
+    sizes = dict(vocab_size=8, hidden_size=4, num_hidden_layers=1, tie_word_embeddings=False)
+    headers = SimpleNamespace(
+        config={"model_type": model_type, "architectures": given, **sizes},
+        names=Names(""),
+        lost=set(),
+        place=SimpleNamespace(files=dict),
+    )
+    (problem,) = audit._heads(headers, ARCHITECTURES[model_type], {})
+    assert f'set architectures to ["{MODEL_MAPPING_NAMES[model_type]}"]' in problem.remedy
+
+
+def test_a_head_of_another_name_makes_no_bare_decoder(make, tmp_path):
+    source = make()
+    renamed(source, lambda name: name.replace("lm_head", "output"))
+    refused(source, tmp_path, "lm_head.weight: is missing", "output.weight has its shape", "save_pretrained")
+
+
+def test_a_head_that_is_the_embedding_without_a_word_of_it(make, tmp_path):
+    """As fine-tunes of tied models that lost the key: the remedy does not make an embedding model of it."""
+    source = make()
+    edit_json(source / "config.json", lambda c: c.pop("tie_word_embeddings"))
+    renamed(source, lambda name: None if name.startswith("lm_head") else name)
+    refused(source, tmp_path, 'tie_word_embeddings "not given"', "tie_word_embeddings to true if the embedding is")
+    config(tie_word_embeddings=True)(source)
     converted(source, tmp_path / "out")
 
 
@@ -240,6 +277,33 @@ def test_the_files_of_another_format(make, tmp_path, name_of):
     refused(source, tmp_path, "none of the tensors of such a model's blocks", "save_pretrained")
 
 
+OTHERWISE = {
+    "pruned": lambda tensors: {name.replace("up_proj.weight", "up_proj.weight_orig"): t for name, t in tensors.items()},
+    "parametrized": lambda tensors: {
+        name.replace("q_proj.weight", "q_proj.parametrizations.weight.original"): t for name, t in tensors.items()
+    },
+    "fused": lambda tensors: {name.replace("mlp.gate_proj", "mlp.gate_up_proj"): t for name, t in tensors.items()},
+}
+
+
+@pytest.mark.parametrize("kind", OTHERWISE)
+def test_weights_under_other_names_are_not_to_be_removed(make, tmp_path, kind):
+    """One sentence says it. What is called otherwise is needed, so that no remedy may remove it."""
+    source = make()
+    edit_tensors(source, OTHERWISE[kind])
+    refused(source, tmp_path, "(and 2 more): missing, while model.layers.0.", "is not part of a llama model")
+    assert "remove" not in run("convert", source, tmp_path / "out", "--method", "rtn")[1]
+
+
+def test_a_model_that_is_called_another_is_not_to_be_mutilated(make, tmp_path):
+    """Qwen3 without its q_norm and k_norm would be converted, and speak nonsense."""
+    source = make("qwen3")
+    config(model_type="llama")(source)
+    code, message = run("convert", source, tmp_path / "out", "--method", "rtn")
+    assert code == 2 and message.count("mend config.json (model_type, or the switch for it)") == 6
+    assert message.count("remove the tensor only if it was not") == 6
+
+
 # --- more than a model ----------------------------------------------------------------------------------------------
 
 BUFFERS = {
@@ -249,6 +313,7 @@ BUFFERS = {
     "model.layers.2.self_attn.rotary_emb.inv_freq": torch.arange(12.0, dtype=torch.float64),
     "model.layers.2.self_attn.rotary_emb.cos_cached": torch.ones(1, 1, 16, 24),
     "model.rotary_emb.inv_freq": torch.arange(12.0, dtype=torch.float64),
+    "model.mask": torch.full((8, 8), float("-inf"), dtype=torch.float64).triu(1),
     "model.position_ids": torch.arange(8),
     "num_batches_tracked": torch.tensor([3], dtype=torch.int32),
     "short": torch.tensor([3, 4], dtype=torch.int16),
@@ -321,12 +386,38 @@ def test_blocks_that_predict_further_tokens_are_carried_along(make, tmp_path, ke
     assert found.ok, found.findings
 
 
+def test_an_own_block_before_one_that_predicts_further_tokens(make, tmp_path):
+    """The remedy counts only the former, and works."""
+    source = make()
+    edit_tensors(
+        source,
+        lambda tensors: further(
+            tensors | {n.replace("layers.1.", "layers.3."): t.clone() for n, t in tensors.items() if "layers.1." in n},
+            4,
+        ),
+    )
+    refused(source, tmp_path, "model.layers.3.*: 9 tensors belong to no block", "set num_hidden_layers to 4")
+    config(num_hidden_layers=4)(source)
+    assert "block 4, which predicts further tokens" in converted(source, tmp_path / "out")
+
+
+def test_what_bismooth_made_is_quantized_and_not_misnamed(make, tmp_path):
+    converted(make(), tmp_path / "out")
+    refused(tmp_path / "out", tmp_path / "again", "dtype I8", "already quantized")
+
+
 def test_stale_quantization_config_is_named_and_the_remedy_works(make, tmp_path):
     source = make()
     config(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})(source)
     refused(source, tmp_path, "'bitsandbytes'", "all weights are float (BF16)", "remove quantization_config from")
     edit_json(source / "config.json", lambda c: c.pop("quantization_config"))
     converted(source, tmp_path / "out")
+
+
+def test_two_stale_keys_are_one_remedy(make, tmp_path):
+    source, stale = make(), {"quant_method": "fp8"}
+    config(quantization_config=stale, compression_config=stale)(source)
+    refused(source, tmp_path, "remove quantization_config and compression_config from config.json")
 
 
 def test_quantization_config_of_quantized_weights_is_none_of_that(make, tmp_path):

@@ -263,7 +263,11 @@ class Checkpoint(Headers):
             raise Interrupted.of(path, what, "leave the files at rest and run the same command again") from None
         if digest is not None:
             digest.update(view)
-        if tensor.numel() and not all(bound.isfinite() for bound in tensor.aminmax()):
+        if (
+            tensor.numel()
+            and not is_buffer(name, header.dtype)
+            and not all(bound.isfinite() for bound in tensor.aminmax())
+        ):
             bad = (~tensor.view(-1).isfinite()).nonzero().view(-1)
             place = [int(i) for i in torch.unravel_index(first + bad[0], header.shape)]
             found = f"{tensor.view(-1)[bad[0]].item()} at {place} ({len(bad)} such values)"
