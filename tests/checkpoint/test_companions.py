@@ -10,7 +10,7 @@ from tests.support.contents import digests
 from tests.support.damage import edit_json
 from tests.support.embedders import projector, put
 from tests.support.hub import serving
-from vllm_w8a8_bismooth.checkpoint.companions import companions
+from vllm_w8a8_bismooth.checkpoint.companions import MODULES, companions
 from vllm_w8a8_bismooth.checkpoint.files import Folder
 from vllm_w8a8_bismooth.verification import verify
 
@@ -113,7 +113,120 @@ def test_routed_modules_travel(make_checkpoint, tmp_path):
     put(source, "modules.json", b'[{"idx": 0, "type": "sentence_transformers.models.Router", "path": ""}]')
     put(source, "router_config.json", b'{"types": {"query_0_Dense": "sentence_transformers.models.Dense"}}')
     put(source, "query_0_Dense/model.safetensors", b"weights")
+    put(source, "query_0_Dense/config.json")
     assert (converted(source, tmp_path / "out") / "query_0_Dense" / "model.safetensors").is_file()
+
+
+ROUTERS = {
+    "": "router_config.json",
+    "1_Router": "1_Router/router_config.json",
+    "1_Asym": "1_Asym/config.json",
+}
+
+
+@pytest.mark.parametrize("folder", ROUTERS)
+def test_a_routed_module_without_weights_is_refused_and_found(make_checkpoint, tmp_path, folder):
+    source, route = make_checkpoint(), f"{folder}/document_0_Dense".removeprefix("/")
+    kind = f"sentence_transformers.models.{folder[2:] or 'Router'}"
+    put(source, "modules.json", json.dumps([{"type": kind, "path": folder}]).encode())
+    put(source, ROUTERS[folder], json.dumps({"types": {"document_0_Dense": KINDS[0]}}).encode())
+    put(source, f"{route}/config.json")
+    put(source, f"{route}/model.safetensors", b"weights")
+    out = converted(source, tmp_path / "out")
+    for place in (out, source):
+        (place / route / "model.safetensors").unlink()
+    (finding,) = verify(out, engine=False).findings
+    assert finding.where == route and f"{ROUTERS[folder]} says that it is a Dense" in finding.what
+    code, message = run("convert", source, tmp_path / "again", "--method", "rtn")
+    assert code == 2 and message.count("has no model.safetensors") == 1
+
+
+@pytest.mark.parametrize("folder", ["1_Pooling", "2_Dense"])
+def test_a_module_without_its_config_is_refused(make_checkpoint, tmp_path, folder):
+    """vLLM would leave the projector out, or pool in another way, without a word."""
+    source = make_checkpoint()
+    projector(source)
+    (source / folder / "config.json").unlink()
+    code, message = run("convert", source, tmp_path / "out", "--method", "rtn")
+    assert code == 2 and f"{folder}: has no config.json" in message
+
+
+def test_a_module_that_is_a_link(make_checkpoint, tmp_path):
+    source = make_checkpoint()
+    projector(source)
+    (source / "1_Pooling").rename(tmp_path / "elsewhere")
+    (source / "1_Pooling").symlink_to(tmp_path / "elsewhere")
+    code, message = run("convert", source, tmp_path / "out", "--method", "rtn")
+    assert code == 2 and "1_Pooling: a link to a folder, which is not followed; put the files" in message
+
+
+@pytest.mark.parametrize("path", ["./2_Dense", "2_Dense/", "2_Dense//"])
+def test_the_paths_of_modules_may_be_written_otherwise(make_checkpoint, tmp_path, path):
+    source = make_checkpoint()
+    projector(source)
+    put(source, "modules.json", json.dumps([{"type": KINDS[0], "path": path}]).encode())
+    assert (converted(source, tmp_path / "out") / "2_Dense" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("file", ["modules.json", "tokenizer.json", "2_Dense/config.json", "chat_template.jinja"])
+@pytest.mark.parametrize("compared", [True, False], ids=["with the source", "alone"])
+def test_a_copied_file_that_is_gone_is_found(make_checkpoint, tmp_path, file, compared):
+    """Without modules.json an embedding model gives other vectors, and no engine says so."""
+    source = make_checkpoint()
+    projector(source)
+    out = converted(source, tmp_path / "out")
+    (out / file).unlink()
+    found = verify(out, source if compared else None, engine=False).findings
+    assert any(problem.where in (file, str(Path(file).parent)) for problem in found) and len(found) <= 1 + compared
+
+
+def test_leftovers_in_the_folder_of_a_module_stay(make_checkpoint, tmp_path):
+    source = make_checkpoint()
+    projector(source)
+    leftovers = ["optimizer.pt", "onnx/model.onnx", "checkpoint-5/model.safetensors", "training_args.bin"]
+    for file in leftovers:
+        put(source, f"2_Dense/{file}")
+    after = digests(converted(source, tmp_path / "out"))
+    assert not after.keys() & {f"2_Dense/{file}" for file in leftovers} and "2_Dense/model.safetensors" in after
+
+
+def test_a_transformer_in_a_folder_of_its_own(make_checkpoint, tmp_path):
+    """vLLM wants it at the top. Converted alone it would lose the others, and that is said; the remedy keeps them."""
+    around = tmp_path / "around"
+    inner = make_checkpoint().rename(around.mkdir() or around / "0_Transformer")
+    projector(around)
+    entries = json.loads((around / "modules.json").read_text())
+    entries[0]["path"] = "0_Transformer"
+    put(around, "modules.json", json.dumps(entries).encode())
+    code, message = run("convert", around, tmp_path / "out", "--method", "rtn")
+    assert code == 2 and f"move what is in {inner} up into {around}, and set the path" in message
+    code, message = run("convert", inner, tmp_path / "alone", "--method", "rtn")
+    assert code == 0 and "one module of 3, and the others do not travel" in " ".join(message.split())
+    for path in [*inner.iterdir()]:
+        path.rename(around / path.name)
+    entries[0]["path"] = ""
+    put(around, "modules.json", json.dumps(entries).encode())
+    assert {"1_Pooling/config.json", "2_Dense/model.safetensors"} <= digests(converted(around, tmp_path / "out")).keys()
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "2_Dense/model.safetensors"])
+def test_pointers_of_git_lfs_are_no_files(make_checkpoint, tmp_path, file):
+    source = make_checkpoint()
+    projector(source)
+    digest = "0" * 64
+    put(source, file, f"version https://git-lfs.github.com/spec/v1\noid sha256:{digest}\nsize 12345\n".encode())
+    code, message = run("convert", source, tmp_path / "out", "--method", "rtn")
+    assert code == 2 and f"{file}: a pointer of Git LFS, not the file; download the file again" in message
+
+
+@pytest.mark.parametrize("tokenizer", ["tekken.json", "tokenizer.model.v3"])
+def test_what_makes_vllm_take_another_tokenizer_is_said(make_checkpoint, tmp_path, tokenizer):
+    source = make_checkpoint("mistral")
+    put(source, tokenizer)
+    assert "mistral" not in run("convert", source, tmp_path / "first", "--method", "rtn")[1]
+    put(source, "consolidated.safetensors", b"weights")
+    code, message = run("convert", source, tmp_path / "second", "--method", "rtn")
+    assert code == 0 and "give --tokenizer-mode mistral" in " ".join(message.split())
 
 
 NAMED = {
@@ -151,9 +264,18 @@ def test_code_travels_where_a_config_says_that_there_is_some(make_checkpoint, tm
     assert "modeling_own.py" not in digests(converted(source, tmp_path / "without"))
     if not (source / file).exists():
         put(source, file)
-    edit_json(source / file, lambda c: c.update(auto_map={"AutoModel": "modeling_own.OwnModel"}))
+    edit_json(source / file, lambda c: c.update(auto_map={"AutoModel": "modeling_own.OwnModel"}, more="x" * 2**21))
     after = digests(converted(source, tmp_path / "with"))
     assert {"modeling_own.py", "parts/attention.py"} <= after.keys()
+
+
+@pytest.mark.parametrize("file", ["modules.json", "router_config.json"])
+def test_code_of_modules_travels(make_checkpoint, tmp_path, file):
+    source = make_checkpoint()
+    put(source, "own.py", b"# code")
+    value = {"modules": [{"type": "own.Module", "path": ""}]} if file == MODULES else {"types": {"a": "own.Module"}}
+    put(source, file, json.dumps(value).encode())
+    assert (converted(source, tmp_path / "out") / "own.py").is_file()
 
 
 def test_folder_and_hub_agree(make_checkpoint, tmp_path, monkeypatch):

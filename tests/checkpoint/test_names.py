@@ -3,125 +3,12 @@
 import pytest
 import torch
 
-from tests.support.command import run
+from tests.support.command import converted, refused, run
 from tests.support.contents import tensors_of
 from tests.support.damage import config, edit_json
-from tests.support.models import MODEL_TYPES
 from tests.support.rename import architecture, bare, edit_tensors, renamed
-from tests.support.sweep import sweep
 from vllm_w8a8_bismooth.checkpoint.names import Names, unwrapped
 from vllm_w8a8_bismooth.verification import verify
-
-
-@pytest.fixture
-def make(make_checkpoint):
-    """A checkpoint of one file."""
-    return lambda *arguments, **changes: make_checkpoint(*arguments, sharded=False, **changes)
-
-
-def refused(source, tmp_path, *parts: str) -> None:
-    code, message = run("convert", source, tmp_path / "out", "--method", "rtn")
-    assert code == 2 and all(part in message for part in parts), message
-    assert message.count("also:") == 0, "one sentence says it"
-    assert not (tmp_path / "out").exists()
-
-
-def converted(source, out, *options: str) -> str:
-    code, message = run("convert", source, out, *(options or ("--method", "rtn")))
-    assert code == 0, message
-    return message
-
-
-def module_of(name: str) -> str:
-    return name.removesuffix("_scale").removesuffix(".weight")
-
-
-# --- heads ----------------------------------------------------------------------------------------------------------
-
-HEADS = {
-    "Model": {},
-    "ForSequenceClassification": {"score.weight": (2, 64)},
-    "ForTokenClassification": {"score.weight": (5, 64), "score.bias": (5,)},
-    "ForQuestionAnswering": {"qa_outputs.weight": (2, 64), "qa_outputs.bias": (2,)},
-    "ForRewardModel": {
-        "score.0.weight": (64, 64),
-        "score.0.bias": (64,),
-        "score.2.weight": (1, 64),
-        "score.2.bias": (1,),
-    },
-    "ForProcessRewardModel": {"score.0.weight": (64, 64), "score.2.weight": (2, 64)},
-    "RewardModel": {"v_head.weight": (1, 64)},
-}
-
-
-@pytest.mark.parametrize("ending", HEADS)
-@pytest.mark.parametrize("shift", ["causal", "bare"])
-def test_every_head_is_carried_and_left_in_float(make, tmp_path, ending, shift):
-    """A head that config.json did not name as float would be quantized by vLLM, with random scales."""
-    source, head = make(), {name: torch.randn(shape) for name, shape in HEADS[ending].items()}
-    renamed(source, bare if shift == "bare" else lambda name: None if name.startswith("lm_head") else name)
-    edit_tensors(source, lambda tensors: tensors | head)
-    architecture(source, f"Llama{ending}")
-    out = tmp_path / "out"
-    converted(source, out)
-    before, after = tensors_of(source), tensors_of(out)
-    assert {name.removesuffix("_scale") for name in after} == before.keys(), "written back as found"
-    assert all(torch.equal(after[name], tensor) for name, tensor in head.items())
-    assert verify(out, source, engine=False).ok
-
-
-@pytest.mark.parametrize("ending", sorted(HEADS.keys() - {"Model"}))
-def test_a_head_that_is_not_there(make, tmp_path, ending):
-    source = make()
-    renamed(source, bare)
-    architecture(source, f"Llama{ending}")
-    refused(source, tmp_path, f"architectures is ['Llama{ending}']", "no tensor of such a head", '"LlamaModel"')
-
-
-def test_a_causal_lm_without_head_says_what_it_is_and_the_remedy_works(make, tmp_path):
-    source = make()
-    renamed(source, bare)
-    refused(source, tmp_path, "lm_head.weight: is missing", "a bare decoder", 'set architectures to ["LlamaModel"]')
-    architecture(source, "LlamaModel")
-    converted(source, tmp_path / "out")
-
-
-@pytest.mark.parametrize("model_type", sweep(MODEL_TYPES))
-@pytest.mark.parametrize("options", [("--method", "rtn"), ()], ids=["rtn", "data-free"])
-def test_bare_decoders_of_every_type(make, tmp_path, model_type, options):
-    """The bytes are those of the causal LM's blocks, under the names of the source."""
-    source = make(model_type)
-    converted(source, tmp_path / "causal", *options)
-    renamed(source, bare)
-    architecture(source, "AnyModel")
-    converted(source, tmp_path / "bare", *options)
-    causal, found = tensors_of(tmp_path / "causal"), tensors_of(tmp_path / "bare")
-    expected = {name.removeprefix("model."): t for name, t in causal.items() if not name.startswith("lm_head")}
-    assert found.keys() == expected.keys() and all(torch.equal(found[name], t) for name, t in expected.items())
-    assert verify(tmp_path / "bare", source, engine=False).ok
-
-
-def test_tied_bare_decoder_that_is_called_a_causal_lm(make, tmp_path):
-    """As Qwen3-Embedding is stored."""
-    source = make("qwen3", tie_word_embeddings=True)
-    renamed(source, bare)
-    converted(source, tmp_path / "out")
-    assert "layers.0.mlp.up_proj.weight_scale" in tensors_of(tmp_path / "out")
-
-
-def test_calibrated_parts_of_a_bare_decoder_merge(make, tmp_path, calibration_text):
-    source = make()
-    renamed(source, bare)
-    architecture(source, "LlamaModel")
-    options = ("--calibration", calibration_text, "--ignore", r"layers\.1\.mlp\.down_proj")
-    converted(source, tmp_path / "whole", *options)
-    for part in ("0:1", "1:"):
-        converted(source, tmp_path / part.replace(":", "-"), *options, "--blocks", part)
-    code, message = run("merge", tmp_path / "merged", tmp_path / "0-1", tmp_path / "1-")
-    assert code == 0, message
-    for file in ("model.safetensors", "config.json", "report.json"):
-        assert (tmp_path / "merged" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
-
 
 # --- wrappers -------------------------------------------------------------------------------------------------------
 
@@ -164,6 +51,50 @@ def test_wrapped_names_are_written_without_and_that_is_said(make, tmp_path, kind
     assert code == 0 and "which a wrapper left" in shown
 
 
+BESIDE = {
+    "TRL": ("pretrained_model.", "pretrained_model.", "v_head.summary.weight"),
+    "multimodal": ("model.", "model.language_model.", "model.visual.proj.weight"),
+    "base model": ("model.", "model.base_model.", "score.weight"),
+    "another name": ("model.", "transformer.", "other.weight"),
+}
+
+
+@pytest.mark.parametrize("kind", BESIDE)
+def test_what_only_the_decoder_is_wrapped_in(make, tmp_path, kind):
+    """The head beside it keeps its name, and what a reader looks for is there."""
+    source, (old, new, other) = make(), BESIDE[kind]
+    extra = {other: torch.randn(1, 64)}
+    edit_tensors(source, lambda tensors: tensors | extra)
+    converted(source, tmp_path / "plain")
+
+    def name_of(name: str) -> str:
+        return name if name == other else name.replace(old, new, 1) if kind != "TRL" else new + name
+
+    renamed(source, name_of)
+    message = converted(source, tmp_path / "out")
+    assert f"hold '{new}', which a wrapper left" in message
+    plain, out = tensors_of(tmp_path / "plain"), tensors_of(tmp_path / "out")
+    assert plain.keys() == out.keys() and all(torch.equal(plain[name], out[name]) for name in plain)
+    assert verify(tmp_path / "out", source, engine=False).ok
+
+
+def test_several_models_of_which_none_is_named(make, tmp_path):
+    source = make()
+    renamed(source, bare)
+    edit_tensors(source, lambda tensors: {f"{a}.{n}": t.clone() for n, t in tensors.items() for a in ("doc", "query")})
+    architecture(source, "LlamaModel")
+    refused(source, tmp_path, "doc.layers and query.layers: are blocks of several models", "save the one that is meant")
+
+
+def test_a_copy_beside_the_model_is_not_taken_for_it(make, tmp_path):
+    source = make()
+    edit_tensors(source, lambda tensors: tensors | {f"ema.{n}": t + 1 for n, t in tensors.items()})
+    converted(source, tmp_path / "out")
+    after = tensors_of(tmp_path / "out")
+    assert after["ema.model.layers.0.mlp.up_proj.weight"].dtype == torch.bfloat16
+    assert after["model.layers.0.mlp.up_proj.weight"].dtype == torch.int8
+
+
 def test_names_that_only_some_tensors_have(make, tmp_path):
     source = make()
     renamed(source, lambda name: f"policy.{name}" if "layers.1." in name else name)
@@ -196,6 +127,33 @@ def test_the_files_of_another_format(make, tmp_path, name_of):
     refused(source, tmp_path, "none of the tensors of such a model's blocks", "save_pretrained")
 
 
+OTHERWISE = {
+    "pruned": lambda tensors: {name.replace("up_proj.weight", "up_proj.weight_orig"): t for name, t in tensors.items()},
+    "parametrized": lambda tensors: {
+        name.replace("q_proj.weight", "q_proj.parametrizations.weight.original"): t for name, t in tensors.items()
+    },
+    "fused": lambda tensors: {name.replace("mlp.gate_proj", "mlp.gate_up_proj"): t for name, t in tensors.items()},
+}
+
+
+@pytest.mark.parametrize("kind", OTHERWISE)
+def test_weights_under_other_names_are_not_to_be_removed(make, tmp_path, kind):
+    """One sentence says it. What is called otherwise is needed, so that no remedy may remove it."""
+    source = make()
+    edit_tensors(source, OTHERWISE[kind])
+    refused(source, tmp_path, "(and 2 more): missing, while model.layers.0.", "is not part of a llama model")
+    assert "remove" not in run("convert", source, tmp_path / "out", "--method", "rtn")[1]
+
+
+def test_a_model_that_is_called_another_is_not_to_be_mutilated(make, tmp_path):
+    """Qwen3 without its q_norm and k_norm would be converted, and speak nonsense."""
+    source = make("qwen3")
+    config(model_type="llama")(source)
+    code, message = run("convert", source, tmp_path / "out", "--method", "rtn")
+    assert code == 2 and message.count("mend config.json (model_type, or the switch for it)") == 6
+    assert message.count("remove the tensor only if it was not") == 6
+
+
 # --- more than a model ----------------------------------------------------------------------------------------------
 
 BUFFERS = {
@@ -205,6 +163,7 @@ BUFFERS = {
     "model.layers.2.self_attn.rotary_emb.inv_freq": torch.arange(12.0, dtype=torch.float64),
     "model.layers.2.self_attn.rotary_emb.cos_cached": torch.ones(1, 1, 16, 24),
     "model.rotary_emb.inv_freq": torch.arange(12.0, dtype=torch.float64),
+    "model.mask": torch.full((8, 8), float("-inf"), dtype=torch.float64).triu(1),
     "model.position_ids": torch.arange(8),
     "num_batches_tracked": torch.tensor([3], dtype=torch.int32),
     "short": torch.tensor([3, 4], dtype=torch.int16),
@@ -277,12 +236,38 @@ def test_blocks_that_predict_further_tokens_are_carried_along(make, tmp_path, ke
     assert found.ok, found.findings
 
 
+def test_an_own_block_before_one_that_predicts_further_tokens(make, tmp_path):
+    """The remedy counts only the former, and works."""
+    source = make()
+    edit_tensors(
+        source,
+        lambda tensors: further(
+            tensors | {n.replace("layers.1.", "layers.3."): t.clone() for n, t in tensors.items() if "layers.1." in n},
+            4,
+        ),
+    )
+    refused(source, tmp_path, "model.layers.3.*: 9 tensors belong to no block", "set num_hidden_layers to 4")
+    config(num_hidden_layers=4)(source)
+    assert "block 4, which predicts further tokens" in converted(source, tmp_path / "out")
+
+
+def test_what_bismooth_made_is_quantized_and_not_misnamed(make, tmp_path):
+    converted(make(), tmp_path / "out")
+    refused(tmp_path / "out", tmp_path / "again", "dtype I8", "already quantized")
+
+
 def test_stale_quantization_config_is_named_and_the_remedy_works(make, tmp_path):
     source = make()
     config(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})(source)
     refused(source, tmp_path, "'bitsandbytes'", "all weights are float (BF16)", "remove quantization_config from")
     edit_json(source / "config.json", lambda c: c.pop("quantization_config"))
     converted(source, tmp_path / "out")
+
+
+def test_two_stale_keys_are_one_remedy(make, tmp_path):
+    source, stale = make(), {"quant_method": "fp8"}
+    config(quantization_config=stale, compression_config=stale)(source)
+    refused(source, tmp_path, "remove quantization_config and compression_config from config.json")
 
 
 def test_quantization_config_of_quantized_weights_is_none_of_that(make, tmp_path):

@@ -65,6 +65,17 @@ def test_two_models_in_one_folder(source, tmp_path, expected):
     same(source, tmp_path, expected)
 
 
+def test_a_shard_of_another_set(source, tmp_path, expected):
+    """No file is the whole model, so that none is to be called so."""
+    in_files(source, NUMBERED)
+    stray = source / "model-00001-of-00009.safetensors"
+    stray.write_bytes((source / NUMBERED[0]).read_bytes())
+    code, message = run("convert", source, tmp_path / "out", "--method", "rtn")
+    assert code == 2 and "leave only the files of one" in message and "the name model.safetensors" not in message
+    stray.unlink()
+    same(source, tmp_path, expected)
+
+
 def test_one_tensor_in_two_files(source, tmp_path):
     in_files(source, NUMBERED[:1] + NUMBERED[2:])
     (source / NUMBERED[1]).write_bytes((source / NUMBERED[0]).read_bytes())

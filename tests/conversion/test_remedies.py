@@ -84,7 +84,7 @@ REMEDIES: dict[str, Follow] = {
     r"model\.(?:to\(.*\)\.)?save_pretrained\(FOLDER\)": save_again,
     r"leave only the files of one": leave_one,
     r"rename it": rename,
-    r"^remove (?:it|the tensors)|remove the link": remove,
+    r"remove the tensor only if|remove the link": remove,
     r"mend|check the path|remove one of the keys": mend,
 }
 

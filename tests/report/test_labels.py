@@ -238,6 +238,7 @@ def test_a_folder_in_the_hubs_cache_says_what_it_is(make_checkpoint, tmp_path):
 
 TASKS = {
     "language model": (["LlamaForCausalLM"], False, "text-generation", ""),
+    "GPT's way of saying it": (["LlamaLMHeadModel"], False, "text-generation", ""),
     "embedding": (["Qwen3Model"], False, "feature-extraction", " --runner pooling"),
     "sentence-transformers": (["Qwen3ForCausalLM"], True, "sentence-similarity", " --runner pooling"),
     "classifier": (["Qwen3ForSequenceClassification"], True, "text-classification", " --runner pooling"),

@@ -3,6 +3,7 @@
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from typer.testing import CliRunner
 
@@ -36,3 +37,18 @@ def run(*arguments) -> tuple[int, str]:
     except (BismoothError, OSError) as error:  # as main catches them
         return 2, str(error)
     return result.exit_code, result.output
+
+
+def refused(source: Path, tmp_path: Path, *parts: str) -> None:
+    """Converts in vain, for one reason, which is said with these words."""
+    code, message = run("convert", source, tmp_path / "out", "--method", "rtn")
+    assert code == 2 and all(part in message for part in parts), message
+    assert message.count("also:") == 0, "one sentence says it"
+    assert not (tmp_path / "out").exists()
+
+
+def converted(source: Path, out: Path, *options: str) -> str:
+    """Converts, and returns what is said."""
+    code, message = run("convert", source, out, *(options or ("--method", "rtn")))
+    assert code == 0, message
+    return message

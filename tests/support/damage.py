@@ -207,7 +207,7 @@ CASES = {
     ),
     "bias that the config denies": (
         add_tensor("model.layers.0.self_attn.q_proj.bias", (96,)),
-        ["self_attn.q_proj.bias", "is not part of", "mend config.json"],
+        ["self_attn.q_proj.bias", "is not part of", "mend config.json", "remove the tensor only if"],
     ),
     "bias that the config promises": (config(attention_bias=True), ["q_proj.bias: tensor of shape [96] is missing"]),
     "another recipe.json": (lambda f: (f / "recipe.json").write_text("{}"), ["recipe.json", "rename it"]),

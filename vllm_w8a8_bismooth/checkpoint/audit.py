@@ -44,9 +44,8 @@ def check_unquantized(config: Mapping, dtypes: Mapping[str, str]) -> None:
         config: of the checkpoint.
         dtypes: tensor -> dtype, as safetensors names it.
     """
-    for key in ("quantization_config", "compression_config"):
-        if not config.get(key):
-            continue
+    keys = [key for key in ("quantization_config", "compression_config") if config.get(key)]
+    for key in keys:
         method = config[key].get("quant_method", "?") if isinstance(config[key], dict) else "?"
         says = f"{key}.quant_method = {method!r}"
         floats = sorted({dtype for name, dtype in dtypes.items() if name.endswith(".weight")})
@@ -55,7 +54,8 @@ def check_unquantized(config: Mapping, dtypes: Mapping[str, str]) -> None:
             raise BismoothError.of(
                 CONFIG,
                 f"it says that the checkpoint is quantized ({says}), but all weights are float ({', '.join(floats)})",
-                f"if the key is left from another run, remove {key} from {CONFIG}, of a copy if the model is not yours",
+                f"if that is left from another run, remove {' and '.join(keys)} from {CONFIG}, of a copy if the model "
+                "is not yours",
             )
         raise BismoothError.of(
             CONFIG,
@@ -221,6 +221,18 @@ def audit(
     if not lost and not promise.endless and all(name in missing for name in blocks):
         yield _foreign(config, tensors)
         return
+    kind, strange = config["model_type"], _strange(names, promise, sizes["blocks"], tensors)
+    around = {place[0] for place in map(names.inside, strange) if place and not promise.endless}
+    replaced = [name for name in missing if (place := names.inside(name)) and place[0] in around]
+    if replaced:
+        here, there = (f"{n[0]}{f' (and {len(n) - 1} more)' if len(n) > 1 else ''}" for n in (replaced, strange))
+        yield Problem(
+            here,
+            f"missing, while {there} is not part of a {kind} model with this {CONFIG}",
+            "download the checkpoint again, save the model in Hugging Face's format with "
+            f"model.save_pretrained(FOLDER), or mend model_type or what else is wrong in {CONFIG}",
+        )
+    missing = {name: shape for name, shape in missing.items() if name not in set(replaced)}
     yield from _missing(config, names, missing, promise)
     if promise.endless:
         yield Problem(
@@ -241,20 +253,38 @@ def audit(
                 yield Problem(name, what, "mend the one that is wrong")
         elif place is not None and place[0] >= sizes["blocks"]:
             beyond.setdefault(place[0], []).append(place[1])
-        elif place is None and not name.startswith(names.blocks):
-            continue
-        elif place is None or (header.dtype not in BUFFER_DTYPES and "rotary_emb." not in name):
-            kind = config["model_type"]
-            what = f"tensor of shape {list(header.shape)} is not part of a {kind} model with this {CONFIG}"
-            yield Problem(name, what, f"remove it or mend {CONFIG}")
-    if beyond and not predicts(config, beyond.values()):
-        count, last = sum(map(len, beyond.values())), max(beyond)
-        more = f"set num_hidden_layers to {last + 1} in {CONFIG} if the model has so many blocks, or "
+    for name in strange if not replaced else ():
         yield Problem(
-            f"{names.block(min(beyond))}*",
-            f"{count} tensors belong to no block, because {CONFIG} says num_hidden_layers = {sizes['blocks']}",
-            (more if sorted(beyond) == list(range(sizes["blocks"], last + 1)) else "") + "remove the tensors",
+            name,
+            f"tensor of shape {list(tensors[name].shape)} is not part of a {kind} model with this {CONFIG}",
+            f"mend {CONFIG} (model_type, or the switch for it) if the model was trained with it, and remove the tensor "
+            "only if it was not",
         )
+    if beyond and not predicts(config, beyond.values()):
+        own = {index: inside for index, inside in beyond.items() if not predicts({}, [inside])}
+        if sorted(own) == list(range(sizes["blocks"], max(own) + 1)):
+            remedy = f"set num_hidden_layers to {max(own) + 1} in {CONFIG} if the model has so many blocks, or remove"
+        else:
+            remedy = "download the checkpoint again if the model has so many blocks, or remove"
+        yield Problem(
+            f"{names.block(min(own))}*",
+            f"{sum(map(len, own.values()))} tensors belong to no block, because {CONFIG} says num_hidden_layers = "
+            f"{sizes['blocks']}",
+            f"{remedy} the tensors if they are left from another model",
+        )
+
+
+def _strange(names: Names, promise: _Promise, blocks: int, tensors: Mapping[str, Header]) -> list[str]:
+    """Tensors inside the blocks that are no part of such a model, and no buffers."""
+    found = []
+    for name, header in tensors.items():
+        place = names.inside(name)
+        if name in promise.required or name in promise.optional or (place and place[0] >= blocks):
+            continue
+        is_weight = header.dtype not in BUFFER_DTYPES and "rotary_emb." not in name
+        if name.startswith(names.blocks) and (place is None or is_weight):
+            found.append(name)
+    return found
 
 
 def predicts(config: Mapping, beyond: Iterable[Collection[str]]) -> bool:
@@ -309,19 +339,32 @@ def _heads(checkpoint: Headers, architecture: Architecture, tensors: Mapping[str
     if names.head in tensors or names.head in checkpoint.lost or MODULES in checkpoint.place.files():
         return
     known = {names.embedding, names.norm}
-    others = [n for n in tensors if names.inside(n) is None and n not in known and "rotary_emb." not in n]
+    others = [n for n, header in tensors.items() if names.inside(n) is None and header.dtype in FLOAT_DTYPES]
+    others = [n for n in others if n not in known and "rotary_emb." not in n]
+    shape = tensors[names.embedding].shape if names.embedding in tensors else None
+    alike = [n for n in others if tensors[n].shape == shape and not n.endswith("embed_tokens.weight")]
+    bare = "".join(part.capitalize() for part in config["model_type"].split("_")) + "Model"
     if kind == "language" and not config.get("tie_word_embeddings", architecture.tied):
-        name = given[0] if isinstance(given, list) and given else "ForCausalLM"
-        bare = str(name).removesuffix("ForCausalLM") + "Model"
+        ties = f"tie_word_embeddings {json.dumps(config.get('tie_word_embeddings', 'not given'))}"
+        promises = f"{CONFIG} promises it (architectures {given}, {ties})"
+        if alike:
+            yield Problem(
+                names.head,
+                f"is missing, {promises}, and {alike[0]} has its shape",
+                f"save the model with model.save_pretrained(FOLDER), so that the head is called {names.head}",
+            )
+            return
         yield Problem(
             names.head,
-            f"is missing, and {CONFIG} promises it (architectures {given}, tie_word_embeddings false): these are the "
-            "files of a bare decoder, as embedding models have them, or one file is missing",
-            f"download the checkpoint again, or set architectures to [{json.dumps(bare)}] in {CONFIG} if it is one",
+            f"is missing, and {promises}: these are the files of a bare decoder, as embedding models have them, or one "
+            "file is missing",
+            f"download the checkpoint again, or set architectures to [{json.dumps(bare)}] in {CONFIG} if it is one, or "
+            "tie_word_embeddings to true if the embedding is the head",
         )
     elif kind == "other" and not others and not {"classifier_from_token", "method"} & config.keys():
         yield Problem(
             CONFIG,
             f"architectures is {given}, but no tensor of such a head is in the files",
-            f'download the checkpoint again, or name in architectures what it is, like "LlamaModel", in {CONFIG}',
+            f"download the checkpoint again, or set architectures to [{json.dumps(bare)}] in {CONFIG} if the model has "
+            "no head",
         )

@@ -5,11 +5,13 @@ A checkpoint's folder often holds more: other formats, optimizer states, logs, d
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import PurePosixPath
 from typing import Any
 
-from vllm_w8a8_bismooth.checkpoint.files import CONFIG, INDEX, Place, read_value
+from vllm_w8a8_bismooth.checkpoint.files import CONFIG, INDEX, Folder, Place, read_value
 from vllm_w8a8_bismooth.errors import BismoothError, Problem
 
 MODULES, ROUTER = "modules.json", "router_config.json"
@@ -21,10 +23,16 @@ _USEFUL = (
     "added_tokens.json", "tekken.json", "*.model", "*.tiktoken", "*.spm", "*.bpe", "bpe.codes",
     "chat_template*", "*.jinja", "additional_chat_templates/*.jinja", "custom_generate/*",
     # what people read
-    "README.md", "LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "*USE_POLICY*",
+    "README.md", "SYSTEM_PROMPT*", "LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "*USE_POLICY*",
 )  # fmt: skip
 _HARMFUL = ("adapter_*", "*quant*_config.json", "quantize_config.json", "*.index.json")
 """What readers would take for a statement about the weights that are written."""
+_REMAINS = (
+    "onnx/*", "openvino/*", "checkpoint-*/*", "global_step*/*", "runs/*", "wandb/*", "__pycache__/*",
+    "*.onnx", "*.h5", "*.msgpack", "*.ot", "optimizer*", "scheduler.pt", "scaler.pt", "rng_state*", "training_args.bin",
+    "trainer_state.json", "events.out.*",
+)  # fmt: skip
+"""What is no part of a module, though it lies in its folder: other engines' formats, and what trainers leave."""
 _CODE = "*.py"
 _WEIGHED = (
     "Dense",
@@ -35,31 +43,56 @@ _WEIGHED = (
     "WordEmbeddings",
     "WeightedMean",
     "StaticEmbedding",
+    "SparseAutoEncoder",
 )
 """Modules of sentence-transformers that have weights of their own."""
+_CONFIGURED = ("Pooling", "Dense", "LayerNorm", "WeightedLayerPooling")
+"""Those without whose config.json vLLM leaves the module out, or pools in another way."""
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 """Where vLLM and sentence-transformers look for them, in a module's folder."""
-_SMALL = 2**20  # bytes of a JSON file that is searched for names of others
+_SMALL = 2**24  # bytes of a JSON file that is searched for names of others; tokenizers' configs take more than 1 MiB
+_POINTER = b"version https://git-lfs"
+
+
+@dataclass(frozen=True)
+class _Module:
+    """A module of sentence-transformers: class, folder (``""`` is the model's own), and the file that says so."""
+
+    kind: str
+    folder: str
+    said: str
+
+    @property
+    def name(self) -> str:
+        return self.kind.rpartition(".")[2]
+
+    @property
+    def is_own(self) -> bool:
+        """Whether its class is code of the checkpoint's own."""
+        return not self.kind.startswith(("sentence_transformers.", "pylate."))
+
+    def holds(self, file: str) -> bool:
+        """Whether a file is a part of it, and not something that was left in its folder."""
+        inside = file.removeprefix(f"{self.folder}/")
+        return inside != file and not any(fnmatchcase(f"/{inside}", f"*/{pattern}") for pattern in _REMAINS)
 
 
 def companions(place: Place) -> list[str]:
     """The files to be copied byte for byte, in order: neither weights of the model, nor its config or index.
 
-    These are files with well-known names; code, where a config says that there is some (``auto_map``); the folders that
-    ``modules.json`` and ``router_config.json`` name, whatever is in them; and files whose name stands anywhere in the
+    These are files with well-known names; code, where a config or a module's type says that there is some; the folders
+    that ``modules.json`` and routers name, but for what others left there; and files whose name stands anywhere in the
     small JSON files among these that are configs.
 
     Raises:
-        BismoothError: one of them is a link that leads nowhere, or ``modules.json`` cannot be read.
+        BismoothError: one of them is a link or a pointer to a file that is absent; ``modules.json`` cannot be read.
     """
     files = place.files()
     found = {file for file in files if _useful(file)}
+    modules = _modules(place, files)
+    found |= {file for file in files if any(module.holds(file) for module in modules)}
     stated = {file: read_value(place.local(file)) for file in (CONFIG, *sorted(found)) if _states(file, files)}
-    folders = [f"{folder}/" for folder in {*_modules(place, files).values(), *_routes(stated.get(ROUTER))} if folder]
-    found |= {file for file in files if file.startswith(tuple(folders))}
-    more = [file for file in found if file not in stated and _states(file, files)]
-    stated |= {file: read_value(place.local(file)) for file in sorted(more)}
-    if any(_has_code(value) for value in stated.values()):
+    if any(module.is_own for module in modules) or any(map(_has_code, stated.values())):
         found |= {file for file in files if fnmatchcase(PurePosixPath(file).name, _CODE)}
     for file, value in stated.items():
         found |= {name for name in _named(value, os.path.dirname(file)) if name in files and _may_be_named(name)}
@@ -67,6 +100,8 @@ def companions(place: Place) -> list[str]:
         if not files[file] and not place.local(file).exists():
             remedy = "download the file again or remove the link"
             raise BismoothError.of(f"{place}/{file}", "a link that leads nowhere", remedy)
+        if 100 < files[file] < 200 and place.local(file).read_bytes().startswith(_POINTER):
+            raise BismoothError.of(f"{place}/{file}", "a pointer of Git LFS, not the file", "download the file again")
     return sorted(found)
 
 
@@ -76,16 +111,45 @@ def left_out(place: Place, weights: Iterable[str]) -> dict[str, int]:
     return {file: size for file, size in place.files().items() if file not in used}
 
 
+def notes(place: Place) -> list[str]:
+    """Where the result would be served otherwise than the source, for what lies beside it and does not travel."""
+    found, files = [], [file for file in place.files() if "/" not in file]
+    formats = [file for file in files if fnmatchcase(file, "consolidated*.safetensors")]
+    if formats and any(file == "tekken.json" or file.startswith("tokenizer.model.v") for file in files):
+        found.append(
+            f"because of {formats[0]}, which does not travel, vLLM takes Mistral's tokenizer for the source; give "
+            "--tokenizer-mode mistral, and it takes it for the result too"
+        )
+    if isinstance(place, Folder):
+        path = place.path.resolve()
+        around = Folder(path.parent)
+        with suppress(BismoothError):  # usually there is nothing of that kind around it
+            folders = [module.folder for module in _modules(around, {MODULES: 0})]
+            if path.name in folders and len(folders) > 1:
+                found.append(
+                    f"{around}/{MODULES} names this folder as one module of {len(folders)}, and the others do not "
+                    f"travel with it; to have them, move its files up into {around}, set its path in {MODULES} to "
+                    '"", and convert that folder'
+                )
+    return found
+
+
 def module_problems(place: Place) -> Iterator[Problem]:
-    """Modules that ``modules.json`` names without the weights that they have, so that readers would leave them out."""
+    """Modules that ``modules.json`` names without the files that they have, so that readers would leave them out."""
     files = place.files()
-    for kind, folder in _modules(place, files).items():
-        name = kind.rpartition("|")[0].rpartition(".")[2]
-        if folder and name in _WEIGHED and not any(f"{folder}/{weights}" in files for weights in _WEIGHTS):
+    for module in filter(lambda module: module.folder, _modules(place, files)):
+        folder, lacks = module.folder, ""
+        if module.name in _WEIGHED and not any(files.get(f"{folder}/{weights}") for weights in _WEIGHTS):
+            lacks = " or ".join(_WEIGHTS)
+        elif module.name in _CONFIGURED and not files.get(f"{folder}/{CONFIG}"):
+            lacks = CONFIG
+        if lacks and isinstance(place, Folder) and place.local(folder).is_symlink():
+            yield Problem(folder, "a link to a folder, which is not followed", "put the files themselves there")
+        elif lacks:
             yield Problem(
-                f"{place}/{folder}",
-                f"has no {' or '.join(_WEIGHTS)}, but {MODULES} says that it is a {name}",
-                f"download the folder again, or remove its entry from {MODULES} if the model has no such module",
+                folder,
+                f"has no {lacks}, but {module.said} says that it is a {module.name}",
+                f"download the folder again, or remove its entry from {module.said} if the model has no such module",
             )
 
 
@@ -106,31 +170,40 @@ def _states(file: str, files: Mapping[str, int]) -> bool:
     return is_config and file in files and 0 < files[file] <= _SMALL
 
 
-def _modules(place: Place, files: Mapping[str, int]) -> dict[str, str]:
-    """Type and number of each module -> its folder, ``""`` for the model's own.
+def _modules(place: Place, files: Mapping[str, int]) -> list[_Module]:
+    """Those that ``modules.json`` names, and those that routers among them have.
 
     Raises:
         BismoothError: ``modules.json`` is not what it must be, or names a place outside the folder.
     """
-    if MODULES not in files:
-        return {}
-    where, value = f"{place}/{MODULES}", read_value(place.local(MODULES))
-    entries = value.get("modules", []) if isinstance(value, dict) else value
-    found = {}
-    for number, entry in enumerate(entries if isinstance(entries, list) else [None]):
-        kind, path = (entry.get("type"), entry.get("path", "")) if isinstance(entry, dict) else (None, None)
-        if not isinstance(kind, str) or not isinstance(path, str):
-            what = f"entry {number} has no type and path"
-            raise BismoothError.of(where, what, "download the file again")
-        if path and (os.path.normpath(path) != path.removesuffix("/") or path.startswith(("/", ".."))):
-            raise BismoothError.of(where, f"entry {number} has the path {path!r}, which is no folder here", "mend it")
-        found[f"{kind}|{number}"] = path.removesuffix("/")
+    found = []
+    if MODULES in files:
+        where, value = f"{place}/{MODULES}", read_value(place.local(MODULES))
+        entries = value.get("modules", []) if isinstance(value, dict) else value
+        for number, entry in enumerate(entries if isinstance(entries, list) else [None]):
+            kind, path = (entry.get("type"), entry.get("path", "")) if isinstance(entry, dict) else (None, None)
+            if not isinstance(kind, str) or not isinstance(path, str):
+                what = f"entry {number} has no type and path"
+                raise BismoothError.of(where, what, "download the file again")
+            if (folder := _inside(path)) is None:
+                what = f"entry {number} has the path {path!r}, which is no folder here"
+                raise BismoothError.of(where, what, "mend it")
+            found.append(_Module(kind, folder, MODULES))
+    routers = {os.path.join(module.folder, ROUTER) for module in found} | {ROUTER}
+    routers |= {f"{module.folder}/{CONFIG}" for module in found if module.name in ("Router", "Asym")}
+    for file in sorted(routers & files.keys()):
+        value = read_value(place.local(file))
+        types = value.get("types") if isinstance(value, dict) else None
+        for name, kind in types.items() if isinstance(types, dict) else ():
+            if isinstance(kind, str) and (folder := _inside(os.path.join(os.path.dirname(file), name))):
+                found.append(_Module(kind, folder, file))
     return found
 
 
-def _routes(value: Any) -> Iterator[str]:
-    """The folders that a ``router_config.json`` names: every word of it, of which only those count that exist."""
-    yield from (word for word in _words(value) if word and os.path.normpath(word) == word and word[0] not in "./")
+def _inside(path: str) -> str | None:
+    """A path in its shortest form, ``""`` for the folder itself; ``None`` if it leads out of it."""
+    short = os.path.normpath(path)
+    return None if short.startswith(("/", "..")) else "" if short == "." else short
 
 
 def _words(value: Any) -> Iterator[str]:
@@ -166,9 +239,4 @@ def _is_weights(file: str) -> bool:
 
 def _has_code(value: Any) -> bool:
     """Whether a config names classes of the checkpoint's own code."""
-    if isinstance(value, list):  # modules.json
-        kinds = [entry.get("type") for entry in value if isinstance(entry, dict)]
-        return any(
-            isinstance(kind, str) and not kind.startswith(("sentence_transformers.", "pylate.")) for kind in kinds
-        )
     return isinstance(value, dict) and bool(value.get("auto_map") or value.get("custom_pipelines"))

@@ -11,6 +11,8 @@ _BLOCK = re.compile(r"(?P<trunk>|.*?\.)layers\.(?P<index>0|[1-9]\d*)\.(?P<inside
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module"}
 """What torch.compile, FSDP, activation checkpointing and data parallelism put among the parts of a name."""
 _PEFT = "base_model.model."
+_KNOWN = ("model.", "")
+"""The trunks that readers of checkpoints look for."""
 _ADAPTER = re.compile(r"\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|base_layer)\b")
 
 
@@ -27,10 +29,14 @@ class Names:
 
     @classmethod
     def among(cls, names: Collection[str]) -> "Names":
-        """Those of a checkpoint; of several stacks of blocks that one counts beside which the embedding stands."""
-        trunks = Counter(match["trunk"] for match in map(_BLOCK.fullmatch, names) if match)
-        found = sorted(trunks, key=lambda trunk: (f"{trunk}embed_tokens.weight" not in names, -trunks[trunk], trunk))
-        return cls(*found[:1])
+        """Those of a checkpoint; of several stacks of blocks that one counts beside which the embedding stands, and of
+        several such that one whose name readers know."""
+        trunks = _trunks(names)
+
+        def order(trunk: str) -> tuple:
+            return f"{trunk}embed_tokens.weight" not in names, trunk not in _KNOWN, -trunks[trunk], trunk
+
+        return cls(*sorted(trunks, key=order)[:1])
 
     @property
     def blocks(self) -> str:
@@ -60,6 +66,11 @@ class Names:
         return (int(match["index"]), match["inside"]) if match and match["trunk"] == self.trunk else None
 
 
+def _trunks(names: Collection[str]) -> Counter[str]:
+    """What stands in front of ``layers.`` -> how many tensors' names begin so."""
+    return Counter(match["trunk"] for match in map(_BLOCK.fullmatch, names) if match)
+
+
 def block_of(name: str) -> tuple[int, str]:
     """The block of a full name inside one, and the name inside it, whatever the trunk."""
     match = _BLOCK.fullmatch(name)
@@ -71,13 +82,14 @@ def unwrapped(names: Collection[str]) -> tuple[dict[str, str], str | None]:
     """Names as they are without what wrappers added, which no reader of checkpoints knows.
 
     Taken away are the parts that torch.compile, FSDP and data parallelism add, wherever they stand, and any other
-    beginning that all names have (``base_model.model.`` of PEFT).
+    beginning that all names have (``base_model.model.`` of PEFT), or all of the decoder have, beside a head without it.
 
     Returns:
         Name -> name without them, and a note on what was taken away, ``None`` if nothing was.
 
     Raises:
-        BismoothError: two tensors would have one name, or there are tensors of an adapter that was not merged.
+        BismoothError: two tensors would have one name, there are tensors of an adapter that was not merged, or several
+            models.
     """
     if adapter := next(filter(_ADAPTER.search, sorted(names)), None):
         raise BismoothError.of(
@@ -88,9 +100,17 @@ def unwrapped(names: Collection[str]) -> tuple[dict[str, str], str | None]:
     plain = {name: ".".join(part for part in name.split(".") if part not in _WRAPPERS) for name in names}
     taken = sorted({part for name in names for part in name.split(".") if part in _WRAPPERS})
     trunk = Names.among(plain.values()).trunk
-    around = _PEFT if trunk.startswith(_PEFT) else trunk.removesuffix("model.")
-    if around and all(name.startswith(around) for name in plain.values()):
-        plain = {name: short.removeprefix(around) for name, short in plain.items()}
+    around = trunk.removesuffix("model.") if f".{trunk}".endswith(".model.") else trunk
+    around = _PEFT if trunk.startswith(_PEFT) else around
+    instead = "model." if around == trunk != _PEFT and trunk.endswith("model.") else ""  # language_model.
+    if around and not all(name.startswith(around) for name in plain.values()):
+        _check_alone(plain.values())
+        instead = "model." if around == trunk else ""
+    if around:
+        plain = {
+            name: instead + short.removeprefix(around) if short.startswith(around) else short
+            for name, short in plain.items()
+        }
         taken.append(around)
     if not taken:
         return plain, None
@@ -101,3 +121,15 @@ def unwrapped(names: Collection[str]) -> tuple[dict[str, str], str | None]:
             raise BismoothError.of(name, f"and {other} are both {short} without {' and '.join(taken)}", remedy)
     what = " and ".join(repr(part) for part in taken)
     return plain, f"the tensors' names hold {what}, which a wrapper left; they are read and written without"
+
+
+def _check_alone(names: Collection[str]) -> None:
+    """Raises :class:`BismoothError` if there are several decoders, of which nothing says which one is meant."""
+    trunks = sorted(_trunks(names))
+    whole = [trunk for trunk in trunks if f"{trunk}embed_tokens.weight" in names] or trunks
+    if len(whole) > 1:
+        raise BismoothError.of(
+            " and ".join(f"{trunk}layers" for trunk in whole),
+            "are blocks of several models, and none of them is called model.layers or layers",
+            "save the one that is meant alone, with model.save_pretrained(FOLDER)",
+        )

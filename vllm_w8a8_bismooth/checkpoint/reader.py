@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vllm_w8a8_bismooth.checkpoint import companions as beside
 from vllm_w8a8_bismooth.checkpoint import shards
-from vllm_w8a8_bismooth.checkpoint.companions import companions, left_out
+from vllm_w8a8_bismooth.checkpoint.companions import MODULES, companions, left_out
 from vllm_w8a8_bismooth.checkpoint.files import CONFIG, INDEX, Checksum, Folder, Place, read_json, sha256
 from vllm_w8a8_bismooth.checkpoint.names import Names, unwrapped
 from vllm_w8a8_bismooth.errors import BismoothError, Interrupted, Problem
@@ -86,7 +87,7 @@ class Headers:
         except BismoothError as error:
             self.problems += error.problems
         found = shards.find(place)
-        self.files, self.lost, self.notes = found.files, found.lost, found.notes
+        self.files, self.lost, self.notes = found.files, found.lost, [*found.notes, *beside.notes(place)]
         self.problems += found.problems
         promised: dict[str, set[str]] = {file: set() for file in self.files}
         for name, file in found.weight_map.items():
@@ -183,6 +184,11 @@ def _elsewhere(place: Folder) -> str:
     for depth in ("*", "*/*"):
         for path in sorted(place.path.glob(f"{depth}/{CONFIG}")):
             if any(path.parent.glob("*.safetensors")):
+                if place.has(MODULES) and depth == "*":
+                    return (
+                        f"vLLM reads it there: move what is in {path.parent} up into {place}, and set the path of that "
+                        f'module in {MODULES} to ""'
+                    )
                 return f"give {path.parent}, which holds one"
     return "give the folder of a Hugging Face checkpoint"
 
@@ -257,7 +263,11 @@ class Checkpoint(Headers):
             raise Interrupted.of(path, what, "leave the files at rest and run the same command again") from None
         if digest is not None:
             digest.update(view)
-        if tensor.numel() and not all(bound.isfinite() for bound in tensor.aminmax()):
+        if (
+            tensor.numel()
+            and not is_buffer(name, header.dtype)
+            and not all(bound.isfinite() for bound in tensor.aminmax())
+        ):
             bad = (~tensor.view(-1).isfinite()).nonzero().view(-1)
             place = [int(i) for i in torch.unravel_index(first + bad[0], header.shape)]
             found = f"{tensor.view(-1)[bad[0]].item()} at {place} ({len(bad)} such values)"

@@ -66,7 +66,9 @@ def _by_names(place: Place, present: list[str]) -> Shards:
         return Shards(problems=[_no_weights(place)])
     if len(sets) > 1:
         what = f"holds several models' weights ({', '.join(sets)}) and no {INDEX} that says which"
-        remedy = f"leave only the files of one in the folder, or give the one file the name {SINGLE}"
+        single = next((file for file in sets if file in found), None)
+        remedy = "leave only the files of one in the folder"
+        remedy += f", or give {single} the name {SINGLE} if it is the model" if single else ""
         return Shards(problems=[Problem(str(place), what, remedy)])
     files = next(iter(sets.values()))
     if match := _NUMBERED.fullmatch(files[0]):

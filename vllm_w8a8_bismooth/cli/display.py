@@ -47,6 +47,7 @@ def _left_out(console: "Console", files: Mapping[str, int], notes: Sequence[str]
     sizes: dict[str, int] = {}
     for file, size in files.items():
         top = file.partition("/")[0] + ("/" if "/" in file else "")
+        top = top if top.isprintable() else ascii(top)
         sizes[top] = sizes.get(top, 0) + size
     largest = sorted(sizes, key=lambda top: (-sizes[top], top))
     more = f" and {len(largest) - 8} more" if len(largest) > 8 else ""

@@ -113,8 +113,11 @@ def complete(
         labels: for the card.
     """
     place = source.checkpoint.place
+    outcome.beside = []
     for file in companions(place):
-        copy(place.path / file, folder / card.place_of(Path(file)))
+        target = card.place_of(Path(file))
+        copy(place.path / file, folder / target)
+        outcome.beside.append(target.as_posix())
     write_json(folder / CONFIG, {**source.checkpoint.config, "quantization_config": plan.config()})
     # the choices first, which are compared on a second run
     write_json(folder / RECIPE, {"recipe": asdict(recipe), "provenance": provenance})

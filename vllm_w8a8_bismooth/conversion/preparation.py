@@ -109,10 +109,10 @@ def prepare(
     aim = Destination.of(destination, name_of(place))
     aim.refuse_overlap(place.path)
     aim.check()
+    source = Source(place)
     for name in (RECIPE, *card.OURS):
         if (place.path / name).exists():
             raise BismoothError.of(place.path / name, f"our own {name} would take its place in the copy", "rename it")
-    source = Source(place)
     part = None if blocks is None else blocks_of(blocks, len(source.layers))
     recipe = replace(
         recipe,

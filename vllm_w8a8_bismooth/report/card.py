@@ -66,6 +66,7 @@ def write(folder: Path, outcome: Outcome, labels: Labels = _NONE) -> Labels:
         "ignored": outcome.ignored,
         "sites": {str(index): sites for index, sites in outcome.sites.items()},
         "granularity": [asdict(entry) for entry in outcome.granularity],
+        "beside": outcome.beside,
         "sha256": outcome.files,
     }
     write_json(folder / REPORT, report)

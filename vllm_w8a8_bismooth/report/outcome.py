@@ -24,6 +24,7 @@ class Outcome:
         already_float: full names of what the recipe ignores although it is never quantized: the head, routers, norms.
         sites: block index -> what was folded at each site.
         files: shard -> SHA-256.
+        beside: files that were copied from the source, by the names that they have in the result.
         used: what of the calibration text was really used; ``None`` is data-free.
         arithmetic: the dtype in which it ran through the model, as torch calls it.
         resumed: blocks that an earlier, interrupted run had done.
@@ -46,6 +47,7 @@ class Outcome:
     sites: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
     granularity: list[perturbation.Evidence] = field(default_factory=list)
     files: dict[str, str] = field(default_factory=dict)
+    beside: list[str] = field(default_factory=list)
     used: Used | None = None
     arithmetic: str | None = None
     resumed: int = 0

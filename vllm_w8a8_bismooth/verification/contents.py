@@ -1,7 +1,7 @@
 """The values in a converted checkpoint's shards, and whether the shards are those that the conversion wrote."""
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -103,6 +103,7 @@ class Noted:
     Attributes:
         digests: shard -> SHA-256; ``None`` if it noted none.
         exact: linears that rounding did not change at all. One that has no code but 0 was 0 in the source, too.
+        beside: files that were copied from the source.
 
     Raises:
         BismoothError: on construction, if ``report.json`` cannot be read.
@@ -110,6 +111,7 @@ class Noted:
 
     digests: Mapping[str, str] | None = None
     exact: frozenset[str] = frozenset()
+    beside: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, folder: Path) -> "Noted":
@@ -117,7 +119,9 @@ class Noted:
         digests, linears = stored.get("sha256"), stored.get("linears")
         entries = linears.items() if isinstance(linears, dict) else ()
         exact = (name for name, e in entries if isinstance(e, dict) and e.get("column_error") == 0)
-        return cls(digests if isinstance(digests, dict) else None, frozenset(exact))
+        beside = stored.get("beside")  # 0.1.0 did not note it
+        files = tuple(file for file in beside if isinstance(file, str)) if isinstance(beside, list) else ()
+        return cls(digests if isinstance(digests, dict) else None, frozenset(exact), files)
 
 
 def changed(noted: Mapping[str, str], digests: Mapping[str, str]) -> Iterator[Problem]:
@@ -130,3 +134,10 @@ def changed(noted: Mapping[str, str], digests: Mapping[str, str]) -> Iterator[Pr
         elif noted[file] != digests[file]:
             what = f"has SHA-256 {digests[file]}, {REPORT} noted {noted[file]} when it was written"
             yield Problem(file, what, AGAIN)
+
+
+def lost(folder: Path, noted: Iterable[str]) -> Iterator[Problem]:
+    """Files that the conversion copied from the source, and that are there no more; engines do not always miss them."""
+    for file in noted:
+        if not (folder / file).is_file():
+            yield Problem(file, f"is absent; {REPORT} says that it was copied from the source", AGAIN)

@@ -98,7 +98,7 @@ def verify(
     found.ignored = structure.ignored
     values = contents.read(checkpoint, marked, progress)
     found.add(values.problems)
-    exact = _compare_hashes(found, values.digests, checkpoint)
+    exact = _compare_hashes(found, values.digests, checkpoint, source is None)
     unreadable = {problem.where for problem in values.problems}
     if source is not None:
         exact = {name for name in values.silent if is_zero(source.checkpoint, name)}
@@ -127,13 +127,19 @@ def _schemes(found: Verification, config: object) -> Schemes | None:
         return None
 
 
-def _compare_hashes(found: Verification, digests: dict[str, str], checkpoint: Checkpoint | None = None) -> set[str]:
-    """Compare the shards with what the conversion noted; the weights of which it is known that nothing was lost."""
+def _compare_hashes(
+    found: Verification, digests: dict[str, str], checkpoint: Checkpoint | None = None, alone: bool = False
+) -> set[str]:
+    """Compare the files with what the conversion noted; the weights of which it is known that nothing was lost."""
     try:
         noted = contents.Noted.of(found.folder)
     except BismoothError as error:
         found.add(error.problems)
         return set()
+    if alone:  # else the source says it
+        said = {problem.where for problem in found.findings}
+        lost = contents.lost(found.folder, noted.beside)
+        found.add(problem for problem in lost if Path(problem.where).parent.as_posix() not in said)
     if noted.digests is None:
         found.notes.append(f"{REPORT} is absent or holds no sha256: no hashes to compare the shards with")
         return set()

@@ -1,0 +1,134 @@
+"""Heads: those that `architectures` implies, those that are there, and bare decoders."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
+
+from tests.support.command import converted, refused, run
+from tests.support.contents import tensors_of
+from tests.support.damage import config, edit_json
+from tests.support.models import MODEL_TYPES
+from tests.support.rename import architecture, bare, edit_tensors, renamed
+from tests.support.sweep import sweep
+from vllm_w8a8_bismooth.checkpoint import audit
+from vllm_w8a8_bismooth.checkpoint.architectures import ARCHITECTURES
+from vllm_w8a8_bismooth.checkpoint.names import Names
+from vllm_w8a8_bismooth.verification import verify
+
+HEADS = {
+    "Model": {},
+    "ForSequenceClassification": {"score.weight": (2, 64)},
+    "ForTokenClassification": {"score.weight": (5, 64), "score.bias": (5,)},
+    "ForQuestionAnswering": {"qa_outputs.weight": (2, 64), "qa_outputs.bias": (2,)},
+    "ForRewardModel": {
+        "score.0.weight": (64, 64),
+        "score.0.bias": (64,),
+        "score.2.weight": (1, 64),
+        "score.2.bias": (1,),
+    },
+    "ForProcessRewardModel": {"score.0.weight": (64, 64), "score.2.weight": (2, 64)},
+    "RewardModel": {"v_head.weight": (1, 64)},
+}
+
+
+@pytest.mark.parametrize("ending", HEADS)
+@pytest.mark.parametrize("shift", ["causal", "bare"])
+def test_every_head_is_carried_and_left_in_float(make, tmp_path, ending, shift):
+    """A head that config.json did not name as float would be quantized by vLLM, with random scales."""
+    source, head = make(), {name: torch.randn(shape) for name, shape in HEADS[ending].items()}
+    renamed(source, bare if shift == "bare" else lambda name: None if name.startswith("lm_head") else name)
+    edit_tensors(source, lambda tensors: tensors | head)
+    architecture(source, f"Llama{ending}")
+    out = tmp_path / "out"
+    converted(source, out)
+    before, after = tensors_of(source), tensors_of(out)
+    assert {name.removesuffix("_scale") for name in after} == before.keys(), "written back as found"
+    assert all(torch.equal(after[name], tensor) for name, tensor in head.items())
+    assert verify(out, source, engine=False).ok
+
+
+@pytest.mark.parametrize("ending", sorted(HEADS.keys() - {"Model"}))
+def test_a_head_that_is_not_there(make, tmp_path, ending):
+    source = make()
+    renamed(source, bare)
+    architecture(source, f"Llama{ending}")
+    edit_tensors(source, lambda tensors: tensors | {"position_ids": torch.arange(8)})  # which is no head
+    refused(source, tmp_path, f"architectures is ['Llama{ending}']", "no tensor of such a head", '"LlamaModel"')
+
+
+def test_a_causal_lm_without_head_says_what_it_is_and_the_remedy_works(make, tmp_path):
+    source = make()
+    renamed(source, bare)
+    refused(source, tmp_path, "lm_head.weight: is missing", "a bare decoder", 'set architectures to ["LlamaModel"]')
+    architecture(source, "LlamaModel")
+    converted(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("given", [None, [], [None], ["GritLM"], ["AnyForConditionalGeneration"], ["AnyLMHeadModel"]])
+def test_the_class_that_a_remedy_names_is_one(model_type, given):
+    """Whatever ``architectures`` says: the decoder's own class, as transformers and vLLM call it."""
+    sizes = dict(vocab_size=8, hidden_size=4, num_hidden_layers=1, tie_word_embeddings=False)
+    headers = SimpleNamespace(
+        config={"model_type": model_type, "architectures": given, **sizes},
+        names=Names(""),
+        lost=set(),
+        place=SimpleNamespace(files=dict),
+    )
+    (problem,) = audit._heads(headers, ARCHITECTURES[model_type], {})
+    assert f'set architectures to ["{MODEL_MAPPING_NAMES[model_type]}"]' in problem.remedy
+
+
+def test_a_head_of_another_name_makes_no_bare_decoder(make, tmp_path):
+    source = make()
+    renamed(source, lambda name: name.replace("lm_head", "output"))
+    refused(source, tmp_path, "lm_head.weight: is missing", "output.weight has its shape", "save_pretrained")
+
+
+def test_a_head_that_is_the_embedding_without_a_word_of_it(make, tmp_path):
+    """As fine-tunes of tied models that lost the key: the remedy does not make an embedding model of it."""
+    source = make()
+    edit_json(source / "config.json", lambda c: c.pop("tie_word_embeddings"))
+    renamed(source, lambda name: None if name.startswith("lm_head") else name)
+    refused(source, tmp_path, 'tie_word_embeddings "not given"', "tie_word_embeddings to true if the embedding is")
+    config(tie_word_embeddings=True)(source)
+    converted(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize("model_type", sweep(MODEL_TYPES))
+@pytest.mark.parametrize("options", [("--method", "rtn"), ()], ids=["rtn", "data-free"])
+def test_bare_decoders_of_every_type(make, tmp_path, model_type, options):
+    """The bytes are those of the causal LM's blocks, under the names of the source."""
+    source = make(model_type)
+    converted(source, tmp_path / "causal", *options)
+    renamed(source, bare)
+    architecture(source, "AnyModel")
+    converted(source, tmp_path / "bare", *options)
+    causal, found = tensors_of(tmp_path / "causal"), tensors_of(tmp_path / "bare")
+    expected = {name.removeprefix("model."): t for name, t in causal.items() if not name.startswith("lm_head")}
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], t) for name, t in expected.items())
+    assert verify(tmp_path / "bare", source, engine=False).ok
+
+
+def test_tied_bare_decoder_that_is_called_a_causal_lm(make, tmp_path):
+    """As Qwen3-Embedding is stored."""
+    source = make("qwen3", tie_word_embeddings=True)
+    renamed(source, bare)
+    converted(source, tmp_path / "out")
+    assert "layers.0.mlp.up_proj.weight_scale" in tensors_of(tmp_path / "out")
+
+
+def test_calibrated_parts_of_a_bare_decoder_merge(make, tmp_path, calibration_text):
+    source = make()
+    renamed(source, bare)
+    architecture(source, "LlamaModel")
+    options = ("--calibration", calibration_text, "--ignore", r"layers\.1\.mlp\.down_proj")
+    converted(source, tmp_path / "whole", *options)
+    for part in ("0:1", "1:"):
+        converted(source, tmp_path / part.replace(":", "-"), *options, "--blocks", part)
+    code, message = run("merge", tmp_path / "merged", tmp_path / "0-1", tmp_path / "1-")
+    assert code == 0, message
+    for file in ("model.safetensors", "config.json", "report.json"):
+        assert (tmp_path / "merged" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
