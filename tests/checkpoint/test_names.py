@@ -99,7 +99,7 @@ def test_names_that_only_some_tensors_have(make, tmp_path):
     source = make()
     renamed(source, lambda name: f"policy.{name}" if "layers.1." in name else name)
     code, message = run("convert", source, tmp_path / "out", "--method", "rtn")
-    assert code == 2 and "model.layers.1.*: 1 whole blocks are missing" in message
+    assert code == 2 and "model.layers.1.*: 1 whole block is missing" in message
 
 
 def test_two_tensors_of_one_name(make, tmp_path):

@@ -187,7 +187,7 @@ CASES = {
     "more blocks than tensors": (config(num_hidden_layers=10**12), ["config.json", "implies many more tensors"]),
     "one block more than there is": (
         config(num_hidden_layers=4),
-        ["model.layers.3.*", "1 whole blocks are missing", "set num_hidden_layers to 3"],
+        ["model.layers.3.*", "1 whole block is missing", "set num_hidden_layers to 3"],
     ),
     "fewer blocks than tensors": (
         config(num_hidden_layers=2),

@@ -309,6 +309,10 @@ def _foreign(config: Mapping, tensors: Mapping[str, Header]) -> Problem:
     )
 
 
+def _counted(number: int, thing: str) -> str:
+    return f"1 {thing} is" if number == 1 else f"{number} {thing}s are"
+
+
 def _missing(
     config: Mapping, names: Names, missing: Mapping[str, tuple[int, ...]], promise: _Promise
 ) -> Iterator[Problem]:
@@ -326,7 +330,8 @@ def _missing(
         fewer = present == list(range(len(present)))
         yield Problem(
             f"{names.block(min(whole))}*",
-            f"{len(whole)} whole blocks are missing, {CONFIG} says num_hidden_layers = {config['num_hidden_layers']}",
+            f"{_counted(len(whole), 'whole block')} missing, because {CONFIG} says "
+            f"num_hidden_layers = {config['num_hidden_layers']}",
             "download the checkpoint again"
             + (f", or set num_hidden_layers to {len(present)} in {CONFIG} if the model has no more" if fewer else ""),
         )

@@ -38,6 +38,7 @@ def with_sentences(found: "inspect.Survey | Diagnosis") -> dict[str, Any]:
 
 def _left_out(console: "Console", files: Mapping[str, int], notes: Sequence[str]) -> None:
     """What the user should know of the source: notes, and files that are not copied, those in one folder as one."""
+    from rich.filesize import decimal
     from rich.markup import escape
 
     for note in notes:
@@ -52,10 +53,8 @@ def _left_out(console: "Console", files: Mapping[str, int], notes: Sequence[str]
     largest = sorted(sizes, key=lambda top: (-sizes[top], top))
     more = f" and {len(largest) - 8} more" if len(largest) > 8 else ""
     shown = ", ".join(largest[:8])
-    count, total = "1 file" if len(files) == 1 else f"{len(files)} files", sum(files.values()) / 1e6
-    console.print(
-        f"Left out, as serving does not need it: {count}, {total:.1f} MB ({escape(shown)}{more})", highlight=False
-    )
+    count, total = "1 file" if len(files) == 1 else f"{len(files)} files", decimal(sum(files.values()))
+    console.print(f"Left out, as serving does not need it: {count}, {total} ({escape(shown)}{more})", highlight=False)
 
 
 def _gb(count: int) -> str:
