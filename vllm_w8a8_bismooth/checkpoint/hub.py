@@ -73,6 +73,11 @@ def cached(source: str) -> Folder | None:
     return _local(Path(source)) if (parsed := parse(source)) is None else _cached(*parsed)
 
 
+def cache_entry(path: Path) -> Path | None:
+    """What the Hub's cache holds of a repository, if the folder is one of its snapshots; all of it is the cache's."""
+    return path.absolute().parents[1] if _SNAPSHOT.search(path.absolute().as_posix()) else None
+
+
 def _local(path: Path) -> Folder:
     """A folder; one in the Hub's cache says by its path what it is a copy of."""
     match = _SNAPSHOT.search(path.absolute().as_posix())

@@ -180,7 +180,7 @@ def convert(
     if dry_run:
         plan = preview(ready)
         if as_json:
-            print(json.dumps(asdict(plan) | {"destination": str(destination)}, indent=2))
+            print(json.dumps(asdict(plan) | {"destination": str(plan.destination)}, indent=2))
         else:
             display.preview(display.console(), plan, ready.recipe)
         return
@@ -189,7 +189,7 @@ def convert(
         report = pipeline.convert(ready, progress)
     if not as_json:
         display.summary(console, report)
-    pushed = publication.send(Path(destination), push_to_hub, public, console) if push_to_hub is not None else None
+    pushed = publication.send(report.destination, push_to_hub, public, console) if push_to_hub is not None else None
     if as_json:
         print(json.dumps(display.report_json(report) | ({"push": pushed} if pushed else {}), indent=2))
 

@@ -109,7 +109,7 @@ def prepare(
     aim = Destination.of(destination, name_of(place))
     aim.refuse_overlap(place.path)
     aim.check()
-    source = Source(place)
+    source = Source(place)  # first, because a result of ours has all these files too
     for name in (RECIPE, *card.OURS):
         if (place.path / name).exists():
             raise BismoothError.of(place.path / name, f"our own {name} would take its place in the copy", "rename it")
