@@ -45,6 +45,35 @@ def test_what_is_given_twice_is_told_at_once():
     assert run("convert", "--help", "--help")[0] == run("--version", "--version")[0] == 0
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["inspect", ""],
+        ["convert", "", "out"],
+        ["convert", ".", "out", "--calibration", ""],
+        ["convert", ".", "out", "--device", ""],
+        ["convert", ".", "out", "--push-to-hub", ""],
+        ["analyze", ""],
+        ["analyze", ".", "--calibration", ""],
+        ["analyze", ".", "--figures", ""],
+        ["merge", "out", ""],
+        ["merge", "", "."],
+        ["verify", ""],
+        ["verify", ".", "--against", ""],
+        ["push", "", "org/name"],
+        ["push", ".", ""],
+    ],
+    ids=" ".join,
+)
+def test_nothing_empty_means_the_current_folder(make_checkpoint, tmp_path, monkeypatch, words):
+    """A variable of the shell that is not set, in a folder that could be converted."""
+    monkeypatch.chdir(make_checkpoint())
+    before = sorted(tmp_path.rglob("*"))
+    code, text = run(*words)
+    assert code == 2 and re.match(r"[^:]+: (is empty|not)|.*part.json: not found", text), text
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def rendered(*words: str) -> str:
     """Help as a terminal shows it, without frames and line breaks."""
     code, text = run(*words, "--help")

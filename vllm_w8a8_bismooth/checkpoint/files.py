@@ -195,7 +195,7 @@ def copy(source: Path, target: Path) -> None:
 
 def partial_folder(destination: Path) -> Path:
     """Where a checkpoint grows until it is whole: ``<destination>.partial``."""
-    return destination.with_name(destination.name + ".partial")
+    return destination.parent / f"{destination.name}.partial"  # with_name knows no "." and no "/"
 
 
 @contextmanager

@@ -2,12 +2,19 @@
 
 import sys
 from collections import Counter
+from pathlib import Path
 
 import typer
 
-from vllm_w8a8_bismooth.errors import BismoothError, Problem
+from vllm_w8a8_bismooth.errors import BismoothError, Problem, refuse_empty
 
 _GO_ON = ("convert", "merge", "push")
+
+
+def path(text: str) -> Path:
+    """Reads a path for typer, which takes an empty one for the current folder."""
+    refuse_empty("a path", text)
+    return Path(text)
 
 
 class Verbs(typer.core.TyperGroup):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vllm_w8a8_bismooth.cli import display
+from vllm_w8a8_bismooth.cli.arguments import path
 from vllm_w8a8_bismooth.cli.progress import Progress
 from vllm_w8a8_bismooth.errors import BismoothError
 
@@ -66,7 +67,7 @@ def send(folder: Path, hub_id: str, public: bool, console: "Console") -> dict[st
 
 
 def push(
-    folder: Annotated[Path, typer.Argument(metavar="DST", help="Folder that convert or merge wrote.")],
+    folder: Annotated[Path, typer.Argument(parser=path, metavar="DST", help="Folder that convert or merge wrote.")],
     hub_id: Annotated[str, typer.Argument(metavar="ORG/NAME", help="Repository; it is created if it does not exist.")],
     public: Annotated[bool, typer.Option("--public", help="Everybody may read it; else it is private.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print what is there as JSON on stdout.")] = False,
