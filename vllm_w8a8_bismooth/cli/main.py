@@ -182,7 +182,7 @@ def convert(
         if as_json:
             print(json.dumps(asdict(plan) | {"destination": str(plan.destination)}, indent=2))
         else:
-            display.preview(display.console(), plan, ready.recipe)
+            display.preview(display.console(), plan, ready.recipe, publication.planned(push_to_hub, public))
         return
     console = display.console(stderr=True)
     with Progress(console) as progress:

@@ -56,6 +56,13 @@ def check(destination: Path, hub_id: str | None, public: bool, part: bool) -> No
     run(destination, hub_id, public)
 
 
+def planned(hub_id: str | None, public: bool) -> str | None:
+    """What a dry run says of the upload."""
+    if hub_id is None:
+        return None
+    return f"Then it is uploaded to {hub_id} ({'everybody may read it' if public else 'private'})"
+
+
 def send(folder: Path, hub_id: str, public: bool, console: "Console") -> dict[str, Any]:
     """Upload a checkpoint; what came of it goes to the console, and is returned for ``--json``."""
     from vllm_w8a8_bismooth.publication import push as run
@@ -85,5 +92,9 @@ def push(
 def _summary(console: "Console", done: "Publication") -> None:
     who = "everybody may read it" if done.public else "private"
     console.print(f"{done.files} files, {done.nbytes / 1e9:.3f} GB, are at {done.url} ({who}).", highlight=False)
+    if done.left_out:
+        more = f" and {len(done.left_out) - 4} more" if len(done.left_out) > 4 else ""
+        files = f"{', '.join(done.left_out[:4])}{more}"
+        console.print(f"Left here, as no part of a checkpoint: {files}.", markup=False, highlight=False)
     if missing := done.labels.missing():
         console.print(f"The card names no {' and no '.join(missing)}: write it into README.md and push again.")
