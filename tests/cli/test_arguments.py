@@ -6,6 +6,7 @@ import pytest
 import typer
 
 from tests.support.command import run
+from vllm_w8a8_bismooth import api
 from vllm_w8a8_bismooth.cli import main
 from vllm_w8a8_bismooth.cli.advice import advice
 from vllm_w8a8_bismooth.errors import BismoothError
@@ -135,3 +136,12 @@ def test_advice_fits_what_was_done(method, recipe, report, says):
     if match := re.search(r"under (\d+)", says):
         assert int(match[1]) == recipe.group_size > 32
     assert "--smoothing balanced" not in says or recipe.smoothing == "alpha"
+
+
+@pytest.mark.parametrize(("options", "says"), [((), "; the same command goes on from there"), (("--dry-run",), "")])
+def test_an_interrupted_plan_leaves_nothing_to_go_on_from(monkeypatch, options, says):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(api, "prepare", interrupt)
+    assert run("convert", "source", "out", *options) == (130, f"Interrupted{says}\n")
