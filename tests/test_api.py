@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import vllm_w8a8_bismooth as b
@@ -108,6 +109,8 @@ WRONG = {
     "device": {"device": 7},
     "progress": {"progress": "yes"},
     "option": {"groupsize": 32},
+    "license": {"license": 3},
+    "base_model": {"base_model": Path("org/name")},
 }
 
 
@@ -134,16 +137,51 @@ def test_wrong_kinds_elsewhere(make_checkpoint, tmp_path):
         (lambda: b.inspect(source, group_size="32"), "group_size must be an integer"),
         (lambda: b.merge(tmp_path / "out", "part"), "parts must be a list"),
         (lambda: b.merge(tmp_path / "out", [7]), "parts must be a path"),
+        (lambda: b.merge(tmp_path / "out", None), "parts must be a list"),
+        (lambda: b.verify(source, engine="no"), "engine must be True or False"),
+        (lambda: b.preview(source, tmp_path / "out", groupsize=32), "groupsize is no option"),
         (lambda: preparation.prepare(source, tmp_path / "out", Recipe.of("bismooth"), "text.txt"), "read_text returns"),
     ):
         with pytest.raises(TypeError, match=says):
             call()
     with pytest.raises(BismoothError, match="--group-size 0: not positive"):
         b.inspect(source, group_size=0)
+    with pytest.raises(BismoothError, match="--group-size 40: not a positive multiple of 32"):
+        b.inspect(source, group_size=40)
     with pytest.raises(BismoothError, match="--calibration-tokens has no effect without"):
         b.convert(source, tmp_path / "out", calibration_tokens=9)
     with pytest.raises(BismoothError, match="names no file; give it one, or None"):
         b.convert(source, tmp_path / "out", calibration=[])
+    with pytest.raises(BismoothError, match="no parts were named"):
+        b.merge(tmp_path / "out", [])
+
+
+def test_an_empty_path_is_not_the_current_folder(make_checkpoint, tmp_path, monkeypatch):
+    """``b.convert(os.environ.get("SRC", ""), ...)`` in a folder that holds a checkpoint."""
+    source = make_checkpoint()
+    monkeypatch.chdir(source)
+    for call in (
+        lambda: b.convert("", tmp_path / "out"),
+        lambda: b.convert(source, tmp_path / "out", calibration=""),
+        lambda: b.inspect(""),
+        lambda: b.verify(""),
+        lambda: b.verify(source, against=""),
+        lambda: b.merge(tmp_path / "out", [""]),
+    ):
+        with pytest.raises(BismoothError, match="is empty"):
+            call()
+    assert not (tmp_path / "out").exists()
+
+
+def test_numbers_of_numpy_are_numbers(make_checkpoint, tmp_path):
+    source = make_checkpoint()
+    assert b.preview(source, tmp_path / "out", smoothing="alpha", alpha=np.float32(0.5)).shards
+    assert b.preview(source, tmp_path / "out", method="mixed", group_size=np.int64(32)).shards
+    assert b.inspect(source, group_size=np.int64(32)).group_size == 32
+
+
+def test_none_is_a_calibration_as_it_is_for_the_command(make_checkpoint, tmp_path):
+    assert b.convert(make_checkpoint(), tmp_path / "out", calibration="none").recipe.calibration is None
 
 
 def test_strings_where_paths_are_usual(make_checkpoint, tmp_path, calibration_text):

@@ -4,12 +4,13 @@
 ``--group-size`` is ``group_size``. Nothing here needs vLLM.
 """
 
+import numbers
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_w8a8_bismooth.errors import BismoothError
+from vllm_w8a8_bismooth.errors import BismoothError, refuse_empty
 from vllm_w8a8_bismooth.progress import Progress, silent
 
 if TYPE_CHECKING:  # torch comes with most of them, and inspect does without
@@ -50,7 +51,7 @@ def convert(
         source: a folder, or as a string also ``org/name[@revision]`` on the Hugging Face Hub.
         destination: the folder to write. It must be absent, empty, or hold the same result.
         method: ``rtn``, ``bismooth``, ``mixed`` or ``auto``.
-        calibration: one or more files of text; ``None`` is data-free, which ``auto`` cannot do.
+        calibration: one or more files of text; ``None`` or ``"none"`` is data-free, which ``auto`` cannot do.
         calibration_tokens: how many tokens are taken from them; ``None`` is 16384.
         smoothing: the rule for the factors, ``balanced`` (the default) or ``alpha``.
         alpha: with ``smoothing="alpha"``, the share of the activations' range that moves into the weights, 0 to 1.
@@ -137,7 +138,7 @@ def merge(
     from vllm_w8a8_bismooth.conversion import merge as room
     from vllm_w8a8_bismooth.report.labels import Labels
 
-    if isinstance(parts, str | os.PathLike):
+    if isinstance(parts, str | os.PathLike) or not isinstance(parts, Iterable):
         raise TypeError(f"parts must be a list of folders, not {parts!r}")
     folders = [_path("parts", part) for part in parts]
     ready = room.prepare(folders, _destination(destination), Labels(base_model, license))
@@ -170,6 +171,8 @@ def verify(
     """
     from vllm_w8a8_bismooth import verification
 
+    if not isinstance(engine, bool):
+        raise TypeError(f"engine must be True or False, not {engine!r}")
     other = None if against is None else _fetched(against)
     return verification.verify(_path("folder", folder), other, _progress(progress), engine)
 
@@ -194,12 +197,14 @@ def inspect(source: str | Path, *, calibration_tokens: int = 16384, group_size: 
     from vllm_w8a8_bismooth.conversion.inspect import survey
 
     for name, value in {"calibration_tokens": calibration_tokens, "group_size": group_size}.items():
-        if not isinstance(value, int) or isinstance(value, bool):
+        if not isinstance(value, numbers.Integral) or isinstance(value, bool):
             raise TypeError(f"{name} must be an integer, not {value!r}")
         if value < 1:
             raise BismoothError.of(f"--{name.replace('_', '-')} {value}", "not positive", "give a number from 1 on")
+    if group_size % 32:
+        raise BismoothError.of(f"--group-size {group_size}", "not a positive multiple of 32", "give one, like 128")
     place = hub.find(source) if isinstance(source, str) else Folder(_path("source", source))
-    return survey(place, calibration_tokens, group_size)
+    return survey(place, int(calibration_tokens), int(group_size))
 
 
 def prepare(
@@ -251,7 +256,7 @@ def prepare(
 def _text(method: str, calibration: str | Path | Sequence[str | Path] | None) -> "CalibrationText | None":
     from vllm_w8a8_bismooth.recipe import DEFAULTS
 
-    if calibration is None:
+    if calibration is None or (isinstance(calibration, str) and calibration == "none"):
         return None
     files = calibration if isinstance(calibration, list | tuple) else [calibration]
     if not files:
@@ -285,6 +290,7 @@ def _at_hand(source: str | Path) -> "Folder":
 def _path(argument: str, value: object) -> Path:
     if not isinstance(value, str | os.PathLike):
         raise TypeError(f"{argument} must be a path, as a string or a pathlib.Path, not {value!r}")
+    refuse_empty(argument, value)
     return Path(value)
 
 

@@ -20,7 +20,7 @@ class Problem:
     remedy: str
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.what}; {self.remedy}"
+        return f"{self.where or repr('')}: {self.what}; {self.remedy}"
 
 
 class BismoothError(Exception):
@@ -44,6 +44,15 @@ class BismoothError(Exception):
         left = len(self.problems) - _SHOWN
         more = [f"and {left} more; bismooth inspect lists them"] if left > 0 else []
         return "\n  ".join([first, *(f"also: {problem}" for problem in others), *more])
+
+
+def refuse_empty(argument: str, value: object) -> None:
+    """Raises :class:`BismoothError` for an empty text in the place of a path, as from a variable that is not set.
+
+    It would mean the current folder.
+    """
+    if value == "":
+        raise BismoothError.of(argument, "is empty", "give a path, or . for the current folder")
 
 
 class Interrupted(BismoothError):

@@ -6,11 +6,14 @@ from pathlib import Path, PurePosixPath
 
 from vllm_w8a8_bismooth import MARKER
 from vllm_w8a8_bismooth.checkpoint import upload
+from vllm_w8a8_bismooth.checkpoint.companions import companions
 from vllm_w8a8_bismooth.checkpoint.files import (
     CONFIG,
+    INDEX,
     RECIPE,
     REPORT,
     WEIGHT_SUFFIXES,
+    Folder,
     partial_folder,
     read_json,
     sha256,
@@ -39,6 +42,7 @@ class Publication:
         files: how many it has of the checkpoint.
         nbytes: their size.
         labels: what its card says.
+        left_out: files of the folder that are none of a checkpoint and stay here.
     """
 
     hub_id: str
@@ -48,6 +52,7 @@ class Publication:
     files: int
     nbytes: int
     labels: Labels
+    left_out: list[str]
 
 
 def check(destination: Path, hub_id: str, public: bool = False) -> None:
@@ -88,13 +93,15 @@ def push(folder: Path, hub_id: str, public: bool = False, progress: Progress = s
     target = upload.look(hub_id, public)
     target.refuse_others(weights)
     _compare(folder, shards, progress)
-    files: dict[str, Path | bytes] = {name: folder / name for name in _files(folder)}
+    going = _going(folder, weights)
+    files: dict[str, Path | bytes] = {name: folder / name for name in going}
     if (own := folder / card.CARD).is_file():
         files[card.CARD] = card.for_repository(own.read_bytes().decode(errors="replace"), hub_id).encode()
     commit = upload.upload(target, files, weights)
     nbytes = sum(len(file) if isinstance(file, bytes) else file.stat().st_size for file in files.values())
     url = upload.page(hub_id)
-    return Publication(hub_id, url, commit, public, len(files), nbytes, card.labels_of(folder))
+    left_out = sorted(set(_files(folder)) - files.keys())
+    return Publication(hub_id, url, commit, public, len(files), nbytes, card.labels_of(folder), left_out)
 
 
 def _shards(folder: Path) -> Mapping[str, str]:
@@ -116,7 +123,8 @@ def _shards(folder: Path) -> Mapping[str, str]:
 
 def _weights(folder: Path, shards: Mapping[str, str]) -> dict[str, str]:
     """The shards, and the small weights in folders of their own that go with some models -> SHA-256."""
-    return {file: sha256(folder / file) for file in _files(folder) if "/" in file and _is_weights(file)} | dict(shards)
+    inside = [file for file in companions(Folder(folder)) if "/" in file and _is_weights(file)]
+    return {file: sha256(folder / file) for file in inside} | dict(shards)
 
 
 def _is_weights(file: str) -> bool:
@@ -142,8 +150,14 @@ def _strays(folder: Path, shards: Mapping[str, str]) -> Iterator[Problem]:
             yield Problem(str(folder / file), f"no shard that {REPORT} names", "move it out of the folder")
 
 
+def _going(folder: Path, weights: Mapping[str, str]) -> list[str]:
+    """What goes to the Hub: what a conversion writes and serving needs, and nothing else that lies in the folder."""
+    ours = {CONFIG, INDEX, RECIPE, card.CARD, *card.OURS, *weights, *companions(Folder(folder))}
+    return [file for file in _files(folder) if file in ours]
+
+
 def _files(folder: Path) -> Iterator[str]:
-    """What goes to the Hub: nothing hidden, and no file that is being written."""
+    """What could go to the Hub: nothing hidden, and no file that is being written."""
     for path in sorted(folder.rglob("*")):
         relative = path.relative_to(folder)
         hidden = any(part.startswith(".") for part in relative.parts)

@@ -79,7 +79,10 @@ class Recipe:
         """A recipe from what a user gave (``None`` or nothing in a list = not given) and the method's defaults."""
         if not isinstance(method, str) or method not in DEFAULTS:
             raise BismoothError.of(f"--method {method!r}", "unknown", f"choose one of {', '.join(DEFAULTS)}")
-        given = {key: value for key, value in given.items() if value not in (None, [], ())}
+        given = {key: value for key, value in given.items() if not (value is None or _holds_nothing(value))}
+        known = {key for options in DEFAULTS.values() for key in options}
+        if unknown := sorted(given.keys() - known):
+            raise TypeError(f"{unknown[0]} is no option; those are {', '.join(sorted(known))}")
         for key in given:
             if key not in DEFAULTS[method]:
                 raise BismoothError.of(f"--method {method}", f"{option_of(key)} has no effect", "leave it out")
@@ -162,11 +165,18 @@ def _number(field: str, value: Any, kind: type) -> Any:
 def _check_pattern(option: str, pattern: str) -> None:
     if not pattern.removeprefix("re:"):
         raise BismoothError.of(option, "one of its patterns is empty", "leave that one out, with its comma")
+    if '"' in pattern or "'" in pattern:  # ["lm_head"], as an expression, is any one of these letters
+        what = "has quotation marks, which no name has"
+        raise BismoothError.of(f"{option} {pattern!r}", what, "write patterns without, with commas between them")
     try:
         patterns.found_by(pattern, ())
     except (re.error, OverflowError, RecursionError) as error:
         remedy = "mend it, or write \\ before a comma that is meant"
         raise BismoothError.of(f"{option} {pattern!r}", f"no regular expression ({error})", remedy) from None
+
+
+def _holds_nothing(value: Any) -> bool:
+    return isinstance(value, list | tuple) and not value
 
 
 def _shown(value: Any) -> str:

@@ -93,7 +93,10 @@ def test_nothing_hidden_or_strange_goes_up(hub, bismooth, converted, tmp_path):
     (folder / ".bismooth").mkdir()
     for name in (".bismooth/run.json", ".secret", "a.partial", "b.tmp"):
         (folder / name).write_text("not for others")
-    assert bismooth("push", folder, "org/out").returncode == 0
+    (folder / "notes.txt").write_text("mine")
+    (folder / "[b]keys").symlink_to("/etc/passwd")
+    done = bismooth("push", folder, "org/out")
+    assert done.returncode == 0 and "Left here, as no part of a checkpoint: [b]keys, notes.txt." in done.stderr
     assert digests(hub.repositories["org/out"]).keys() == digests(converted).keys() | {".gitattributes"}
 
 
@@ -101,6 +104,7 @@ def test_weights_of_modules_in_their_own_folders_go_with_it(hub, bismooth, conve
     folder = shutil.copytree(converted, tmp_path / "out")
     (folder / "2_Dense").mkdir()
     (folder / "2_Dense" / "model.safetensors").write_bytes(b"dense")
+    (folder / "modules.json").write_text('[{"type": "sentence_transformers.models.Dense", "path": "2_Dense"}]')
     for _ in range(2):
         assert bismooth("push", folder, "org/out").returncode == 0
     assert (hub.repositories["org/out"] / "2_Dense" / "model.safetensors").read_bytes() == b"dense"
@@ -129,6 +133,7 @@ def test_convert_and_push_is_one_command(hub, bismooth, source, tmp_path):
     options = ("--method", "rtn", "--license", "mit", "--push-to-hub", "me/out", "--public")
     planned = bismooth("convert", source, tmp_path / "out", *options, "--dry-run")
     assert planned.returncode == 0 and not hub.repositories, planned.stderr
+    assert "Then it is uploaded to me/out (everybody may read it)" in planned.stdout
     done = bismooth("convert", source, tmp_path / "out", *options, "--json")
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)

@@ -6,6 +6,7 @@ import pytest
 import typer
 
 from tests.support.command import run
+from vllm_w8a8_bismooth import api
 from vllm_w8a8_bismooth.cli import main
 from vllm_w8a8_bismooth.cli.advice import advice
 from vllm_w8a8_bismooth.errors import BismoothError
@@ -43,6 +44,35 @@ def test_what_is_given_twice_is_told_at_once():
     assert code == 2 and text.count("given twice") == 2 and "also: " in text
     assert run("convert", "a", "b", "--methodd", "rtn")[0] == 2  # typer's own message
     assert run("convert", "--help", "--help")[0] == run("--version", "--version")[0] == 0
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["inspect", ""],
+        ["convert", "", "out"],
+        ["convert", ".", "out", "--calibration", ""],
+        ["convert", ".", "out", "--device", ""],
+        ["convert", ".", "out", "--push-to-hub", ""],
+        ["analyze", ""],
+        ["analyze", ".", "--calibration", ""],
+        ["analyze", ".", "--figures", ""],
+        ["merge", "out", ""],
+        ["merge", "", "."],
+        ["verify", ""],
+        ["verify", ".", "--against", ""],
+        ["push", "", "org/name"],
+        ["push", ".", ""],
+    ],
+    ids=" ".join,
+)
+def test_nothing_empty_means_the_current_folder(make_checkpoint, tmp_path, monkeypatch, words):
+    """A variable of the shell that is not set, in a folder that could be converted."""
+    monkeypatch.chdir(make_checkpoint())
+    before = sorted(tmp_path.rglob("*"))
+    code, text = run(*words)
+    assert code == 2 and re.match(r"[^:]+: (is empty|not)|.*part.json: not found", text), text
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def rendered(*words: str) -> str:
@@ -106,3 +136,12 @@ def test_advice_fits_what_was_done(method, recipe, report, says):
     if match := re.search(r"under (\d+)", says):
         assert int(match[1]) == recipe.group_size > 32
     assert "--smoothing balanced" not in says or recipe.smoothing == "alpha"
+
+
+@pytest.mark.parametrize(("options", "says"), [((), "; the same command goes on from there"), (("--dry-run",), "")])
+def test_an_interrupted_plan_leaves_nothing_to_go_on_from(monkeypatch, options, says):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(api, "prepare", interrupt)
+    assert run("convert", "source", "out", *options) == (130, f"Interrupted{says}\n")

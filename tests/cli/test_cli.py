@@ -144,7 +144,11 @@ def occupied(out: Path) -> None:
 
 REFUSED = {
     "destination": (occupied, [], ["exists and is no result of bismooth"]),
-    "partial folder": (lambda out: occupied(out.with_name("out.partial")), [], ["out.partial", "is not ours"]),
+    "partial folder": (
+        lambda out: occupied(out.with_name("out.partial")),
+        [],
+        ["out.partial", "is no unfinished conversion"],
+    ),
     "file on the way": (lambda out: out.with_name("out.partial").write_text(""), [], ["cannot be written"]),
     "group size": (None, ["--method", "mixed", "--group-size", "64", "--group-layers", "down_proj"], ["K = 96"]),
     "calibration": (None, ["--calibration", "nowhere.txt"], ["nowhere.txt", "cannot be read"]),

@@ -109,7 +109,7 @@ def test_partial_folder_that_is_not_ours(make_checkpoint, tmp_path):
     source = make_checkpoint()
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "thesis.txt").write_text("precious")
-    assert_refused(tmp_path, source, ["out.partial", "is not ours"], "--method", "rtn")
+    assert_refused(tmp_path, source, ["out.partial", "is no unfinished conversion"], "--method", "rtn")
     assert (tmp_path / "out.partial" / "thesis.txt").read_text() == "precious"
 
 
@@ -195,3 +195,10 @@ def test_source_that_changes_meanwhile(make_checkpoint, tmp_path, monkeypatch):
     code, message = run("convert", source, tmp_path / "out", "--method", "rtn")
     assert code == 2 and "tokenizer.json: changed during the conversion" in message
     assert {p.name for p in tmp_path.iterdir()} == {"source"}
+
+
+def test_a_result_is_no_source(make_checkpoint, tmp_path):
+    """It has a recipe.json of ours; to rename that would spoil the result and lead to the next refusal."""
+    assert run("convert", make_checkpoint(), tmp_path / "out", "--method", "rtn")[0] == 0
+    code, message = run("convert", tmp_path / "out", tmp_path / "again")
+    assert code == 2 and "already quantized" in message and "rename" not in message, message

@@ -4,6 +4,7 @@ import os
 import re
 import shlex
 import shutil
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -236,6 +237,8 @@ NAMES = {
     "no text": ("a\udcffb", ["control character, or bytes that are no text"]),
     "home": ("~/out", ["only where a shell", os.path.expanduser("~/out"), "if it is really called so"]),
     "home alone": ("~", ["only where a shell", os.path.expanduser("~")]),
+    "an address": ("s3://bucket/out", ["an address, not a folder", "like source-int8"]),
+    "of a folder that grows": ("deep/out.partial/", ["the name of a conversion that is not finished", "give deep/out"]),
 }
 
 
@@ -262,3 +265,74 @@ def test_names_that_are_odd(make_checkpoint, tmp_path, monkeypatch, name):
     listed = subprocess.run(["bash", "-c", f"ls -- {words}"], capture_output=True, text=True)
     assert "config.json" in listed.stdout.split() and not words.startswith("-"), text
     assert f"vllm serve {words}\n" in text
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "with a recipe.json of somebody", "beside what is not ours"])
+def test_what_is_not_ours_stays(make_checkpoint, tmp_path, kind):
+    """The folder for all models is a usual thing to name; what is proposed then works."""
+    source, place = make_checkpoint(), tmp_path / "my models"
+    if kind == "file":
+        place.write_text("mine")
+    else:
+        folder = tmp_path / "my models.partial" if kind == "beside what is not ours" else place
+        folder.mkdir()
+        (folder / "recipe.json").write_text('{"name": "cake"}')
+        (folder / ("recipe.json" if kind.startswith("with") else "thesis.tex")).write_text('{"name": "cake"}')
+    for way in WAYS:
+        code, message = run("convert", source, place, *RTN, *way)
+        assert code == 2 and "remove" not in message and "choose a" in message, message
+    if place.is_dir():
+        assert "exists and is no result of bismooth" in message
+        assert run("convert", source, proposal(message), *RTN)[0] == 0 and (place / "source-int8").is_dir()
+
+
+@pytest.mark.parametrize("broken", ["shard", "no shard", "config", "report", "part"])
+def test_a_damaged_result_is_not_called_done(make_checkpoint, tmp_path, broken):
+    """``verify`` says to convert again: that must not find everything in order."""
+    source, out = make_checkpoint(), tmp_path / "out"
+    options = (*RTN, "--blocks", "0:2") if broken == "part" else RTN
+    assert run("convert", source, out, *options)[0] == 0
+    file = {"config": "config.json", "report": "report.json"}.get(broken) or min(out.glob("*.safetensors")).name
+    if broken == "no shard":
+        (out / file).unlink()
+    else:
+        (out / file).write_bytes((out / file).read_bytes()[:-3])
+    for way in ((), ("--dry-run",)):
+        code, message = run("convert", source, out, *options, *way)
+        assert code == 2 and f"holds this conversion, but {file} is absent or damaged; remove it" in message, message
+    shutil.rmtree(out)
+    assert run("convert", source, out, *options)[0] == 0
+    assert "nothing to do" in run("convert", source, out, *options)[1]
+
+
+def test_what_lies_in_the_hubs_cache(make_checkpoint, tmp_path, monkeypatch):
+    """Whoever clears the cache would take the result with it."""
+    entry = tmp_path / "hub" / "models--org--tiny"
+    snapshot = entry / "snapshots" / ("a" * 40)
+    shutil.copytree(make_checkpoint(), snapshot)
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    for place in (entry.parent, entry, entry / "out", snapshot.parent / "out", snapshot, snapshot / "out"):
+        code, message = run("convert", snapshot, place, *RTN)
+        assert code == 2 and "overlaps the source" in message and "choose a destination outside the Hub's" in message
+        assert proposal(message) == tmp_path / "work" / "tiny-int8"
+    monkeypatch.chdir(snapshot)
+    assert proposal(run("convert", snapshot, "out", *RTN)[1]) == Path.home() / "tiny-int8"
+
+
+def test_what_leads_through_a_folder_that_does_not_exist(make_checkpoint, tmp_path, monkeypatch):
+    """``absent/../out`` cannot be opened under that name: it is written, and called, by its own."""
+    monkeypatch.chdir(tmp_path)
+    code, text = run("convert", make_checkpoint(), "absent/../out", *RTN)
+    assert code == 0 and f"bismooth verify {tmp_path / 'out'}\n" in text, text
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "source"]
+
+
+def test_an_empty_folder_says_who_may_read_the_result(make_checkpoint, tmp_path):
+    source = make_checkpoint()
+    for mode in (0o700, 0o2770):
+        out = tmp_path / f"{mode:o}"
+        out.mkdir()
+        out.chmod(mode)
+        assert run("convert", source, out, *RTN)[0] == 0
+        assert stat.S_IMODE(out.stat().st_mode) == mode

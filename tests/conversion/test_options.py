@@ -106,3 +106,16 @@ def test_files_have_names_in_differences(make_checkpoint, tmp_path, calibration_
     assert run("convert", copy, tmp_path / "part", "--blocks", "0:2", *options, "--calibration", other)[0] == 0
     code, text = run("convert", copy, tmp_path / "part", "--blocks", "0:2", *options, "--calibration", calibration_text)
     assert code == 2 and "recipe.calibration: other text.txt (" in text and ") there, calibration.txt (" in text, text
+
+
+@pytest.mark.parametrize("given", ['["lm_head","re:.*q_proj"]', "['lm_head']", '"down_proj"'])
+def test_a_list_of_python_is_no_pattern(make_checkpoint, tmp_path, given):
+    """As an expression it means any one of its letters, and so nearly every linear."""
+    code, message = run("convert", make_checkpoint(), tmp_path / "out", *RTN, "--ignore", given)
+    assert code == 2 and "has quotation marks, which no name has; write patterns without" in message, message
+
+
+@pytest.mark.parametrize("device", ["CPU", "gpu", "cpu:1", "meta", "cuda:", "mps"])
+def test_devices_are_those_that_the_help_names(make_checkpoint, tmp_path, device):
+    code, message = run("convert", make_checkpoint(), tmp_path / "out", *RTN, "--device", device)
+    assert code == 2 and f"--device {device}: not one of cpu, cuda, cuda:1; leave it out" in message, message

@@ -44,7 +44,7 @@ OPTIONS = {
     "useless option": (["--method", "rtn", "--alpha", "0.5"], ["--alpha has no effect", "leave it out"]),
     "useless calibration": (["--method", "mixed", "--calibration", "x.txt"], ["--calibration has no effect"]),
     "half of a group": (["--group-layers", "down"], ["needs both --group-layers and --group-size"]),
-    "no such device": (["--device", "tpu"], ["--device tpu: neither cpu nor cuda", "leave it out"]),
+    "no such device": (["--device", "tpu"], ["--device tpu: not one of cpu, cuda, cuda:1", "leave it out"]),
     "no CUDA": (["--device", "cuda:77"], ["--device cuda:77", "leave it out"]),
     "tokens of no text": (["--calibration-tokens", "9"], ["--calibration-tokens has no effect without"]),
 }

@@ -14,6 +14,7 @@ from tests.support.command import run
 from tests.support.conversion import convert
 from tests.support.damage import INDEX, edit_json, edit_shard, shard_of
 from tests.support.models import MODEL_TYPES, tiny_model, write_checkpoint
+from tests.support.others import DATA
 from tests.support.sweep import sweep
 from vllm_w8a8_bismooth.errors import BismoothError
 from vllm_w8a8_bismooth.measure.text import read_text
@@ -654,3 +655,50 @@ def test_files_are_only_read(pairs):
     verify(out, source, engine=False)
     assert {path: path.stat().st_mtime_ns for folder in (source, out) for path in folder.rglob("*")} == before
     assert load_file(shard_of(out, Q))[Q].dtype == torch.int8
+
+
+UNLIKE = {
+    "static": "has input_activations of num_bits, type, symmetric, dynamic = (8, 'int', True, False)",
+    "tensor-dynamic": "has strategies ('tensor', 'token')",
+    "asymmetric-dynamic": "symmetric, dynamic = (8, 'int', False, True)",
+    "w4a16": "quantization_config.format is 'pack-quantized'",
+    "fp8": "quantization_config.format is 'float-quantized'",
+}
+
+
+@pytest.mark.parametrize("kind", UNLIKE)
+def test_what_others_quantized_in_another_way_is_not_called_faulty(pairs, kind):
+    """The plugin serves some of them; to remove their input scales, as was said, would spoil them."""
+    _, out = pairs("llama")
+    configs = json.loads((DATA / "configs.json").read_text())
+    edit_json(out / "config.json", lambda config: config.update(quantization_config=configs[kind]))
+    code, message = run("verify", out)
+    assert code == 2 and UNLIKE[kind] in message and "it may be in order" in message, message
+    assert "remove" not in message.lower() and "onvert" not in message
+
+
+def test_a_checkpoint_of_llm_compressor_with_input_scales_is_not_called_faulty():
+    code, message = run("verify", DATA / "mixed")
+    assert code == 2 and "not made by bismooth, and target" in message and "it may be in order" in message, message
+
+
+def test_what_is_absent_is_no_text(pairs):
+    source, out = pairs("llama")
+    edit_json(out / "config.json", lambda config: config.update(rope_theta=5.0))
+    (line,) = lines(verify(out, source, engine=False))
+    assert "rope_theta is 5.0, in the source absent" in line
+
+
+def test_what_else_is_asked_of_vllm_is_a_note(pairs):
+    _, out = pairs("llama")
+    quantization(lambda c: c.update(kv_cache_scheme={"num_bits": 8, "type": "float"}))(out)
+    found = verify(out, engine=False)
+    assert found.ok and "kv_cache_scheme in config.json asks vLLM for more" in found.notes[0], found.notes
+
+
+def test_a_link_that_leads_nowhere_is_called_so(pairs):
+    _, out = pairs("llama")
+    shard = shard_of(out, Q)
+    shard.unlink()
+    shard.symlink_to("nowhere")
+    assert any("a link that leads nowhere" in line for line in lines(verify(out, engine=False)))

@@ -171,7 +171,8 @@ class Folder:
         path = self.path / file
         try:
             if not path.is_file():
-                raise BismoothError.of(path, f"named by {INDEX} but absent", _SHARD_AGAIN)
+                what = "a link that leads nowhere" if path.is_symlink() else f"named by {INDEX} but absent"
+                raise BismoothError.of(path, what, _SHARD_AGAIN)
             # safe_open checks sizes and offsets; for numpy it does so without torch
             with safe_open(path, framework="np"), open(path, "rb") as raw:
                 length = int.from_bytes(raw.read(8), "little")
@@ -195,7 +196,7 @@ def copy(source: Path, target: Path) -> None:
 
 def partial_folder(destination: Path) -> Path:
     """Where a checkpoint grows until it is whole: ``<destination>.partial``."""
-    return destination.with_name(destination.name + ".partial")
+    return destination.parent / f"{destination.name}.partial"  # with_name knows no "." and no "/"
 
 
 @contextmanager

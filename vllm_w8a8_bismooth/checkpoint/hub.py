@@ -12,7 +12,7 @@ from vllm_w8a8_bismooth.checkpoint.companions import companions
 from vllm_w8a8_bismooth.checkpoint.files import CONFIG, INDEX, Folder, check_space
 from vllm_w8a8_bismooth.checkpoint.layout import Layout
 from vllm_w8a8_bismooth.checkpoint.reader import Headers
-from vllm_w8a8_bismooth.errors import BismoothError
+from vllm_w8a8_bismooth.errors import BismoothError, refuse_empty
 
 _HUB_ID = re.compile(r"(?a:(\w[\w.-]*/\w[\w.-]*))(?:@(.+))?")
 _SNAPSHOT = re.compile(r"(?a:/models--((?:(?!--)[\w.-])+)--((?:(?!--)[\w.-])+)/snapshots/([0-9a-f]{40}))/?$")
@@ -40,7 +40,7 @@ def find(source: str) -> "Folder | Repository":
         BismoothError: no such folder or repository, no access to it, or neither a connection nor a complete copy.
     """
     if (parsed := parse(source)) is None:
-        return _local(Path(source))
+        return _local(source)
     try:
         return Repository(*parsed)
     except _Unreachable:
@@ -70,11 +70,18 @@ def fetch(source: str) -> Folder:
 
 def cached(source: str) -> Folder | None:
     """As :func:`fetch`, but from this machine alone; ``None`` for a repository that is not in the cache."""
-    return _local(Path(source)) if (parsed := parse(source)) is None else _cached(*parsed)
+    return _local(source) if (parsed := parse(source)) is None else _cached(*parsed)
 
 
-def _local(path: Path) -> Folder:
+def cache_entry(path: Path) -> Path | None:
+    """What the Hub's cache holds of a repository, if the folder is one of its snapshots; all of it is the cache's."""
+    return path.absolute().parents[1] if _SNAPSHOT.search(path.absolute().as_posix()) else None
+
+
+def _local(source: str) -> Folder:
     """A folder; one in the Hub's cache says by its path what it is a copy of."""
+    refuse_empty("the checkpoint", source)
+    path = Path(source)
     match = _SNAPSHOT.search(path.absolute().as_posix())
     return Folder(path, f"{match[1]}/{match[2]}", match[3]) if match else Folder(path)
 

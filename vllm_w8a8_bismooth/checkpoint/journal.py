@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -44,7 +45,9 @@ class Journal:
 
     def __enter__(self) -> "Journal":
         try:
-            self.partial.mkdir(parents=True, exist_ok=True)
+            if not self.partial.exists():
+                self.partial.mkdir(parents=True)
+                self._take_after(self.destination)
             self._refuse_strangers()
             self._folder.mkdir(exist_ok=True)
             self._lock = open(self._folder / _LOCK, "w")  # noqa: SIM115 (held until the end of the run)
@@ -59,6 +62,14 @@ class Journal:
             self._lock.close()
             raise
         return self
+
+    def _take_after(self, folder: Path) -> None:
+        """An empty folder that is there already says who may read the result; it takes that folder's place."""
+        if folder.is_dir():
+            there = folder.stat()
+            with suppress(PermissionError):
+                os.chown(self.partial, -1, there.st_gid)
+            self.partial.chmod(stat.S_IMODE(there.st_mode) | stat.S_IRWXU)
 
     def look(self) -> None:
         """Check what entering would check, but write nothing.
@@ -84,8 +95,8 @@ class Journal:
 
     def _refuse_strangers(self) -> None:
         if any(self.partial.iterdir()) and not self._folder.is_dir():
-            remedy = "remove it or choose another destination"
-            raise BismoothError.of(self.partial, "exists and is not ours", remedy)
+            remedy = "choose another destination, or move it away"
+            raise BismoothError.of(self.partial, "exists and is no unfinished conversion", remedy)
 
     def _take(self, kind: int, lock: IO) -> None:
         try:

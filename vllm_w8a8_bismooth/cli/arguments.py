@@ -2,12 +2,20 @@
 
 import sys
 from collections import Counter
+from pathlib import Path
 
 import typer
 
-from vllm_w8a8_bismooth.errors import BismoothError, Problem
+from vllm_w8a8_bismooth.errors import BismoothError, Problem, refuse_empty
 
 _GO_ON = ("convert", "merge", "push")
+_DRY = f"{__name__}.dry"
+
+
+def path(text: str) -> Path:
+    """Reads a path for typer, which takes an empty one for the current folder."""
+    refuse_empty("a path", text)
+    return Path(text)
 
 
 class Verbs(typer.core.TyperGroup):
@@ -21,6 +29,7 @@ class Verbs(typer.core.TyperGroup):
         with verb.context_class(verb, info_name=name, parent=ctx, resilient_parsing=True) as inner:
             _, _, order = verb.make_parser(inner).parse_args(args=list(rest))
             _show_no_type_of_flags(verb.get_params(inner))
+        ctx.meta[_DRY] = any(option.name == "dry_run" for option in order)
         counts = Counter(option for option in order if option.param_type_name == "option")
         twice = [o.opts[0] for o, count in counts.items() if count > 1 and not (o.multiple or o.is_eager)]
         if twice:
@@ -34,7 +43,8 @@ class Verbs(typer.core.TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            goes_on = "; the same command goes on from there" if ctx.invoked_subcommand in _GO_ON else ""
+            begun = ctx.invoked_subcommand in _GO_ON and not ctx.meta.get(_DRY)
+            goes_on = "; the same command goes on from there" if begun else ""
             print(f"Interrupted{goes_on}", file=sys.stderr)
             raise typer.Exit(130) from None
 

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vllm_w8a8_bismooth.errors import BismoothError
+from vllm_w8a8_bismooth.errors import BismoothError, refuse_empty
 
 if TYPE_CHECKING:  # torch comes with them
     from rich.console import Console
@@ -29,6 +29,8 @@ def files(given: list[str] | None, tokens: int | None, verb: str) -> list[str]:
         BismoothError: ``none`` beside files, standard input twice, or ``--calibration-tokens`` without any file.
     """
     given = given or ["none"]
+    for file in given:
+        refuse_empty("--calibration", file)
     if given.count("-") > 1:
         raise BismoothError.of("--calibration -", "given twice, and can be read once", "leave out one of the two")
     if "none" in given and set(given) != {"none"}:

@@ -77,7 +77,7 @@ def inspection(console: "Console", found: "inspect.Survey", source: str) -> None
         ]
         model += [f"{sizes['experts']} experts"] if "experts" in sizes else []
         model += [f"vocabulary {sizes['vocab']}", "tied head" if found.tied else "separate head"]
-    rows = {"model": ", ".join(model)}
+    rows = {"model": ", ".join(model)} if found.model_type is not None else {}
     if found.dtypes:
         rows["parameters"] = f"{found.parameters / 1e9:.3f} billion"
         dtypes = ", ".join(f"{escape(name)} in {dtype.tensors} tensors" for name, dtype in found.dtypes.items())
@@ -126,11 +126,14 @@ def _already_float(console: "Console", names: Sequence[str]) -> None:
         console.print(f"In float anyway, also without --ignore: {in_few_words(names)}", markup=False)
 
 
-def preview(console: "Console", plan: "Preview", recipe: "Recipe") -> None:
+def preview(console: "Console", plan: "Preview", recipe: "Recipe", then: str | None = None) -> None:
+    """The plan of a conversion for people, on stdout; ``then`` says what comes after it."""
     from rich.table import Table
 
     if plan.reused:
         _nothing_to_do(console, plan.destination)
+        if then:
+            console.print(then, markup=False, highlight=False)
         return
     table = Table("shard", "GB")
     for file, size in (plan.shards or {}).items():
@@ -152,6 +155,8 @@ def preview(console: "Console", plan: "Preview", recipe: "Recipe") -> None:
     if plan.resumed:
         console.print(f"{plan.resumed} of {plan.blocks} blocks are done and will be skipped")
     console.print(f"About {duration(plan.seconds)}, {_gb(plan.memory_bytes)} of memory, {_gb(plan.free_bytes)} free")
+    if then:
+        console.print(then, markup=False, highlight=False)
     console.print("Nothing was written. Next: the same command without --dry-run")
 
 

@@ -11,7 +11,7 @@ import typer
 
 from vllm_w8a8_bismooth import __version__
 from vllm_w8a8_bismooth.cli import analysis, calibrating, display, publication
-from vllm_w8a8_bismooth.cli.arguments import Verbs
+from vllm_w8a8_bismooth.cli.arguments import Verbs, path
 from vllm_w8a8_bismooth.cli.progress import Progress
 from vllm_w8a8_bismooth.errors import BismoothError
 
@@ -75,7 +75,7 @@ def inspect(
 @app.command()
 def convert(
     source: _SourceArgument,
-    destination: Annotated[str, typer.Argument(metavar="DST", help="Folder to write; it must not exist yet.")],
+    destination: Annotated[str, typer.Argument(metavar="DST", help="Folder to write; it must be absent or empty.")],
     method: Annotated[
         str,
         typer.Option(
@@ -180,25 +180,26 @@ def convert(
     if dry_run:
         plan = preview(ready)
         if as_json:
-            print(json.dumps(asdict(plan) | {"destination": str(destination)}, indent=2))
+            print(json.dumps(asdict(plan) | {"destination": str(plan.destination)}, indent=2))
         else:
-            display.preview(display.console(), plan, ready.recipe)
+            display.preview(display.console(), plan, ready.recipe, publication.planned(push_to_hub, public))
         return
     console = display.console(stderr=True)
     with Progress(console) as progress:
         report = pipeline.convert(ready, progress)
     if not as_json:
         display.summary(console, report)
-    pushed = publication.send(Path(destination), push_to_hub, public, console) if push_to_hub is not None else None
+    pushed = publication.send(report.destination, push_to_hub, public, console) if push_to_hub is not None else None
     if as_json:
         print(json.dumps(display.report_json(report) | ({"push": pushed} if pushed else {}), indent=2))
 
 
 @app.command()
 def merge(
-    destination: Annotated[str, typer.Argument(metavar="DST", help="Folder to write; it must not exist yet.")],
+    destination: Annotated[str, typer.Argument(metavar="DST", help="Folder to write; it must be absent or empty.")],
     parts: Annotated[
-        list[Path], typer.Argument(metavar="PART...", help="Folders of all parts, as convert --blocks wrote them.")
+        list[Path],
+        typer.Argument(parser=path, metavar="PART", help="Folders of all parts, as convert --blocks wrote them."),
     ],
     base_model: publication.BaseModelOption = None,
     license: publication.LicenseOption = None,
@@ -246,7 +247,9 @@ def analyze(
     calibration_tokens: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Tokens taken from it.", show_default="16384")
     ] = None,
-    figures: Annotated[Path | None, typer.Option(metavar="DIR", help="Draw the weights and errors as SVG.")] = None,
+    figures: Annotated[
+        Path | None, typer.Option(parser=path, metavar="DIR", help="Draw the weights and errors as SVG.")
+    ] = None,
     top: Annotated[int, typer.Option(min=1, metavar="N", help="Rows of the table.")] = 20,
     device: Annotated[
         str, typer.Option(metavar="DEVICE", help="Where weights are worked on: cpu, cuda, cuda:1.")
@@ -288,13 +291,13 @@ def analyze(
         analysis.analysis(found, source, group_size, top)
         if moved is not None:
             analysis.perturbation(moved, top)
-    for path in drawing.of_analysis(found, figures) if figures is not None else []:
-        console.print(f"Drew {path}", markup=False)
+    for drawn in drawing.of_analysis(found, figures) if figures is not None else []:
+        console.print(f"Drew {drawn}", markup=False)
 
 
 @app.command()
 def verify(
-    folder: Annotated[Path, typer.Argument(metavar="DST", help="Folder of a converted checkpoint.")],
+    folder: Annotated[Path, typer.Argument(parser=path, metavar="DST", help="Folder of a converted checkpoint.")],
     against: Annotated[
         str | None,
         typer.Option(metavar="SRC", help="The checkpoint that it was made from: compare weights and function with it."),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vllm_w8a8_bismooth.cli import display
+from vllm_w8a8_bismooth.cli.arguments import path
 from vllm_w8a8_bismooth.cli.progress import Progress
 from vllm_w8a8_bismooth.errors import BismoothError
 
@@ -55,6 +56,13 @@ def check(destination: Path, hub_id: str | None, public: bool, part: bool) -> No
     run(destination, hub_id, public)
 
 
+def planned(hub_id: str | None, public: bool) -> str | None:
+    """What a dry run says of the upload."""
+    if hub_id is None:
+        return None
+    return f"Then it is uploaded to {hub_id} ({'everybody may read it' if public else 'private'})"
+
+
 def send(folder: Path, hub_id: str, public: bool, console: "Console") -> dict[str, Any]:
     """Upload a checkpoint; what came of it goes to the console, and is returned for ``--json``."""
     from vllm_w8a8_bismooth.publication import push as run
@@ -66,7 +74,7 @@ def send(folder: Path, hub_id: str, public: bool, console: "Console") -> dict[st
 
 
 def push(
-    folder: Annotated[Path, typer.Argument(metavar="DST", help="Folder that convert or merge wrote.")],
+    folder: Annotated[Path, typer.Argument(parser=path, metavar="DST", help="Folder that convert or merge wrote.")],
     hub_id: Annotated[str, typer.Argument(metavar="ORG/NAME", help="Repository; it is created if it does not exist.")],
     public: Annotated[bool, typer.Option("--public", help="Everybody may read it; else it is private.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print what is there as JSON on stdout.")] = False,
@@ -84,5 +92,9 @@ def push(
 def _summary(console: "Console", done: "Publication") -> None:
     who = "everybody may read it" if done.public else "private"
     console.print(f"{done.files} files, {done.nbytes / 1e9:.3f} GB, are at {done.url} ({who}).", highlight=False)
+    if done.left_out:
+        more = f" and {len(done.left_out) - 4} more" if len(done.left_out) > 4 else ""
+        files = f"{', '.join(done.left_out[:4])}{more}"
+        console.print(f"Left here, as no part of a checkpoint: {files}.", markup=False, highlight=False)
     if missing := done.labels.missing():
         console.print(f"The card names no {' and no '.join(missing)}: write it into README.md and push again.")

@@ -8,17 +8,20 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from vllm_w8a8_bismooth.checkpoint.files import RECIPE, partial_folder, read_json
+from vllm_w8a8_bismooth.checkpoint.files import CONFIG, RECIPE, REPORT, partial_folder, read_json, sha256
+from vllm_w8a8_bismooth.checkpoint.hub import cache_entry
 from vllm_w8a8_bismooth.checkpoint.journal import NAMES, readable
 from vllm_w8a8_bismooth.checkpoint.layout import Source
 from vllm_w8a8_bismooth.conversion import proposal
 from vllm_w8a8_bismooth.conversion.part import PART, Part, outline_of
 from vllm_w8a8_bismooth.conversion.plan import span
 from vllm_w8a8_bismooth.errors import BismoothError
+from vllm_w8a8_bismooth.method.rows import Threads
 from vllm_w8a8_bismooth.recipe import Recipe, names_of_hashes
 from vllm_w8a8_bismooth.shell import word
 
 _MARKS = {RECIPE: "a whole checkpoint", PART: "a part of a checkpoint"}
+PARTIAL = partial_folder(Path("-")).suffix
 _MOUNTS = Path("/proc/self/mountinfo")
 
 
@@ -27,7 +30,7 @@ class Destination:
     """The folder to be. It grows beside its place and is renamed in the end, so its place must let itself be taken.
 
     Attributes:
-        given: as the user wrote it.
+        given: as the user wrote it; resolved where it has a ``..`` that leads through what does not exist.
         target: resolved; a link is followed, also one that leads nowhere yet.
         name: of the model, for proposals.
     """
@@ -41,8 +44,8 @@ class Destination:
         """Resolve a path.
 
         Raises:
-            BismoothError: it is empty, begins with a ``~`` that no shell has expanded, or has characters in it that a
-                terminal takes for something else.
+            BismoothError: it is empty, an address, or what a folder is called while it grows; it begins with a ``~``
+                that no shell has expanded, or has characters in it that a terminal takes for something else.
         """
         text = str(given)
         if not text:
@@ -57,15 +60,24 @@ class Destination:
         if (expanded := os.path.expanduser(text)) != text:
             remedy = f"give {word(expanded)}, or {word(os.path.abspath(text))} if it is really called so"
             raise BismoothError.of(text, "~ stands for your home folder only where a shell reads it", remedy)
-        # realpath, because unlike Path.resolve it survives links in a circle
-        return cls(Path(given), Path(os.path.realpath(text)), name)
+        if "://" in text:
+            remedy = f"give a folder on this machine, like {word(proposal.inside(Path(), name))}"
+            raise BismoothError.of(text, "an address, not a folder", remedy)
+        target = Path(os.path.realpath(text))  # unlike Path.resolve it survives links in a circle
+        if target.name.endswith(PARTIAL):
+            whole = word(Path(text).with_name(target.name.removesuffix(PARTIAL)))
+            raise BismoothError.of(text, "the name of a conversion that is not finished", f"give {whole}")
+        lost = ".." in Path(text).parts and not Path(text).parent.exists()
+        return cls(target if lost else Path(given), target, name)
 
     def refuse_overlap(self, folder: Path, what: str = "source") -> None:
         """Raises :class:`BismoothError` if what is written would lie in a folder that is read, or around it."""
         read = Path(os.path.realpath(folder))
+        whole = cache_entry(read) or read
         for written in (self.target, partial_folder(self.target)) if self.target.name else (self.target,):
-            if written == read or written in read.parents or read in written.parents:
-                remedy = f"choose a destination beside it, like {word(proposal.beside(read, self.name))}"
+            if written == whole or written in whole.parents or whole in written.parents:
+                place = "beside it" if whole == read else "outside the Hub's cache"
+                remedy = f"choose a destination {place}, like {word(proposal.beside(read, self.name))}"
                 raise BismoothError.of(written, f"overlaps the {what} {folder}", remedy)
 
     def check(self) -> None:
@@ -80,7 +92,7 @@ class Destination:
         if self._marks():
             return
         if why := self._fixed():
-            raise BismoothError.of(self.given, why, self._elsewhere())
+            raise BismoothError.of(self.given, why, self.elsewhere())
         partial = partial_folder(self.target)
         try:
             os.lstat(partial)
@@ -103,18 +115,26 @@ class Destination:
             return True
         if not self.target.exists() or (self.target.is_dir() and not any(self.target.iterdir())):
             return False
-        what = f"holds {_MARKS[found[0]]}" if found else "exists and is no result of bismooth"
-        raise BismoothError.of(self.given, what, self._elsewhere())
+        if found:
+            raise BismoothError.of(self.given, f"holds {_MARKS[found[0]]}", self.elsewhere())
+        remedy = "choose another name"  # not to remove it: nobody knows whose it is
+        if self.target.is_dir():
+            remedy = f"choose a folder inside it, like {word(proposal.inside(self.given, self.name))}"
+        raise BismoothError.of(self.given, "exists and is no result of bismooth", remedy)
 
     def refuse_another(self, differences: Sequence[str]) -> None:
         """Raises :class:`BismoothError` if there are differences to what is there."""
         if differences:
             more = ["..."] if len(differences) > 10 else []
             what = f"holds another conversion ({'; '.join([*differences[:10], *more])})"
-            raise BismoothError.of(self.given, what, self._elsewhere())
+            raise BismoothError.of(self.given, what, self.elsewhere())
 
     def _marks(self) -> list[str]:
-        return [name for name in _MARKS if os.path.isfile(self.target / name)]
+        return [name for name in _MARKS if os.path.isfile(self.target / name) and self._is_ours(name)]
+
+    def _is_ours(self, mark: str) -> bool:
+        """Whether the file is ours; others call theirs recipe.json too."""
+        return mark != RECIPE or isinstance(_json(self.target / mark).get("recipe"), dict)
 
     def _fixed(self) -> str | None:
         """Why no other folder can take this one's place, if that is so."""
@@ -131,7 +151,8 @@ class Destination:
             return f"the result grows beside it, and {self.target.parent} cannot be written"
         return None
 
-    def _elsewhere(self) -> str:
+    def elsewhere(self) -> str:
+        """Where to go instead of a place that holds something of ours."""
         if self._fixed():
             return f"choose a folder inside it, like {word(proposal.inside(self.given, self.name))}"
         return "remove it or choose another folder"
@@ -162,6 +183,35 @@ def _check_writable(destination: Path, folder: Path) -> None:
         raise BismoothError.of(destination, what, "choose a folder that you may write, or ask for the permissions")
 
 
+def _json(path: Path) -> dict[str, Any]:
+    """What a file holds; nothing, if it cannot be read."""
+    try:
+        return read_json(path)
+    except BismoothError:
+        return {}
+
+
+def _refuse_damaged(place: Destination, noted: object) -> None:
+    """Raises :class:`BismoothError` if a result is no longer what it was: then there is something to do.
+
+    Args:
+        place: holds it.
+        noted: file -> SHA-256, as the result itself has it.
+    """
+    files = noted.items() if isinstance(noted, dict) else [(REPORT, None)]
+    with Threads() as threads:
+        same = threads.map(lambda file: _is(place.target / file[0], file[1]), files)
+        wrong = [file for (file, _), right in zip(files, same, strict=True) if not right]
+    if wrong:
+        what = f"holds this conversion, but {', '.join(wrong[:4])} is absent or damaged"
+        raise BismoothError.of(place.given, what, place.elsewhere())
+
+
+def _is(path: Path, digest: str | None) -> bool:
+    """Whether a file is there and has that SHA-256."""
+    return path.is_file() and sha256(path) == digest
+
+
 def already_a_part(destination: Destination, identity: Mapping[str, Any], blocks: range, source: Source) -> bool:
     """Whether the destination holds just this part already; raises as :func:`already_converted`."""
     if not destination.holds(PART):
@@ -173,6 +223,7 @@ def already_a_part(destination: Destination, identity: Mapping[str, Any], blocks
     destination.refuse_another(readable(found.unlike(identity, outline, {}), names))
     checksums = {name: source.checkpoint.digest(name) for name in found.checksums}
     destination.refuse_another(found.unlike(identity, outline, checksums))
+    _refuse_damaged(destination, found.shards)
     return True
 
 
@@ -195,4 +246,6 @@ def already_converted(
         differences = now.differences(stored)
     names = {**names_of_hashes(stored, before), **names_of_hashes(asdict(now), provenance)}
     destination.refuse_another(readable(differences, names))
+    noted = _json(destination.target / REPORT).get("sha256")
+    _refuse_damaged(destination, noted if _json(destination.target / CONFIG) else {CONFIG: None})
     return True

@@ -78,6 +78,8 @@ def prepare(folders: Sequence[str | Path], destination: str | Path, labels: Labe
     Raises:
         BismoothError: with all problems that the parts have.
     """
+    if not folders:
+        raise BismoothError.of("merge", "no parts were named", "name the folders of all parts")
     parts = _open([Path(folder) for folder in folders])
     first = parts[0]
     place = Destination.of(destination, name_of(first.source().checkpoint.place))

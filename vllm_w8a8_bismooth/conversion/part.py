@@ -19,7 +19,7 @@ from vllm_w8a8_bismooth.report.outcome import Outcome
 
 PART = "part.json"
 _SOURCE = "source"
-AGAIN = "copy the part again from where it is whole, or convert it again"
+AGAIN = "copy the part again from where it is whole, or convert it again into another folder"
 
 
 def write(

@@ -1,5 +1,6 @@
 """A conversion before its first write: opened, audited, and checked as far as that goes without reading weights."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -109,7 +110,7 @@ def prepare(
     aim = Destination.of(destination, name_of(place))
     aim.refuse_overlap(place.path)
     aim.check()
-    source = Source(place)
+    source = Source(place)  # first, because a result of ours has all these files too
     for name in (RECIPE, *card.OURS):
         if (place.path / name).exists():
             raise BismoothError.of(place.path / name, f"our own {name} would take its place in the copy", "rename it")
@@ -203,8 +204,8 @@ def device_of(name: str) -> torch.device:
     """
     if not isinstance(name, str):
         raise TypeError(f"device must be a string like 'cuda:1', not {name!r}")
-    if name.partition(":")[0] not in ("cpu", "cuda"):
-        raise BismoothError.of(f"--device {name}", "neither cpu nor cuda", "leave it out to use the CPU")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise BismoothError.of(f"--device {name}", "not one of cpu, cuda, cuda:1", "leave it out to use the CPU")
     try:
         device = torch.device(name)
         torch.empty(1, device=device)

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from vllm_w8a8_bismooth.checkpoint.files import Folder
-from vllm_w8a8_bismooth.checkpoint.hub import Repository
+from vllm_w8a8_bismooth.checkpoint.hub import Repository, cache_entry
 
 
 def name_of(place: Folder | Repository) -> str:
@@ -19,8 +19,11 @@ def inside(folder: Path, name: str) -> Path:
 
 
 def beside(folder: Path, name: str) -> Path:
-    """The same beside a folder, by its whole path."""
-    return inside(Path(os.path.realpath(folder)).parent, name)
+    """The same beside a folder, by its whole path; the Hub's cache, which others clear, is no place for it."""
+    read, here = Path(os.path.realpath(folder)), Path(os.path.realpath(""))
+    if (entry := cache_entry(read)) is None:
+        return inside(read.parent, name)
+    return inside(Path.home() if entry in (here, *here.parents) else here, name)
 
 
 def propose(place: Folder | Repository) -> str:

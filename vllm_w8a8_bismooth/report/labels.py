@@ -17,12 +17,16 @@ class Labels:
 
     Raises:
         BismoothError: on construction, if one of them is neither.
+        TypeError: one of them is no string.
     """
 
     base_model: str | None = None
     license: str | None = None
 
     def __post_init__(self) -> None:
+        for label, value in vars(self).items():
+            if not isinstance(value, str | None):
+                raise TypeError(f"{label} must be a string, not {value!r}")
         name = self.base_model
         if name is not None and not _names_a_model(name):
             what = "not the name of a model on the Hub"

@@ -8,9 +8,10 @@ folded into it. If the ranges of a producer's rows and its consumers' columns do
 """
 
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from math import inf
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,7 +27,7 @@ from vllm_w8a8_bismooth.progress import Progress
 from vllm_w8a8_bismooth.report.card import place_of
 from vllm_w8a8_bismooth.verification.match import Match, Range, match
 
-_FUNCTION = "this checkpoint computes another function; convert the source again"
+_FUNCTION = "this checkpoint computes another function; convert the source again, or name the right one with --against"
 _SOURCE = "convert the source again, or name the right one with --against"
 
 
@@ -65,8 +66,7 @@ class Comparison:
         """config.json must be equal but for what it says of quantization, side files byte for byte."""
         before, after = self.source.checkpoint.config, self.result.config
         for key in sorted((before.keys() | after.keys()) - {"quantization_config"}):
-            old, new = (json.dumps(config.get(key, "absent"), sort_keys=True) for config in (before, after))
-            if old != new:
+            if (old := _said(before, key)) != (new := _said(after, key)):
                 self.fault(CONFIG, f"{key} is {new}, in the source {old}", _SOURCE)
         for relative in map(Path, companions(self.source.checkpoint.place)):
             place = place_of(relative)
@@ -324,3 +324,8 @@ def _first(bad: torch.Tensor) -> str:
 def _span(factors: Range, at: int) -> str:
     low, high = float(factors.low[at]), float(factors.high[at])
     return f"{low:.4g}" if low == high else f"{low:.4g} to {high:.4g}"
+
+
+def _said(config: Mapping[str, Any], key: str) -> str:
+    """A value of a config in a message."""
+    return json.dumps(config[key], sort_keys=True) if key in config else "absent"

@@ -60,7 +60,24 @@ class Schemes:
         matched = match_targets(linear, self._linear, self._targets)
         if not matched or is_match(linear, self._linear, self._ignore):
             return False, None
-        target, scheme = matched[0], self._targets[matched[0]]
+        return True, self._size(linear, matched[0])
+
+    def unknown(self) -> str | None:
+        """What is said of a target that is not INT8 as vLLM's plain format or ours has it; ``None`` if all are."""
+        for target in self._targets:
+            try:
+                self._size(CONFIG, target)
+            except BismoothError as error:
+                return error.problems[0].what.removeprefix(f"{CONFIG}: ")
+        return None
+
+    def _size(self, linear: str, target: str) -> int | None:
+        """The group size that a target gives to a linear.
+
+        Raises:
+            BismoothError: it is quantized in another way.
+        """
+        scheme = self._targets[target]
         weights, inputs = scheme.weights, scheme.input_activations
         for side, arguments, dynamic in (("weights", weights, False), ("input_activations", inputs, True)):
             if arguments is None:
@@ -72,11 +89,11 @@ class Schemes:
                 raise _unlike(linear, target, says)
         strategies = (weights.strategy, inputs.strategy)
         if strategies == ("channel", "token"):
-            return True, None
+            return None
         if strategies == ("group", "token") or (
             strategies == ("group", "group") and weights.group_size == inputs.group_size
         ):
-            return True, weights.group_size
+            return weights.group_size
         raise _unlike(
             linear,
             target,

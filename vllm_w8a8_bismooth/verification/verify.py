@@ -71,7 +71,8 @@ def verify(
         engine: whether to ask vLLM, if it is installed and nothing else is wrong; that takes 10 to 20 seconds.
 
     Raises:
-        BismoothError: ``folder`` is no folder of a checkpoint, or ``against`` no checkpoint that could be converted.
+        BismoothError: ``folder`` is no folder of a checkpoint, or of one of others that is quantized in another way, or
+            ``against`` no checkpoint that could be converted.
     """
     folder = Path(folder)
     if (folder / PART).is_file():
@@ -85,6 +86,8 @@ def verify(
         found.notes.append(f"{CONFIG} lacks the key {MARKER}: not made by bismooth, its rounding is not judged")
     found.add(config_problems(config))
     schemes = _schemes(found, config)
+    if isinstance(config, dict) and not marked:
+        _refuse_unknown(found, schemes)
     try:
         checkpoint = Checkpoint(folder, dtypes=(*FLOAT_DTYPES, "I8"))
     except BismoothError as error:
@@ -113,9 +116,23 @@ def verify(
         known = (names.embedding, names.norm, names.head)
         strange = [n for n in checkpoint.headers if not n.startswith(names.blocks) and n not in known]
         found.notes += [f"tensor {name} is outside the blocks and unknown; check it with --against" for name in strange]
+    if isinstance(config, dict):
+        asked = [key for key in ("kv_cache_scheme", "sparsity_config") if config.get(key)]
+        found.notes += [f"{KEY}.{key} in {CONFIG} asks vLLM for more, which was not checked" for key in asked]
     if engine:
         _ask_vllm(found, config, marked, structure)
     return found
+
+
+def _refuse_unknown(found: Verification, schemes: Schemes | None) -> None:
+    """Raises :class:`BismoothError` for a checkpoint of others that is none of those that can be checked here.
+
+    It may be in order all the same: what it holds would be called faults, and the remedies would spoil it.
+    """
+    what = found.findings[0].what if found.findings else schemes.unknown() if schemes is not None else None
+    if what is not None:
+        remedy = "it may be in order, but verify knows only INT8 with one scale per row or group, and per token"
+        raise BismoothError.of(found.folder / CONFIG, f"not made by bismooth, and {what}", remedy)
 
 
 def _schemes(found: Verification, config: object) -> Schemes | None:
