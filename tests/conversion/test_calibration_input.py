@@ -410,8 +410,8 @@ def test_files_are_refused(make_checkpoint, tmp_path, case):
         ("a.txt", "one, two\r\n".encode("utf-16-le")),
         ("a.txt", "one, two\r\n".encode("utf-16-be")),
         ("a.txt", b"one \x93two\x94"),
-        ("a.txt.gz", gzip.compress(gzip.compress(b"one"))),
-        ("a.jsonl.bz2.gz", gzip.compress(bz2.compress(b'{"text": "one"}'))),
+        ("a.txt.gz", gzip.compress(gzip.compress(b"one", mtime=0), mtime=0)),
+        ("a.jsonl.bz2.gz", gzip.compress(bz2.compress(b'{"text": "one"}'), mtime=0)),
         ("a b.txt", b"one, \xe9\x81"),
         ("a.jsonl.gz", gzip.compress(b'{"text": "one \xe9"}', mtime=0)),
         ("a.md", b"one \xc3\xa9 \xe9 two"),
@@ -420,6 +420,7 @@ def test_files_are_refused(make_checkpoint, tmp_path, case):
         ("a", bz2.compress(b"one")),
         ("a.zip", zipped("inside.jsonl", b'{"text": "one"}')),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",  # archives hold the time: workers would not agree
 )
 def test_remedies_work(tmp_path, name, data):
     """The command that a message names is run as it stands, and what it writes is read."""
