@@ -20,6 +20,7 @@ from vllm_w8a8_bismooth.checkpoint.layout import Source
 from vllm_w8a8_bismooth.checkpoint.names import Names
 from vllm_w8a8_bismooth.checkpoint.reader import Checkpoint
 from vllm_w8a8_bismooth.checkpoint.writer import ShardWriter
+from vllm_w8a8_bismooth.verification import verify
 
 
 def converted(source: Path, out: Path, *options) -> Path:
@@ -204,3 +205,42 @@ def test_config_keys_of_later_transformers(make_checkpoint, tmp_path, calibratio
     edit_json(source / "config.json", lambda c: c.update(invented={"deep": [1, None, {}]}))
     out = converted(source, tmp_path / "out", "--calibration", calibration_text)
     assert json.loads((out / "config.json").read_text())["invented"] == {"deep": [1, None, {}]}
+
+
+_SCALED = {"rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 64}
+ROPES = {
+    "default": {"rope_type": "default", "rope_theta": 5e5},
+    "linear": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0},
+    "dynamic": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
+    "yarn": {"rope_type": "yarn", **_SCALED},
+    "yarn with its own attention factor": {"rope_type": "yarn", "attention_factor": 1.1, "beta_fast": 16.0, **_SCALED},
+    "longrope": {"rope_type": "longrope", "short_factor": [1.0] * 12, "long_factor": [2.0] * 12, **_SCALED},
+    "llama3": {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0, **_SCALED},
+}
+
+
+@pytest.mark.parametrize("case", ROPES)
+@pytest.mark.parametrize("key", ["rope_parameters", "rope_scaling"])
+def test_rotary_embeddings_of_every_kind(make_checkpoint, tmp_path, calibration_text, case, key):
+    """Also as configs from before transformers 5 have it, which keep the base beside the rest."""
+    source, stored = make_checkpoint(), dict(ROPES[case])
+
+    def change(config: dict) -> None:
+        config.pop("rope_parameters", None)
+        if key == "rope_scaling":
+            config["rope_theta"] = stored.pop("rope_theta")
+            stored["type"] = stored.pop("rope_type")
+        config[key] = stored
+
+    edit_json(source / "config.json", change)
+    out = converted(source, tmp_path / "out", "--calibration", calibration_text)
+    assert json.loads((out / "config.json").read_text())[key] == stored
+    assert verify(out, source, engine=False).ok
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen2_moe", "qwen3_moe"])
+def test_experts_that_no_token_is_sent_to(make_checkpoint, tmp_path, calibration_text, model_type):
+    """One token meets two of four experts in each block."""
+    source = make_checkpoint(model_type)
+    out = converted(source, tmp_path / "out", "--calibration", calibration_text, "--calibration-tokens", "1")
+    assert verify(out, source, engine=False).ok

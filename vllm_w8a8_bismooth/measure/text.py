@@ -5,6 +5,7 @@ import math
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -378,7 +379,8 @@ def transformers_config(checkpoint: Checkpoint):
     from transformers import AutoConfig
 
     # Without a classifier's labels, for each of which transformers would make up a name.
-    settings = {key: value for key, value in checkpoint.config.items() if key != "num_labels"}
+    # A copy to the bottom: transformers changes what is inside, and the config is written as it was read.
+    settings = deepcopy({key: value for key, value in checkpoint.config.items() if key != "num_labels"})
     try:
         return AutoConfig.for_model(**settings)
     except Exception as error:  # its validation raises many types
