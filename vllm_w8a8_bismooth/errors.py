@@ -26,9 +26,14 @@ class Problem:
 class BismoothError(Exception):
     """Bad input. The CLI prints the message and exits with 2.
 
+    Attributes:
+        elsewhere: where the problems that its text does not show can be seen.
+
     Args:
         problems: one or more. The text of the exception shows the first eight.
     """
+
+    elsewhere = ""
 
     def __init__(self, *problems: Problem):
         super().__init__(*problems)
@@ -42,7 +47,7 @@ class BismoothError(Exception):
     def __str__(self) -> str:
         first, *others = map(str, self.problems[:_SHOWN])
         left = len(self.problems) - _SHOWN
-        more = [f"and {left} more; bismooth inspect lists them"] if left > 0 else []
+        more = [f"and {left} more{self.elsewhere}"] if left > 0 else []
         return "\n  ".join([first, *(f"also: {problem}" for problem in others), *more])
 
 
@@ -53,6 +58,12 @@ def refuse_empty(argument: str, value: object) -> None:
     """
     if value == "":
         raise BismoothError.of(argument, "is empty", "give a path, or . for the current folder")
+
+
+class BadSource(BismoothError):
+    """A checkpoint that cannot be converted."""
+
+    elsewhere = "; bismooth inspect lists them"
 
 
 class Interrupted(BismoothError):

@@ -138,7 +138,7 @@ def _compare(folder: Path, shards: Mapping[str, str], progress: Progress) -> Non
     with Threads() as threads:
         for file, digest in zip(present, threads.map(lambda file: sha256(folder / file), present), strict=True):
             digests[file] = digest
-            progress("read", len(digests), len(present))
+            progress("read", len(digests), len(present), 0)
     problems = [*contents.changed(shards, digests), *_strays(folder, shards)]
     if problems:
         raise BismoothError(*problems)

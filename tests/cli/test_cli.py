@@ -223,5 +223,5 @@ def test_many_problems_are_one_message():
     problems = [Problem(file, "absent", "download it") for file in "abcdefghij"]
     assert str(BismoothError(problems[0])) == str(BismoothError.of(Path("a"), "absent", "download it"))
     assert str(BismoothError(*problems[:2])) == "a: absent; download it\n  also: b: absent; download it"
-    ending = "also: h: absent; download it\n  and 2 more; bismooth inspect lists them"
+    ending = "also: h: absent; download it\n  and 2 more"
     assert str(BismoothError(*problems)).endswith(ending)

@@ -51,6 +51,7 @@ FILES = {
     "JSON in plain text": ("a.txt", b'{"text": "one"}', ['{"text": "one"}']),
     "markdown": ("a.md", b"# one\n", ["# one\n"]),
     "source code": ("a.py", b"one = {}\n", ["one = {}\n"]),
+    "text that begins like JSON": ("a.md", b'{ "not": json at all\n', ['{ "not": json at all\n']),
     "links in markdown": ("a.md", b"[one](two)\n", ["[one](two)\n"]),
     "no suffix": ("text", b"one", ["one"]),
     "rows without a suffix": ("rows", json.dumps(A).encode(), ["one"]),
@@ -365,6 +366,11 @@ def zipped(name: str, data: bytes) -> bytes:
 
 
 REFUSED = {
+    "a table by columns": (
+        "a.json",
+        b'{"columns": ["text"], "index": [0, 1], "data": [["one"], ["two"]]}',
+        ["as pandas splits it", "orient='records'"],
+    ),
     "UTF-16": ("a.txt", "one".encode("utf-16"), ["a.txt: not UTF-8, but UTF-16;", "it: iconv -f UTF-16 -t UTF-8 "]),
     "a PDF": ("a.txt", b"%PDF-1.4\n\xff", ["a.txt: a formatted document", "save it as .txt"]),
     "a document": ("a.docx", b"PK\x03\x04....", ["a.docx: a formatted document"]),

@@ -336,3 +336,21 @@ def test_an_empty_folder_says_who_may_read_the_result(make_checkpoint, tmp_path)
         out.chmod(mode)
         assert run("convert", source, out, *RTN)[0] == 0
         assert stat.S_IMODE(out.stat().st_mode) == mode
+
+
+@pytest.mark.parametrize("name", [".partial", "..partial", "inner/.partial"])
+def test_a_name_of_nothing_but_partial(make_checkpoint, tmp_path, monkeypatch, name):
+    make_checkpoint()
+    monkeypatch.chdir(tmp_path)
+    code, message = run("convert", "source", name, "--method", "rtn")
+    assert code == 2 and "the name of a conversion that is not finished; give " in message
+    assert run("convert", "source", message.rpartition("give ")[2].strip(), "--method", "rtn")[0] == 0
+
+
+def test_inside_a_conversion_that_is_not_finished(make_checkpoint, tmp_path):
+    """Which takes everything in it with it when it fails, or passes it off as a part of its result."""
+    source = make_checkpoint()
+    (tmp_path / "half.partial" / ".bismooth").mkdir(parents=True)
+    code, message = run("convert", source, tmp_path / "half.partial" / "inner" / "out", "--method", "rtn")
+    assert code == 2 and f"lies in {tmp_path / 'half.partial'}, which an unfinished conversion fills" in message
+    assert run("convert", source, message.rpartition("give ")[2].strip(), "--method", "rtn")[0] == 0

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from benchmarks import emulate
 from tests.support.command import run
 from tests.support.contents import digests, tensors_of
-from tests.support.damage import INDEX, config, edit_json
+from tests.support.damage import INDEX, config, edit_json, edit_shard
 from tests.support.effort import calls
 from tests.support.sweep import sweep
 from vllm_w8a8_bismooth.checkpoint.layout import Source
@@ -244,3 +244,12 @@ def test_experts_that_no_token_is_sent_to(make_checkpoint, tmp_path, calibration
     source = make_checkpoint(model_type)
     out = converted(source, tmp_path / "out", "--calibration", calibration_text, "--calibration-tokens", "1")
     assert verify(out, source, engine=False).ok
+
+
+@pytest.mark.parametrize("value", [1e-37, 1e-40])
+def test_rows_whose_scales_are_subnormal(make_checkpoint, tmp_path, value):
+    """Dead neurons, after years of weight decay: sound, and verify says so."""
+    source = make_checkpoint(dtype=torch.float32)
+    name = "model.layers.0.mlp.up_proj.weight"
+    edit_shard(source, lambda tensors: tensors[name][5].fill_(value), name)
+    assert verify(converted(source, tmp_path / "out"), source, engine=False).ok

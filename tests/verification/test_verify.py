@@ -229,7 +229,7 @@ ALONE = {
     "scale 0": (
         "llama",
         put(f"{Q}_scale", (2, 0), 0.0),
-        [f"{Q}_scale", "0.0 at [2, 0]", "scales outside", "1 such values"],
+        [f"{Q}_scale", "0.0 at [2, 0]", "scales that are not between 0 and", "1 such values"],
     ),
     "scale NaN": ("llama", put(f"{Q}_scale", (2, 0), float("nan")), [f"{Q}_scale", "nan at [2, 0]"]),
     "scale negative": ("llama", put(f"{Q}_scale", (2, 0), -0.5), [f"{Q}_scale", "-0.5 at [2, 0]"]),

@@ -10,7 +10,7 @@ from vllm_w8a8_bismooth.checkpoint.companions import module_problems
 from vllm_w8a8_bismooth.checkpoint.files import Folder
 from vllm_w8a8_bismooth.checkpoint.names import Names
 from vllm_w8a8_bismooth.checkpoint.reader import Checkpoint, Headers
-from vllm_w8a8_bismooth.errors import BismoothError, Problem
+from vllm_w8a8_bismooth.errors import BadSource, BismoothError, Problem
 
 PROBLEMS = 1000
 """How many problems of one checkpoint are listed at most."""
@@ -36,7 +36,7 @@ class Layout:
         self.checkpoint = headers
         self.problems: list[Problem] = list(islice(headers.problems, PROBLEMS))
         if not headers.config and self.problems:  # config.json is one of them
-            raise BismoothError(*self.problems)
+            raise BadSource(*self.problems)
         self.names: Names = headers.names
         tensors = headers.headers
         try:
@@ -48,9 +48,9 @@ class Layout:
                 self.problems += islice(found, PROBLEMS - len(self.problems))
             self.problems += module_problems(headers.place)
         except BismoothError as error:
-            raise BismoothError(*self.problems, *error.problems) from None
+            raise BadSource(*self.problems, *error.problems) from None
         if max(self.sizes["blocks"], self.sizes.get("experts", 0)) > len(tensors) + len(headers.lost):
-            raise BismoothError(*self.problems)  # too large to lay out, and no header backs it
+            raise BadSource(*self.problems)  # too large to lay out, and no header backs it
         self.layers: list[Layer] = layers_of(headers.config, self.architecture, self.sizes, self.sizes["blocks"])
         self.blocks: list[list[str]] = [[] for _ in self.layers]
         self.outside: list[str] = []
@@ -64,8 +64,10 @@ class Layout:
                 self.outside.append(name)
                 beyond |= {place[0]} if place else set()
         if beyond:
-            what = f"{len(beyond)} blocks behind num_hidden_layers" if len(beyond) > 1 else f"block {min(beyond)}"
-            self.notes.append(f"{what}, which predicts further tokens (MTP), stays in the source's dtype")
+            many = len(beyond) > 1
+            what = f"{len(beyond)} blocks behind num_hidden_layers" if many else f"block {min(beyond)}"
+            does = "which predict further tokens (MTP), stay" if many else "which predicts further tokens (MTP), stays"
+            self.notes.append(f"{what}, {does} in the source's dtype")
 
     def outside_with(self, blocks: range) -> list[str]:
         """The tensors outside the blocks that go with a range of blocks: all with the first block, else none."""

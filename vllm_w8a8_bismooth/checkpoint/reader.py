@@ -14,7 +14,7 @@ from vllm_w8a8_bismooth.checkpoint import shards
 from vllm_w8a8_bismooth.checkpoint.companions import MODULES, companions, left_out
 from vllm_w8a8_bismooth.checkpoint.files import CONFIG, INDEX, Checksum, Folder, Place, read_json, sha256
 from vllm_w8a8_bismooth.checkpoint.names import Names, unwrapped
-from vllm_w8a8_bismooth.errors import BismoothError, Interrupted, Problem
+from vllm_w8a8_bismooth.errors import BadSource, BismoothError, Interrupted, Problem
 
 FLOAT_DTYPES = ("BF16", "F16", "F32")
 BUFFER_DTYPES = ("F64", "I64", "I32", "I16", "U8", "BOOL")
@@ -213,7 +213,7 @@ class Checkpoint(Headers):
         super().__init__(Folder.of(folder), dtypes)
         self.folder = self.place.path
         if self.problems:
-            raise BismoothError(*self.problems)
+            raise BadSource(*self.problems)
 
     def read(self, name: str, digest=None, into=None):
         """One tensor, in its stored dtype.

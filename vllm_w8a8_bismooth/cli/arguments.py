@@ -7,6 +7,7 @@ from pathlib import Path
 import typer
 
 from vllm_w8a8_bismooth.errors import BismoothError, Problem, refuse_empty
+from vllm_w8a8_bismooth.shell import refuse_tilde
 
 _GO_ON = ("convert", "merge", "push")
 _DRY = f"{__name__}.dry"
@@ -15,6 +16,7 @@ _DRY = f"{__name__}.dry"
 def path(text: str) -> Path:
     """Reads a path for typer, which takes an empty one for the current folder."""
     refuse_empty("a path", text)
+    refuse_tilde(text)
     return Path(text)
 
 

@@ -250,7 +250,7 @@ def analyze(
     figures: Annotated[
         Path | None, typer.Option(parser=path, metavar="DIR", help="Draw the weights and errors as SVG.")
     ] = None,
-    top: Annotated[int, typer.Option(min=1, metavar="N", help="Rows of the table.")] = 20,
+    top: Annotated[int | None, typer.Option(min=1, metavar="N", help="Rows of the table.", show_default="20")] = None,
     device: Annotated[
         str, typer.Option(metavar="DEVICE", help="Where weights are worked on: cpu, cuda, cuda:1.")
     ] = "cpu",
@@ -273,6 +273,9 @@ def analyze(
 
     if group_size is not None:
         Recipe.of("mixed", group_size=group_size)  # the same bounds
+    if top is not None and as_json:
+        raise BismoothError.of("--top", "has no effect with --json, which prints everything", "leave it out")
+    rows = top or 20
     if figures is not None:
         drawing.require()
     text = calibrating.read(calibrating.files(calibration, calibration_tokens, "analyze"))
@@ -288,9 +291,9 @@ def analyze(
         measured = {"perturbation": moved, "calibration": used.json() if used is not None else None}
         print(json.dumps({"source": source, **analysis.analysis_json(found), **measured}, indent=2))
     else:
-        analysis.analysis(found, source, group_size, top)
+        analysis.analysis(found, source, group_size, rows)
         if moved is not None:
-            analysis.perturbation(moved, top)
+            analysis.perturbation(moved, rows)
     for drawn in drawing.of_analysis(found, figures) if figures is not None else []:
         console.print(f"Drew {drawn}", markup=False)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from vllm_w8a8_bismooth.checkpoint.files import CONFIG, RECIPE, REPORT, partial_folder, read_json, sha256
 from vllm_w8a8_bismooth.checkpoint.hub import cache_entry
-from vllm_w8a8_bismooth.checkpoint.journal import NAMES, readable
+from vllm_w8a8_bismooth.checkpoint.journal import FOLDER, NAMES, readable
 from vllm_w8a8_bismooth.checkpoint.layout import Source
 from vllm_w8a8_bismooth.conversion import proposal
 from vllm_w8a8_bismooth.conversion.part import PART, Part, outline_of
@@ -18,7 +18,7 @@ from vllm_w8a8_bismooth.conversion.plan import span
 from vllm_w8a8_bismooth.errors import BismoothError
 from vllm_w8a8_bismooth.method.rows import Threads
 from vllm_w8a8_bismooth.recipe import Recipe, names_of_hashes
-from vllm_w8a8_bismooth.shell import word
+from vllm_w8a8_bismooth.shell import refuse_tilde, word
 
 _MARKS = {RECIPE: "a whole checkpoint", PART: "a part of a checkpoint"}
 PARTIAL = partial_folder(Path("-")).suffix
@@ -57,16 +57,19 @@ class Destination:
         if any(unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp") for letter in text):
             what = "the destination's name has a control character, or bytes that are no text"
             raise BismoothError.of(repr(text), what, "choose a name without")
-        if (expanded := os.path.expanduser(text)) != text:
-            remedy = f"give {word(expanded)}, or {word(os.path.abspath(text))} if it is really called so"
-            raise BismoothError.of(text, "~ stands for your home folder only where a shell reads it", remedy)
+        refuse_tilde(text)
         if "://" in text:
             remedy = f"give a folder on this machine, like {word(proposal.inside(Path(), name))}"
             raise BismoothError.of(text, "an address, not a folder", remedy)
         target = Path(os.path.realpath(text))  # unlike Path.resolve it survives links in a circle
         if target.name.endswith(PARTIAL):
-            whole = word(Path(text).with_name(target.name.removesuffix(PARTIAL)))
-            raise BismoothError.of(text, "the name of a conversion that is not finished", f"give {whole}")
+            whole = target.name.removesuffix(PARTIAL).strip(".") or f"{name}-int8"
+            remedy = f"give {word(Path(text).parent / whole)}"
+            raise BismoothError.of(text, "the name of a conversion that is not finished", remedy)
+        for around in target.parents:
+            if around.name.endswith(PARTIAL) and (around / FOLDER).is_dir():
+                what = f"lies in {around}, which an unfinished conversion fills, and removes if it fails"
+                raise BismoothError.of(text, what, f"give {word(proposal.inside(around.parent, name))}")
         lost = ".." in Path(text).parts and not Path(text).parent.exists()
         return cls(target if lost else Path(given), target, name)
 

@@ -254,8 +254,17 @@ def _kind_by_content(head: str, kind: str | None) -> str:
     if kind == LINES and isinstance(row, Unusable) and first.lstrip().startswith("{"):
         return JSON if others and _begins_inside(others[0]) else LINES
     if kind is None:
-        return JSON if re.match(r"\s*\[?\s*\{\s*\"", head) else PLAIN
+        return JSON if re.match(r"\s*\[?\s*\{\s*\"", head) and _may_be_json(head) else PLAIN
     return JSON if kind == JSON or head.lstrip().startswith("[") else LINES
+
+
+def _may_be_json(head: str) -> bool:
+    """Whether what begins like JSON goes on so, and is no program text; where the head ends before it does, it may."""
+    try:
+        json.JSONDecoder().raw_decode(head.lstrip())
+    except (ValueError, RecursionError):
+        return len(head) >= _HEAD // 4  # characters may take four bytes
+    return True
 
 
 def _begins_inside(line: str) -> bool:

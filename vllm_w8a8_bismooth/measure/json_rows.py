@@ -61,10 +61,13 @@ def _members(cursor: "_Cursor") -> Iterator[Any]:
     except _Broken:
         yield from kept.items
         raise
+    if kept.names >= {"columns", "data"}:
+        yield Unusable("a table by columns, as pandas splits it; write it with orient='records'")
+        return
     row = _usable(fields)
     if not row or any(isinstance(item, Mapping) and _usable(item) for item in kept.items):
         yield from kept.items
-    if row or not kept.seen:
+    if row or not kept.names:
         yield fields
 
 
@@ -73,13 +76,13 @@ class _Kept:
     """What the lists of an object hold, until it is clear what they are.
 
     Attributes:
-        seen: whether there was a list.
+        names: of the lists.
         rows: whether they are taken for rows, because they are too long to be kept.
         items: what is kept.
         size: of the items, in characters.
     """
 
-    seen: bool = False
+    names: set[str] = field(default_factory=set)
     rows: bool = False
     items: list[Any] = field(default_factory=list)
     size: int = 0
@@ -107,7 +110,7 @@ def _into(cursor: "_Cursor", fields: dict[str, Any], kept: _Kept) -> Iterator[An
             raise _Broken("no valid JSON")
         cursor.skip()
         if cursor.peek() == "[" and key not in CHATS and not fields.keys() & KEYS:
-            kept.seen = True
+            kept.names.add(key)
             for item in _items(cursor):
                 yield from kept.add(item)
         else:

@@ -15,7 +15,7 @@ from vllm_w8a8_bismooth.progress import Progress
 
 AGAIN = "copy the file again from where it is whole, or convert the source again"
 SCALE = ".weight_scale"
-_SMALLEST, _LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max / 127
+_LARGEST = torch.finfo(torch.float32).max / 127
 
 
 @dataclass
@@ -51,7 +51,7 @@ def read(checkpoint: Checkpoint, marked: bool, progress: Progress) -> Contents:
             found.digests |= shard.digests
             found.problems += shard.problems
             found.silent += shard.silent
-            progress("read", done, len(files))
+            progress("read", done, len(files), 0)
     return found
 
 
@@ -82,7 +82,7 @@ def _values(found: Contents, checkpoint: Checkpoint, name: str, digest, marked: 
             used = used or bool(low) or bool(high)
             wrong = piece == -128 if marked and low == -128 else None  # others may use it
         elif is_scale:
-            wrong = (piece < _SMALLEST) | (piece > _LARGEST)
+            wrong = (piece <= 0) | (piece > _LARGEST)  # a row of subnormal weights has such a scale
         if wrong is not None and wrong.any():
             at = int(wrong.nonzero()[0])
             place = [int(i) for i in torch.unravel_index(torch.tensor(first + at), header.shape)]
@@ -90,7 +90,7 @@ def _values(found: Contents, checkpoint: Checkpoint, name: str, digest, marked: 
             count += int(wrong.sum())
         first += len(piece)
     if count:
-        says = "scales outside 1.2e-38 to 2.7e36" if is_scale else "codes outside -127 to 127"
+        says = "scales that are not between 0 and 2.7e36" if is_scale else "codes outside -127 to 127"
         found.problems.append(Problem(name, f"holds {says}: {example} ({count} such values)", AGAIN))
     if header.dtype == "I8" and first and not used:
         found.silent.append(name)

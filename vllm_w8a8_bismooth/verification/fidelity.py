@@ -113,7 +113,7 @@ class Comparison:
         with Threads() as threads:
             for index, layer in enumerate(self.source.layers):
                 _Block(self, index, layer).compare(threads, judge)
-                progress("compare", index + 1, len(self.source.layers))
+                progress("compare", index + 1, len(self.source.layers), 0)
 
     def both(self, name: str) -> bool:
         """Whether both checkpoints have the tensor in one shape and dtype, fit to be read; says so if not."""
