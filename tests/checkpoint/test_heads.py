@@ -84,7 +84,20 @@ def test_the_class_that_a_remedy_names_is_one(model_type, given):
 def test_a_head_of_another_name_makes_no_bare_decoder(make, tmp_path):
     source = make()
     renamed(source, lambda name: name.replace("lm_head", "output"))
-    refused(source, tmp_path, "lm_head.weight: is missing", "output.weight has its shape", "save_pretrained")
+    refused(
+        source,
+        tmp_path,
+        "lm_head.weight: is missing",
+        "output.weight has its shape",
+        "rename output.weight to lm_head.weight in the files",
+    )
+
+
+def test_of_two_heads_of_other_names_none_is_chosen(make, tmp_path):
+    source = make()
+    renamed(source, lambda name: name.replace("lm_head", "output"))
+    edit_tensors(source, lambda tensors: tensors | {"early_output.weight": tensors["output.weight"] + 1})
+    refused(source, tmp_path, "rename the one that is the head to lm_head.weight in the files")
 
 
 def test_a_head_that_is_the_embedding_without_a_word_of_it(make, tmp_path):

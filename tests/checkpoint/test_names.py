@@ -83,7 +83,7 @@ def test_several_models_of_which_none_is_named(make, tmp_path):
     renamed(source, bare)
     edit_tensors(source, lambda tensors: {f"{a}.{n}": t.clone() for n, t in tensors.items() for a in ("doc", "query")})
     architecture(source, "LlamaModel")
-    refused(source, tmp_path, "doc.layers and query.layers: are blocks of several models", "save the one that is meant")
+    refused(source, tmp_path, "doc.layers and query.layers: are blocks of several models", "keep only the tensors")
 
 
 def test_a_copy_beside_the_model_is_not_taken_for_it(make, tmp_path):
@@ -124,7 +124,13 @@ def test_an_adapter_that_was_not_merged(make, tmp_path):
 def test_the_files_of_another_format(make, tmp_path, name_of):
     source = make()
     renamed(source, name_of)
-    refused(source, tmp_path, "none of the tensors of such a model's blocks", "save_pretrained")
+    refused(
+        source,
+        tmp_path,
+        "none of the tensors of such a model's blocks",
+        "and not like model.layers.0.",
+        "as its publisher stores it",
+    )
 
 
 OTHERWISE = {
@@ -138,11 +144,48 @@ OTHERWISE = {
 
 @pytest.mark.parametrize("kind", OTHERWISE)
 def test_weights_under_other_names_are_not_to_be_removed(make, tmp_path, kind):
-    """One sentence says it. What is called otherwise is needed, so that no remedy may remove it."""
+    """One sentence says it. What is called otherwise is needed, so that no remedy may remove it, or load and save the
+    model, in which transformers would put random weights in its place."""
     source = make()
     edit_tensors(source, OTHERWISE[kind])
     refused(source, tmp_path, "(and 2 more): missing, while model.layers.0.", "is not part of a llama model")
-    assert "remove" not in run("convert", source, tmp_path / "out", "--method", "rtn")[1]
+    message = run("convert", source, tmp_path / "out", "--method", "rtn")[1]
+    assert "give the checkpoint as its publisher stores it" in message
+    assert "remove" not in message and "save" not in message
+
+
+def test_stacked_experts(make, tmp_path):
+    """As a state dict of transformers 5 has them. To load and save them would give the same names again."""
+    source = make("qwen3_moe")
+
+    def stacked(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        kept = {name: t for name, t in tensors.items() if ".experts." not in name}
+        for mlp in sorted({name.partition("experts.")[0] for name in tensors.keys() - kept.keys()}):
+            gate, up, down = (
+                torch.stack([tensors[f"{mlp}experts.{e}.{part}_proj.weight"] for e in range(4)])
+                for part in ("gate", "up", "down")
+            )
+            kept |= {f"{mlp}experts.gate_up_proj": torch.cat([gate, up], 1), f"{mlp}experts.down_proj": down}
+        return kept
+
+    edit_tensors(source, stacked)
+    refused(
+        source,
+        tmp_path,
+        "model.layers.1.mlp.experts.0.gate_proj.weight (and 23 more): missing, while model.layers.1.mlp.experts.",
+        "(and 3 more) holds stacked experts, as transformers 5 keeps them in memory",
+        "download the original checkpoint, which has one tensor an expert",
+    )
+
+
+def test_experts_in_modules_of_another_name(make, tmp_path):
+    """As transformers calls Mixtral's in memory."""
+    source = make("mixtral")
+    renamed(source, lambda name: name.replace("block_sparse_moe.", "mlp."))
+    refused(
+        source, tmp_path, "block_sparse_moe.gate.weight (and 38 more): missing, while model.layers.0.mlp.", "stores"
+    )
+    assert "save" not in run("convert", source, tmp_path / "out", "--method", "rtn")[1]
 
 
 def test_a_model_that_is_called_another_is_not_to_be_mutilated(make, tmp_path):

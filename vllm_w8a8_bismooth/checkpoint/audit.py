@@ -21,6 +21,10 @@ _MTP = ("eh_proj", "enorm", "hnorm", "shared_head", "mtp", "embed_tokens", "toke
 """What blocks that predict further tokens hold beside an ordinary block's tensors (DeepSeek, GLM, MiMo)."""
 _TRACES = {"weight_scale", "weight_scale_inv", "qweight", "qzeros", "absmax", "quant_map", "SCB", "weight_packed"}
 """Parts of names that only quantized weights have."""
+_STACKED = (".experts.gate_up_proj", ".experts.down_proj")
+"""Endings of tensors that hold all experts of a block."""
+_AS_PUBLISHED = f"give the checkpoint as its publisher stores it, or mend model_type or what else is wrong in {CONFIG}"
+"""Not to load and save it: transformers fills what it does not find with random numbers, and only warns."""
 
 
 def architecture_of(config: Mapping) -> Architecture:
@@ -219,19 +223,13 @@ def audit(
     missing = {n: shape for n, shape in promise.required.items() if n not in tensors and n not in lost}
     blocks = [name for name in promise.required if name.startswith(names.blocks)]
     if not lost and not promise.endless and all(name in missing for name in blocks):
-        yield _foreign(config, tensors)
+        yield _foreign(config, blocks[0], tensors)
         return
     kind, strange = config["model_type"], _strange(names, promise, sizes["blocks"], tensors)
     around = {place[0] for place in map(names.inside, strange) if place and not promise.endless}
     replaced = [name for name in missing if (place := names.inside(name)) and place[0] in around]
     if replaced:
-        here, there = (f"{n[0]}{f' (and {len(n) - 1} more)' if len(n) > 1 else ''}" for n in (replaced, strange))
-        yield Problem(
-            here,
-            f"missing, while {there} is not part of a {kind} model with this {CONFIG}",
-            "download the checkpoint again, save the model in Hugging Face's format with "
-            f"model.save_pretrained(FOLDER), or mend model_type or what else is wrong in {CONFIG}",
-        )
+        yield _replaced(kind, replaced, strange)
     missing = {name: shape for name, shape in missing.items() if name not in set(replaced)}
     yield from _missing(config, names, missing, promise)
     if promise.endless:
@@ -298,14 +296,28 @@ def predicts(config: Mapping, beyond: Iterable[Collection[str]]) -> bool:
     return said or all(any(name.startswith(_MTP) for name in names) for names in beyond)
 
 
-def _foreign(config: Mapping, tensors: Mapping[str, Header]) -> Problem:
+def _replaced(kind: str, missing: Sequence[str], strange: Sequence[str]) -> Problem:
+    """The problem that blocks hold other tensors than they should."""
+    stacked = [name for name in strange if name.endswith(_STACKED)]
+    first = next((name for name in missing if ".experts." in name), missing[0]) if stacked else missing[0]
+    here, there = (
+        f"{name}{f' (and {count - 1} more)' if count > 1 else ''}"
+        for name, count in ((first, len(missing)), ((stacked or strange)[0], len(strange)))
+    )
+    if stacked:
+        what = f"missing, while {there} holds stacked experts, as transformers 5 keeps them in memory"
+        return Problem(here, what, "download the original checkpoint, which has one tensor an expert")
+    return Problem(here, f"missing, while {there} is not part of a {kind} model with this {CONFIG}", _AS_PUBLISHED)
+
+
+def _foreign(config: Mapping, expected: str, tensors: Mapping[str, Header]) -> Problem:
     """The problem that no block is there at all."""
     example = next(iter(tensors), "nothing")
     return Problem(
         CONFIG,
         f"model_type is {config['model_type']!r}, but none of the tensors of such a model's blocks is in the files; "
-        f"they are called like {example}",
-        "save the model in Hugging Face's format with model.save_pretrained(FOLDER), or mend model_type",
+        f"they are called like {example}, and not like {expected}",
+        _AS_PUBLISHED,
     )
 
 
@@ -356,7 +368,8 @@ def _heads(checkpoint: Headers, architecture: Architecture, tensors: Mapping[str
             yield Problem(
                 names.head,
                 f"is missing, {promises}, and {alike[0]} has its shape",
-                f"save the model with model.save_pretrained(FOLDER), so that the head is called {names.head}",
+                f"rename {alike[0] if len(alike) == 1 else 'the one that is the head'} to {names.head} in the files "
+                "(and in their index)",
             )
             return
         yield Problem(

@@ -131,5 +131,5 @@ def _check_alone(names: Collection[str]) -> None:
         raise BismoothError.of(
             " and ".join(f"{trunk}layers" for trunk in whole),
             "are blocks of several models, and none of them is called model.layers or layers",
-            "save the one that is meant alone, with model.save_pretrained(FOLDER)",
+            "keep only the tensors of the one that is meant",
         )
