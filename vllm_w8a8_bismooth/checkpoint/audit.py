@@ -17,6 +17,8 @@ _HEADS = (
     ("RewardModel", "other"), ("Model", None),
 )  # fmt: skip
 """Ending of a class's name -> its head, see :func:`head_of`."""
+_OTHER_HEADS = ("score", "classifier", "qa_outputs", "v_head", "value_head", "reward_head")
+"""What the names of heads begin with that are no language model's."""
 _MTP = ("eh_proj", "enorm", "hnorm", "shared_head", "mtp", "embed_tokens", "token_layernorm", "final_layernorm")
 """What blocks that predict further tokens hold beside an ordinary block's tensors (DeepSeek, GLM, MiMo)."""
 _TRACES = {"weight_scale", "weight_scale_inv", "qweight", "qzeros", "absmax", "quant_map", "SCB", "weight_packed"}
@@ -353,7 +355,9 @@ def _heads(checkpoint: Headers, architecture: Architecture, tensors: Mapping[str
     """A head that ``architectures`` promises and that is not there."""
     config, names = checkpoint.config, checkpoint.names
     kind, given = head_of(config), config.get("architectures")
-    if names.head in tensors or names.head in checkpoint.lost or MODULES in checkpoint.place.files():
+    if MODULES in checkpoint.place.files():
+        return
+    if kind != "other" and (names.head in tensors or names.head in checkpoint.lost):
         return
     known = {names.embedding, names.norm}
     others = [n for n, header in tensors.items() if names.inside(n) is None and header.dtype in FLOAT_DTYPES]
@@ -379,7 +383,10 @@ def _heads(checkpoint: Headers, architecture: Architecture, tensors: Mapping[str
             f"download the checkpoint again, or set architectures to [{json.dumps(bare)}] in {CONFIG} if it is one, or "
             "tie_word_embeddings to true if the embedding is the head",
         )
-    elif kind == "other" and not others and not {"classifier_from_token", "method"} & config.keys():
+    # vLLM makes a classifier of a language model's head where the config says so.
+    elif kind == "other" and not (config.get("classifier_from_token") or config.get("method")):
+        if any(name.removeprefix(names.trunk).startswith(_OTHER_HEADS) for name in {*others, *checkpoint.lost}):
+            return
         yield Problem(
             CONFIG,
             f"architectures is {given}, but no tensor of such a head is in the files",
