@@ -204,6 +204,7 @@ BUFFERS = {
     "model.layers.1.self_attn.mask": torch.ones(8, 8, dtype=torch.uint8),
     "model.layers.1.mlp.steps": torch.tensor(7),
     "model.layers.2.self_attn.rotary_emb.inv_freq": torch.arange(12.0, dtype=torch.float64),
+    "model.layers.1.self_attn.rotary_emb.inv_freq": torch.arange(6.0),  # of half a head, as with partial rotary
     "model.layers.2.self_attn.rotary_emb.cos_cached": torch.ones(1, 1, 16, 24),
     "model.rotary_emb.inv_freq": torch.arange(12.0, dtype=torch.float64),
     "model.mask": torch.full((8, 8), float("-inf"), dtype=torch.float64).triu(1),

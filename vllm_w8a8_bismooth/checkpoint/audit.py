@@ -193,7 +193,6 @@ class _Promise:
             if id(layer) not in inside:
                 inside[id(layer)] = layer_tensors(layer, sizes, config)
             found.required |= {names.block(i) + name: shape for name, shape in inside[id(layer)].items()}
-            found.optional[names.block(i) + "self_attn.rotary_emb.inv_freq"] = (sizes["head"] // 2,)
             if len(found.required) > 2 * bound:
                 found.endless = True
                 break
@@ -244,7 +243,7 @@ def audit(
     for name, header in tensors.items():
         expected = promise.required.get(name) or promise.optional.get(name)
         place = names.inside(name)
-        if expected is not None and header.dtype in BUFFER_DTYPES and "rotary_emb." not in name:
+        if expected is not None and header.dtype in BUFFER_DTYPES:
             remedy = "save the model again in BF16, F16 or F32, with model.to(torch.bfloat16).save_pretrained(FOLDER)"
             yield Problem(name, f"has dtype {header.dtype}, which no weight can have here", remedy)
         elif expected is not None:
