@@ -117,6 +117,14 @@ def test_an_adapter_that_was_not_merged(make, tmp_path):
     refused(source, tmp_path, "was not merged", "merge_and_unload()")
 
 
+@pytest.mark.parametrize("part", ["modules_to_save.default", "original_module"])
+def test_a_module_that_an_adapter_replaced(make, tmp_path, part):
+    """PEFT keeps the trained module beside the old one until they are merged."""
+    source = make()
+    renamed(source, lambda name: name.replace("lm_head.weight", f"lm_head.{part}.weight"))
+    refused(source, tmp_path, f"lm_head.{part}.weight: belongs to an adapter", "was not merged", "merge_and_unload()")
+
+
 @pytest.mark.parametrize("name_of", [
     lambda name: name.replace("model.layers.", "blk.").replace("self_attn.q_proj", "attn_q"),
     lambda name: name.replace("model.layers.", "transformer.h."),
