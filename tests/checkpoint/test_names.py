@@ -288,6 +288,26 @@ def test_blocks_that_predict_further_tokens_are_carried_along(make, tmp_path, ke
     assert found.ok, found.findings
 
 
+@pytest.mark.parametrize(
+    "said",
+    [{"num_nextn_predict_layers": 1}, {"mtp_loss_scaling_factor": 0.3}, {"num_mtp_layers": True}, {"use_mtp": 3}],
+)
+def test_own_blocks_do_not_predict_because_of_a_key(make, tmp_path, said):
+    """Neither more of them than it counts, nor any where it counts none."""
+    source = make()
+    config(num_hidden_layers=1, **said)(source)
+    refused(source, tmp_path, "model.layers.1.*: 18 tensors belong to no block", "set num_hidden_layers to 3")
+    config(num_hidden_layers=3)(source)
+    assert "(MTP)" not in converted(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize("key", ["num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers"])
+def test_blocks_like_others_predict_if_the_config_counts_them(make, tmp_path, key):
+    source = make()
+    config(num_hidden_layers=2, **{key: 1})(source)
+    assert "block 2, which predicts further tokens (MTP)" in converted(source, tmp_path / "out")
+
+
 def test_an_own_block_before_one_that_predicts_further_tokens(make, tmp_path):
     """The remedy counts only the former, and works."""
     source = make()

@@ -1,8 +1,9 @@
 """What a config promises, held against the names and shapes in the headers."""
 
 import json
+import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from vllm_w8a8_bismooth.checkpoint.architectures import ARCHITECTURES, Architecture, Layer
@@ -21,6 +22,7 @@ _OTHER_HEADS = ("score", "classifier", "qa_outputs", "v_head", "value_head", "re
 """What the names of heads begin with that are no language model's."""
 _MTP = ("eh_proj", "enorm", "hnorm", "shared_head", "mtp", "embed_tokens", "token_layernorm", "final_layernorm")
 """What blocks that predict further tokens hold beside an ordinary block's tensors (DeepSeek, GLM, MiMo)."""
+_MTP_COUNT = re.compile(r"(num_(mtp|nextn)|(mtp|nextn)_num)(_\w+)?_(layers|modules)")
 _TRACES = {"weight_scale", "weight_scale_inv", "qweight", "qzeros", "absmax", "quant_map", "SCB", "weight_packed"}
 """Parts of names that only quantized weights have."""
 _STACKED = (".experts.gate_up_proj", ".experts.down_proj")
@@ -286,15 +288,18 @@ def _strange(names: Names, promise: _Promise, blocks: int, tensors: Mapping[str,
     return found
 
 
-def predicts(config: Mapping, beyond: Iterable[Collection[str]]) -> bool:
-    """Whether blocks behind the last one predict further tokens (MTP): the config says so, or what is in them does.
+def predicts(config: Mapping, beyond: Collection[Collection[str]]) -> bool:
+    """Whether blocks behind the last one predict further tokens (MTP): the config counts so many, or each holds what
+    only such blocks do.
 
     Args:
         config: of the checkpoint.
         beyond: names inside each of them.
     """
-    said = any(value for key, value in config.items() if "nextn" in key or "mtp" in key.split("_"))
-    return said or all(any(name.startswith(_MTP) for name in names) for names in beyond)
+    counts = [value for key, value in config.items() if _MTP_COUNT.fullmatch(key) and type(value) is int]
+    return max(counts, default=0) >= len(beyond) or all(
+        any(name.startswith(_MTP) for name in names) for names in beyond
+    )
 
 
 def _replaced(kind: str, missing: Sequence[str], strange: Sequence[str]) -> Problem:
