@@ -125,17 +125,18 @@ def test_a_module_that_an_adapter_replaced(make, tmp_path, part):
     refused(source, tmp_path, f"lm_head.{part}.weight: belongs to an adapter", "was not merged", "merge_and_unload()")
 
 
-@pytest.mark.parametrize("name_of", [
-    lambda name: name.replace("model.layers.", "blk.").replace("self_attn.q_proj", "attn_q"),
-    lambda name: name.replace("model.layers.", "transformer.h."),
+@pytest.mark.parametrize("prefix, name_of", [
+    ("blk.", lambda name: name.replace("model.layers.", "blk.").replace("self_attn.q_proj", "attn_q")),
+    ("transformer.h.", lambda name: name.replace("model.layers.", "transformer.h.")),
 ], ids=["llama.cpp", "GPT-2"])  # fmt: skip
-def test_the_files_of_another_format(make, tmp_path, name_of):
+def test_the_files_of_another_format(make, tmp_path, prefix, name_of):
     source = make()
     renamed(source, name_of)
     refused(
         source,
         tmp_path,
         "none of the tensors of such a model's blocks",
+        f"they are called like {prefix}0.",
         "and not like model.layers.0.",
         "as its publisher stores it",
     )

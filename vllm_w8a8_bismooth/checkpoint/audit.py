@@ -318,7 +318,7 @@ def _replaced(kind: str, missing: Sequence[str], strange: Sequence[str]) -> Prob
 
 def _foreign(config: Mapping, expected: str, tensors: Mapping[str, Header]) -> Problem:
     """The problem that no block is there at all."""
-    example = next(iter(tensors), "nothing")
+    example = next((name for name in tensors if re.search(r"\.\d+\.", name)), next(iter(tensors), "nothing"))
     return Problem(
         CONFIG,
         f"model_type is {config['model_type']!r}, but none of the tensors of such a model's blocks is in the files; "
