@@ -58,6 +58,28 @@ def test_a_head_that_is_not_there(make, tmp_path, ending):
     refused(source, tmp_path, f"architectures is ['Llama{ending}']", "no tensor of such a head", '"LlamaModel"')
 
 
+@pytest.mark.parametrize("ending", ["ForSequenceClassification", "ForProcessRewardModel", "RewardModel"])
+@pytest.mark.parametrize("beside", ["lm_head.weight", "other.weight"])
+def test_what_lies_beside_it_is_no_head_of_another_kind(make, tmp_path, ending, beside):
+    """vLLM would serve a score of uninitialized memory."""
+    source = make()
+    renamed(source, lambda name: name.replace("lm_head.weight", beside))
+    architecture(source, f"Llama{ending}")
+    refused(source, tmp_path, f"architectures is ['Llama{ending}']", "no tensor of such a head")
+    edit_tensors(source, lambda tensors: tensors | {"score.weight": torch.randn(2, 64)})
+    converted(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize("said", [{"classifier_from_token": ["no", "yes"]}, {"method": "no_post_processing"}])
+def test_a_classifier_that_vllm_makes_of_the_language_head(make, tmp_path, said):
+    source = make()
+    architecture(source, "LlamaForSequenceClassification")
+    config(**dict.fromkeys(said))(source)
+    refused(source, tmp_path, "no tensor of such a head")
+    config(**said)(source)
+    converted(source, tmp_path / "out")
+
+
 def test_a_causal_lm_without_head_says_what_it_is_and_the_remedy_works(make, tmp_path):
     source = make()
     renamed(source, bare)
@@ -84,7 +106,20 @@ def test_the_class_that_a_remedy_names_is_one(model_type, given):
 def test_a_head_of_another_name_makes_no_bare_decoder(make, tmp_path):
     source = make()
     renamed(source, lambda name: name.replace("lm_head", "output"))
-    refused(source, tmp_path, "lm_head.weight: is missing", "output.weight has its shape", "save_pretrained")
+    refused(
+        source,
+        tmp_path,
+        "lm_head.weight: is missing",
+        "output.weight has its shape",
+        "rename output.weight to lm_head.weight in the files",
+    )
+
+
+def test_of_two_heads_of_other_names_none_is_chosen(make, tmp_path):
+    source = make()
+    renamed(source, lambda name: name.replace("lm_head", "output"))
+    edit_tensors(source, lambda tensors: tensors | {"early_output.weight": tensors["output.weight"] + 1})
+    refused(source, tmp_path, "rename the one that is the head to lm_head.weight in the files")
 
 
 def test_a_head_that_is_the_embedding_without_a_word_of_it(make, tmp_path):

@@ -83,7 +83,7 @@ def test_several_models_of_which_none_is_named(make, tmp_path):
     renamed(source, bare)
     edit_tensors(source, lambda tensors: {f"{a}.{n}": t.clone() for n, t in tensors.items() for a in ("doc", "query")})
     architecture(source, "LlamaModel")
-    refused(source, tmp_path, "doc.layers and query.layers: are blocks of several models", "save the one that is meant")
+    refused(source, tmp_path, "doc.layers and query.layers: are blocks of several models", "keep only the tensors")
 
 
 def test_a_copy_beside_the_model_is_not_taken_for_it(make, tmp_path):
@@ -117,14 +117,29 @@ def test_an_adapter_that_was_not_merged(make, tmp_path):
     refused(source, tmp_path, "was not merged", "merge_and_unload()")
 
 
-@pytest.mark.parametrize("name_of", [
-    lambda name: name.replace("model.layers.", "blk.").replace("self_attn.q_proj", "attn_q"),
-    lambda name: name.replace("model.layers.", "transformer.h."),
+@pytest.mark.parametrize("part", ["modules_to_save.default", "original_module"])
+def test_a_module_that_an_adapter_replaced(make, tmp_path, part):
+    """PEFT keeps the trained module beside the old one until they are merged."""
+    source = make()
+    renamed(source, lambda name: name.replace("lm_head.weight", f"lm_head.{part}.weight"))
+    refused(source, tmp_path, f"lm_head.{part}.weight: belongs to an adapter", "was not merged", "merge_and_unload()")
+
+
+@pytest.mark.parametrize("prefix, name_of", [
+    ("blk.", lambda name: name.replace("model.layers.", "blk.").replace("self_attn.q_proj", "attn_q")),
+    ("transformer.h.", lambda name: name.replace("model.layers.", "transformer.h.")),
 ], ids=["llama.cpp", "GPT-2"])  # fmt: skip
-def test_the_files_of_another_format(make, tmp_path, name_of):
+def test_the_files_of_another_format(make, tmp_path, prefix, name_of):
     source = make()
     renamed(source, name_of)
-    refused(source, tmp_path, "none of the tensors of such a model's blocks", "save_pretrained")
+    refused(
+        source,
+        tmp_path,
+        "none of the tensors of such a model's blocks",
+        f"they are called like {prefix}0.",
+        "and not like model.layers.0.",
+        "as its publisher stores it",
+    )
 
 
 OTHERWISE = {
@@ -138,11 +153,48 @@ OTHERWISE = {
 
 @pytest.mark.parametrize("kind", OTHERWISE)
 def test_weights_under_other_names_are_not_to_be_removed(make, tmp_path, kind):
-    """One sentence says it. What is called otherwise is needed, so that no remedy may remove it."""
+    """One sentence says it. What is called otherwise is needed, so that no remedy may remove it, or load and save the
+    model, in which transformers would put random weights in its place."""
     source = make()
     edit_tensors(source, OTHERWISE[kind])
     refused(source, tmp_path, "(and 2 more): missing, while model.layers.0.", "is not part of a llama model")
-    assert "remove" not in run("convert", source, tmp_path / "out", "--method", "rtn")[1]
+    message = run("convert", source, tmp_path / "out", "--method", "rtn")[1]
+    assert "give the checkpoint as its publisher stores it" in message
+    assert "remove" not in message and "save" not in message
+
+
+def test_stacked_experts(make, tmp_path):
+    """As a state dict of transformers 5 has them. To load and save them would give the same names again."""
+    source = make("qwen3_moe")
+
+    def stacked(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        kept = {name: t for name, t in tensors.items() if ".experts." not in name}
+        for mlp in sorted({name.partition("experts.")[0] for name in tensors.keys() - kept.keys()}):
+            gate, up, down = (
+                torch.stack([tensors[f"{mlp}experts.{e}.{part}_proj.weight"] for e in range(4)])
+                for part in ("gate", "up", "down")
+            )
+            kept |= {f"{mlp}experts.gate_up_proj": torch.cat([gate, up], 1), f"{mlp}experts.down_proj": down}
+        return kept
+
+    edit_tensors(source, stacked)
+    refused(
+        source,
+        tmp_path,
+        "model.layers.1.mlp.experts.0.gate_proj.weight (and 23 more): missing, while model.layers.1.mlp.experts.",
+        "(and 3 more) holds stacked experts, as transformers 5 keeps them in memory",
+        "download the original checkpoint, which has one tensor an expert",
+    )
+
+
+def test_experts_in_modules_of_another_name(make, tmp_path):
+    """As transformers calls Mixtral's in memory."""
+    source = make("mixtral")
+    renamed(source, lambda name: name.replace("block_sparse_moe.", "mlp."))
+    refused(
+        source, tmp_path, "block_sparse_moe.gate.weight (and 38 more): missing, while model.layers.0.mlp.", "stores"
+    )
+    assert "save" not in run("convert", source, tmp_path / "out", "--method", "rtn")[1]
 
 
 def test_a_model_that_is_called_another_is_not_to_be_mutilated(make, tmp_path):
@@ -161,6 +213,7 @@ BUFFERS = {
     "model.layers.1.self_attn.mask": torch.ones(8, 8, dtype=torch.uint8),
     "model.layers.1.mlp.steps": torch.tensor(7),
     "model.layers.2.self_attn.rotary_emb.inv_freq": torch.arange(12.0, dtype=torch.float64),
+    "model.layers.1.self_attn.rotary_emb.inv_freq": torch.arange(6.0),  # of half a head, as with partial rotary
     "model.layers.2.self_attn.rotary_emb.cos_cached": torch.ones(1, 1, 16, 24),
     "model.rotary_emb.inv_freq": torch.arange(12.0, dtype=torch.float64),
     "model.mask": torch.full((8, 8), float("-inf"), dtype=torch.float64).triu(1),
@@ -234,6 +287,26 @@ def test_blocks_that_predict_further_tokens_are_carried_along(make, tmp_path, ke
     assert all(torch.equal(after[name], t) for name, t in before.items() if "layers.3." in name)
     found = verify(tmp_path / "out", source, engine=False)
     assert found.ok, found.findings
+
+
+@pytest.mark.parametrize(
+    "said",
+    [{"num_nextn_predict_layers": 1}, {"mtp_loss_scaling_factor": 0.3}, {"num_mtp_layers": True}, {"use_mtp": 3}],
+)
+def test_own_blocks_do_not_predict_because_of_a_key(make, tmp_path, said):
+    """Neither more of them than it counts, nor any where it counts none."""
+    source = make()
+    config(num_hidden_layers=1, **said)(source)
+    refused(source, tmp_path, "model.layers.1.*: 18 tensors belong to no block", "set num_hidden_layers to 3")
+    config(num_hidden_layers=3)(source)
+    assert "(MTP)" not in converted(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize("key", ["num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers"])
+def test_blocks_like_others_predict_if_the_config_counts_them(make, tmp_path, key):
+    source = make()
+    config(num_hidden_layers=2, **{key: 1})(source)
+    assert "block 2, which predicts further tokens (MTP)" in converted(source, tmp_path / "out")
 
 
 def test_an_own_block_before_one_that_predicts_further_tokens(make, tmp_path):

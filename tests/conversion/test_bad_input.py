@@ -58,6 +58,15 @@ def test_config_that_only_transformers_refuses(make_checkpoint, tmp_path, calibr
     assert_refused(tmp_path, source, ["transformers refuses config.json"], "--calibration", calibration_text)
 
 
+def test_what_transformers_refuses_is_not_to_be_converted_without_data(make_checkpoint, tmp_path, calibration_text):
+    """vLLM reads the config with transformers too, and would refuse the result."""
+    source = make_checkpoint("gemma3_text")
+    config(layer_types=["full_attention"])(source)
+    code, message = run("convert", source, tmp_path / "out", "--calibration", calibration_text)
+    assert code == 2 and "transformers refuses config.json" in message
+    assert message.rstrip().endswith("; mend it") and "--calibration none" not in message
+
+
 CALIBRATION = {
     "absent": ("a.txt", None, ["a.txt", "cannot be read"]),
     "empty": ("a.txt", b" \n ", ["a.txt", "is empty", "--calibration none"]),

@@ -15,6 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.support.command import run
+from tests.support.contents import tensors_of
 from tests.support.damage import CASES, INDEX, Q, edit_json, edit_shard
 from tests.support.options import OPTIONS
 from tests.support.rename import bare, edit_tensors, in_files, renamed
@@ -62,11 +63,17 @@ def rename(source: Path, whole: Path, found: re.Match, where: str) -> None:
 
 
 def save_again(source: Path, whole: Path, *_) -> None:
-    """Opens what transformers can open, and saves it as the remedy says."""
+    """Opens what transformers can open, and saves it as the remedy says. What it does not find it makes up."""
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
     for path in [*source.glob("*.safetensors"), *source.glob("*.bin")]:
         path.unlink()
     model.to(torch.bfloat16).save_pretrained(source)
+    before, after = tensors_of(whole), tensors_of(source)
+    assert before.keys() == after.keys() and all(torch.equal(after[name], t) for name, t in before.items())
+
+
+def rename_tensor(source: Path, whole: Path, found: re.Match, where: str) -> None:
+    renamed(source, lambda name: found[2] if name == found[1] else name)
 
 
 def leave_one(source: Path, whole: Path, found: re.Match, where: str) -> None:
@@ -78,7 +85,8 @@ REMEDIES: dict[str, Follow] = {
     r"set (num_hidden_layers) to (\d+) in config.json": setting,
     r"set (architectures) to (\[.*?\]) in config.json": setting,
     r"remove (quantization_config) from config.json": drop_key,
-    r"give the folder|convert the original|give a checkpoint in|known are|repair": download,
+    r"rename (\S+) to (\S+) in the files": rename_tensor,
+    r"give the (?:folder|checkpoint as)|convert the original|give a checkpoint in|known are|repair": download,
     r"download .*again|^mend the one": download,
     r"put the checkpoint's \S+ there": download,
     r"model\.(?:to\(.*\)\.)?save_pretrained\(FOLDER\)": save_again,
@@ -128,6 +136,14 @@ def headless(source: Path) -> None:
     renamed(source, bare)
 
 
+def head_of_another_name(source: Path) -> None:
+    renamed(source, lambda name: name.replace("lm_head", "output"))
+
+
+def pruned(source: Path) -> None:
+    renamed(source, lambda name: name.replace("up_proj.weight", "up_proj.weight_orig"))
+
+
 def two_models(source: Path) -> None:
     in_files(source, ["model-00001-of-00001.safetensors"])
     shutil.copy(source / "model-00001-of-00001.safetensors", source / "other.safetensors")
@@ -145,7 +161,7 @@ def packed(source: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("damage", [fp64, headless, two_models, pickled, packed])
+@pytest.mark.parametrize("damage", [fp64, headless, head_of_another_name, pruned, two_models, pickled, packed])
 def test_an_odd_source(make_checkpoint, tmp_path, damage):
     source = make_checkpoint(sharded=False)
     whole = shutil.copytree(source, tmp_path / "whole")

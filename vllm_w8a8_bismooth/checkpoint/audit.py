@@ -1,8 +1,9 @@
 """What a config promises, held against the names and shapes in the headers."""
 
 import json
+import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from vllm_w8a8_bismooth.checkpoint.architectures import ARCHITECTURES, Architecture, Layer
@@ -17,10 +18,17 @@ _HEADS = (
     ("RewardModel", "other"), ("Model", None),
 )  # fmt: skip
 """Ending of a class's name -> its head, see :func:`head_of`."""
+_OTHER_HEADS = ("score", "classifier", "qa_outputs", "v_head", "value_head", "reward_head")
+"""What the names of heads begin with that are no language model's."""
 _MTP = ("eh_proj", "enorm", "hnorm", "shared_head", "mtp", "embed_tokens", "token_layernorm", "final_layernorm")
 """What blocks that predict further tokens hold beside an ordinary block's tensors (DeepSeek, GLM, MiMo)."""
+_MTP_COUNT = re.compile(r"(num_(mtp|nextn)|(mtp|nextn)_num)(_\w+)?_(layers|modules)")
 _TRACES = {"weight_scale", "weight_scale_inv", "qweight", "qzeros", "absmax", "quant_map", "SCB", "weight_packed"}
 """Parts of names that only quantized weights have."""
+_STACKED = (".experts.gate_up_proj", ".experts.down_proj")
+"""Endings of tensors that hold all experts of a block."""
+_AS_PUBLISHED = f"give the checkpoint as its publisher stores it, or mend model_type or what else is wrong in {CONFIG}"
+"""Not to load and save it: transformers fills what it does not find with random numbers, and only warns."""
 
 
 def architecture_of(config: Mapping) -> Architecture:
@@ -187,7 +195,6 @@ class _Promise:
             if id(layer) not in inside:
                 inside[id(layer)] = layer_tensors(layer, sizes, config)
             found.required |= {names.block(i) + name: shape for name, shape in inside[id(layer)].items()}
-            found.optional[names.block(i) + "self_attn.rotary_emb.inv_freq"] = (sizes["head"] // 2,)
             if len(found.required) > 2 * bound:
                 found.endless = True
                 break
@@ -219,19 +226,13 @@ def audit(
     missing = {n: shape for n, shape in promise.required.items() if n not in tensors and n not in lost}
     blocks = [name for name in promise.required if name.startswith(names.blocks)]
     if not lost and not promise.endless and all(name in missing for name in blocks):
-        yield _foreign(config, tensors)
+        yield _foreign(config, blocks[0], tensors)
         return
     kind, strange = config["model_type"], _strange(names, promise, sizes["blocks"], tensors)
     around = {place[0] for place in map(names.inside, strange) if place and not promise.endless}
     replaced = [name for name in missing if (place := names.inside(name)) and place[0] in around]
     if replaced:
-        here, there = (f"{n[0]}{f' (and {len(n) - 1} more)' if len(n) > 1 else ''}" for n in (replaced, strange))
-        yield Problem(
-            here,
-            f"missing, while {there} is not part of a {kind} model with this {CONFIG}",
-            "download the checkpoint again, save the model in Hugging Face's format with "
-            f"model.save_pretrained(FOLDER), or mend model_type or what else is wrong in {CONFIG}",
-        )
+        yield _replaced(kind, replaced, strange)
     missing = {name: shape for name, shape in missing.items() if name not in set(replaced)}
     yield from _missing(config, names, missing, promise)
     if promise.endless:
@@ -244,7 +245,7 @@ def audit(
     for name, header in tensors.items():
         expected = promise.required.get(name) or promise.optional.get(name)
         place = names.inside(name)
-        if expected is not None and header.dtype in BUFFER_DTYPES and "rotary_emb." not in name:
+        if expected is not None and header.dtype in BUFFER_DTYPES:
             remedy = "save the model again in BF16, F16 or F32, with model.to(torch.bfloat16).save_pretrained(FOLDER)"
             yield Problem(name, f"has dtype {header.dtype}, which no weight can have here", remedy)
         elif expected is not None:
@@ -287,25 +288,42 @@ def _strange(names: Names, promise: _Promise, blocks: int, tensors: Mapping[str,
     return found
 
 
-def predicts(config: Mapping, beyond: Iterable[Collection[str]]) -> bool:
-    """Whether blocks behind the last one predict further tokens (MTP): the config says so, or what is in them does.
+def predicts(config: Mapping, beyond: Collection[Collection[str]]) -> bool:
+    """Whether blocks behind the last one predict further tokens (MTP): the config counts so many, or each holds what
+    only such blocks do.
 
     Args:
         config: of the checkpoint.
         beyond: names inside each of them.
     """
-    said = any(value for key, value in config.items() if "nextn" in key or "mtp" in key.split("_"))
-    return said or all(any(name.startswith(_MTP) for name in names) for names in beyond)
+    counts = [value for key, value in config.items() if _MTP_COUNT.fullmatch(key) and type(value) is int]
+    return max(counts, default=0) >= len(beyond) or all(
+        any(name.startswith(_MTP) for name in names) for names in beyond
+    )
 
 
-def _foreign(config: Mapping, tensors: Mapping[str, Header]) -> Problem:
+def _replaced(kind: str, missing: Sequence[str], strange: Sequence[str]) -> Problem:
+    """The problem that blocks hold other tensors than they should."""
+    stacked = [name for name in strange if name.endswith(_STACKED)]
+    first = next((name for name in missing if ".experts." in name), missing[0]) if stacked else missing[0]
+    here, there = (
+        f"{name}{f' (and {count - 1} more)' if count > 1 else ''}"
+        for name, count in ((first, len(missing)), ((stacked or strange)[0], len(strange)))
+    )
+    if stacked:
+        what = f"missing, while {there} holds stacked experts, as transformers 5 keeps them in memory"
+        return Problem(here, what, "download the original checkpoint, which has one tensor an expert")
+    return Problem(here, f"missing, while {there} is not part of a {kind} model with this {CONFIG}", _AS_PUBLISHED)
+
+
+def _foreign(config: Mapping, expected: str, tensors: Mapping[str, Header]) -> Problem:
     """The problem that no block is there at all."""
-    example = next(iter(tensors), "nothing")
+    example = next((name for name in tensors if re.search(r"\.\d+\.", name)), next(iter(tensors), "nothing"))
     return Problem(
         CONFIG,
         f"model_type is {config['model_type']!r}, but none of the tensors of such a model's blocks is in the files; "
-        f"they are called like {example}",
-        "save the model in Hugging Face's format with model.save_pretrained(FOLDER), or mend model_type",
+        f"they are called like {example}, and not like {expected}",
+        _AS_PUBLISHED,
     )
 
 
@@ -341,7 +359,9 @@ def _heads(checkpoint: Headers, architecture: Architecture, tensors: Mapping[str
     """A head that ``architectures`` promises and that is not there."""
     config, names = checkpoint.config, checkpoint.names
     kind, given = head_of(config), config.get("architectures")
-    if names.head in tensors or names.head in checkpoint.lost or MODULES in checkpoint.place.files():
+    if MODULES in checkpoint.place.files():
+        return
+    if kind != "other" and (names.head in tensors or names.head in checkpoint.lost):
         return
     known = {names.embedding, names.norm}
     others = [n for n, header in tensors.items() if names.inside(n) is None and header.dtype in FLOAT_DTYPES]
@@ -356,7 +376,8 @@ def _heads(checkpoint: Headers, architecture: Architecture, tensors: Mapping[str
             yield Problem(
                 names.head,
                 f"is missing, {promises}, and {alike[0]} has its shape",
-                f"save the model with model.save_pretrained(FOLDER), so that the head is called {names.head}",
+                f"rename {alike[0] if len(alike) == 1 else 'the one that is the head'} to {names.head} in the files "
+                "(and in their index)",
             )
             return
         yield Problem(
@@ -366,7 +387,10 @@ def _heads(checkpoint: Headers, architecture: Architecture, tensors: Mapping[str
             f"download the checkpoint again, or set architectures to [{json.dumps(bare)}] in {CONFIG} if it is one, or "
             "tie_word_embeddings to true if the embedding is the head",
         )
-    elif kind == "other" and not others and not {"classifier_from_token", "method"} & config.keys():
+    # vLLM makes a classifier of a language model's head where the config says so.
+    elif kind == "other" and not (config.get("classifier_from_token") or config.get("method")):
+        if any(name.removeprefix(names.trunk).startswith(_OTHER_HEADS) for name in {*others, *checkpoint.lost}):
+            return
         yield Problem(
             CONFIG,
             f"architectures is {given}, but no tensor of such a head is in the files",

@@ -13,7 +13,9 @@ _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", 
 _PEFT = "base_model.model."
 _KNOWN = ("model.", "")
 """The trunks that readers of checkpoints look for."""
-_ADAPTER = re.compile(r"\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|base_layer)\b")
+_ADAPTER = re.compile(
+    r"\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|base_layer|modules_to_save|original_module)\b"
+)
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ def unwrapped(names: Collection[str]) -> tuple[dict[str, str], str | None]:
     if adapter := next(filter(_ADAPTER.search, sorted(names)), None):
         raise BismoothError.of(
             adapter,
-            "belongs to an adapter (LoRA) that was not merged into the weights",
+            "belongs to an adapter (PEFT) that was not merged into the weights",
             "merge it with model.merge_and_unload() of PEFT, then save with model.save_pretrained(FOLDER)",
         )
     plain = {name: ".".join(part for part in name.split(".") if part not in _WRAPPERS) for name in names}
@@ -131,5 +133,5 @@ def _check_alone(names: Collection[str]) -> None:
         raise BismoothError.of(
             " and ".join(f"{trunk}layers" for trunk in whole),
             "are blocks of several models, and none of them is called model.layers or layers",
-            "save the one that is meant alone, with model.save_pretrained(FOLDER)",
+            "keep only the tensors of the one that is meant",
         )

@@ -392,5 +392,5 @@ def refused(checkpoint: Checkpoint, error: Exception) -> BismoothError:
     return BismoothError.of(
         checkpoint.folder,
         f"transformers refuses config.json ({type(error).__name__}: {error})",
-        "mend it, or use --calibration none",
+        "mend it",
     )
