@@ -11,11 +11,11 @@ from typing import Any
 
 from vllm_w8a8_bismooth import __version__
 from vllm_w8a8_bismooth.checkpoint.architectures import kind_of
-from vllm_w8a8_bismooth.checkpoint.files import RECIPE, REPORT, disk_errors, read_json, write_atomically, write_json
+from vllm_w8a8_bismooth.checkpoint.files import RECIPE, REPORT, disk_errors, read_json, write_atomically
 from vllm_w8a8_bismooth.errors import BismoothError
 from vllm_w8a8_bismooth.measure.weights import VULNERABLE
 from vllm_w8a8_bismooth.recipe import Recipe
-from vllm_w8a8_bismooth.report import figures, licence
+from vllm_w8a8_bismooth.report import figures, licence, record
 from vllm_w8a8_bismooth.report.labels import Labels
 from vllm_w8a8_bismooth.report.outcome import Outcome
 from vllm_w8a8_bismooth.report.task import task_of
@@ -57,19 +57,7 @@ def write(folder: Path, outcome: Outcome, labels: Labels = _NONE) -> Labels:
     Returns:
         What the card says.
     """
-    report = {
-        "source_bytes": outcome.source_bytes,
-        "written_bytes": outcome.written_bytes,
-        "calibration": outcome.calibration(),
-        "vulnerable": outcome.vulnerable(),
-        "linears": outcome.linears,
-        "ignored": outcome.ignored,
-        "sites": {str(index): sites for index, sites in outcome.sites.items()},
-        "granularity": [asdict(entry) for entry in outcome.granularity],
-        "beside": outcome.beside,
-        "sha256": outcome.files,
-    }
-    write_json(folder / REPORT, report)
+    record.write(folder, outcome)
     if figures.available():
         figures.of_conversion(outcome.linears, outcome.sites, folder / FIGURES)
     (folder / CARD).write_bytes(draw_up(folder, labels).encode())
