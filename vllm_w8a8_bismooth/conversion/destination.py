@@ -1,5 +1,6 @@
 """The place to write to: whether it can be written, is free, is ours, or holds the result already."""
 
+import json
 import os
 import re
 import unicodedata
@@ -8,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from vllm_w8a8_bismooth import MARKER
 from vllm_w8a8_bismooth.checkpoint.files import CONFIG, RECIPE, REPORT, partial_folder, read_json, sha256
 from vllm_w8a8_bismooth.checkpoint.hub import cache_entry
 from vllm_w8a8_bismooth.checkpoint.journal import NAMES, readable
@@ -18,10 +20,13 @@ from vllm_w8a8_bismooth.conversion.plan import span
 from vllm_w8a8_bismooth.errors import BismoothError
 from vllm_w8a8_bismooth.method.rows import Threads
 from vllm_w8a8_bismooth.recipe import Recipe, names_of_hashes
+from vllm_w8a8_bismooth.report import record
+from vllm_w8a8_bismooth.report.outcome import Outcome
 from vllm_w8a8_bismooth.shell import word
 
 _MARKS = {RECIPE: "a whole checkpoint", PART: "a part of a checkpoint"}
 PARTIAL = partial_folder(Path("-")).suffix
+_QUANTIZATION = "quantization_config"
 _MOUNTS = Path("/proc/self/mountinfo")
 
 
@@ -191,17 +196,20 @@ def _json(path: Path) -> dict[str, Any]:
         return {}
 
 
-def _refuse_damaged(place: Destination, noted: object) -> None:
+def _refuse_damaged(place: Destination, noted: object, beside: object = None) -> None:
     """Raises :class:`BismoothError` if a result is no longer what it was: then there is something to do.
 
     Args:
         place: holds it.
         noted: file -> SHA-256, as the result itself has it.
+        beside: files that were copied from the source, as the result itself has it; 0.1.0 did not note them.
     """
     files = noted.items() if isinstance(noted, dict) else [(REPORT, None)]
     with Threads() as threads:
         same = threads.map(lambda file: _is(place.target / file[0], file[1]), files)
         wrong = [file for (file, _), right in zip(files, same, strict=True) if not right]
+    copied = beside if isinstance(beside, list) else []
+    wrong += [file for file in copied if isinstance(file, str) and not (place.target / file).is_file()]
     if wrong:
         what = f"holds this conversion, but {', '.join(wrong[:4])} is absent or damaged"
         raise BismoothError.of(place.given, what, place.elsewhere())
@@ -223,17 +231,22 @@ def already_a_part(destination: Destination, identity: Mapping[str, Any], blocks
     destination.refuse_another(readable(found.unlike(identity, outline, {}), names))
     checksums = {name: source.checkpoint.digest(name) for name in found.checksums}
     destination.refuse_another(found.unlike(identity, outline, checksums))
-    _refuse_damaged(destination, found.shards)
+    _refuse_damaged(destination, found.files())
     return True
 
 
 def already_converted(
-    destination: Destination, recipe: Recipe, fingerprint: Callable[[], str], provenance: Mapping[str, Any]
+    destination: Destination,
+    recipe: Recipe,
+    source: Source,
+    fingerprint: Callable[[], str],
+    provenance: Mapping[str, Any],
 ) -> bool:
     """Whether the destination holds the result of this recipe already, on the source with this fingerprint.
 
     Raises:
-        BismoothError: it holds anything else.
+        BismoothError: it holds anything else, or not all of the result, as far as its shards and its config say, and
+            the names of the files that were copied.
     """
     if not destination.holds(RECIPE):
         return False
@@ -246,6 +259,19 @@ def already_converted(
         differences = now.differences(stored)
     names = {**names_of_hashes(stored, before), **names_of_hashes(asdict(now), provenance)}
     destination.refuse_another(readable(differences, names))
-    noted = _json(destination.target / REPORT).get("sha256")
-    _refuse_damaged(destination, noted if _json(destination.target / CONFIG) else {CONFIG: None})
+    if _is_config(_json(destination.target / CONFIG), source.checkpoint.config):
+        report = _json(destination.target / REPORT)
+        _refuse_damaged(destination, report.get("sha256"), report.get("beside"))
+        record.read(destination.target, Outcome(destination.given))  # refused here, as the dry run must say it too
+    else:
+        _refuse_damaged(destination, {CONFIG: None})
     return True
+
+
+def _is_config(found: Mapping[str, Any], original: Mapping[str, Any]) -> bool:
+    """Whether a result's config is the source's, with what it says of quantization."""
+    quantization = found.get(_QUANTIZATION)
+    rest, expected = (
+        json.dumps({**config, _QUANTIZATION: None}, sort_keys=True) for config in (found, original)
+    )  # as text, in which even NaN equals itself
+    return isinstance(quantization, dict) and MARKER in quantization and rest == expected

@@ -100,7 +100,7 @@ def prepare(folders: Sequence[str | Path], destination: str | Path, labels: Labe
             grouped[index].add(name)
     plan = Plan(source, recipe, grouped, ignored_by_name(source, recipe))
     _refuse(line for part in parts for line in _strangers(part, plan))
-    reused = already_converted(place, recipe, lambda: fingerprint, first.provenance)
+    reused = already_converted(place, recipe, source, lambda: fingerprint, first.provenance)
     target, room = place.target, free_space(place.target)
     ready = Merger(place.given, target, parts, source, recipe, plan, plan.tensors(), room, reused, labels)
     if not reused:

@@ -145,6 +145,11 @@ class Part:
         except BismoothError as error:
             raise BismoothError(*(replace(problem, remedy=AGAIN) for problem in error.problems)) from None
 
+    def files(self) -> dict[str, str]:
+        """Everything that lies beside ``part.json``, as it names it -> SHA-256."""
+        kept = {f"{self._source['folder']}/{file}": digest for file, digest in self.outline["files"].items()}
+        return {**self.shards, **kept}
+
     def nbytes(self) -> int:
         """Bytes of all tensors that it holds."""
         offsets = (entry["data_offsets"] for shard in self.shards for entry in self.header(shard)[1].values())

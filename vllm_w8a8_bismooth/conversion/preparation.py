@@ -143,7 +143,7 @@ def prepare(
         identity["blocks"] = span(part)
         reused = already_a_part(aim, identity, part, source)
     else:
-        reused = already_converted(aim, recipe, source.checkpoint.read_fingerprint, provenance)
+        reused = already_converted(aim, recipe, source, source.checkpoint.read_fingerprint, provenance)
     named, ignored, taken = None, ignored_by_name(source, recipe), None
     if not reused:
         if recipe.method == "auto":
