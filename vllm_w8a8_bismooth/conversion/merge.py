@@ -58,6 +58,10 @@ class Merger:
     reused: bool
     labels: Labels
 
+    def relabelled(self) -> Labels | None:
+        """What the card of a reused result will be drawn up anew to say; see :func:`card.labels_to_write`."""
+        return card.labels_to_write(self.target, self.labels) if self.reused else None
+
     def nbytes(self) -> int:
         """Bytes of all tensors of the result."""
         return sum(tensor.nbytes for tensor in self.tensors.values())

@@ -74,6 +74,24 @@ def labels_of(folder: Path) -> Labels:
     return Labels(**found)
 
 
+def labels_to_write(folder: Path, labels: Labels) -> Labels | None:
+    """What a finished checkpoint's card must be drawn up with, to say what these labels say; ``None`` if it does.
+
+    Raises:
+        BismoothError: the card would lose what somebody wrote into it.
+    """
+    card, before = folder / CARD, labels_of(folder)
+    after = labels.over(before)
+    if after == before and card.exists():
+        return None
+    if card.exists() and card.read_bytes() != draw_up(folder, before).encode():
+        changed = [f"{key}: {value}" for key, value in vars(after).items() if value != getattr(before, key)]
+        what = f"not as bismooth {__version__} writes it, and what was changed in it would be lost"
+        remedy = f"have it say {' and '.join(changed)} between its first two lines of ---, or move it away"
+        raise BismoothError.of(card, what, f"{remedy} and run the same command again")
+    return after
+
+
 def relabel(folder: Path, labels: Labels) -> bool:
     """Draw up a finished checkpoint's card anew where it does not say what these labels say.
 
@@ -81,21 +99,14 @@ def relabel(folder: Path, labels: Labels) -> bool:
         Whether it had to be.
 
     Raises:
-        BismoothError: the card would lose what somebody wrote into it.
+        BismoothError: see :func:`labels_to_write`.
         Interrupted: it cannot be written.
     """
-    card, before = folder / CARD, labels_of(folder)
-    after = labels.over(before)
-    if after == before and card.exists():
+    if (after := labels_to_write(folder, labels)) is None:
         return False
-    if card.exists() and card.read_bytes() != draw_up(folder, before).encode():
-        changed = [f"{key}: {value}" for key, value in vars(after).items() if value != getattr(before, key)]
-        what = f"not as bismooth {__version__} writes it, and what was changed in it would be lost"
-        remedy = f"have it say {' and '.join(changed)} between its first two lines of ---, or move it away"
-        raise BismoothError.of(card, what, f"{remedy} and run the same command again")
     content = draw_up(folder, after).encode()
     with disk_errors(folder):
-        write_atomically(card, lambda path: path.write_bytes(content))
+        write_atomically(folder / CARD, lambda path: path.write_bytes(content))
     return True
 
 
