@@ -370,6 +370,19 @@ def test_what_leads_through_a_folder_that_does_not_exist(make_checkpoint, tmp_pa
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "source"]
 
 
+@pytest.mark.parametrize("place", ["ln", "to ln", "ln/deep"])
+def test_links_that_lead_through_a_folder_that_does_not_exist(make_checkpoint, tmp_path, monkeypatch, place):
+    """What is written where they lead cannot be opened through them, and is called by its own name."""
+    monkeypatch.chdir(tmp_path)
+    Path("ln").symlink_to("gone/../land")
+    Path("to ln").symlink_to("ln")
+    source, out = make_checkpoint(num_hidden_layers=1), tmp_path / "land" / Path(*Path(place).parts[1:])
+    code, text = run("convert", source, place, *RTN)
+    assert code == 0 and f"bismooth verify {out}\n" in text and (out / "config.json").exists(), text
+    code, text = run("convert", source, place, *RTN, "--json")
+    assert code == 0 and f'"destination": "{out}"' in text
+
+
 def test_an_empty_folder_says_who_may_read_the_result(make_checkpoint, tmp_path):
     source = make_checkpoint()
     for mode in (0o700, 0o2770):

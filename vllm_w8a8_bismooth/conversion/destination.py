@@ -35,7 +35,8 @@ class Destination:
     """The folder to be. It grows beside its place and is renamed in the end, so its place must let itself be taken.
 
     Attributes:
-        given: as the user wrote it; resolved where it has a ``..`` that leads through what does not exist.
+        given: as the user wrote it; resolved where a ``..`` in it, or in a link on the way, leads through what does not
+            exist: no file can be opened under that name.
         target: resolved; a link is followed, also one that leads nowhere yet.
         name: of the model, for proposals.
     """
@@ -72,8 +73,7 @@ class Destination:
         if target.name.endswith(PARTIAL):
             whole = word(Path(text).with_name(target.name.removesuffix(PARTIAL)))
             raise BismoothError.of(text, "the name of a conversion that is not finished", f"give {whole}")
-        lost = ".." in Path(text).parts and not Path(text).parent.exists()
-        return cls(target if lost else Path(given), target, name)
+        return cls(target if _is_lost(Path(text)) else Path(given), target, name)
 
     def refuse_overlap(self, folder: Path, what: str = "source") -> None:
         """Raises :class:`BismoothError` if what is written would lie in a folder that is read, or around it."""
@@ -161,6 +161,14 @@ class Destination:
         if self._fixed():
             return f"choose a folder inside it, like {word(proposal.inside(self.given, self.name))}"
         return "remove it or choose another folder"
+
+
+def _is_lost(path: Path, links: int = 40) -> bool:
+    """Whether a ``..`` in a path, or in a link on the way, of which there may be so many, leads through nothing."""
+    if ".." in path.parts and not path.parent.exists():
+        return True
+    dangling = [place for place in (path, *path.parents) if place.is_symlink() and not place.exists()]
+    return links > 0 and any(_is_lost(place.parent / os.readlink(place), links - 1) for place in dangling[-1:])
 
 
 def mounts() -> set[str]:
