@@ -71,6 +71,8 @@ def test_convert(make_checkpoint, tmp_path, method):
     report = json.loads(done.stdout)
     assert len(report["linears"]) == 21 and report["written_bytes"] < report["source_bytes"] and not report["reused"]
     assert json.loads((out / "recipe.json").read_text())["recipe"]["method"] == method
+    again = bismooth("convert", source, out, "--method", method, "--json")
+    assert json.loads(again.stdout) == report | {"reused": True}
     again = bismooth("convert", source, out, "--method", method)
     assert again.returncode == 0 and "already holds this conversion" in again.stderr.replace("\n", " ")
 

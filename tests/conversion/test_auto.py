@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 
 import pytest
 
@@ -144,8 +145,8 @@ def test_a_state_that_is_gone_starts_anew(make_checkpoint, tmp_path, calibration
 
 def test_another_budget_is_another_run(make_checkpoint, tmp_path, calibration_text):
     source, text, out = make_checkpoint(), read_text(calibration_text), tmp_path / "out"
-    convert(source, out, recipe_of(), text)
-    assert convert(source, out, recipe_of(), text).reused
+    first = convert(source, out, recipe_of(), text)
+    assert first.granularity and convert(source, out, recipe_of(), text) == replace(first, reused=True)
     with pytest.raises(BismoothError, match="group_budget: 0.03 there, 0.5 now"):
         convert(source, out, recipe_of(group_budget=0.5), text)
 

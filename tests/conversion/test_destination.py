@@ -13,6 +13,7 @@ import pytest
 
 from tests.support.command import run
 from tests.support.conversion import convert
+from tests.support.damage import edit_json
 from tests.support.sweep import sweep
 from vllm_w8a8_bismooth.checkpoint.files import free_space
 from vllm_w8a8_bismooth.conversion import destination
@@ -286,15 +287,27 @@ def test_what_is_not_ours_stays(make_checkpoint, tmp_path, kind):
         assert run("convert", source, proposal(message), *RTN)[0] == 0 and (place / "source-int8").is_dir()
 
 
-@pytest.mark.parametrize("broken", ["shard", "no shard", "config", "report", "part"])
+FILES = {
+    "config": "config.json",
+    "another config": "config.json",
+    "no tokenizer": "tokenizer.json",
+    "no tokenizer of a part": "source/source/tokenizer.json",
+    "report": "report.json",
+}
+BROKEN = ["shard", "no shard", "config", "another config", "no tokenizer", "report", "part", "no tokenizer of a part"]
+
+
+@pytest.mark.parametrize("broken", BROKEN)
 def test_a_damaged_result_is_not_called_done(make_checkpoint, tmp_path, broken):
     """``verify`` says to convert again: that must not find everything in order."""
     source, out = make_checkpoint(), tmp_path / "out"
-    options = (*RTN, "--blocks", "0:2") if broken == "part" else RTN
+    options = (*RTN, "--blocks", "0:2") if broken.endswith("part") else RTN
     assert run("convert", source, out, *options)[0] == 0
-    file = {"config": "config.json", "report": "report.json"}.get(broken) or min(out.glob("*.safetensors")).name
-    if broken == "no shard":
+    file = FILES.get(broken) or min(out.glob("*.safetensors")).name
+    if broken.startswith("no "):
         (out / file).unlink()
+    elif broken == "another config":
+        (out / file).write_text('{"a": 1}')
     else:
         (out / file).write_bytes((out / file).read_bytes()[:-3])
     for way in ((), ("--dry-run",)):
@@ -303,6 +316,35 @@ def test_a_damaged_result_is_not_called_done(make_checkpoint, tmp_path, broken):
     shutil.rmtree(out)
     assert run("convert", source, out, *options)[0] == 0
     assert "nothing to do" in run("convert", source, out, *options)[1]
+
+
+def edit_config(key: str, value: object):
+    return lambda out: edit_json(out / "config.json", lambda config: config.update({key: value}))
+
+
+OTHERWISE = {
+    "no quantization": edit_config("quantization_config", None),
+    "quantization of somebody": edit_config("quantization_config", {"quant_method": "fp8"}),
+    "another value": edit_config("rope_theta", 5.0),
+}
+
+
+@pytest.mark.parametrize("case", OTHERWISE)
+def test_a_config_that_is_not_ours_is_damaged(make_checkpoint, tmp_path, case):
+    source, out = make_checkpoint(num_hidden_layers=1), tmp_path / "out"
+    assert run("convert", source, out, *RTN)[0] == 0
+    OTHERWISE[case](out)
+    code, message = run("convert", source, out, *RTN)
+    assert code == 2 and "but config.json is absent or damaged; remove it" in message, message
+
+
+def test_a_report_that_says_too_little_is_refused(make_checkpoint, tmp_path):
+    source, out = make_checkpoint(num_hidden_layers=1), tmp_path / "out"
+    assert run("convert", source, out, *RTN)[0] == 0
+    edit_json(out / "report.json", lambda report: report.pop("linears"))
+    for way in ((), ("--dry-run",)):
+        code, message = run("convert", source, out, *RTN, *way)
+        assert code == 2 and "report.json: not as it was written; remove the folder" in message, message
 
 
 def test_what_lies_in_the_hubs_cache(make_checkpoint, tmp_path, monkeypatch):
@@ -326,6 +368,19 @@ def test_what_leads_through_a_folder_that_does_not_exist(make_checkpoint, tmp_pa
     code, text = run("convert", make_checkpoint(), "absent/../out", *RTN)
     assert code == 0 and f"bismooth verify {tmp_path / 'out'}\n" in text, text
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "source"]
+
+
+@pytest.mark.parametrize("place", ["ln", "to ln", "ln/deep"])
+def test_links_that_lead_through_a_folder_that_does_not_exist(make_checkpoint, tmp_path, monkeypatch, place):
+    """What is written where they lead cannot be opened through them, and is called by its own name."""
+    monkeypatch.chdir(tmp_path)
+    Path("ln").symlink_to("gone/../land")
+    Path("to ln").symlink_to("ln")
+    source, out = make_checkpoint(num_hidden_layers=1), tmp_path / "land" / Path(*Path(place).parts[1:])
+    code, text = run("convert", source, place, *RTN)
+    assert code == 0 and f"bismooth verify {out}\n" in text and (out / "config.json").exists(), text
+    code, text = run("convert", source, place, *RTN, "--json")
+    assert code == 0 and f'"destination": "{out}"' in text
 
 
 def test_an_empty_folder_says_who_may_read_the_result(make_checkpoint, tmp_path):

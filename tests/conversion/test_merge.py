@@ -23,6 +23,7 @@ from tests.support.damage import edit_json, edit_shard
 from tests.support.disk import Failing
 from tests.support.models import tiny_model, write_checkpoint
 from tests.support.sweep import sweep
+from vllm_w8a8_bismooth.checkpoint.files import sha256
 from vllm_w8a8_bismooth.conversion import merge as merging
 from vllm_w8a8_bismooth.conversion import part
 from vllm_w8a8_bismooth.conversion.merge import prepare
@@ -230,7 +231,9 @@ def test_a_merge_does_not_copy_twice(make_checkpoint, tmp_path, monkeypatch):
     merge(made, out)
     assert len(copied) < len(shards) - 2 and shards[-1] in copied
     copied.clear()
-    assert merge(made, out).reused and not copied
+    again = merge(made, out)
+    assert not copied
+    assert replace(merge(made, tmp_path / "anew"), destination=out, reused=True) == again
 
 
 @pytest.mark.parametrize("verb", sweep(["merge", "convert"]))
@@ -481,7 +484,10 @@ def test_a_part_is_recognised_again(pair, tmp_path):
     source, out = tmp_path / "source", tmp_path / "part-2-3"
     for path in source.rglob("*.safetensors"):
         os.utime(path)
-    assert convert(source, out, DATA_FREE, blocks=slice(2, None)).reused
+    again = convert(source, out, DATA_FREE, blocks=slice(2, None))
+    files = {path.name: sha256(path) for path in out.glob("*.safetensors")}
+    first = convert(source, tmp_path / "anew", DATA_FREE, blocks=slice(2, None))  # in shards of another size
+    assert again == replace(first, destination=out, reused=True, files=files)
     one_weight(0)(source)
     with pytest.raises(BismoothError, match="layers.0.mlp.up_proj.weight has other values"):
         convert(source, out, DATA_FREE, blocks=slice(2, None))

@@ -130,16 +130,25 @@ def test_another_label_rewrites_the_card_of_a_conversion_that_is_there(make_chec
     convert(source, tmp_path / "at once", RTN, labels=Labels("org/name", "mit"))
     command = ("convert", source, out, "--method", "rtn")
     assert run(*command)[0] == 0
+    before = digests(out)
+    code, said = run(*command, "--license", "MIT", "--dry-run")
+    assert code == 0 and "already holds this conversion; its card would be rewritten (license: mit)." in said
+    assert "Nothing was written" in said and digests(out) == before
+    code, said = run(*command, "--license", "MIT", "--dry-run", "--json")
+    assert json.loads(said)["relabelled"] == {"base_model": None, "license": "mit"}
     code, said = run(*command, "--license", "MIT")
     assert code == 0 and "already holds this conversion; its card was rewritten (license: mit)" in said
     code, said = run(*command, "--base-model", "org/name", "--json")
     assert code == 0 and json.loads(said)["labels"] == {"base_model": "org/name", "license": "mit"}
     assert digests(out) == digests(tmp_path / "at once")
     for options in ((), ("--license", "mit")):
-        code, said = run(*command, *options)
-        assert code == 0 and "nothing to do" in said
+        for dry in ((), ("--dry-run",)):
+            code, said = run(*command, *options, *dry)
+            assert code == 0 and "nothing to do" in said and "Nothing was written" not in said
+    assert json.loads(run(*command, "--dry-run", "--json")[1])["relabelled"] is None
     assert digests(out) == digests(tmp_path / "at once")
     (out / "README.md").unlink()
+    assert "its card would be rewritten.\n" in run(*command, "--dry-run")[1]
     assert run(*command, "--license", "mit", "--base-model", "org/name")[0] == 0
     assert digests(out) == digests(tmp_path / "at once")
 
@@ -150,8 +159,9 @@ def test_what_somebody_wrote_into_the_card_is_kept(make_checkpoint, tmp_path):
     readme = out / "README.md"
     readme.write_text(readme.read_text() + "\nMine.\n")
     before = digests(out)
-    code, said = run("convert", source, out, "--method", "rtn", "--license", "mit")
-    assert code == 2 and "would be lost; have it say license: mit between its first two lines of ---" in said
+    for dry in (("--dry-run",), ()):
+        code, said = run("convert", source, out, "--method", "rtn", "--license", "mit", *dry)
+        assert code == 2 and "would be lost; have it say license: mit between its first two lines of ---" in said
     assert digests(out) == before
     readme.write_text(readme.read_text().replace("---\n", "---\nlicense: mit\n", 1))  # as it says
     code, said = run("convert", source, out, "--method", "rtn", "--license", "mit")
@@ -186,7 +196,19 @@ def test_merged_parts_have_labels(make_checkpoint, tmp_path):
     )
     convert(source, tmp_path / "whole", RTN, labels=Labels("org/name"))
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")
-    code, said = run("merge", tmp_path / "out", *parts, "--license", "apache-2.0")
+    again, before = ("merge", tmp_path / "out", *parts, "--license", "apache-2.0"), digests(tmp_path / "out")
+    code, said = run(*again, "--dry-run")
+    says = "its card would be rewritten (base_model: org/name, license: apache-2.0)"
+    assert code == 0 and says in said and "Nothing was written" in said and digests(tmp_path / "out") == before
+    found = json.loads(run(*again, "--dry-run", "--json")[1])
+    assert found["reused"] and found["relabelled"] == {"base_model": "org/name", "license": "apache-2.0"}
+    card_before = (tmp_path / "out" / "README.md").read_text()
+    (tmp_path / "out" / "README.md").write_text(card_before + "\nMine.\n")
+    for dry in (("--dry-run",), ()):
+        code, said = run(*again, *dry)
+        assert code == 2 and "would be lost" in said
+    (tmp_path / "out" / "README.md").write_text(card_before)
+    code, said = run(*again)
     assert code == 0 and "its card was rewritten (base_model: org/name, license: apache-2.0)" in said
 
 

@@ -588,6 +588,40 @@ def test_vllm_takes_a_head_in_int8(pairs):
     assert found.ok and not [note for note in found.notes if "vLLM" in note], (lines(found), found.notes)
 
 
+ADDED = {
+    "chat_template.json": True,
+    "additional_chat_templates/rag.jinja": True,
+    "added_tokens.json": True,
+    "adapter_config.json": True,
+    "hf_quant_config.json": True,
+    "modules.json": True,
+    "LICENSE": False,
+    "notes.txt": False,
+    "runs/chat_template.jinja": False,
+    "pytorch_model.bin.index.json": False,
+}
+
+
+@pytest.mark.parametrize("name", ADDED)
+def test_files_that_were_added(pairs, tmp_path, name):
+    """They change what is served, where something reads them because of their names."""
+    source, out = pairs("llama")
+    (out / name).parent.mkdir(exist_ok=True)
+    (out / name).write_text("[]")
+    says = (
+        f"{name}: is not in the source, and what reads such files would load it; "
+        "remove it; what a model needs belongs into its source, before the conversion"
+    )
+    assert lines(verify(out, source, engine=False)) == ([says] if ADDED[name] else [])
+    edit_json(out / "report.json", lambda report: report["beside"].append(name))
+    assert verify(out, source, engine=False).ok
+    (out / "report.json").unlink()
+    shutil.copytree(source, tmp_path / "source")
+    (tmp_path / "source" / name).parent.mkdir(exist_ok=True)
+    shutil.copy(out / name, tmp_path / "source" / name)
+    assert verify(out, tmp_path / "source", engine=False).ok
+
+
 @pytest.mark.parametrize(
     "arguments",
     [["nowhere"], ["out", "--against", "nowhere"], ["out", "--against", "out"], ["empty"]],

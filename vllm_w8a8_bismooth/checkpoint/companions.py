@@ -16,16 +16,18 @@ from vllm_w8a8_bismooth.errors import BismoothError, Problem
 
 MODULES, ROUTER = "modules.json", "router_config.json"
 """How sentence-transformers says of which modules a model consists, and which of them an input takes."""
-_USEFUL = (
-    # what transformers, sentence-transformers and vLLM read
+_LOADED = (
     "*_config.json", "config_*.json", MODULES, "params.json",
     "tokenizer*.json", "tokenizer.model*", "*vocab*.json", "*vocab*.txt", "merges.txt", "special_tokens_map.json",
     "added_tokens.json", "tekken.json", "*.model", "*.tiktoken", "*.spm", "*.bpe", "bpe.codes",
     "chat_template*", "*.jinja", "additional_chat_templates/*.jinja", "custom_generate/*",
-    # what people read
+)  # fmt: skip
+"""What transformers, sentence-transformers and vLLM read."""
+_FOR_PEOPLE = (
     "README.md", "SYSTEM_PROMPT*", "LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "*USE_POLICY*",
 )  # fmt: skip
-_HARMFUL = ("adapter_*", "*quant*_config.json", "quantize_config.json", "*.index.json")
+_INDICES = "*.index.json"
+_HARMFUL = ("adapter_*", "*quant*_config.json", "quantize_config.json", _INDICES)
 """What readers would take for a statement about the weights that are written."""
 _REMAINS = (
     "onnx/*", "openvino/*", "checkpoint-*/*", "global_step*/*", "runs/*", "wandb/*", "__pycache__/*",
@@ -111,6 +113,17 @@ def left_out(place: Place, weights: Iterable[str]) -> dict[str, int]:
     return {file: size for file, size in place.files().items() if file not in used}
 
 
+def loaded(place: Place) -> list[str]:
+    """The files that readers would look into because of their names, in order: not config, indices and weights."""
+    return [
+        file
+        for file in sorted(place.files())
+        if file != CONFIG
+        and not fnmatchcase(file.lower(), _INDICES)
+        and (_is_known(file, _LOADED) or _is_known(file, _HARMFUL))
+    ]
+
+
 def notes(place: Place) -> list[str]:
     """Where the result would be served otherwise than the source, for what lies beside it and does not travel."""
     found, files = [], [file for file in place.files() if "/" not in file]
@@ -154,9 +167,14 @@ def module_problems(place: Place) -> Iterator[Problem]:
 
 
 def _useful(file: str) -> bool:
+    known = _is_known(file, _LOADED) or _is_known(file, _FOR_PEOPLE)
+    return known and file != CONFIG and not _harmful(file.lower())
+
+
+def _is_known(file: str, patterns: Iterable[str]) -> bool:
+    """Whether a name is one of these, in the folder where readers look for it."""
     name = file.lower()
-    known = any(fnmatchcase(name, pattern.lower()) and pattern.count("/") == name.count("/") for pattern in _USEFUL)
-    return known and file != CONFIG and not _harmful(name)
+    return any(fnmatchcase(name, pattern.lower()) and pattern.count("/") == name.count("/") for pattern in patterns)
 
 
 def _harmful(name: str) -> bool:

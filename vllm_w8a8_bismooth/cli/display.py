@@ -20,8 +20,11 @@ if TYPE_CHECKING:  # torch comes with them, and it is imported inside commands
     from vllm_w8a8_bismooth.conversion.preview import Preview
     from vllm_w8a8_bismooth.doctor import Diagnosis
     from vllm_w8a8_bismooth.recipe import Recipe
+    from vllm_w8a8_bismooth.report.labels import Labels
     from vllm_w8a8_bismooth.report.outcome import Outcome
     from vllm_w8a8_bismooth.verification import Verification
+
+_DRY = "Nothing was written. Next: the same command without --dry-run"
 
 
 def console(stderr: bool = False) -> "Console":
@@ -131,9 +134,11 @@ def preview(console: "Console", plan: "Preview", recipe: "Recipe", then: str | N
     from rich.table import Table
 
     if plan.reused:
-        _nothing_to_do(console, plan.destination)
+        _already_there(console, plan.destination, plan.relabelled, "would be")
         if then:
             console.print(then, markup=False, highlight=False)
+        if plan.relabelled is not None:
+            console.print(_DRY)
         return
     table = Table("shard", "GB")
     for file, size in (plan.shards or {}).items():
@@ -157,13 +162,15 @@ def preview(console: "Console", plan: "Preview", recipe: "Recipe", then: str | N
     console.print(f"About {duration(plan.seconds)}, {_gb(plan.memory_bytes)} of memory, {_gb(plan.free_bytes)} free")
     if then:
         console.print(then, markup=False, highlight=False)
-    console.print("Nothing was written. Next: the same command without --dry-run")
+    console.print(_DRY)
 
 
 def merger_json(ready: "Merger") -> dict[str, Any]:
+    labels = ready.relabelled()
     return {
         "destination": str(ready.destination),
         "reused": ready.reused,
+        "relabelled": None if labels is None else asdict(labels),
         "parts": {str(part.folder): [part.blocks.start, part.blocks.stop] for part in ready.parts},
         "written_bytes": ready.nbytes(),
         "free_bytes": ready.free_bytes,
@@ -176,7 +183,10 @@ def merger(console: "Console", ready: "Merger") -> None:
     from rich.table import Table
 
     if ready.reused:
-        _nothing_to_do(console, ready.destination)
+        labels = ready.relabelled()
+        _already_there(console, ready.destination, labels, "would be")
+        if labels is not None:
+            console.print(_DRY)
         return
     table = Table("part", "blocks")
     for part in ready.parts:
@@ -187,7 +197,7 @@ def merger(console: "Console", ready: "Merger") -> None:
         "their SHA-256 too"
     )
     console.print(f"{_gb(ready.nbytes())} to write, {_gb(ready.free_bytes)} free")
-    console.print("Nothing was written. Next: the same command without --dry-run")
+    console.print(_DRY)
 
 
 def report_json(report: "Outcome") -> dict[str, Any]:
@@ -215,13 +225,7 @@ def summary(console: "Console", report: "Outcome") -> None:
 
     name, where = escape(str(report.destination)), word(report.destination)
     if report.reused:
-        if report.relabelled:
-            says = ", ".join(f"{key}: {value}" for key, value in asdict(report.labels).items() if value)
-            console.print(
-                f"[bold]{name}[/bold] already holds this conversion; its card was rewritten ({escape(says)})."
-            )
-        else:
-            _nothing_to_do(console, report.destination)
+        _already_there(console, report.destination, report.labels if report.relabelled else None, "was")
         return
     recipe = report.recipe
     assert recipe is not None
@@ -268,10 +272,15 @@ def summary(console: "Console", report: "Outcome") -> None:
     console.print(f"Next: bismooth verify {where}\n      vllm serve {where}{runner}", markup=False)
 
 
-def _nothing_to_do(console: "Console", destination: Path) -> None:
+def _already_there(console: "Console", destination: Path, labels: "Labels | None", when: str) -> None:
+    """That nothing is to do, or that the card ``was`` or ``would be`` rewritten, to say what the labels say."""
     from rich.markup import escape
 
-    console.print(f"[bold]{escape(str(destination))}[/bold] already holds this conversion; nothing to do.")
+    todo = "nothing to do"
+    if labels is not None:
+        says = ", ".join(f"{key}: {value}" for key, value in asdict(labels).items() if value)
+        todo = f"its card {when} rewritten" + (f" ({escape(says)})" if says else "")
+    console.print(f"[bold]{escape(str(destination))}[/bold] already holds this conversion; {todo}.")
 
 
 def verification_json(found: "Verification") -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The place to write to: whether it can be written, is free, is ours, or holds the result already."""
 
+import json
 import os
 import re
 import unicodedata
@@ -8,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from vllm_w8a8_bismooth import MARKER
 from vllm_w8a8_bismooth.checkpoint.files import CONFIG, RECIPE, REPORT, partial_folder, read_json, sha256
 from vllm_w8a8_bismooth.checkpoint.hub import cache_entry
 from vllm_w8a8_bismooth.checkpoint.journal import FOLDER, NAMES, readable
@@ -18,10 +20,13 @@ from vllm_w8a8_bismooth.conversion.plan import span
 from vllm_w8a8_bismooth.errors import BismoothError
 from vllm_w8a8_bismooth.method.rows import Threads
 from vllm_w8a8_bismooth.recipe import Recipe, names_of_hashes
+from vllm_w8a8_bismooth.report import record
+from vllm_w8a8_bismooth.report.outcome import Outcome
 from vllm_w8a8_bismooth.shell import refuse_tilde, word
 
 _MARKS = {RECIPE: "a whole checkpoint", PART: "a part of a checkpoint"}
 PARTIAL = partial_folder(Path("-")).suffix
+_QUANTIZATION = "quantization_config"
 _MOUNTS = Path("/proc/self/mountinfo")
 
 
@@ -30,7 +35,8 @@ class Destination:
     """The folder to be. It grows beside its place and is renamed in the end, so its place must let itself be taken.
 
     Attributes:
-        given: as the user wrote it; resolved where it has a ``..`` that leads through what does not exist.
+        given: as the user wrote it; resolved where a ``..`` in it, or in a link on the way, leads through what does not
+            exist: no file can be opened under that name.
         target: resolved; a link is followed, also one that leads nowhere yet.
         name: of the model, for proposals.
     """
@@ -70,8 +76,7 @@ class Destination:
             if around.name.endswith(PARTIAL) and (around / FOLDER).is_dir():
                 what = f"lies in {around}, which an unfinished conversion fills, and removes if it fails"
                 raise BismoothError.of(text, what, f"give {word(proposal.inside(around.parent, name))}")
-        lost = ".." in Path(text).parts and not Path(text).parent.exists()
-        return cls(target if lost else Path(given), target, name)
+        return cls(target if _is_lost(Path(text)) else Path(given), target, name)
 
     def refuse_overlap(self, folder: Path, what: str = "source") -> None:
         """Raises :class:`BismoothError` if what is written would lie in a folder that is read, or around it."""
@@ -161,6 +166,14 @@ class Destination:
         return "remove it or choose another folder"
 
 
+def _is_lost(path: Path, links: int = 40) -> bool:
+    """Whether a ``..`` in a path, or in a link on the way, of which there may be so many, leads through nothing."""
+    if ".." in path.parts and not path.parent.exists():
+        return True
+    dangling = [place for place in (path, *path.parents) if place.is_symlink() and not place.exists()]
+    return links > 0 and any(_is_lost(place.parent / os.readlink(place), links - 1) for place in dangling[-1:])
+
+
 def mounts() -> set[str]:
     """Paths at which disks, or folders of disks, are mounted, as far as the system says."""
     try:
@@ -194,17 +207,20 @@ def _json(path: Path) -> dict[str, Any]:
         return {}
 
 
-def _refuse_damaged(place: Destination, noted: object) -> None:
+def _refuse_damaged(place: Destination, noted: object, beside: object = None) -> None:
     """Raises :class:`BismoothError` if a result is no longer what it was: then there is something to do.
 
     Args:
         place: holds it.
         noted: file -> SHA-256, as the result itself has it.
+        beside: files that were copied from the source, as the result itself has it; 0.1.0 did not note them.
     """
     files = noted.items() if isinstance(noted, dict) else [(REPORT, None)]
     with Threads() as threads:
         same = threads.map(lambda file: _is(place.target / file[0], file[1]), files)
         wrong = [file for (file, _), right in zip(files, same, strict=True) if not right]
+    copied = beside if isinstance(beside, list) else []
+    wrong += [file for file in copied if isinstance(file, str) and not (place.target / file).is_file()]
     if wrong:
         what = f"holds this conversion, but {', '.join(wrong[:4])} is absent or damaged"
         raise BismoothError.of(place.given, what, place.elsewhere())
@@ -226,17 +242,22 @@ def already_a_part(destination: Destination, identity: Mapping[str, Any], blocks
     destination.refuse_another(readable(found.unlike(identity, outline, {}), names))
     checksums = {name: source.checkpoint.digest(name) for name in found.checksums}
     destination.refuse_another(found.unlike(identity, outline, checksums))
-    _refuse_damaged(destination, found.shards)
+    _refuse_damaged(destination, found.files())
     return True
 
 
 def already_converted(
-    destination: Destination, recipe: Recipe, fingerprint: Callable[[], str], provenance: Mapping[str, Any]
+    destination: Destination,
+    recipe: Recipe,
+    source: Source,
+    fingerprint: Callable[[], str],
+    provenance: Mapping[str, Any],
 ) -> bool:
     """Whether the destination holds the result of this recipe already, on the source with this fingerprint.
 
     Raises:
-        BismoothError: it holds anything else.
+        BismoothError: it holds anything else, or not all of the result, as far as its shards and its config say, and
+            the names of the files that were copied.
     """
     if not destination.holds(RECIPE):
         return False
@@ -249,6 +270,19 @@ def already_converted(
         differences = now.differences(stored)
     names = {**names_of_hashes(stored, before), **names_of_hashes(asdict(now), provenance)}
     destination.refuse_another(readable(differences, names))
-    noted = _json(destination.target / REPORT).get("sha256")
-    _refuse_damaged(destination, noted if _json(destination.target / CONFIG) else {CONFIG: None})
+    if _is_config(_json(destination.target / CONFIG), source.checkpoint.config):
+        report = _json(destination.target / REPORT)
+        _refuse_damaged(destination, report.get("sha256"), report.get("beside"))
+        record.read(destination.target, Outcome(destination.given))  # refused here, as the dry run must say it too
+    else:
+        _refuse_damaged(destination, {CONFIG: None})
     return True
+
+
+def _is_config(found: Mapping[str, Any], original: Mapping[str, Any]) -> bool:
+    """Whether a result's config is the source's, with what it says of quantization."""
+    quantization = found.get(_QUANTIZATION)
+    rest, expected = (
+        json.dumps({**config, _QUANTIZATION: None}, sort_keys=True) for config in (found, original)
+    )  # as text, in which even NaN equals itself
+    return isinstance(quantization, dict) and MARKER in quantization and rest == expected

@@ -23,7 +23,7 @@ from vllm_w8a8_bismooth.errors import BismoothError, Interrupted, Problem
 from vllm_w8a8_bismooth.method.rows import Threads
 from vllm_w8a8_bismooth.progress import Progress, silent
 from vllm_w8a8_bismooth.recipe import Recipe
-from vllm_w8a8_bismooth.report import card
+from vllm_w8a8_bismooth.report import card, record
 from vllm_w8a8_bismooth.report.labels import Labels
 from vllm_w8a8_bismooth.report.outcome import Outcome
 
@@ -57,6 +57,10 @@ class Merger:
     free_bytes: int
     reused: bool
     labels: Labels
+
+    def relabelled(self) -> Labels | None:
+        """What the card of a reused result will be drawn up anew to say; see :func:`card.labels_to_write`."""
+        return card.labels_to_write(self.target, self.labels) if self.reused else None
 
     def nbytes(self) -> int:
         """Bytes of all tensors of the result."""
@@ -100,7 +104,7 @@ def prepare(folders: Sequence[str | Path], destination: str | Path, labels: Labe
             grouped[index].add(name)
     plan = Plan(source, recipe, grouped, ignored_by_name(source, recipe))
     _refuse(line for part in parts for line in _strangers(part, plan))
-    reused = already_converted(place, recipe, lambda: fingerprint, first.provenance)
+    reused = already_converted(place, recipe, source, lambda: fingerprint, first.provenance)
     target, room = place.target, free_space(place.target)
     ready = Merger(place.given, target, parts, source, recipe, plan, plan.tensors(), room, reused, labels)
     if not reused:
@@ -124,14 +128,16 @@ def merge(ready: Merger, progress: Progress = silent) -> Outcome:
         BismoothError: a part is damaged.
     """
     source, plan, destination = ready.source, ready.plan, ready.destination
+    outcome = Outcome(destination, source.nbytes(), blocks=len(source.layers), notes=source.notes + head.notes(source))
+    outcome.already_float = already_float(source, ready.recipe)
     if ready.reused:
         clear(ready.target)  # of a run that was killed right after its last step
-        relabelled = card.relabel(ready.target, ready.labels)
-        labels = card.labels_of(ready.target)
-        return Outcome(destination, reused=True, blocks=len(source.layers), labels=labels, relabelled=relabelled)
-    outcome = Outcome(destination, source.nbytes(), blocks=len(source.layers), notes=source.notes + head.notes(source))
-    outcome.ignored = full_names(plan.ignored, source.names)
-    outcome.already_float, outcome.recipe = already_float(source, ready.recipe), ready.recipe
+        outcome.reused = True
+        record.read(ready.target, outcome)
+        outcome.relabelled = card.relabel(ready.target, ready.labels)
+        outcome.labels = card.labels_of(ready.target)
+        return outcome
+    outcome.ignored, outcome.recipe = full_names(plan.ignored, source.names), ready.recipe
     outcome.used, outcome.arithmetic = ready.parts[0].used, ready.parts[0].identity.get("arithmetic")
     for part in ready.parts:
         outcome.linears |= part.linears

@@ -58,6 +58,14 @@ def write(
     (folder / PART).write_text(json.dumps({"sha256": _digest(content), "part": content}))
 
 
+def read(folder: Path, outcome: Outcome) -> None:
+    """Put into the outcome of a part what its folder says, which is just this part; see :class:`Part`."""
+    found = Part(folder)
+    outcome.linears, outcome.sites, outcome.files = found.linears, found.sites, found.shards
+    outcome.written_bytes, outcome.recipe = found.nbytes(), found.recipe
+    outcome.used, outcome.arithmetic = found.used, found.identity.get("arithmetic")
+
+
 class Part:
     """A finished part, of which only ``part.json`` has been read.
 
@@ -136,6 +144,16 @@ class Part:
             return Folder(self.folder).header(shard)
         except BismoothError as error:
             raise BismoothError(*(replace(problem, remedy=AGAIN) for problem in error.problems)) from None
+
+    def files(self) -> dict[str, str]:
+        """Everything that lies beside ``part.json``, as it names it -> SHA-256."""
+        kept = {f"{self._source['folder']}/{file}": digest for file, digest in self.outline["files"].items()}
+        return {**self.shards, **kept}
+
+    def nbytes(self) -> int:
+        """Bytes of all tensors that it holds."""
+        offsets = (entry["data_offsets"] for shard in self.shards for entry in self.header(shard)[1].values())
+        return sum(last - first for first, last in offsets)
 
     def names(self) -> dict[str, str]:
         """See :func:`recipe.names_of_hashes`."""

@@ -20,7 +20,7 @@ from vllm_w8a8_bismooth.errors import BismoothError
 from vllm_w8a8_bismooth.method.rows import Threads
 from vllm_w8a8_bismooth.progress import Progress, silent
 from vllm_w8a8_bismooth.recipe import Recipe
-from vllm_w8a8_bismooth.report import card
+from vllm_w8a8_bismooth.report import card, record
 from vllm_w8a8_bismooth.report.labels import Labels
 from vllm_w8a8_bismooth.report.outcome import Outcome
 
@@ -43,15 +43,8 @@ def convert(ready: Preparation, progress: Progress = silent) -> Outcome:
     source = ready.source
     if ready.reused:
         clear(ready.target)  # of a run that was killed right after its last step
-        outcome = Outcome(ready.destination, reused=True, part=ready.part, blocks=len(source.layers))
-        if ready.part is None:
-            outcome.relabelled = card.relabel(ready.target, ready.labels)
-            outcome.labels = card.labels_of(ready.target)
-        return outcome
-    outcome = Outcome(ready.destination, source.nbytes(ready.part), part=ready.part, blocks=len(source.layers))
-    outcome.left_out, outcome.notes = source.checkpoint.left_out(), [*source.notes]
-    outcome.ignored = full_names(ready.within(ready.ignored), source.names)
-    outcome.already_float = already_float(source, ready.recipe)
+        return _read_back(ready)
+    outcome = _outcome(ready)
     outcome.used, outcome.arithmetic = ready.used, ready.arithmetic
     threads = Threads()
     with Journal(ready.target, ready.identity) as journal:
@@ -69,10 +62,33 @@ def convert(ready: Preparation, progress: Progress = silent) -> Outcome:
             outcome.linears |= record["linears"]
             outcome.sites[index] = record["sites"]
         outcome.resumed, outcome.granularity = walk.resumed, stages.evidence()
-        if source.outside_with(ready.blocks):
-            outcome.notes += head.notes_with_values(source)
         _finish(journal.partial, ready, plan, outcome, checksums | walk.checksums)
         journal.commit()
+    return outcome
+
+
+def _outcome(ready: Preparation) -> Outcome:
+    """What is known of an outcome from the source and the options alone."""
+    source = ready.source
+    outcome = Outcome(ready.destination, source.nbytes(ready.part), part=ready.part, blocks=len(source.layers))
+    outcome.left_out, outcome.notes = source.checkpoint.left_out(), [*source.notes]
+    if source.outside_with(ready.blocks):
+        outcome.notes += head.notes_with_values(source)
+    outcome.ignored = full_names(ready.within(ready.ignored), source.names)
+    outcome.already_float = already_float(source, ready.recipe)
+    return outcome
+
+
+def _read_back(ready: Preparation) -> Outcome:
+    """The outcome of the conversion that the destination holds already."""
+    outcome = _outcome(ready)
+    outcome.reused = True
+    if ready.part is None:
+        record.read(ready.target, outcome)
+        outcome.relabelled = card.relabel(ready.target, ready.labels)
+        outcome.labels = card.labels_of(ready.target)
+    else:
+        part.read(ready.target, outcome)
     return outcome
 
 

@@ -45,8 +45,7 @@ class Preparation:
         arithmetic: the dtype in which the tokens run through the model, as torch calls it; ``None`` is data-free.
         part: the blocks to convert, if the result is to be a part of a checkpoint; ``None`` is all, and the whole.
         labels: for the card of a whole checkpoint.
-        reused: the destination already holds the result; then ``named``, ``ignored``, ``tokens`` and ``used``
-            are not known.
+        reused: the destination already holds the result; then ``named``, ``tokens`` and ``used`` are not known.
     """
 
     destination: Path
@@ -144,12 +143,11 @@ def prepare(
         identity["blocks"] = span(part)
         reused = already_a_part(aim, identity, part, source)
     else:
-        reused = already_converted(aim, recipe, source.checkpoint.read_fingerprint, provenance)
-    named, ignored, taken = None, [], None
+        reused = already_converted(aim, recipe, source, source.checkpoint.read_fingerprint, provenance)
+    named, ignored, taken = None, ignored_by_name(source, recipe), None
     if not reused:
         if recipe.method == "auto":
             _check_auto(part, text)
-        ignored = ignored_by_name(source, recipe)
         named = chosen_by_name(source, recipe, ignored)
         if text is not None:
             assert recipe.calibration_tokens is not None

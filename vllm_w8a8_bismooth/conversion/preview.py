@@ -16,6 +16,8 @@ from vllm_w8a8_bismooth.conversion.rates import measured as measured_rates
 from vllm_w8a8_bismooth.conversion.stages import CARRY, CONVERT, GRANULARITY
 from vllm_w8a8_bismooth.measure import calibration, perturbation
 from vllm_w8a8_bismooth.measure.text import Used
+from vllm_w8a8_bismooth.report import card
+from vllm_w8a8_bismooth.report.labels import Labels
 
 
 @dataclass
@@ -24,7 +26,8 @@ class Preview:
 
     Attributes:
         destination: the folder to be.
-        reused: it already holds the result, and nothing would be done; then what follows is empty.
+        reused: it already holds the result; then what follows is empty, but for the card.
+        relabelled: what the card of a reused one would be drawn up anew to say; ``None`` if it stays as it is.
         source_bytes, written_bytes: sizes of all tensors.
         shards: file -> bytes of its tensors.
         grouped: full names of per-group linears; ``None`` if the weights decide, and sizes are those of none.
@@ -42,6 +45,7 @@ class Preview:
 
     destination: Path
     reused: bool
+    relabelled: Labels | None = None
     source_bytes: int = 0
     written_bytes: int = 0
     shards: dict[str, int] | None = None
@@ -64,11 +68,12 @@ def preview(ready: Preparation) -> Preview:
     """Check what :func:`pipeline.convert` would before its first write, and say what it would do.
 
     Raises:
-        BismoothError: whatever the conversion would refuse before it reads the weights.
+        BismoothError: whatever the conversion would refuse before it reads the weights, or draws up a card anew.
     """
     part = None if ready.part is None else (ready.part.start, ready.part.stop)
     if ready.reused:
-        return Preview(ready.destination, reused=True, part=part)
+        labels = card.labels_to_write(ready.target, ready.labels) if part is None else None
+        return Preview(ready.destination, reused=True, relabelled=labels, part=part)
     source, journal = ready.source, Journal(ready.target, ready.identity)
     journal.look()
     grouped = ready.named

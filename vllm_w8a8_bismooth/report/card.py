@@ -11,11 +11,11 @@ from typing import Any
 
 from vllm_w8a8_bismooth import __version__
 from vllm_w8a8_bismooth.checkpoint.architectures import kind_of
-from vllm_w8a8_bismooth.checkpoint.files import RECIPE, REPORT, disk_errors, read_json, write_atomically, write_json
+from vllm_w8a8_bismooth.checkpoint.files import RECIPE, REPORT, disk_errors, read_json, write_atomically
 from vllm_w8a8_bismooth.errors import BismoothError
 from vllm_w8a8_bismooth.measure.weights import VULNERABLE
 from vllm_w8a8_bismooth.recipe import Recipe
-from vllm_w8a8_bismooth.report import figures, licence
+from vllm_w8a8_bismooth.report import figures, licence, record
 from vllm_w8a8_bismooth.report.labels import Labels
 from vllm_w8a8_bismooth.report.outcome import Outcome
 from vllm_w8a8_bismooth.report.task import task_of
@@ -57,19 +57,7 @@ def write(folder: Path, outcome: Outcome, labels: Labels = _NONE) -> Labels:
     Returns:
         What the card says.
     """
-    report = {
-        "source_bytes": outcome.source_bytes,
-        "written_bytes": outcome.written_bytes,
-        "calibration": outcome.calibration(),
-        "vulnerable": outcome.vulnerable(),
-        "linears": outcome.linears,
-        "ignored": outcome.ignored,
-        "sites": {str(index): sites for index, sites in outcome.sites.items()},
-        "granularity": [asdict(entry) for entry in outcome.granularity],
-        "beside": outcome.beside,
-        "sha256": outcome.files,
-    }
-    write_json(folder / REPORT, report)
+    record.write(folder, outcome)
     if figures.available():
         figures.of_conversion(outcome.linears, outcome.sites, folder / FIGURES)
     (folder / CARD).write_bytes(draw_up(folder, labels).encode())
@@ -86,6 +74,24 @@ def labels_of(folder: Path) -> Labels:
     return Labels(**found)
 
 
+def labels_to_write(folder: Path, labels: Labels) -> Labels | None:
+    """What a finished checkpoint's card must be drawn up with, to say what these labels say; ``None`` if it does.
+
+    Raises:
+        BismoothError: the card would lose what somebody wrote into it.
+    """
+    card, before = folder / CARD, labels_of(folder)
+    after = labels.over(before)
+    if after == before and card.exists():
+        return None
+    if card.exists() and card.read_bytes() != draw_up(folder, before).encode():
+        changed = [f"{key}: {value}" for key, value in vars(after).items() if value != getattr(before, key)]
+        what = f"not as bismooth {__version__} writes it, and what was changed in it would be lost"
+        remedy = f"have it say {' and '.join(changed)} between its first two lines of ---, or move it away"
+        raise BismoothError.of(card, what, f"{remedy} and run the same command again")
+    return after
+
+
 def relabel(folder: Path, labels: Labels) -> bool:
     """Draw up a finished checkpoint's card anew where it does not say what these labels say.
 
@@ -93,21 +99,14 @@ def relabel(folder: Path, labels: Labels) -> bool:
         Whether it had to be.
 
     Raises:
-        BismoothError: the card would lose what somebody wrote into it.
+        BismoothError: see :func:`labels_to_write`.
         Interrupted: it cannot be written.
     """
-    card, before = folder / CARD, labels_of(folder)
-    after = labels.over(before)
-    if after == before and card.exists():
+    if (after := labels_to_write(folder, labels)) is None:
         return False
-    if card.exists() and card.read_bytes() != draw_up(folder, before).encode():
-        changed = [f"{key}: {value}" for key, value in vars(after).items() if value != getattr(before, key)]
-        what = f"not as bismooth {__version__} writes it, and what was changed in it would be lost"
-        remedy = f"have it say {' and '.join(changed)} between its first two lines of ---, or move it away"
-        raise BismoothError.of(card, what, f"{remedy} and run the same command again")
     content = draw_up(folder, after).encode()
     with disk_errors(folder):
-        write_atomically(card, lambda path: path.write_bytes(content))
+        write_atomically(folder / CARD, lambda path: path.write_bytes(content))
     return True
 
 

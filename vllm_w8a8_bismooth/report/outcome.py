@@ -28,14 +28,14 @@ class Outcome:
         used: what of the calibration text was really used; ``None`` is data-free.
         arithmetic: the dtype in which it ran through the model, as torch calls it.
         resumed: blocks that an earlier, interrupted run had done.
-        reused: the destination already held this very conversion, and nothing was done.
+        reused: the destination already held this very conversion; what was done then is read back from it.
         labels: what its card says.
         relabelled: whether the card of a reused one was drawn up anew.
         part: its blocks, if a part was made; ``None`` is a whole checkpoint.
         blocks: how many the model has.
         left_out: files of the source that were not copied -> bytes.
         notes: what the user should know of the source.
-        recipe: what was done; ``None`` if nothing was.
+        recipe: what was done; ``None`` until it is known.
     """
 
     destination: Path

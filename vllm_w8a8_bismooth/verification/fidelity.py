@@ -9,6 +9,7 @@ folded into it. If the ranges of a producer's rows and its consumers' columns do
 
 import json
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,16 @@ from typing import Any
 import torch
 
 from vllm_w8a8_bismooth.checkpoint.architectures import Layer, Site
-from vllm_w8a8_bismooth.checkpoint.companions import companions
+from vllm_w8a8_bismooth.checkpoint.companions import companions, loaded
 from vllm_w8a8_bismooth.checkpoint.files import CONFIG, sha256
 from vllm_w8a8_bismooth.checkpoint.layout import Source
 from vllm_w8a8_bismooth.checkpoint.reader import Checkpoint
-from vllm_w8a8_bismooth.errors import Problem
+from vllm_w8a8_bismooth.errors import BismoothError, Problem
 from vllm_w8a8_bismooth.method.rows import Threads
 from vllm_w8a8_bismooth.method.smooth import gather, rows_of, spread
 from vllm_w8a8_bismooth.progress import Progress
 from vllm_w8a8_bismooth.report.card import place_of
+from vllm_w8a8_bismooth.verification.contents import Noted
 from vllm_w8a8_bismooth.verification.match import Match, Range, match
 
 _FUNCTION = "this checkpoint computes another function; convert the source again, or name the right one with --against"
@@ -63,7 +65,7 @@ class Comparison:
         self.problems.append(Problem(where, what, remedy))
 
     def files(self) -> None:
-        """config.json must be equal but for what it says of quantization, side files byte for byte."""
+        """config.json must be equal but for what it says of quantization, side files byte for byte, with none added."""
         before, after = self.source.checkpoint.config, self.result.config
         for key in sorted((before.keys() | after.keys()) - {"quantization_config"}):
             if (old := _said(before, key)) != (new := _said(after, key)):
@@ -75,6 +77,13 @@ class Comparison:
                 self.fault(str(place), f"is absent; the source has {relative}", "copy it from the source")
             elif sha256(copied) != sha256(self.source.checkpoint.folder / relative):
                 self.fault(str(place), f"differs from the source's {relative}", "copy it from the source again")
+        known = {place_of(Path(file)).as_posix() for file in self.source.checkpoint.place.files()}
+        with suppress(BismoothError):  # what is wrong with report.json is said elsewhere
+            known |= set(Noted.of(self.result.folder).beside)
+        for file in loaded(self.result.place):
+            if file not in known:
+                what = "is not in the source, and what reads such files would load it"
+                self.fault(file, what, "remove it; what a model needs belongs into its source, before the conversion")
 
     def outside(self, judge: bool) -> None:
         """Outside the blocks, whose names the audit knows, the same tensors must be there, bit for bit.
