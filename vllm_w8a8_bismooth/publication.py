@@ -65,10 +65,14 @@ def check(destination: Path, hub_id: str, public: bool = False) -> None:
     Raises:
         BismoothError: see :func:`upload.look`; or the repository holds other files.
     """
-    there = (destination / REPORT).is_file()
-    upload.look(hub_id, public).refuse_others(
-        _weights(destination, contents.Noted.of(destination).digests or {}) if there else {}
-    )
+    target = upload.look(hub_id, public)
+    if (destination / REPORT).is_file():
+        weights = _weights(destination, contents.Noted.of(destination).digests or {})
+        target.refuse_others(weights)
+        target.refuse_changed(_small(_contents(destination, weights, hub_id), weights), destination)
+    else:
+        target.refuse_others({})
+        target.refuse_changed({card.CARD: b""}, None)
 
 
 def push(folder: Path, hub_id: str, public: bool = False, progress: Progress = silent) -> Publication:
@@ -79,7 +83,8 @@ def push(folder: Path, hub_id: str, public: bool = False, progress: Progress = s
 
     Args:
         folder: of a checkpoint that ``convert`` or ``merge`` wrote.
-        hub_id: ``org/name``. It is created if it does not exist; one that exists must be empty or hold this checkpoint.
+        hub_id: ``org/name``. It is created if it does not exist; one that exists must be empty or hold this checkpoint,
+            and what somebody changed there since the last push must be in the folder, too.
         public: whether everybody may read it; see :func:`upload.look`.
         progress: counts shards in the stage ``read``.
 
@@ -92,11 +97,9 @@ def push(folder: Path, hub_id: str, public: bool = False, progress: Progress = s
     weights = _weights(folder, shards)
     target = upload.look(hub_id, public)
     target.refuse_others(weights)
+    files = _contents(folder, weights, hub_id)
+    target.refuse_changed(_small(files, weights), folder)
     _compare(folder, shards, progress)
-    going = _going(folder, weights)
-    files: dict[str, Path | bytes] = {name: folder / name for name in going}
-    if (own := folder / card.CARD).is_file():
-        files[card.CARD] = card.for_repository(own.read_bytes().decode(errors="replace"), hub_id).encode()
     commit = upload.upload(target, files, weights)
     nbytes = sum(len(file) if isinstance(file, bytes) else file.stat().st_size for file in files.values())
     url = upload.page(hub_id)
@@ -154,6 +157,19 @@ def _going(folder: Path, weights: Mapping[str, str]) -> list[str]:
     """What goes to the Hub: what a conversion writes and serving needs, and nothing else that lies in the folder."""
     ours = {CONFIG, INDEX, RECIPE, card.CARD, *card.OURS, *weights, *companions(Folder(folder))}
     return [file for file in _files(folder) if file in ours]
+
+
+def _contents(folder: Path, weights: Mapping[str, str], hub_id: str) -> dict[str, Path | bytes]:
+    """What is sent: place in the repository -> a file, or what is to be in it."""
+    files: dict[str, Path | bytes] = {name: folder / name for name in _going(folder, weights)}
+    if card.CARD in files:
+        text = (folder / card.CARD).read_bytes().decode(errors="replace")
+        files[card.CARD] = card.for_repository(text, hub_id).encode()
+    return files
+
+
+def _small(files: Mapping[str, Path | bytes], weights: Mapping[str, str]) -> dict[str, Path | bytes]:
+    return {place: content for place, content in files.items() if place not in weights}
 
 
 def _files(folder: Path) -> Iterator[str]:

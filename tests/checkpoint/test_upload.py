@@ -199,6 +199,61 @@ def test_a_repository_that_was_not_to_be_seen_is_left_alone(hub, bismooth, conve
     assert digests(hub.repositories["org/out"]).keys() == {".gitattributes"} and not hub.received
 
 
+def edit(hub, place: str, text: str | None) -> str:
+    """Somebody's commit, which changes or removes a file of ``org/out``; its bytes, as text."""
+    path = hub.repositories["org/out"] / place
+    path.unlink() if text is None else path.write_text(text)
+    hub.commit("org/out")
+    return text or ""
+
+
+def test_words_that_were_written_on_the_hub_are_not_undone(hub, bismooth, converted, tmp_path):
+    folder = shutil.copytree(converted, tmp_path / "out")
+    push = ("push", folder, "org/out")
+    assert bismooth(*push).returncode == 0
+    there = hub.repositories["org/out"]
+    card = edit(hub, "README.md", (there / "README.md").read_text() + "Theirs.\n")
+    tokenizer = edit(hub, "tokenizer.json", '{"theirs": 1}')
+    commits = len(hub.commits["org/out"])
+    convert_again = ("convert", tmp_path.parent, folder, "--method", "rtn", "--push-to-hub", "org/out")
+    for words in (push, convert_again):
+        done = bismooth(*words)
+        assert done.returncode == 2 and "undo what somebody wrote there (README.md, tokenizer.json)" in done.stderr
+        fetch = f"take that over (hf download org/out README.md tokenizer.json --local-dir {folder}), or remove it"
+        assert fetch in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    shutil.copy(there / "README.md", folder)
+    edit(hub, "tokenizer.json", None)
+    assert bismooth(*push).returncode == 0
+    assert (there / "README.md").read_text() == card and (there / "tokenizer.json").read_text() != tokenizer
+    assert len(hub.commits["org/out"]) == commits + 2
+    (folder / "README.md").write_text(card + "Ours.\n")
+    assert bismooth(*push).returncode == 0 and (there / "README.md").read_text().endswith("Theirs.\nOurs.\n")
+
+
+def test_a_card_that_was_drawn_up_again_is_pushed(hub, bismooth, source, tmp_path):
+    command = ("convert", source, tmp_path / "out", "--method", "rtn", "--push-to-hub", "org/out")
+    assert bismooth(*command).returncode == 0
+    edit(hub, "mine.png", "theirs")  # nothing that is sent
+    assert bismooth(*command, "--license", "mit").returncode == 0
+    assert "license: mit" in (hub.repositories["org/out"] / "README.md").read_text()
+    assert (hub.repositories["org/out"] / "mine.png").read_text() == "theirs"
+
+
+def test_a_card_in_an_empty_repository_is_overwritten_if_the_hub_wrote_it(hub, bismooth, converted, source, tmp_path):
+    hub.create("org/out", private=True)
+    (hub.repositories["org/out"] / "README.md").write_text("---\nlicense: mit\n---\n")
+    hub.commits["org/out"].clear()
+    hub.commit("org/out", "initial commit")
+    card = edit(hub, "README.md", "# My words\n")
+    done = bismooth("push", converted, "org/out")
+    assert done.returncode == 2 and "somebody wrote there (README.md); take that over" in done.stderr
+    done = bismooth("convert", source, tmp_path / "out", "--method", "rtn", "--push-to-hub", "org/out")
+    assert done.returncode == 2 and "somebody wrote there (README.md); remove it there" in done.stderr
+    assert not (tmp_path / "out").exists() and (hub.repositories["org/out"] / "README.md").read_text() == card
+    edit(hub, "README.md", "---\nlicense: mit\n---\n")
+    assert bismooth("push", converted, "org/out").returncode == 0
+
+
 REFUSALS = {
     "not logged in": (None, "org/out", ["nobody is logged in", "hf auth login"]),
     "no such token": ("hf_old", "org/out", ["does not know the token", "hf auth login --force"]),
@@ -310,7 +365,8 @@ def test_options_without_effect_are_refused(bismooth, source, tmp_path):
     ("files", "strange"),
     [
         ({}, None),
-        ({".gitattributes": None, "README.md": None, "LICENSE": None}, None),
+        ({".gitattributes": None, "README.md": None}, None),
+        ({".gitattributes": None, "LICENSE": None}, "LICENSE"),
         ({"config.json": None}, "config.json"),
         ({"config.json": None, "a.safetensors": "1", "mine.png": None}, None),
         ({"a.safetensors": "2"}, "a.safetensors"),
