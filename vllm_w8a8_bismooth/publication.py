@@ -1,4 +1,4 @@
-"""A finished checkpoint goes to the Hub, as it was written: its shards are compared with the report's hashes first."""
+"""A finished checkpoint goes to the Hub, as it was written: it is verified first."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -20,11 +20,10 @@ from vllm_w8a8_bismooth.checkpoint.files import (
 )
 from vllm_w8a8_bismooth.conversion.part import PART
 from vllm_w8a8_bismooth.errors import BismoothError, Problem
-from vllm_w8a8_bismooth.method.rows import Threads
 from vllm_w8a8_bismooth.progress import Progress, silent
 from vllm_w8a8_bismooth.report import card
 from vllm_w8a8_bismooth.report.labels import Labels
-from vllm_w8a8_bismooth.verification import contents
+from vllm_w8a8_bismooth.verification import contents, verify
 
 _OURS = "give the folder that bismooth convert or bismooth merge wrote"
 _UNFINISHED = (".partial", ".tmp", ".incomplete", ".lock")
@@ -89,8 +88,8 @@ def push(folder: Path, hub_id: str, public: bool = False, progress: Progress = s
         progress: counts shards in the stage ``read``.
 
     Raises:
-        BismoothError: the folder is no finished checkpoint of ours, or a shard is not as it was written; see also
-            :func:`upload.look` and :func:`upload.upload`.
+        BismoothError: the folder is no finished checkpoint of ours, or ``bismooth verify`` would find a fault in it;
+            see also :func:`upload.look` and :func:`upload.upload`.
         Interrupted: the connection was lost.
     """
     shards = _shards(folder)
@@ -99,7 +98,7 @@ def push(folder: Path, hub_id: str, public: bool = False, progress: Progress = s
     target.refuse_others(weights)
     files = _contents(folder, weights, hub_id)
     target.refuse_changed(_small(files, weights), folder)
-    _compare(folder, shards, progress)
+    _check(folder, shards, progress)
     commit = upload.upload(target, files, weights)
     nbytes = sum(len(file) if isinstance(file, bytes) else file.stat().st_size for file in files.values())
     url = upload.page(hub_id)
@@ -134,15 +133,9 @@ def _is_weights(file: str) -> bool:
     return PurePosixPath(file).suffix in WEIGHT_SUFFIXES
 
 
-def _compare(folder: Path, shards: Mapping[str, str], progress: Progress) -> None:
-    """Raises :class:`BismoothError` with all shards that are not as they were written."""
-    present = [file for file in shards if (folder / file).is_file()]
-    digests = {}
-    with Threads() as threads:
-        for file, digest in zip(present, threads.map(lambda file: sha256(folder / file), present), strict=True):
-            digests[file] = digest
-            progress("read", len(digests), len(present))
-    problems = [*contents.changed(shards, digests), *_strays(folder, shards)]
+def _check(folder: Path, shards: Mapping[str, str], progress: Progress) -> None:
+    """Raises :class:`BismoothError` with all that ``bismooth verify`` calls a fault, without asking vLLM."""
+    problems = list(_strays(folder, shards)) or verify(folder, progress=progress, engine=False).findings
     if problems:
         raise BismoothError(*problems)
 

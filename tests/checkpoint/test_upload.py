@@ -104,6 +104,7 @@ def test_weights_of_modules_in_their_own_folders_go_with_it(hub, bismooth, conve
     folder = shutil.copytree(converted, tmp_path / "out")
     (folder / "2_Dense").mkdir()
     (folder / "2_Dense" / "model.safetensors").write_bytes(b"dense")
+    (folder / "2_Dense" / "config.json").write_text("{}")
     (folder / "modules.json").write_text('[{"type": "sentence_transformers.models.Dense", "path": "2_Dense"}]')
     for _ in range(2):
         assert bismooth("push", folder, "org/out").returncode == 0
@@ -325,11 +326,21 @@ def damaged_shard(folder: Path) -> None:
     shard.write_bytes(shard.read_bytes()[:-1] + b"?")
 
 
+def leave_stale_index(folder: Path) -> None:
+    edit_json(folder / "model.safetensors.index.json", lambda index: index["metadata"].update(total_size=1))
+
+
 WRONG = {
     "damaged": (damaged_shard, ["has SHA-256", "copy the file again"]),
     "absent": (lambda folder: sorted(folder.glob("*.safetensors"))[0].unlink(), ["absent", "copy the file again"]),
     "a stray": (lambda f: (f / "x.safetensors").write_text(""), ["no shard that report.json names", "move it out"]),
     "another format": (lambda f: (f / "pytorch_model.bin").write_text(""), ["no shard that report", "move it out"]),
+    "a copied file is absent": (lambda folder: (folder / "tokenizer.json").unlink(), ["tokenizer.json: is absent"]),
+    "another config": (
+        lambda folder: edit_json(folder / "config.json", lambda config: config.update(num_hidden_layers=9)),
+        ["config.json: implies many more tensors"],
+    ),
+    "another's index": (leave_stale_index, ["metadata.total_size is 1"]),
     "not ours": (
         lambda folder: edit_json(folder / "config.json", lambda c: c["quantization_config"].pop("bismooth")),
         ["not written by bismooth"],

@@ -81,7 +81,7 @@ def push(
 ) -> None:
     """Upload a converted checkpoint to the Hugging Face Hub, in one commit.
 
-    Its SHA-256s are compared with report.json first. A push that was interrupted goes on, and sends nothing twice.
+    It is verified first, without vLLM. A push that was interrupted goes on, and sends nothing twice.
     Log in before it with [bold]hf auth login[/bold], with a token that may write.
     """
     done = send(folder, hub_id, public, display.console(stderr=True))
