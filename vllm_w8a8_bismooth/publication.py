@@ -18,6 +18,7 @@ from vllm_w8a8_bismooth.checkpoint.files import (
     read_json,
     sha256,
 )
+from vllm_w8a8_bismooth.checkpoint.journal import FOLDER as JOURNAL
 from vllm_w8a8_bismooth.conversion.part import PART
 from vllm_w8a8_bismooth.errors import BismoothError, Problem
 from vllm_w8a8_bismooth.progress import Progress, silent
@@ -110,7 +111,8 @@ def _shards(folder: Path) -> Mapping[str, str]:
     """The shards of a finished checkpoint of ours -> the SHA-256 that they had when they were written."""
     if (folder / PART).is_file():
         raise BismoothError.of(folder, "a part of a checkpoint", "bismooth merge makes a checkpoint of all its parts")
-    if not folder.exists() and partial_folder(folder).is_dir():
+    grows = folder.absolute().name.endswith(".partial") and (folder / JOURNAL).is_dir()
+    if grows or (not folder.exists() and partial_folder(folder).is_dir()):
         remedy = "run the command again that began it, and then push"
         raise BismoothError.of(folder, "not finished", remedy)
     if not folder.is_dir():

@@ -352,6 +352,12 @@ WRONG = {
 }
 
 
+def test_a_folder_that_still_grows_is_not_finished(hub, bismooth, tmp_path):
+    (tmp_path / "half.partial" / ".bismooth").mkdir(parents=True)
+    done = bismooth("push", tmp_path / "half.partial", "org/out")
+    assert done.returncode == 2 and "half.partial: not finished; run the command again that began it" in done.stderr
+
+
 @pytest.mark.parametrize("case", WRONG)
 def test_only_what_was_written_goes_up(hub, bismooth, converted, tmp_path, case):
     damage, parts = WRONG[case]
