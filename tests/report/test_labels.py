@@ -80,6 +80,10 @@ def test_only_a_text_that_leaves_no_doubt_is_a_licence(tmp_path, case):
         "apache-2.0": "apache-2.0",
         "Apache-2.0": "apache-2.0",
         "GPL-3.0-or-later": "gpl-3.0",
+        "LGPL-2.1-only": "lgpl-2.1",
+        "AGPL-3.0-only": "agpl-3.0",
+        "GPL-3.0+": "gpl-3.0",
+        "GFDL-1.3-or-later": "gfdl",
         "llama3.1": "llama3.1",
         "other": "other",
     }.items(),
@@ -88,7 +92,13 @@ def test_licences_become_those_of_the_hub(given, found):
     assert Labels(license=given).license == found
 
 
-@pytest.mark.parametrize("given", ["apache", "Apache 2.0", "", "MIT OR Apache-2.0", "mit\n---"])
+NO_LICENCES = [
+    *("apache", "Apache 2.0", "", "MIT OR Apache-2.0", "mit\n---"),
+    *("mit-only", "apache-2.0-or-later", "Apache-2.0+", "gpl-only", "gfdl-only", "GPL-3.0-only-or-later"),
+]
+
+
+@pytest.mark.parametrize("given", NO_LICENCES)
 def test_other_licences_are_refused(given):
     with pytest.raises(
         BismoothError, match="neither a licence id of the Hub nor.*repositories-licenses, or write other"
