@@ -135,6 +135,17 @@ def test_labels_are_in_the_card_and_nowhere_else(make_checkpoint, tmp_path):
     assert {file for file in bare if bare[file] != out[file]} == {"README.md"}
 
 
+def test_a_licence_that_labels_cannot_have_is_not_called_absent(make_checkpoint, tmp_path):
+    source = make_checkpoint(num_hidden_layers=1)
+    (source / "README.md").write_text("---\nlicense: my-own\n---\n")
+    code, said = run("convert", source, tmp_path / "out", "--method", "rtn")
+    assert code == 0 and data(tmp_path / "out")["license"] == "my-own"
+    assert "The card names no base model; the same command with --base-model ORG/NAME adds it" in said
+    readme = tmp_path / "out" / "README.md"
+    readme.write_text(readme.read_text().replace("license: my-own", "license: my own\nbase_model: [org/a, org/b]"))
+    assert card.missing(tmp_path / "out") == {}
+
+
 def test_another_label_rewrites_the_card_of_a_conversion_that_is_there(make_checkpoint, tmp_path):
     source, out = make_checkpoint(num_hidden_layers=1), tmp_path / "out"
     convert(source, tmp_path / "at once", RTN, labels=Labels("org/name", "mit"))

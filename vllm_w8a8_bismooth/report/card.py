@@ -86,6 +86,13 @@ def labels_of(folder: Path) -> Labels:
     return Labels(**found)
 
 
+def missing(folder: Path) -> dict[str, str]:
+    """What a finished checkpoint's card does not say in any way, in words -> the option that says it."""
+    options = {"license": ("licence", "--license ID"), "base_model": ("base model", "--base-model ORG/NAME")}
+    said = _front_matter(folder / CARD)
+    return dict(words for key, words in options.items() if not said.get(key))
+
+
 def relabel(folder: Path, labels: Labels) -> bool:
     """Draw up a finished checkpoint's card anew where it does not say what these labels say.
 
