@@ -1,4 +1,4 @@
-"""A finished checkpoint goes to the Hub, as it was written: its shards are compared with the report's hashes first."""
+"""A finished checkpoint goes to the Hub, as it was written: it is verified first."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -18,13 +18,13 @@ from vllm_w8a8_bismooth.checkpoint.files import (
     read_json,
     sha256,
 )
+from vllm_w8a8_bismooth.checkpoint.journal import FOLDER as JOURNAL
 from vllm_w8a8_bismooth.conversion.part import PART
 from vllm_w8a8_bismooth.errors import BismoothError, Problem
-from vllm_w8a8_bismooth.method.rows import Threads
 from vllm_w8a8_bismooth.progress import Progress, silent
 from vllm_w8a8_bismooth.report import card
 from vllm_w8a8_bismooth.report.labels import Labels
-from vllm_w8a8_bismooth.verification import contents
+from vllm_w8a8_bismooth.verification import contents, verify
 
 _OURS = "give the folder that bismooth convert or bismooth merge wrote"
 _UNFINISHED = (".partial", ".tmp", ".incomplete", ".lock")
@@ -65,10 +65,14 @@ def check(destination: Path, hub_id: str, public: bool = False) -> None:
     Raises:
         BismoothError: see :func:`upload.look`; or the repository holds other files.
     """
-    there = (destination / REPORT).is_file()
-    upload.look(hub_id, public).refuse_others(
-        _weights(destination, contents.Noted.of(destination).digests or {}) if there else {}
-    )
+    target = upload.look(hub_id, public)
+    if (destination / REPORT).is_file():
+        weights = _weights(destination, contents.Noted.of(destination).digests or {})
+        target.refuse_others(weights)
+        target.refuse_changed(_small(_contents(destination, weights, hub_id), weights), destination)
+    else:
+        target.refuse_others({})
+        target.refuse_changed({card.CARD: b""}, None)
 
 
 def push(folder: Path, hub_id: str, public: bool = False, progress: Progress = silent) -> Publication:
@@ -79,24 +83,23 @@ def push(folder: Path, hub_id: str, public: bool = False, progress: Progress = s
 
     Args:
         folder: of a checkpoint that ``convert`` or ``merge`` wrote.
-        hub_id: ``org/name``. It is created if it does not exist; one that exists must be empty or hold this checkpoint.
+        hub_id: ``org/name``. It is created if it does not exist; one that exists must be empty or hold this checkpoint,
+            and what somebody changed there since the last push must be in the folder, too.
         public: whether everybody may read it; see :func:`upload.look`.
         progress: counts shards in the stage ``read``.
 
     Raises:
-        BismoothError: the folder is no finished checkpoint of ours, or a shard is not as it was written; see also
-            :func:`upload.look` and :func:`upload.upload`.
+        BismoothError: the folder is no finished checkpoint of ours, or ``bismooth verify`` would find a fault in it;
+            see also :func:`upload.look` and :func:`upload.upload`.
         Interrupted: the connection was lost.
     """
     shards = _shards(folder)
     weights = _weights(folder, shards)
     target = upload.look(hub_id, public)
     target.refuse_others(weights)
-    _compare(folder, shards, progress)
-    going = _going(folder, weights)
-    files: dict[str, Path | bytes] = {name: folder / name for name in going}
-    if (own := folder / card.CARD).is_file():
-        files[card.CARD] = card.for_repository(own.read_bytes().decode(errors="replace"), hub_id).encode()
+    files = _contents(folder, weights, hub_id)
+    target.refuse_changed(_small(files, weights), folder)
+    _check(folder, shards, progress)
     commit = upload.upload(target, files, weights)
     nbytes = sum(len(file) if isinstance(file, bytes) else file.stat().st_size for file in files.values())
     url = upload.page(hub_id)
@@ -108,7 +111,8 @@ def _shards(folder: Path) -> Mapping[str, str]:
     """The shards of a finished checkpoint of ours -> the SHA-256 that they had when they were written."""
     if (folder / PART).is_file():
         raise BismoothError.of(folder, "a part of a checkpoint", "bismooth merge makes a checkpoint of all its parts")
-    if not folder.exists() and partial_folder(folder).is_dir():
+    grows = folder.absolute().name.endswith(".partial") and (folder / JOURNAL).is_dir()
+    if grows or (not folder.exists() and partial_folder(folder).is_dir()):
         remedy = "run the command again that began it, and then push"
         raise BismoothError.of(folder, "not finished", remedy)
     if not folder.is_dir():
@@ -131,15 +135,9 @@ def _is_weights(file: str) -> bool:
     return PurePosixPath(file).suffix in WEIGHT_SUFFIXES
 
 
-def _compare(folder: Path, shards: Mapping[str, str], progress: Progress) -> None:
-    """Raises :class:`BismoothError` with all shards that are not as they were written."""
-    present = [file for file in shards if (folder / file).is_file()]
-    digests = {}
-    with Threads() as threads:
-        for file, digest in zip(present, threads.map(lambda file: sha256(folder / file), present), strict=True):
-            digests[file] = digest
-            progress("read", len(digests), len(present), 0)
-    problems = [*contents.changed(shards, digests), *_strays(folder, shards)]
+def _check(folder: Path, shards: Mapping[str, str], progress: Progress) -> None:
+    """Raises :class:`BismoothError` with all that ``bismooth verify`` calls a fault, without asking vLLM."""
+    problems = list(_strays(folder, shards)) or verify(folder, progress=progress, engine=False).findings
     if problems:
         raise BismoothError(*problems)
 
@@ -154,6 +152,19 @@ def _going(folder: Path, weights: Mapping[str, str]) -> list[str]:
     """What goes to the Hub: what a conversion writes and serving needs, and nothing else that lies in the folder."""
     ours = {CONFIG, INDEX, RECIPE, card.CARD, *card.OURS, *weights, *companions(Folder(folder))}
     return [file for file in _files(folder) if file in ours]
+
+
+def _contents(folder: Path, weights: Mapping[str, str], hub_id: str) -> dict[str, Path | bytes]:
+    """What is sent: place in the repository -> a file, or what is to be in it."""
+    files: dict[str, Path | bytes] = {name: folder / name for name in _going(folder, weights)}
+    if card.CARD in files:
+        text = (folder / card.CARD).read_bytes().decode(errors="replace")
+        files[card.CARD] = card.for_repository(text, hub_id).encode()
+    return files
+
+
+def _small(files: Mapping[str, Path | bytes], weights: Mapping[str, str]) -> dict[str, Path | bytes]:
+    return {place: content for place, content in files.items() if place not in weights}
 
 
 def _files(folder: Path) -> Iterator[str]:

@@ -104,6 +104,7 @@ def test_weights_of_modules_in_their_own_folders_go_with_it(hub, bismooth, conve
     folder = shutil.copytree(converted, tmp_path / "out")
     (folder / "2_Dense").mkdir()
     (folder / "2_Dense" / "model.safetensors").write_bytes(b"dense")
+    (folder / "2_Dense" / "config.json").write_text("{}")
     (folder / "modules.json").write_text('[{"type": "sentence_transformers.models.Dense", "path": "2_Dense"}]')
     for _ in range(2):
         assert bismooth("push", folder, "org/out").returncode == 0
@@ -199,6 +200,61 @@ def test_a_repository_that_was_not_to_be_seen_is_left_alone(hub, bismooth, conve
     assert digests(hub.repositories["org/out"]).keys() == {".gitattributes"} and not hub.received
 
 
+def edit(hub, place: str, text: str | None) -> str:
+    """Somebody's commit, which changes or removes a file of ``org/out``; its bytes, as text."""
+    path = hub.repositories["org/out"] / place
+    path.unlink() if text is None else path.write_text(text)
+    hub.commit("org/out")
+    return text or ""
+
+
+def test_words_that_were_written_on_the_hub_are_not_undone(hub, bismooth, converted, tmp_path):
+    folder = shutil.copytree(converted, tmp_path / "out")
+    push = ("push", folder, "org/out")
+    assert bismooth(*push).returncode == 0
+    there = hub.repositories["org/out"]
+    card = edit(hub, "README.md", (there / "README.md").read_text() + "Theirs.\n")
+    tokenizer = edit(hub, "tokenizer.json", '{"theirs": 1}')
+    commits = len(hub.commits["org/out"])
+    convert_again = ("convert", tmp_path.parent, folder, "--method", "rtn", "--push-to-hub", "org/out")
+    for words in (push, convert_again):
+        done = bismooth(*words)
+        assert done.returncode == 2 and "undo what somebody wrote there (README.md, tokenizer.json)" in done.stderr
+        fetch = f"take that over (hf download org/out README.md tokenizer.json --local-dir {folder}), or remove it"
+        assert fetch in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    shutil.copy(there / "README.md", folder)
+    edit(hub, "tokenizer.json", None)
+    assert bismooth(*push).returncode == 0
+    assert (there / "README.md").read_text() == card and (there / "tokenizer.json").read_text() != tokenizer
+    assert len(hub.commits["org/out"]) == commits + 2
+    (folder / "README.md").write_text(card + "Ours.\n")
+    assert bismooth(*push).returncode == 0 and (there / "README.md").read_text().endswith("Theirs.\nOurs.\n")
+
+
+def test_a_card_that_was_drawn_up_again_is_pushed(hub, bismooth, source, tmp_path):
+    command = ("convert", source, tmp_path / "out", "--method", "rtn", "--push-to-hub", "org/out")
+    assert bismooth(*command).returncode == 0
+    edit(hub, "mine.png", "theirs")  # nothing that is sent
+    assert bismooth(*command, "--license", "mit").returncode == 0
+    assert "license: mit" in (hub.repositories["org/out"] / "README.md").read_text()
+    assert (hub.repositories["org/out"] / "mine.png").read_text() == "theirs"
+
+
+def test_a_card_in_an_empty_repository_is_overwritten_if_the_hub_wrote_it(hub, bismooth, converted, source, tmp_path):
+    hub.create("org/out", private=True)
+    (hub.repositories["org/out"] / "README.md").write_text("---\nlicense: mit\n---\n")
+    hub.commits["org/out"].clear()
+    hub.commit("org/out", "initial commit")
+    card = edit(hub, "README.md", "# My words\n")
+    done = bismooth("push", converted, "org/out")
+    assert done.returncode == 2 and "somebody wrote there (README.md); take that over" in done.stderr
+    done = bismooth("convert", source, tmp_path / "out", "--method", "rtn", "--push-to-hub", "org/out")
+    assert done.returncode == 2 and "somebody wrote there (README.md); remove it there" in done.stderr
+    assert not (tmp_path / "out").exists() and (hub.repositories["org/out"] / "README.md").read_text() == card
+    edit(hub, "README.md", "---\nlicense: mit\n---\n")
+    assert bismooth("push", converted, "org/out").returncode == 0
+
+
 REFUSALS = {
     "not logged in": (None, "org/out", ["nobody is logged in", "hf auth login"]),
     "no such token": ("hf_old", "org/out", ["does not know the token", "hf auth login --force"]),
@@ -270,11 +326,21 @@ def damaged_shard(folder: Path) -> None:
     shard.write_bytes(shard.read_bytes()[:-1] + b"?")
 
 
+def leave_stale_index(folder: Path) -> None:
+    edit_json(folder / "model.safetensors.index.json", lambda index: index["metadata"].update(total_size=1))
+
+
 WRONG = {
     "damaged": (damaged_shard, ["has SHA-256", "copy the file again"]),
     "absent": (lambda folder: sorted(folder.glob("*.safetensors"))[0].unlink(), ["absent", "copy the file again"]),
     "a stray": (lambda f: (f / "x.safetensors").write_text(""), ["no shard that report.json names", "move it out"]),
     "another format": (lambda f: (f / "pytorch_model.bin").write_text(""), ["no shard that report", "move it out"]),
+    "a copied file is absent": (lambda folder: (folder / "tokenizer.json").unlink(), ["tokenizer.json: is absent"]),
+    "another config": (
+        lambda folder: edit_json(folder / "config.json", lambda config: config.update(num_hidden_layers=9)),
+        ["config.json: implies many more tensors"],
+    ),
+    "another's index": (leave_stale_index, ["metadata.total_size is 1"]),
     "not ours": (
         lambda folder: edit_json(folder / "config.json", lambda c: c["quantization_config"].pop("bismooth")),
         ["not written by bismooth"],
@@ -284,6 +350,12 @@ WRONG = {
     "not finished": (lambda folder: folder.rename(f"{folder}.partial"), ["not finished", "run the command again"]),
     "a part": (lambda folder: (folder / "part.json").write_text("{}"), ["a part of a checkpoint", "bismooth merge"]),
 }
+
+
+def test_a_folder_that_still_grows_is_not_finished(hub, bismooth, tmp_path):
+    (tmp_path / "half.partial" / ".bismooth").mkdir(parents=True)
+    done = bismooth("push", tmp_path / "half.partial", "org/out")
+    assert done.returncode == 2 and "half.partial: not finished; run the command again that began it" in done.stderr
 
 
 @pytest.mark.parametrize("case", WRONG)
@@ -310,7 +382,8 @@ def test_options_without_effect_are_refused(bismooth, source, tmp_path):
     ("files", "strange"),
     [
         ({}, None),
-        ({".gitattributes": None, "README.md": None, "LICENSE": None}, None),
+        ({".gitattributes": None, "README.md": None}, None),
+        ({".gitattributes": None, "LICENSE": None}, "LICENSE"),
         ({"config.json": None}, "config.json"),
         ({"config.json": None, "a.safetensors": "1", "mine.png": None}, None),
         ({"a.safetensors": "2"}, "a.safetensors"),

@@ -80,6 +80,10 @@ def test_only_a_text_that_leaves_no_doubt_is_a_licence(tmp_path, case):
         "apache-2.0": "apache-2.0",
         "Apache-2.0": "apache-2.0",
         "GPL-3.0-or-later": "gpl-3.0",
+        "LGPL-2.1-only": "lgpl-2.1",
+        "AGPL-3.0-only": "agpl-3.0",
+        "GPL-3.0+": "gpl-3.0",
+        "GFDL-1.3-or-later": "gfdl",
         "llama3.1": "llama3.1",
         "other": "other",
     }.items(),
@@ -88,7 +92,13 @@ def test_licences_become_those_of_the_hub(given, found):
     assert Labels(license=given).license == found
 
 
-@pytest.mark.parametrize("given", ["apache", "Apache 2.0", "", "MIT OR Apache-2.0", "mit\n---"])
+NO_LICENCES = [
+    *("apache", "Apache 2.0", "", "MIT OR Apache-2.0", "mit\n---"),
+    *("mit-only", "apache-2.0-or-later", "Apache-2.0+", "gpl-only", "gfdl-only", "GPL-3.0-only-or-later"),
+]
+
+
+@pytest.mark.parametrize("given", NO_LICENCES)
 def test_other_licences_are_refused(given):
     with pytest.raises(
         BismoothError, match="neither a licence id of the Hub nor.*repositories-licenses, or write other"
@@ -123,6 +133,17 @@ def test_labels_are_in_the_card_and_nowhere_else(make_checkpoint, tmp_path):
     assert "[meta-llama/Meta-Llama-3-70B](https://huggingface.co/meta-llama/Meta-Llama-3-70B), converted" in text
     bare, out = digests(tmp_path / "bare"), digests(tmp_path / "out")
     assert {file for file in bare if bare[file] != out[file]} == {"README.md"}
+
+
+def test_a_licence_that_labels_cannot_have_is_not_called_absent(make_checkpoint, tmp_path):
+    source = make_checkpoint(num_hidden_layers=1)
+    (source / "README.md").write_text("---\nlicense: my-own\n---\n")
+    code, said = run("convert", source, tmp_path / "out", "--method", "rtn")
+    assert code == 0 and data(tmp_path / "out")["license"] == "my-own"
+    assert "The card names no base model; the same command with --base-model ORG/NAME adds it" in said
+    readme = tmp_path / "out" / "README.md"
+    readme.write_text(readme.read_text().replace("license: my-own", "license: my own\nbase_model: [org/a, org/b]"))
+    assert card.missing(tmp_path / "out") == {}
 
 
 def test_another_label_rewrites_the_card_of_a_conversion_that_is_there(make_checkpoint, tmp_path):

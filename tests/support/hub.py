@@ -52,6 +52,8 @@ class Hub:
         served: path of a file -> bytes of it that were sent.
         received: SHA-256 of a large file -> bytes of it that arrived, over all attempts.
         commits: id -> commits that clients made, the last one last.
+        titles: commit -> its title.
+        trees: commit -> what was in the repository then, as the Hub tells it.
         drops: bytes of large files until the connection is cut, once.
         full: how many more large files are taken; ``None``: any number. Others are refused with status 403.
         invalid: what the Hub says against a card's metadata; empty: nothing.
@@ -66,6 +68,8 @@ class Hub:
     served: Counter = field(default_factory=Counter)
     received: Counter = field(default_factory=Counter)
     commits: dict[str, list[str]] = field(default_factory=dict)
+    titles: dict[str, str] = field(default_factory=dict)
+    trees: dict[str, list[dict]] = field(default_factory=dict)
     drops: int | None = None
     full: int | None = None
     invalid: str = ""
@@ -74,11 +78,26 @@ class Hub:
     def head(self, hub_id: str) -> str:
         return self.commits.get(hub_id, [COMMIT])[-1]
 
-    def commit(self, hub_id: str) -> str:
-        """A new last commit of a repository."""
+    def commit(self, hub_id: str, title: str = "Somebody's") -> str:
+        """A new last commit of a repository, of what is in its folder now."""
         made = self.commits.setdefault(hub_id, [])
         made.append(hashlib.sha1(f"{hub_id} {len(made)}".encode()).hexdigest())
+        self.titles[made[-1]], self.trees[made[-1]] = title, self.siblings(hub_id)
         return made[-1]
+
+    def files(self, hub_id: str) -> list[tuple[str, Path]]:
+        folder = self.repositories[hub_id]
+        return [(path.relative_to(folder).as_posix(), path) for path in sorted(folder.rglob("*")) if path.is_file()]
+
+    def siblings(self, hub_id: str) -> list[dict]:
+        """What is in a repository's folder now, as the Hub tells it."""
+        found = []
+        for name, path in self.files(hub_id):
+            size = path.stat().st_size
+            found.append({"rfilename": name, "size": size, "blobId": _git_oid(path)})
+            if self.storage is not None and _is_large(name):
+                found[-1]["lfs"] = {"size": size, "sha256": _sha256(path), "pointerSize": 134}
+        return found
 
     def create(self, hub_id: str, private: bool) -> None:
         """A repository as the Hub makes it: with ``.gitattributes`` and a first commit."""
@@ -87,7 +106,7 @@ class Hub:
         folder.mkdir(parents=True)
         (folder / ".gitattributes").write_text("*.safetensors filter=lfs diff=lfs merge=lfs -text\n")
         (self.private.add if private else self.private.discard)(hub_id)
-        self.commit(hub_id)
+        self.commit(hub_id, "initial commit")
 
     def blob(self, digest: str) -> Path:
         """Where a large file is that arrived whole."""
@@ -125,7 +144,10 @@ class _Handler(BaseHTTPRequestHandler):
         elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+))?/?", path):
             hub_id, what, revision = match.groups()
             if self.exists(hub_id, revision):
-                self.answer_json(self.tree(hub_id) if what == "tree" else self.info(hub_id))
+                self.answer_json(self.tree(hub_id) if what == "tree" else self.info(hub_id, revision))
+        elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/commits/main", path):
+            if self.exists(match[1], None):
+                self.answer_json(self.history(match[1]))
         elif match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             hub_id, revision, name = match.groups()
             if not self.exists(hub_id, revision):
@@ -244,37 +266,35 @@ class _Handler(BaseHTTPRequestHandler):
                 path.write_bytes(base64.b64decode(value["content"]))
             else:
                 shutil.copyfile(self.hub.blob(value["oid"]), path)
-        made = self.hub.commit(hub_id)
+        made = self.hub.commit(hub_id, header["value"]["summary"])
         self.answer_json({"commitUrl": f"{self.hub.endpoint}/{hub_id}/commit/{made}", "commitOid": made})
 
     def exists(self, hub_id: str, revision: str | None) -> bool:
         hidden = hub_id in self.hub.private and self.rights() is None
         if hub_id not in self.hub.repositories or hidden:
             self.refuse(401, "RepoNotFound")
-        elif revision not in (None, "main", self.hub.head(hub_id)):
+        elif revision not in (None, "main", self.hub.head(hub_id), *self.hub.commits.get(hub_id, [])):
             self.refuse(404, "RevisionNotFound")
         else:
             return True
         return False
 
-    def files(self, hub_id: str) -> list[tuple[str, Path]]:
-        folder = self.hub.repositories[hub_id]
-        return [(path.relative_to(folder).as_posix(), path) for path in sorted(folder.rglob("*")) if path.is_file()]
-
-    def info(self, hub_id: str) -> dict:
-        siblings = []
-        for name, path in self.files(hub_id):
-            size = path.stat().st_size
-            siblings.append({"rfilename": name, "size": size})
-            if self.hub.storage is not None and _is_large(name):
-                siblings[-1]["lfs"] = {"size": size, "sha256": _sha256(path), "pointerSize": 134}
+    def info(self, hub_id: str, revision: str | None) -> dict:
+        """What is in the folder now, or was there at an earlier commit."""
+        siblings = self.hub.trees.get(revision or "") or self.hub.siblings(hub_id)
+        commit = revision if revision in self.hub.trees else self.hub.head(hub_id)
         hidden = hub_id in self.hub.private
-        return {"id": hub_id, "modelId": hub_id, "sha": self.hub.head(hub_id), "private": hidden, "siblings": siblings}
+        return {"id": hub_id, "modelId": hub_id, "sha": commit, "private": hidden, "siblings": siblings}
+
+    def history(self, hub_id: str) -> list[dict]:
+        made = reversed(self.hub.commits.get(hub_id, []))
+        date = "2025-01-01T00:00:00.000Z"
+        return [{"id": i, "title": self.hub.titles[i], "message": "", "authors": [], "date": date} for i in made]
 
     def tree(self, hub_id: str) -> list[dict]:
         return [
             {"type": "file", "path": name, "size": path.stat().st_size, "oid": self.etag(path)}
-            for name, path in self.files(hub_id)
+            for name, path in self.hub.files(hub_id)
         ]
 
     def etag(self, path: Path) -> str:

@@ -1,19 +1,23 @@
 """Files to a repository on the Hugging Face Hub, in one commit. Tokens are the library's."""
 
+import hashlib
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from vllm_w8a8_bismooth.checkpoint.files import WEIGHT_SUFFIXES
 from vllm_w8a8_bismooth.errors import BismoothError, Interrupted
+from vllm_w8a8_bismooth.shell import word
 
 _HUB_ID = re.compile(r"(?a:\w[\w.-]*/\w[\w.-]*)")
-_BLANK = re.compile(r"\.gitattributes|README\.md|LICENSE.*")
-"""What the Hub itself puts into a new repository."""
 _CARD = "README.md"
+_BLANK = (".gitattributes", _CARD)
+"""What the Hub itself puts into a new repository."""
+_FIRST, _OURS = "initial commit", "Upload by bismooth"
+"""Titles of the commits that the Hub makes for a new repository, and that an upload makes."""
 _TOKENS = "https://huggingface.co/settings/tokens"
 _AGAIN = "run the same command again: what has arrived is not sent again"
 
@@ -26,13 +30,15 @@ class Target:
         hub_id: ``org/name``.
         public: whether everybody may read it, or will once it is there.
         commit: the last one of its main branch; ``None``: there is no such repository yet.
-        files: what is in it -> SHA-256, which the Hub only knows of large files.
+        files: what is in it -> SHA-256 of a large file, git's own id (a SHA-1) of another.
+        sent: the same as the last upload left it, or as the Hub made it if there was no upload.
     """
 
     hub_id: str
     public: bool
     commit: str | None
     files: Mapping[str, str | None]
+    sent: Mapping[str, str | None] = field(default_factory=dict)
 
     def refuse_others(self, shards: Mapping[str, str]) -> None:
         """Raises :class:`BismoothError` unless the repository is empty, or its weights are among these.
@@ -43,13 +49,37 @@ class Target:
         weights = {file: digest for file, digest in self.files.items() if PurePosixPath(file).suffix in WEIGHT_SUFFIXES}
         strange = [file for file, digest in weights.items() if shards.get(file) != digest]
         if not weights:
-            strange = [file for file in self.files if not _BLANK.fullmatch(file)]
+            strange = [file for file in self.files if file not in _BLANK]
         if strange:
             more = ", ..." if len(strange) > 3 else ""
             raise BismoothError.of(
                 self.hub_id,
                 f"the repository holds something else than this checkpoint ({', '.join(strange[:3])}{more})",
                 "name another repository: one that is empty, or does not exist yet",
+            )
+
+    def refuse_changed(self, files: Mapping[str, Path | bytes], folder: Path | None) -> None:
+        """Raises :class:`BismoothError` if an upload would undo what somebody changed since the last one.
+
+        Args:
+            files: those that would be sent, but for weights: place in the repository -> a file, or what is in it.
+            folder: that they are from, into which a change can be taken over; ``None``: there is none yet.
+        """
+        changed = [
+            place
+            for place, content in files.items()
+            if place in self.files
+            and self.files[place] != self.sent.get(place, "")
+            and self.files[place] not in _ids(content)
+        ]
+        if changed:
+            more = ", ..." if len(changed) > 3 else ""
+            fetch = f"hf download {' '.join(map(word, [self.hub_id, *changed]))} --local-dir"
+            take = f"take that over ({fetch} {word(folder)}), or " if folder is not None else ""
+            raise BismoothError.of(
+                self.hub_id,
+                f"an upload would undo what somebody wrote there ({', '.join(changed[:3])}{more})",
+                f"{take}remove it there, and run the same command again",
             )
 
 
@@ -80,16 +110,16 @@ def look(hub_id: str, public: bool = False) -> Target:
             raise
         except errors.RepositoryNotFoundError:
             return Target(hub_id, public, None, {})
-    if info.private is not None and info.private is public:
-        where = f"{page(hub_id)}/settings"
-        raise BismoothError.of(
-            hub_id,
-            "the repository is private, and --public was given" if public else "the repository is public",
-            f"leave --public out, or make the repository public at {where}"
-            if public
-            else f"give --public if everybody is to read the checkpoint, or make the repository private at {where}",
-        )
-    return Target(hub_id, public, info.sha, {file.rfilename: _sha256(file) for file in info.siblings or []})
+        if info.private is not None and info.private is public:
+            where = f"{page(hub_id)}/settings"
+            raise BismoothError.of(
+                hub_id,
+                "the repository is private, and --public was given" if public else "the repository is public",
+                f"leave --public out, or make the repository public at {where}"
+                if public
+                else f"give --public if everybody is to read the checkpoint, or make the repository private at {where}",
+            )
+        return Target(hub_id, public, info.sha, _files(info), _sent(api, hub_id))
 
 
 def upload(target: Target, files: Mapping[str, Path | bytes], shards: Mapping[str, str]) -> str:
@@ -133,11 +163,27 @@ def upload(target: Target, files: Mapping[str, Path | bytes], shards: Mapping[st
                 what = f"changed while it was sent (SHA-256 {digest}, {known} before); nothing was committed"
                 remedy = "copy the file again from where it is whole, and push again"
                 raise BismoothError.of(operation.path_in_repo, what, remedy)
-        return api.create_commit(hub_id, operations, commit_message="Upload by bismooth", parent_commit=parent).oid
+        return api.create_commit(hub_id, operations, commit_message=_OURS, parent_commit=parent).oid
 
 
-def _sha256(file: Any) -> str | None:
-    return file.lfs.sha256 if file.lfs is not None else None
+def _files(info: Any) -> dict[str, str | None]:
+    """What is in a repository at a commit -> the SHA-256 of a large file, git's own id of another."""
+    return {file.rfilename: file.lfs.sha256 if file.lfs else file.blob_id for file in info.siblings or []}
+
+
+def _sent(api: Any, hub_id: str) -> dict[str, str | None]:
+    """What the last upload left in a repository, or what the Hub made it with: no words of anybody."""
+    commits = api.list_repo_commits(hub_id)  # the last one first
+    ours = [commit for commit in commits if commit.title == _OURS]
+    ours += [commit for commit in commits[-1:] if commit.title == _FIRST]
+    return _files(api.model_info(hub_id, revision=ours[0].commit_id, files_metadata=True)) if ours else {}
+
+
+def _ids(content: Path | bytes) -> tuple[str, str]:
+    """What the Hub may call these bytes: git's own id of them, and their SHA-256."""
+    data = content if isinstance(content, bytes) else content.read_bytes()
+    git = hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False)
+    return git.hexdigest(), hashlib.sha256(data).hexdigest()
 
 
 def page(hub_id: str) -> str:

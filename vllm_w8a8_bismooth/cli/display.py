@@ -223,6 +223,8 @@ def report_json(report: "Outcome") -> dict[str, Any]:
 def summary(console: "Console", report: "Outcome") -> None:
     from rich.markup import escape
 
+    from vllm_w8a8_bismooth.report import card
+
     name, where = escape(str(report.destination)), word(report.destination)
     if report.reused:
         _already_there(console, report.destination, report.labels if report.relabelled else None, "was")
@@ -263,7 +265,7 @@ def summary(console: "Console", report: "Outcome") -> None:
             markup=False,
         )
         return
-    if missing := report.labels.missing():
+    if missing := card.missing(report.destination):
         console.print(
             f"The card names no {' and no '.join(missing)}; the same command with {' '.join(missing.values())} adds "
             f"{'it' if len(missing) == 1 else 'them'} in place."

@@ -69,7 +69,7 @@ def send(folder: Path, hub_id: str, public: bool, console: "Console") -> dict[st
 
     with Progress(console) as progress:
         done = run(folder, hub_id, public, progress)
-    _summary(console, done)
+    _summary(console, folder, done)
     return asdict(done)
 
 
@@ -81,7 +81,7 @@ def push(
 ) -> None:
     """Upload a converted checkpoint to the Hugging Face Hub, in one commit.
 
-    Its SHA-256s are compared with report.json first. A push that was interrupted goes on, and sends nothing twice.
+    It is verified first, without vLLM. A push that was interrupted goes on, and sends nothing twice.
     Log in before it with [bold]hf auth login[/bold], with a token that may write.
     """
     done = send(folder, hub_id, public, display.console(stderr=True))
@@ -89,12 +89,14 @@ def push(
         print(json.dumps(done, indent=2))
 
 
-def _summary(console: "Console", done: "Publication") -> None:
+def _summary(console: "Console", folder: Path, done: "Publication") -> None:
+    from vllm_w8a8_bismooth.report import card
+
     who = "everybody may read it" if done.public else "private"
     console.print(f"{done.files} files, {done.nbytes / 1e9:.3f} GB, are at {done.url} ({who}).", highlight=False)
     if done.left_out:
         more = f" and {len(done.left_out) - 4} more" if len(done.left_out) > 4 else ""
         files = f"{', '.join(done.left_out[:4])}{more}"
         console.print(f"Left here, as no part of a checkpoint: {files}.", markup=False, highlight=False)
-    if missing := done.labels.missing():
+    if missing := card.missing(folder):
         console.print(f"The card names no {' and no '.join(missing)}: write it into README.md and push again.")

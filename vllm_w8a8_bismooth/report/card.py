@@ -92,6 +92,13 @@ def labels_to_write(folder: Path, labels: Labels) -> Labels | None:
     return after
 
 
+def missing(folder: Path) -> dict[str, str]:
+    """What a finished checkpoint's card does not say in any way, in words -> the option that says it."""
+    options = {"license": ("licence", "--license ID"), "base_model": ("base model", "--base-model ORG/NAME")}
+    said = _front_matter(folder / CARD)
+    return dict(words for key, words in options.items() if not said.get(key))
+
+
 def relabel(folder: Path, labels: Labels) -> bool:
     """Draw up a finished checkpoint's card anew where it does not say what these labels say.
 
@@ -111,9 +118,14 @@ def relabel(folder: Path, labels: Labels) -> bool:
 
 
 def for_repository(card: str, hub_id: str) -> str:
-    """A card's text, with the commands as they are once the folder is the repository ``org/name`` on the Hub."""
-    fetched = f"hf download {hub_id} --local-dir {_HERE}\nbismooth verify {_HERE}"
-    return card.replace(f"vllm serve {_HERE}", f"vllm serve {hub_id}").replace(f"bismooth verify {_HERE}", fetched)
+    """A card's text, with the commands as they are once the folder is the repository ``org/name`` on the Hub.
+
+    One that was downloaded from there has them already, and stays as it is.
+    """
+    verify = f"bismooth verify {_HERE}"
+    fetched = f"hf download {hub_id} --local-dir {_HERE}\n{verify}"
+    served = card.replace(f"vllm serve {_HERE}", f"vllm serve {hub_id}")
+    return served.replace(fetched, verify).replace(verify, fetched)
 
 
 def inherited(card: Path) -> dict[str, Any]:

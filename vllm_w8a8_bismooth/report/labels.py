@@ -44,11 +44,6 @@ class Labels:
         """These, and where they say nothing what was said before."""
         return replace(before, **{key: value for key, value in vars(self).items() if value is not None})
 
-    def missing(self) -> dict[str, str]:
-        """What they do not say, in words -> the option that says it."""
-        options = {"license": ("licence", "--license ID"), "base_model": ("base model", "--base-model ORG/NAME")}
-        return dict(words for key, words in options.items() if getattr(self, key) is None)
-
 
 def _names_a_model(name: str) -> bool:
     """Whether there can be ``org/name`` on the Hub."""

@@ -22,6 +22,9 @@ HUB = frozenset(
 _LIMIT = 2**16  # bytes; the texts that are known are shorter
 _NAMES = re.compile(r"(licen[cs]e|copying)([^a-z].*)?", re.IGNORECASE)
 _SPDX = re.compile(r"\W*SPDX-License-Identifier:\s*([\w.+-]+)\W*", re.IGNORECASE)
+_GNU = re.compile(r"([al]?gpl-[0-9.]+)(?:-only|-or-later)|(l?gpl-[0-9.]+)\+")
+"""The only licences of the Hub that SPDX has in such forms, beside the GFDL; the form with a plus is its older one."""
+_GFDL = re.compile(r"gfdl-1\.[123](-(no-)?invariants)?(-only|-or-later)?")
 _OWNER = re.compile(r"\W*copyright\b.{0,120}", re.IGNORECASE)
 _CONDITION = re.compile(r"licen|only|commerc|use\b|used\b|permi|restrict|prohibit|subject|terms", re.IGNORECASE)
 _MIT_TITLE = re.compile(r"^(the )?mit license (mit )?")
@@ -39,8 +42,11 @@ def hub_id(name: str) -> str | None:
 
     The Hub does not tell GPL-3.0-only from GPL-3.0-or-later: both are ``gpl-3.0`` there.
     """
-    lower = name.lower()
-    found = lower if lower in HUB else re.sub(r"-(only|or-later)$", "", lower)
+    found = name.lower()
+    if match := _GNU.fullmatch(found):
+        found = match[1] or match[2]
+    elif _GFDL.fullmatch(found):
+        found = "gfdl"
     return found if found in HUB else None
 
 
