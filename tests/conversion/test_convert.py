@@ -416,7 +416,7 @@ def test_every_window_begins_as_the_model_is_used_to(make_checkpoint, tmp_path):
     tokenizer["post_processor"] = {"type": "TemplateProcessing", "single": begin, "pair": begin}
     tokenizer["post_processor"]["special_tokens"] = special
     (source / "tokenizer.json").write_text(json.dumps(tokenizer))
-    for budget, shape in ((1000, (7, 128)), (2, (1, 2)), (1, (1, 2))):  # a window has a token beside BOS
+    for budget, shape in ((1000, (7, 128)), (2, (1, 2))):
         tokens = tokenize(written(tmp_path, *TEXTS["one long document"]), Checkpoint(source), budget)
         assert tokens.shape == shape and (tokens[:, 0] == 0).all() and (tokens[:, 1:] != 0).all()
 
