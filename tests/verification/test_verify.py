@@ -47,7 +47,7 @@ def test_calibrated_conversions_are_clean(make_checkpoint, tmp_path, calibration
     stages = []
     found = verify(out, source, lambda *step: stages.append(step), engine=False)
     assert found.ok and not found.notes, lines(found)
-    assert ("compare", 3, 3) in stages and stages[0][0] == "read"
+    assert ("compare", 3, 3, 0) in stages and stages[0][0] == "read"
     written = report_of(out)["linears"]
     assert found.linears.keys() == written.keys()
     for name, entry in found.linears.items():  # the factors were found again from narrow matrices
