@@ -233,7 +233,6 @@ ALONE = {
     ),
     "scale NaN": ("llama", put(f"{Q}_scale", (2, 0), float("nan")), [f"{Q}_scale", "nan at [2, 0]"]),
     "scale negative": ("llama", put(f"{Q}_scale", (2, 0), -0.5), [f"{Q}_scale", "-0.5 at [2, 0]"]),
-    "scale subnormal": ("llama", put(f"{Q}_scale", (2, 0), 1e-40), [f"{Q}_scale", "at [2, 0]"]),
     "scale in bf16": ("llama", change(f"{Q}_scale", lambda t: t.bfloat16()), [f"{Q}_scale", "BF16", "not F32"]),
     "code -128": ("llama", put(Q, (4, 9), -128), [Q, "codes outside", "-128 at [4, 9]"]),
     "all codes zero": ("llama", change(Q, lambda t: t.zero_()), [Q, "no code but 0"]),

@@ -86,7 +86,7 @@ class Layout:
         """Raises :class:`BismoothError` with the problems, if there are any."""
         if self.problems:
             first, *others = self.problems
-            raise BismoothError(replace(first, where=f"{self.checkpoint.place}: {first.where}"), *others)
+            raise BadSource(replace(first, where=f"{self.checkpoint.place}: {first.where}"), *others)
 
     def nbytes(self, blocks: range | None = None) -> int:
         """Bytes of all tensors, or of a part with these blocks."""
