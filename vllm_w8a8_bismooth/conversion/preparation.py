@@ -182,7 +182,7 @@ def _check_auto(part: range | None, text: CalibrationText | None) -> None:
         )
     if text is None:
         what = "measures what quantization does to activations"
-        remedy = "leave out --calibration none, or give it --calibration FILE"
+        remedy = "leave out --calibration none, or use --method bismooth"
         raise BismoothError.of("--method auto", what, remedy)
 
 

@@ -323,7 +323,7 @@ def _tokenizer_errors(checkpoint: Checkpoint) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # transformers raises anything from OSError to KeyError here
-        what = f"no usable tokenizer ({type(error).__name__}: {error})"
+        what = f"no usable tokenizer for the calibration text ({type(error).__name__}: {error})"
         raise BismoothError.of(checkpoint.folder, what, "add tokenizer.json, or use --calibration none") from None
 
 

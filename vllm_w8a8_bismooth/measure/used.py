@@ -42,6 +42,11 @@ class Used:
         """For report.json; :meth:`of` is the way back."""
         return asdict(self) | {"files": list(self.files)}
 
+    def words(self) -> str:
+        """How much of what, for people."""
+        more = f" and {len(self.files) - 1} more" if len(self.files) > 1 else ""
+        return f"{self.tokens} tokens of {self.files[0]}{more}"
+
     def remarks(self) -> list[str]:
         """Whatever was not used as it is, in sentences; empty if all was."""
         found = []
