@@ -19,13 +19,14 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.calibration.sources import LANG, OWN, SOURCES, TAKES, Source, Take
+from benchmarks.calibration.sources import CODE, LANG, OTHER, OWN, PROSE, SOURCES, TAKES, Source, Take
 
 HERE = Path(__file__).parent
 DATA = HERE.parents[1] / "vllm_w8a8_bismooth" / "data"
 SEED = 20241126
-SIZES = (300, 600, 1000, 1600, 2600, 5000)
-"""Characters of an excerpt, at least; each as likely as the others."""
+SIZES = {PROSE: (300, 600, 1000, 1600, 2600, 5000), OTHER: (150, 250, 400, 600), CODE: (250, 400, 700, 1500)}
+"""Characters of an excerpt, at least; each as likely as the others. Short where there are many languages: of the usual
+16,384 tokens, all shall have some."""
 LONGEST = 1500
 """Characters of a paragraph; longer ones, of verse and programs, are cut at a line's end."""
 
@@ -98,14 +99,14 @@ def cut(paragraph: str) -> Iterator[str]:
     yield held
 
 
-def excerpts(paragraphs: list[str], chance: random.Random) -> Iterator[str]:
+def excerpts(paragraphs: list[str], sizes: tuple[int, ...], chance: random.Random) -> Iterator[str]:
     """Paragraphs in a row, of different lengths together; what is too short for one at the end is left out."""
-    held, size = [], chance.choice(SIZES)
+    held, size = [], chance.choice(sizes)
     for paragraph in paragraphs:
         held.append(paragraph)
         if sum(map(len, held)) >= size:
             yield "\n\n".join(held)
-            held, size = [], chance.choice(SIZES)
+            held, size = [], chance.choice(sizes)
 
 
 def declaration(text: str) -> list[str]:
@@ -125,7 +126,7 @@ def taken(take: Take, files: dict[str, bytes]) -> list[dict]:
             continue
         if take.begin:
             text = text[re.search(take.begin, text).start() :]
-        found += excerpts(cleaned(text), chance)
+        found += excerpts(cleaned(text), SIZES.get(take.kind, SIZES[PROSE]), chance)
     chance.shuffle(found)
     rows, size = [], 0
     for text in found:
@@ -142,19 +143,28 @@ def characters(row: dict) -> int:
 
 
 def mixed(rows: list[dict]) -> list[dict]:
-    """In an order of which every stretch is a mixture: each kind and language is spread evenly over the whole."""
-    chance, groups = random.Random(SEED), defaultdict(list)
+    """In an order of which every stretch is a mixture: of the kinds by their sizes, and in each of its languages."""
+    chance, kinds = random.Random(SEED), defaultdict(list)
+    for language in sorted({row["language"] for row in rows}):
+        for kind in sorted({row["kind"] for row in rows}):
+            group = [row for row in rows if (row["kind"], row["language"]) == (kind, language)]
+            chance.shuffle(group)
+            kinds[kind] += spread(group, chance)
+    placed = [
+        pair
+        for _, pairs in sorted(kinds.items())
+        for pair in spread([row for _, row in sorted(pairs, key=lambda pair: pair[0])], chance)
+    ]
+    return [row for _, row in sorted(placed, key=lambda pair: pair[0])]
+
+
+def spread(rows: list[dict], chance: random.Random) -> list[tuple[float, dict]]:
+    """Each row with its place from 0 to 1, as far from the last as that is long."""
+    whole, before, placed = sum(map(characters, rows)), 0, []
     for row in rows:
-        groups[row["kind"], row["language"]].append(row)
-    placed = []
-    for _, group in sorted(groups.items()):
-        chance.shuffle(group)
-        whole, before, start = sum(map(characters, group)), 0, chance.random()
-        for row in group:
-            placed.append(((before + characters(row) * chance.random()) / whole + start) % 1)
-            before += characters(row)
-    members = [row for _, group in sorted(groups.items()) for row in group]
-    return [row for _, row in sorted(zip(placed, members, strict=True), key=lambda pair: pair[0])]
+        placed.append(((before + characters(row) * chance.random()) / whole, row))
+        before += characters(row)
+    return placed
 
 
 def licences(files: dict[str, dict[str, bytes]], rows: list[dict]) -> str:
