@@ -134,7 +134,7 @@ _TRANSLATIONS = {
 _DECLARATIONS = (
     "ar_Arab", "bg_Cyrl", "bn_Beng", "cs_Latn", "da_Latn", "el_Grek", "fa_Arab", "fi_Latn", "he_Hebr", "hu_Latn",
     "id_Latn", "it_Latn", "ja_Jpan", "ka_Geor", "ko_Kore", "nl_Latn", "pl_Latn", "ro_Latn", "sv_Latn", "sw_Latn",
-    "ta_Taml", "th_Thai", "vi_Latn", "zh_Hans",
+    "th_Thai", "vi_Latn", "zh_Hans",
 )  # fmt: skip
 
 TAKES = (
