@@ -210,7 +210,8 @@ def test_without_a_tokenizer_the_remedy_works(make_checkpoint, tmp_path, options
 
 
 def test_analyze_takes_it_when_asked(make_checkpoint):
-    code, message = run("analyze", make_checkpoint(), "--json", "--calibration", "bundled", *FEW)
+    source = make_checkpoint()
+    code, message = run("analyze", source, "--json", "--calibration", "bundled", *FEW)
     assert code == 0 and json.loads(message[message.index("{") :])["calibration"]["files"] == [bundled.NAME]
-    code, message = run("analyze", make_checkpoint(), "--json")
+    code, message = run("analyze", source, "--json")
     assert code == 0 and json.loads(message[message.index("{") :])["calibration"] is None
