@@ -148,9 +148,9 @@ def test_wrong_kinds_elsewhere(make_checkpoint, tmp_path):
         b.inspect(source, group_size=0)
     with pytest.raises(BismoothError, match="--group-size 40: not a positive multiple of 32"):
         b.inspect(source, group_size=40)
-    with pytest.raises(BismoothError, match="--calibration-tokens has no effect without"):
-        b.convert(source, tmp_path / "out", calibration_tokens=9)
-    with pytest.raises(BismoothError, match="names no file; give it one, or None"):
+    with pytest.raises(BismoothError, match="--calibration-tokens has no effect with --calibration none"):
+        b.convert(source, tmp_path / "out", calibration="none", calibration_tokens=9)
+    with pytest.raises(BismoothError, match="names no file; give it one, or leave it out"):
         b.convert(source, tmp_path / "out", calibration=[])
     with pytest.raises(BismoothError, match="no parts were named"):
         b.merge(tmp_path / "out", [])

@@ -44,9 +44,11 @@ def test_it_holds_the_package_and_nothing_else(wheel):
     package = ROOT / "vllm_w8a8_bismooth"
     modules = {str(path.relative_to(ROOT)) for path in package.rglob("*.py")}
     ours = {name for name in names if not name.startswith("vllm_w8a8_bismooth-")}
-    assert ours == modules | {"vllm_w8a8_bismooth/_C.so", "vllm_w8a8_bismooth/py.typed"}
+    data = {f"data/{name}" for name in ("LICENSES.txt", "calibration.jsonl.gz")}
+    assert ours == modules | {f"vllm_w8a8_bismooth/{name}" for name in {"_C.so", "py.typed", *data}}
     assert {name.split("/", 1)[1] for name in names - ours} == {
         *("METADATA", "RECORD", "WHEEL", "entry_points.txt", "top_level.txt", "licenses/LICENSE"),
+        "licenses/vllm_w8a8_bismooth/data/LICENSES.txt",
     }
     assert "w8a8_bismooth = vllm_w8a8_bismooth:register" in listed
 

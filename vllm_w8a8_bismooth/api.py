@@ -51,8 +51,9 @@ def convert(
         source: a folder, or as a string also ``org/name[@revision]`` on the Hugging Face Hub.
         destination: the folder to write. It must be absent, empty, or hold the same result.
         method: ``rtn``, ``bismooth``, ``mixed`` or ``auto``.
-        calibration: one or more files of text; ``None`` or ``"none"`` is data-free, which ``auto`` cannot do.
-        calibration_tokens: how many tokens are taken from them; ``None`` is 16384.
+        calibration: one or more files of text. ``"bundled"`` is text that comes with this package, the default of
+            ``bismooth`` and ``auto``; ``"none"`` is data-free, which ``auto`` cannot do.
+        calibration_tokens: how many tokens are taken from it; ``None`` is 16384.
         smoothing: the rule for the factors, ``balanced`` (the default) or ``alpha``.
         alpha: with ``smoothing="alpha"``, the share of the activations' range that moves into the weights, 0 to 1.
         group_size: columns per scale in per-group linears, a multiple of 32. ``mixed`` and ``auto`` take 128 if it is
@@ -241,8 +242,8 @@ def prepare(
     recipe = Recipe.of(method, calibration_tokens=calibration_tokens, **choices)
     labels, text = Labels(base_model, license), _text(method, calibration)
     if text is None and calibration_tokens is not None:
-        what = "--calibration-tokens has no effect without --calibration FILE"
-        raise BismoothError.of("convert", what, "leave it out")
+        what = "--calibration-tokens has no effect with --calibration none"
+        raise BismoothError.of("convert", what, "leave out one of the two")
 
     from vllm_w8a8_bismooth.conversion import preparation
     from vllm_w8a8_bismooth.conversion.destination import Destination
@@ -254,18 +255,24 @@ def prepare(
 
 
 def _text(method: str, calibration: str | Path | Sequence[str | Path] | None) -> "CalibrationText | None":
+    """The text of a conversion; ``None`` is data-free. Methods that take text have the bundled one by default."""
+    from vllm_w8a8_bismooth.measure.bundled import NONE, WORD
     from vllm_w8a8_bismooth.recipe import DEFAULTS
 
-    if calibration is None or (isinstance(calibration, str) and calibration == "none"):
+    takes_text = "calibration_tokens" in DEFAULTS[method]
+    if calibration is None:
+        calibration = WORD if takes_text else NONE
+    if isinstance(calibration, str) and calibration == NONE:
         return None
     files = calibration if isinstance(calibration, list | tuple) else [calibration]
     if not files:
-        raise BismoothError.of("calibration=[]", "names no file", "give it one, or None, which is data-free")
-    if "calibration_tokens" not in DEFAULTS[method]:
+        raise BismoothError.of("calibration=[]", "names no file", "give it one, or leave it out")
+    if not takes_text:
         raise BismoothError.of(f"--method {method}", "--calibration has no effect", "leave it out")
     from vllm_w8a8_bismooth.measure.text import read_text
 
-    return read_text(*(_path("calibration", file) for file in files))
+    chosen = (file if isinstance(file, str) and file == WORD else _path("calibration", file) for file in files)
+    return read_text(*chosen)
 
 
 def _fetched(source: str | Path) -> "Folder":

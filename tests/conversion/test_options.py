@@ -98,8 +98,10 @@ def test_files_have_names_in_differences(make_checkpoint, tmp_path, calibration_
     assert run("convert", source, tmp_path / "out", "--calibration", calibration_text, *options)[0] == 0
     code, text = run("convert", source, tmp_path / "out", "--calibration", other, *options)
     assert code == 2 and "calibration: calibration.txt (" in text and ") there, other text.txt (" in text, text
-    code, text = run("convert", source, tmp_path / "out")
+    code, text = run("convert", source, tmp_path / "out", "--calibration", "none")
     assert code == 2 and "calibration: calibration.txt (" in text and "there, None now" in text
+    code, text = run("convert", source, tmp_path / "out")
+    assert code == 2 and ") there, bundled calibration text (" in text
     copy = source.with_name("another")
     source.rename(copy)
     (copy / "model.safetensors.index.json").exists()

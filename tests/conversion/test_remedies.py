@@ -208,9 +208,8 @@ def the_other_one(options: list[str], found: re.Match, line: str, text: Path) ->
     return [*options, "--group-size", "32"]
 
 
-def calibrated(options: list[str], found: re.Match, line: str, text: Path) -> list[str]:
-    kept = without(options, "--calibration") if "--calibration" in options else options
-    return [*kept, "--calibration", str(text)]
+def calibrated_by_default(options: list[str], found: re.Match, line: str, text: Path) -> list[str]:
+    return without(options, "--calibration")
 
 
 CHANGES: dict[str, Change] = {
@@ -219,8 +218,8 @@ CHANGES: dict[str, Change] = {
     r"(?:give|write) (?:a share|one|3)\D*(\d[\d.]*%?)": give,
     r"linears are called like|mend it|let it name fewer|leave it out of one|leave that one out": another_pattern,
     r"give the other one too": the_other_one,
-    r"give it --calibration FILE": calibrated,
-    r"leave it out": leave_out,
+    r"leave out --calibration none": calibrated_by_default,
+    r"leave it out|leave out one of the two": leave_out,
 }
 
 

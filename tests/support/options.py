@@ -32,8 +32,10 @@ OPTIONS = {
         ["--method", "rtn", "--smoothing", "balanced"],
         ["--smoothing has no effect", "leave it out"],
     ),
-    "auto without text": (["--method", "auto"], ["--method auto", "activations", "--calibration FILE"]),
-    "auto with no text": (["--method", "auto", "--calibration", "none"], ["--method auto", "--calibration FILE"]),
+    "auto without text": (
+        ["--method", "auto", "--calibration", "none"],
+        ["--method auto", "activations", "leave out --calibration none", "--method bismooth"],
+    ),
     "group budget": (["--method", "auto", "--group-budget", "1.5"], ["--group-budget 1.5", "0 to 1"]),
     "budget in per cent": (["--method", "auto", "--group-budget", "300%"], ["--group-budget 3.0", "0 to 1"]),
     "budget in words": (["--method", "auto", "--group-budget", "few"], ["'few' is no share", "3% or 0.03"]),
@@ -46,5 +48,9 @@ OPTIONS = {
     "half of a group": (["--group-layers", "down"], ["needs both --group-layers and --group-size"]),
     "no such device": (["--device", "tpu"], ["--device tpu: not one of cpu, cuda, cuda:1", "leave it out"]),
     "no CUDA": (["--device", "cuda:77"], ["--device cuda:77", "leave it out"]),
-    "tokens of no text": (["--calibration-tokens", "9"], ["--calibration-tokens has no effect without"]),
+    "useless text": (["--method", "rtn", "--calibration", "bundled"], ["--calibration has no effect"]),
+    "tokens of no text": (
+        ["--calibration", "none", "--calibration-tokens", "9"],
+        ["--calibration-tokens has no effect with --calibration none", "leave out one of the two"],
+    ),
 }

@@ -15,7 +15,7 @@ def advice(recipe: "Recipe", report: "Outcome") -> str:
         "rtn": ["--method bismooth", "--method mixed"],
         "mixed": ["--method bismooth", smaller],
         "bismooth": [
-            "--calibration FILE" if recipe.calibration is None else "",
+            "--calibration bundled" if recipe.calibration is None else "",
             balanced,
             smaller,
             "" if recipe.calibration is None or report.part or recipe.group_size else "--method auto",

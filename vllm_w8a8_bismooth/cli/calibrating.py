@@ -1,52 +1,67 @@
 """The option ``--calibration``, which several verbs have, and what they say of the text that was read."""
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from vllm_w8a8_bismooth.errors import BismoothError, refuse_empty
+from vllm_w8a8_bismooth.measure.bundled import NONE
 
 if TYPE_CHECKING:  # torch comes with them
     from rich.console import Console
 
-    from vllm_w8a8_bismooth.measure.text import CalibrationText, Used
+    from vllm_w8a8_bismooth.measure.text import CalibrationText
+    from vllm_w8a8_bismooth.measure.used import Used
 
-CalibrationOption = Annotated[
-    list[str] | None,
-    typer.Option(
+
+def _option(default: str) -> Any:
+    return typer.Option(
         "--calibration",
-        metavar="FILE|-|none",
+        metavar="FILE|-|bundled|none",
         help="Text, or rows of texts or chats (.txt, .jsonl, .json, .parquet, also .gz; - is what is piped in). "
-        "Several files add up. none, the default, does without.",
-    ),
-]
+        "Several files add up. bundled is text that comes with bismooth, none does without.",
+        show_default=default,
+    )
 
 
-def files(given: list[str] | None, tokens: int | None, verb: str) -> list[str]:
-    """The files of ``--calibration``; empty is none.
+ConvertOption = Annotated[list[str] | None, _option("bundled, with bismooth and auto")]
+AnalyzeOption = Annotated[list[str] | None, _option(NONE)]
+
+
+def files(given: list[str] | None) -> list[str]:
+    """What ``--calibration`` names besides ``none``; empty is none, and if the option was not given.
 
     Raises:
-        BismoothError: ``none`` beside files, standard input twice, or ``--calibration-tokens`` without any file.
+        BismoothError: ``none`` beside files, or standard input twice.
     """
-    given = given or ["none"]
+    given = given or []
     for file in given:
         refuse_empty("--calibration", file)
     if given.count("-") > 1:
         raise BismoothError.of("--calibration -", "given twice, and can be read once", "leave out one of the two")
-    if "none" in given and set(given) != {"none"}:
+    if NONE in given and set(given) != {NONE}:
         raise BismoothError.of("--calibration none", "stands beside files", "leave out one of the two")
-    found = [path for path in given if path != "none"]
-    if tokens is not None and not found:
-        what = "--calibration-tokens has no effect without --calibration FILE"
-        raise BismoothError.of(verb, what, "leave it out")
-    return found
+    return [path for path in given if path != NONE]
 
 
-def read(paths: list[str]) -> "CalibrationText | None":
-    """What is in the files; ``None`` if there are none."""
+def for_convert(given: list[str] | None) -> list[str] | str | None:
+    """As :func:`api.convert` takes it; ``None`` if the option was not given."""
+    return files(given) or (NONE if given else None)
+
+
+def for_analyze(given: list[str] | None, tokens: int | None) -> "CalibrationText | None":
+    """What is in the files; ``None`` if there are none.
+
+    Raises:
+        BismoothError: see :func:`files`; ``--calibration-tokens`` without any file, or one that is not readable.
+    """
     from vllm_w8a8_bismooth.measure.text import read_text
 
-    return read_text(*paths) if paths else None
+    found = files(given)
+    if tokens is not None and not found:
+        what = "--calibration-tokens has no effect without --calibration FILE"
+        raise BismoothError.of("analyze", what, "leave it out")
+    return read_text(*found) if found else None
 
 
 def remarks(console: "Console", used: "Used | None") -> None:

@@ -146,8 +146,9 @@ def preview(console: "Console", plan: "Preview", recipe: "Recipe", then: str | N
     console.print(table)
     if plan.part is not None:
         console.print("A part: blocks {}:{}".format(*plan.part))
-    tokens = "data-free" if plan.tokens is None else f"calibrated on {plan.tokens} tokens"
-    console.print(f"{_gb(plan.source_bytes)} -> {_gb(plan.written_bytes)}, method {recipe.method}, {tokens}")
+    by = "data-free" if plan.used is None else f"calibrated on {plan.used.words()}"
+    sizes = f"{_gb(plan.source_bytes)} -> {_gb(plan.written_bytes)}"
+    console.print(f"{sizes}, method {recipe.method}, {by}", markup=False)
     remarks(console, plan.used)
     if plan.grouped is None:
         console.print(f"Per-group linears (g = {recipe.group_size}): the weights decide; sizes are without them")
@@ -243,6 +244,8 @@ def summary(console: "Console", report: "Outcome") -> None:
     if report.ignored:
         console.print(f"Left in float: {in_few_words(report.ignored)}", markup=False)
     _already_float(console, report.already_float)
+    if report.used is not None:
+        console.print(f"Calibrated on {report.used.words()}.", markup=False)
     remarks(console, report.used)
     for entry in report.granularity:
         if entry.chosen:

@@ -84,7 +84,7 @@ def convert(
             "mixed: per-group scales for vulnerable linears. auto: bismooth, and per-group scales where they pay.",
         ),
     ] = "bismooth",
-    calibration: calibrating.CalibrationOption = None,
+    calibration: calibrating.ConvertOption = None,
     calibration_tokens: Annotated[
         int | None, typer.Option(metavar="N", help="Tokens taken from it.", show_default="16384")
     ] = None,
@@ -163,7 +163,7 @@ def convert(
         source,
         destination,
         method=method,
-        calibration=calibrating.files(calibration, calibration_tokens, "convert") or None,
+        calibration=calibrating.for_convert(calibration),
         calibration_tokens=calibration_tokens,
         smoothing=smoothing,
         alpha=alpha,
@@ -243,7 +243,7 @@ def analyze(
             show_default="256, 128, 64, 32 on vulnerable linears, until one repairs",
         ),
     ] = None,
-    calibration: calibrating.CalibrationOption = None,
+    calibration: calibrating.AnalyzeOption = None,
     calibration_tokens: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Tokens taken from it.", show_default="16384")
     ] = None,
@@ -278,7 +278,7 @@ def analyze(
     rows = top or 20
     if figures is not None:
         drawing.require()
-    text = calibrating.read(calibrating.files(calibration, calibration_tokens, "analyze"))
+    text = calibrating.for_analyze(calibration, calibration_tokens)
     console, where, moved, used = display.console(stderr=True), device_of(device), None, None
     with Progress(console) as progress:
         over = Run(Source(hub.fetch(source)), where, progress=progress)

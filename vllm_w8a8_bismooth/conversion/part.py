@@ -13,7 +13,7 @@ from vllm_w8a8_bismooth.checkpoint.files import CONFIG, SINGLE, Folder, copy, pa
 from vllm_w8a8_bismooth.checkpoint.journal import FOLDER, differences
 from vllm_w8a8_bismooth.checkpoint.layout import Source
 from vllm_w8a8_bismooth.errors import BismoothError, Problem
-from vllm_w8a8_bismooth.measure.text import Used
+from vllm_w8a8_bismooth.measure.used import Used
 from vllm_w8a8_bismooth.recipe import Recipe, names_of_hashes
 from vllm_w8a8_bismooth.report.outcome import Outcome
 

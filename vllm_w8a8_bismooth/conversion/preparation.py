@@ -19,7 +19,8 @@ from vllm_w8a8_bismooth.conversion.plan import blocks_of, span
 from vllm_w8a8_bismooth.conversion.proposal import name_of
 from vllm_w8a8_bismooth.errors import BismoothError
 from vllm_w8a8_bismooth.measure.arithmetic import arithmetic
-from vllm_w8a8_bismooth.measure.text import CalibrationText, Used, sample
+from vllm_w8a8_bismooth.measure.text import CalibrationText, sample
+from vllm_w8a8_bismooth.measure.used import Used
 from vllm_w8a8_bismooth.recipe import Recipe, names_of_hashes
 from vllm_w8a8_bismooth.report import card
 from vllm_w8a8_bismooth.report.labels import Labels
@@ -181,7 +182,8 @@ def _check_auto(part: range | None, text: CalibrationText | None) -> None:
         )
     if text is None:
         what = "measures what quantization does to activations"
-        raise BismoothError.of("--method auto", what, "give it --calibration FILE")
+        remedy = "leave out --calibration none, or use --method bismooth"
+        raise BismoothError.of("--method auto", what, remedy)
 
 
 def _check_labels(labels: Labels) -> None:

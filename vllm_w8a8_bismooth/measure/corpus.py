@@ -45,12 +45,13 @@ class Corpus:
     Args:
         path: of a file, or :data:`STDIN`. What is piped is copied to a temporary file.
         documents: instead of what the file holds: texts in memory.
+        name: instead of the file's own.
 
     Raises:
         BismoothError: absent, a folder, no text, in an encoding or a format that is not read.
     """
 
-    def __init__(self, path: Path, documents: Iterable[str] | None = None):
+    def __init__(self, path: Path, documents: Iterable[str] | None = None, name: str | None = None):
         self.path = path
         if documents is not None:
             self.name, self._file = "text in memory", _spooled(_lines_of(documents), path)
@@ -60,6 +61,7 @@ class Corpus:
             self.name, self._file = "standard input", _spooled(piped, path)
         else:
             self.name, self._file = _PIPE if path.parent in _DESCRIPTORS else path.name, _opened(path)
+        self.name = name or self.name
         self._stat = os.fstat(self._file.fileno())
         self._gzip = self._start(2) == _GZIP
         self.kind = LINES if documents is not None else self._kind()

@@ -3,10 +3,10 @@
 import hashlib
 import math
 from array import array
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,11 @@ import torch
 
 from vllm_w8a8_bismooth.checkpoint.reader import Checkpoint
 from vllm_w8a8_bismooth.errors import BismoothError
+from vllm_w8a8_bismooth.measure import bundled
 from vllm_w8a8_bismooth.measure.corpus import PLAIN, Corpus
 from vllm_w8a8_bismooth.measure.documents import ACCEPTED, Chat, Unusable, document
 from vllm_w8a8_bismooth.measure.json_rows import LONGEST
+from vllm_w8a8_bismooth.measure.used import Used
 
 WINDOW = 512
 _PIECE = 2**12  # characters tokenized at once
@@ -68,55 +70,6 @@ class CalibrationText:
 
 
 @dataclass(frozen=True)
-class Used:
-    """What of the calibration text was really used.
-
-    Attributes:
-        files: names, without folders.
-        rows, skipped, reason: see :class:`Read`, over all files.
-        documents: rows that the tokens come from.
-        windows, tokens: how many there are.
-        left_out: windows that were left out for token ids that the embedding lacks.
-        plain_chats: of the documents, chats whose turns were joined by line ends, because the checkpoint's chat
-            template is not there, or refused them.
-        template: why, for the first of them; ``None`` if there is none.
-    """
-
-    files: tuple[str, ...]
-    rows: int
-    skipped: int
-    reason: str | None
-    documents: int
-    windows: int
-    tokens: int
-    left_out: int = 0
-    plain_chats: int = 0
-    template: str | None = None
-
-    @classmethod
-    def of(cls, stored: Mapping[str, Any]) -> "Used":
-        """From what :meth:`json` gave."""
-        return cls(**{**stored, "files": tuple(stored["files"])})
-
-    def json(self) -> dict[str, Any]:
-        """For report.json; :meth:`of` is the way back."""
-        return asdict(self) | {"files": list(self.files)}
-
-    def remarks(self) -> list[str]:
-        """Whatever was not used as it is, in sentences; empty if all was."""
-        found = []
-        if self.skipped:
-            found.append(
-                f"Skipped {self.skipped} of {self.rows + self.skipped} rows of calibration text ({self.reason})"
-            )
-        if self.plain_chats:
-            found.append(f"Joined {self.plain_chats} chats by line ends, without a chat template ({self.template})")
-        if self.left_out:
-            found.append(f"Left out {self.left_out} windows with token ids that the embedding lacks")
-        return found
-
-
-@dataclass(frozen=True)
 class Sample:
     """Tokens for calibration.
 
@@ -135,13 +88,17 @@ def read_text(*sources: str | Path | Iterable[str]) -> CalibrationText:
     Rows that hold no text are skipped and counted.
 
     Args:
-        sources: paths (``-`` is what is piped in), or documents in memory, as an iterable of strings that is no string.
+        sources: paths (``-`` is what is piped in, and the word ``bundled`` as a string the text that comes with this
+            package), or documents in memory, as an iterable of strings that is no string.
 
     Raises:
         BismoothError: a file cannot be read, is of no known kind, or holds no text.
     """
     files = []
     for source in sources:
+        if isinstance(source, str) and source == bundled.WORD:
+            files.append(_read(Corpus(bundled.path(), name=bundled.NAME)))
+            continue
         path = Path(source) if isinstance(source, str | Path) else Path("text in memory")
         files.append(_read(Corpus(path, None if isinstance(source, str | Path) else source)))
     return CalibrationText(tuple(files))
@@ -366,7 +323,7 @@ def _tokenizer_errors(checkpoint: Checkpoint) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # transformers raises anything from OSError to KeyError here
-        what = f"no usable tokenizer ({type(error).__name__}: {error})"
+        what = f"no usable tokenizer for the calibration text ({type(error).__name__}: {error})"
         raise BismoothError.of(checkpoint.folder, what, "add tokenizer.json, or use --calibration none") from None
 
 

@@ -13,6 +13,7 @@ from vllm_w8a8_bismooth import __version__
 from vllm_w8a8_bismooth.checkpoint.architectures import kind_of
 from vllm_w8a8_bismooth.checkpoint.files import RECIPE, REPORT, disk_errors, read_json, write_atomically
 from vllm_w8a8_bismooth.errors import BismoothError
+from vllm_w8a8_bismooth.measure.bundled import NAME
 from vllm_w8a8_bismooth.measure.weights import VULNERABLE
 from vllm_w8a8_bismooth.recipe import Recipe
 from vllm_w8a8_bismooth.report import figures, licence, record
@@ -254,7 +255,7 @@ def _calibration(report: Mapping[str, Any]) -> str:
     used = report.get("calibration")
     if not used:
         return ""
-    names = ", ".join(f"`{_plain(name)}`" for name in used["files"][:_WORST])
+    names = ", ".join(f"bismooth's {NAME}" if name == NAME else f"`{_plain(name)}`" for name in used["files"][:_WORST])
     more = f" and {len(used['files']) - _WORST} more files" if len(used["files"]) > _WORST else ""
     left = [
         f"{used[key]} {what}"

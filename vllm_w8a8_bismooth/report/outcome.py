@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_w8a8_bismooth.measure import perturbation, weights
-from vllm_w8a8_bismooth.measure.text import Used
+from vllm_w8a8_bismooth.measure.used import Used
 from vllm_w8a8_bismooth.recipe import Recipe
 from vllm_w8a8_bismooth.report.labels import Labels
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from vllm_w8a8_bismooth.checkpoint.files import RECIPE, REPORT, read_json, write_json
 from vllm_w8a8_bismooth.errors import BismoothError
 from vllm_w8a8_bismooth.measure.perturbation import Evidence
-from vllm_w8a8_bismooth.measure.text import Used
+from vllm_w8a8_bismooth.measure.used import Used
 from vllm_w8a8_bismooth.recipe import Recipe
 from vllm_w8a8_bismooth.report.outcome import Outcome
 

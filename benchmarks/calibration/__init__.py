@@ -1,0 +1,1 @@
+"""How the calibration text that comes with the package was made."""
