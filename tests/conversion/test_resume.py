@@ -3,6 +3,7 @@
 import signal
 import subprocess
 import sys
+from itertools import pairwise
 
 import pytest
 
@@ -35,11 +36,13 @@ def test_a_run_that_fails_anywhere_is_resumed(make_checkpoint, tmp_path, calibra
     source, (recipe, calibrated) = make_checkpoint(), ARMS[arm]
     text = read_text(calibration_text) if calibrated else None
     with monkeypatch.context() as patch:
-        counter = Failing(patch, 10**9)
-        convert(source, tmp_path / "whole", recipe, text)
+        counter, finished = Failing(patch, 10**9), []
+        convert(source, tmp_path / "whole", recipe, text, progress=lambda *shown: finished.append(counter.count))
     expected = digests(tmp_path / "whole")
     resumed = set()
-    steps = sorted({1, 2, *range(5, counter.count, max(1, counter.count // 12)), counter.count - 1, counter.count})
+    within = [(before + after) // 2 for before, after in pairwise([*finished, counter.count])]  # every block
+    spread = range(5, counter.count, max(1, counter.count // 12))
+    steps = sorted({1, 2, *within, *spread, counter.count - 1, counter.count})
     for last in steps:
         out = tmp_path / f"out-{last}"
         with monkeypatch.context() as patch:
