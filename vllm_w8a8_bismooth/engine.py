@@ -48,7 +48,7 @@ def ask(module: str, request: Any = None) -> Any:
 
 @contextmanager
 def running(
-    module: str, request: Any, answer: Path, log: Path, variables: Mapping[str, str]
+    module: str, request: Any, answer: Path, log: Path, environment: Mapping[str, str]
 ) -> Iterator[subprocess.Popen]:
     """The process of :func:`ask` while it works on a request, for as long as that takes.
 
@@ -58,7 +58,7 @@ def running(
         module, request: see :func:`ask`.
         answer: file that it writes in the end.
         log: file that receives what it prints.
-        variables: of its environment, over those of this process.
+        environment: of the process.
 
     Raises:
         Silent: vLLM is not installed.
@@ -72,7 +72,7 @@ def running(
             stdin=question,
             stdout=sink,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **variables},
+            env=dict(environment),
             start_new_session=True,  # a group of its own, with the ranks of the engine in it
         )
         try:

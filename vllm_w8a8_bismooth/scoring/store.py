@@ -18,7 +18,6 @@ from vllm_w8a8_bismooth.scoring.divergence import Window
 
 _KNOWN = {".json", ".jinja", ".model", ".txt"}
 """Suffixes of small files by which a model computes or reads text."""
-_ROOM = 16 * 2**20  # for logs and the checkpoint's windows
 
 
 def default_root() -> Path:
@@ -140,17 +139,9 @@ class Store:
         return (self.folder if name == "source" else self._compared) / f"{name}.json"
 
 
-def needed(root: Path, source: Mapping[str, Any], windows: int, nbytes: int, ahead: int) -> int:
-    """Bytes that a score will write that are not on the disk yet.
-
-    Args:
-        root, source: see :class:`Store`.
-        windows: in all.
-        nbytes: of one.
-        ahead: of the checkpoint's windows, how many lie there at a time.
-    """
-    kept = _numbers(root / key(source) / "source", ".npy")
-    return (windows - len(kept & set(range(windows))) + ahead) * nbytes + _ROOM
+def present(root: Path, source: Mapping[str, Any]) -> set[int]:
+    """Numbers of the source's windows that are there."""
+    return _numbers(root / key(source) / "source", ".npy")
 
 
 def _numbers(folder: Path, suffix: str) -> set[int]:

@@ -75,7 +75,9 @@ def _window(engine: Any, tokens: list[int], path: Path) -> None:
     (output,) = engine.generate([{"prompt_token_ids": tokens}], asked, use_tqdm=False)
     engine.collective_rpc("bismooth_write", args=(str(path), len(tokens) - 1))
     found = np.load(path, mmap_mode="r")[np.arange(len(tokens) - 1), tokens[1:]]
-    answered = np.array([step[token].logprob for step, token in zip(output.prompt_logprobs[1:], tokens[1:], strict=True)])
+    answered = np.array(
+        [step[token].logprob for step, token in zip(output.prompt_logprobs[1:], tokens[1:], strict=True)]
+    )
     apart = np.abs(found - answered)
     if not (apart <= _CLOSE).all() and np.isfinite(answered).all():
         raise RuntimeError(f"logits of this vLLM are not those of its answer: {apart.max():.3g} nats apart")
@@ -88,4 +90,6 @@ def _end_with(parent: int) -> None:
 
 
 if __name__ == "__main__":
-    Path(sys.argv[1]).write_text(json.dumps(predict(json.load(sys.stdin))))
+    unnamed = Path(f"{sys.argv[1]}.part")
+    unnamed.write_text(json.dumps(predict(json.load(sys.stdin))))
+    unnamed.rename(sys.argv[1])  # in one step: somebody waits for it
