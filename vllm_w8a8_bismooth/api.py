@@ -234,7 +234,8 @@ def score(
         window: tokens that are predicted in one go, at most.
         dtype: ``auto`` (each checkpoint's own), ``bfloat16``, ``float32`` or ``float16``.
         write_card: whether the table is put into the checkpoint's README.md, in the place of an earlier one.
-        progress: as of :func:`convert`; counts windows in the stages ``source`` and ``checkpoint``.
+        progress: as of :func:`convert`; counts windows in the stages ``source`` and ``checkpoint``, and what
+            is done of both engines in ``engine``.
 
     Returns:
         ``divergence`` with KL divergence, top-1 agreement and perplexities; what was measured, and ``notes``.

@@ -8,9 +8,9 @@ class Progress(Protocol):
 
     Args:
         stage: what is being done: ``analyze``, ``carry``, ``convert``, ``merge``, ``read``, ``compare``, ``perturb``,
-            ``source``, ``checkpoint``.
+            ``engine``, ``source``, ``checkpoint``.
         done, total: decoder blocks; shards in the stages ``merge`` and ``read``, windows in ``source``
-            and ``checkpoint``.
+            and ``checkpoint``, engines in ``engine``.
         written: bytes that this run has written.
     """
 

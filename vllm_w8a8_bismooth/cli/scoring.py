@@ -117,5 +117,5 @@ def _table(found: "Score") -> None:
     for row in table.rows(found):
         shown.add_row(*row)
     console.print(shown)
-    for sentence in (table.worst(found), table.basis(found)):
+    for sentence in filter(None, (table.worst(found), table.basis(found))):
         console.print(f"{sentence}.", markup=False, soft_wrap=True)

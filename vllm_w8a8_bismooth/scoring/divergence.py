@@ -98,7 +98,7 @@ def summarize(windows: Sequence[Window]) -> Divergence:
         kl=float(kl.mean()),
         kl_interval=interval(kl.mean(axis=1)),
         kl_median=float(np.median(kl)),
-        kl_p999=float(np.quantile(kl, 0.999)),
+        kl_p999=float(np.quantile(kl, 0.999)) if np.isfinite(kl).all() else float(np.sort(kl, axis=None)[-1]),
         kl_worst=float(kl.max()),
         worst=(int(number), int(place) + 1),
         top1=float(same.mean()),

@@ -189,7 +189,7 @@ def run(ready: Preparation, progress: Progress = silent) -> Score:
 def _score_source(ready: Preparation, kept: Store, progress: Progress) -> None:
     count = len(ready.windows.tokens)
     wanted = sorted(set(range(count)) - kept.kept())
-    progress("source", count - len(wanted), count)
+    progress("engine", 0, 2)
     if not wanted and kept.noted("source"):
         return
     engine = Engine(ready.source, ready.dtype, kept.folder / "source.log")
@@ -201,7 +201,7 @@ def _score_source(ready: Preparation, kept: Store, progress: Progress) -> None:
 def _score_checkpoint(ready: Preparation, kept: Store, progress: Progress) -> None:
     count = len(ready.windows.tokens)
     wanted = sorted(set(range(count)) - kept.compared())
-    progress("checkpoint", count - len(wanted), count)
+    progress("engine", 1, 2)
     if not wanted and kept.noted("checkpoint"):
         return
     engine = Engine(ready.folder, ready.dtype, kept.folder / "checkpoint.log")
@@ -212,6 +212,7 @@ def _score_checkpoint(ready: Preparation, kept: Store, progress: Progress) -> No
             path.unlink()
             progress("checkpoint", done, count)
     kept.note("checkpoint", engine.answer)
+    progress("engine", 2, 2)
 
 
 def _compared(ready: Preparation, number: int, source: Path, checkpoint: Path) -> Window:

@@ -11,10 +11,10 @@ if TYPE_CHECKING:
 def rows(score: "Score") -> Iterator[tuple[str, str, str]]:
     """What it is, its value, and its 95 % confidence interval."""
     found = score.divergence
-    yield "KL divergence, nats a token: mean", f"{found.kl:.3g}", _range(found.kl_interval, ".3g")
-    yield "median", f"{found.kl_median:.3g}", ""
-    yield "99.9th percentile", f"{found.kl_p999:.3g}", ""
-    yield "worst", f"{found.kl_worst:.3g}", ""
+    yield "KL divergence, nats a token: mean", f"{found.kl:.2e}", _range(found.kl_interval, ".2e")
+    yield "median", f"{found.kl_median:.2e}", ""
+    yield "99.9th percentile", f"{found.kl_p999:.2e}", ""
+    yield "worst", f"{found.kl_worst:.2e}", ""
     yield "same best token", f"{found.top1:.2%}", _range(found.top1_interval, ".2%")
     yield "perplexity of the source", f"{found.perplexity_source:.4f}", ""
     yield "perplexity of the checkpoint", f"{found.perplexity:.4f}", ""
@@ -22,7 +22,9 @@ def rows(score: "Score") -> Iterator[tuple[str, str, str]]:
 
 
 def worst(score: "Score") -> str:
-    """Where the worst token is, in a sentence without a full stop."""
+    """Where the worst token is, in a sentence without a full stop; empty if none differs."""
+    if not score.divergence.kl_worst:
+        return ""
     window, place = score.divergence.worst
     text = f" ({score.worst_text!r})" if score.worst_text is not None else ""
     return f"The worst is token {place} of window {window}, number {score.worst_token}{text}; both count from 0"
@@ -32,7 +34,8 @@ def basis(score: "Score") -> str:
     """What was measured, and in what, in a sentence without a full stop."""
     source, checkpoint = score.dtypes
     dtype = source if source == checkpoint else f"{source} and {checkpoint}"
-    return f"{score.predicted:,} tokens in {score.windows} windows of {score.length}, vLLM {score.vllm}, computed in {dtype}"
+    tokens = f"{score.predicted:,} tokens in {score.windows} windows of {score.length}"
+    return f"{tokens}, vLLM {score.vllm}, computed in {dtype}"
 
 
 def markdown(score: "Score") -> str:
@@ -42,8 +45,9 @@ def markdown(score: "Score") -> str:
     lines = [
         "## What INT8 does to the predictions",
         "",
-        f"Measured by `bismooth score` against the original: {basis(score)}. The text is {names}{more}, SHA-256",
-        f"`{score.sha256}`. In brackets: 95 % confidence, from resampling whole windows.",
+        f"Measured by `bismooth score` against the original: {basis(score)}.",
+        f"The text is {names}{more}, SHA-256 `{score.sha256}`.",
+        "In brackets: 95 % confidence, from resampling whole windows.",
         "",
         "| | |",
         "|---|--:|",

@@ -28,7 +28,7 @@ def refuse_unlike(folder: Path, source: Path) -> None:
     ours, theirs = (_numbers(read_json(place / TOKENIZER)) for place in (folder, source))
     if ours != theirs:
         odd = sorted(str(token) for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
-        what = f"its {TOKENIZER} gives other numbers than that of {source} to {len(odd)} tokens ({odd[0]!r} for one)"
+        what = f"its {TOKENIZER} numbers tokens otherwise than that of {source} ({len(odd)} differ, {odd[0]!r} for one)"
         raise BismoothError.of(folder, what, _REMEDY)
 
 
