@@ -20,7 +20,8 @@ if TYPE_CHECKING:  # torch comes with most of them, and inspect does without
     from vllm_w8a8_bismooth.conversion.preview import Preview
     from vllm_w8a8_bismooth.measure.text import CalibrationText
     from vllm_w8a8_bismooth.report.outcome import Outcome
-    from vllm_w8a8_bismooth.scoring import score as scoring
+    from vllm_w8a8_bismooth.scoring.result import Score
+    from vllm_w8a8_bismooth.scoring.score import Preparation as ScorePreparation
     from vllm_w8a8_bismooth.verification import Verification
 
 
@@ -218,7 +219,7 @@ def score(
     dtype: str = "auto",
     write_card: bool = False,
     progress: Progress | None = None,
-) -> "scoring.Score":
+) -> "Score":
     """Compare a checkpoint's predictions with its source's in real vLLM, as ``bismooth score`` does.
 
     Each runs in an engine in a process of its own, as it is served. What the source predicts is kept in the user's
@@ -258,7 +259,7 @@ def prepare_score(
     window: int = 512,
     dtype: str = "auto",
     write_card: bool = False,
-) -> "scoring.Preparation":
+) -> "ScorePreparation":
     """All that :func:`score` does before its first engine.
 
     Args:
@@ -285,9 +286,9 @@ def prepare_score(
     from vllm_w8a8_bismooth.scoring import score as room
     from vllm_w8a8_bismooth.scoring.tokens import read
 
-    read_text = read(paths)
+    content = read(paths)
     source = None if against is None else _fetched(against)
-    return room.prepare(place, source, read_text, int(tokens), int(window), dtype, write_card)
+    return room.prepare(place, source, content, int(tokens), int(window), dtype, write_card)
 
 
 def prepare(

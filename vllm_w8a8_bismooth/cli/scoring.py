@@ -16,7 +16,8 @@ from vllm_w8a8_bismooth.shell import word
 if TYPE_CHECKING:  # torch comes with it
     from rich.console import Console
 
-    from vllm_w8a8_bismooth.scoring.score import Preparation, Score
+    from vllm_w8a8_bismooth.scoring.result import Score
+    from vllm_w8a8_bismooth.scoring.score import Preparation
 
 
 def score(

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from vllm_w8a8_bismooth.scoring.divergence import Interval
-    from vllm_w8a8_bismooth.scoring.score import Score
+    from vllm_w8a8_bismooth.scoring.result import Score
 
 
 def rows(score: "Score") -> Iterator[tuple[str, str, str]]:
