@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-_PIECE = 2**22  # values in fp64 at once
+_PIECE = 2**20  # values in fp64 at once
 _RESAMPLES = 10_000
 _SEED = 0
 
@@ -76,15 +76,38 @@ def compare(source: np.ndarray, checkpoint: np.ndarray, tokens: Sequence[int]) -
     step = max(1, _PIECE // vocabulary)
     for first in range(0, count, step):
         rows = slice(first, first + step)
-        p, q = (_normalised(scores[rows]) for scores in (source, checkpoint))
-        chosen = torch.as_tensor(tokens[1:][rows])[:, None]
-        # A token of probability 0 in the source adds nothing, whatever it has in the checkpoint.
-        terms = torch.where(p == -torch.inf, 0.0, p.exp() * (p - q))
-        found.kl[rows] = terms.sum(-1).clamp(min=0).numpy()
-        found.same[rows] = (p.argmax(-1) == q.argmax(-1)).numpy()
-        found.source[rows] = -p.gather(-1, chosen)[:, 0].numpy()
-        found.checkpoint[rows] = -q.gather(-1, chosen)[:, 0].numpy()
+        p, q = _Rows(source[rows]), _Rows(checkpoint[rows])
+        chosen = torch.as_tensor(tokens[1:][rows])
+        found.same[rows] = (p.best == q.best).numpy()
+        found.source[rows], found.checkpoint[rows] = p.cost(chosen), q.cost(chosen)
+        terms = p.values.sub_(q.values).mul_(p.weights)  # in place: new memory takes longer than the work on it
+        # NaN is 0 times infinity: a token of probability 0 adds nothing, whatever it has in the checkpoint.
+        kl = terms.nansum(-1) / p.weights.sum(-1) - (p.total - q.total)
+        found.kl[rows] = kl.clamp(min=0).numpy()
     return found
+
+
+class _Rows:
+    """Some rows of log-probabilities or logits ``[rows, vocab]`` in fp64; all fields but two are ``[rows]``.
+
+    Attributes:
+        values: as they are given, ``[rows, vocab]``.
+        weights: probabilities but for a factor, ``[rows, vocab]``.
+        best: the most probable token.
+        total: logarithm of the sum of what the values are logarithms of.
+    """
+
+    def __init__(self, scores: np.ndarray):
+        self.values = torch.from_numpy(np.asarray(scores, np.float64))
+        largest, self.best = self.values.max(-1)
+        self.weights = (self.values - largest[:, None]).exp_()
+        self.total = largest + self.weights.sum(-1).log()
+        if self.total.isnan().any():
+            raise ValueError("NaN")
+
+    def cost(self, tokens: torch.Tensor) -> np.ndarray:
+        """What these tokens, ``[rows]``, cost in nats."""
+        return (self.total - self.values.gather(-1, tokens[:, None])[:, 0]).numpy()
 
 
 def summarize(windows: Sequence[Window]) -> Divergence:
@@ -125,14 +148,6 @@ def interval(means: np.ndarray) -> Interval | None:
     draws = np.random.default_rng(_SEED).multinomial(count, [1 / count] * count, size=_RESAMPLES)
     low, high = np.quantile(draws @ np.asarray(means, np.float64) / count, [0.025, 0.975])
     return float(low), float(high)
-
-
-def _normalised(scores: np.ndarray) -> torch.Tensor:
-    values = torch.from_numpy(np.asarray(scores, np.float64))
-    values -= values.logsumexp(-1, keepdim=True)
-    if values.isnan().any():
-        raise ValueError("NaN")
-    return values
 
 
 def _exp(value: float) -> float:
