@@ -217,6 +217,7 @@ def score(
     tokens: int = 8192,
     window: int = 512,
     dtype: str = "auto",
+    tensor_parallel_size: int = 1,
     write_card: bool = False,
     progress: Progress | None = None,
 ) -> "Score":
@@ -234,6 +235,7 @@ def score(
         tokens: how many are taken from them, at most.
         window: tokens that are predicted in one go, at most.
         dtype: ``auto`` (each checkpoint's own), ``bfloat16``, ``float32`` or ``float16``.
+        tensor_parallel_size: over how many GPUs, or nodes of a CPU, vLLM spreads each.
         write_card: whether the table is put into the checkpoint's README.md, in the place of an earlier one.
         progress: as of :func:`convert`; counts windows in the stages ``source`` and ``checkpoint``, and what
             is done of both engines in ``engine``.
@@ -248,7 +250,8 @@ def score(
     from vllm_w8a8_bismooth.scoring import score as room
 
     watch = _progress(progress)
-    return room.run(prepare_score(folder, against, text, tokens, window, dtype, write_card), watch)
+    ready = prepare_score(folder, against, text, tokens, window, dtype, tensor_parallel_size, write_card)
+    return room.run(ready, watch)
 
 
 def prepare_score(
@@ -258,19 +261,21 @@ def prepare_score(
     tokens: int = 8192,
     window: int = 512,
     dtype: str = "auto",
+    tensor_parallel_size: int = 1,
     write_card: bool = False,
 ) -> "ScorePreparation":
     """All that :func:`score` does before its first engine.
 
     Args:
-        folder, against, text, tokens, window, dtype, write_card: see :func:`score`.
+        folder, against, text, tokens, window, dtype, tensor_parallel_size, write_card: see :func:`score`.
 
     Raises:
         BismoothError: see :func:`score`.
         TypeError: an argument is of another kind than it should be.
     """
     place = _path("folder", folder)
-    for name, value in {"tokens": tokens, "window": window}.items():
+    numbers_given = {"tokens": tokens, "window": window, "tensor_parallel_size": tensor_parallel_size}
+    for name, value in numbers_given.items():
         if not isinstance(value, numbers.Integral) or isinstance(value, bool):
             raise TypeError(f"{name} must be an integer, not {value!r}")
     if not isinstance(write_card, bool):
@@ -288,7 +293,7 @@ def prepare_score(
 
     content = read(paths)
     source = None if against is None else _fetched(against)
-    return room.prepare(place, source, content, int(tokens), int(window), dtype, write_card)
+    return room.prepare(place, source, content, int(tokens), int(window), dtype, int(tensor_parallel_size), write_card)
 
 
 def prepare(

@@ -33,8 +33,8 @@ class Engines:
         self.fails_after = 10**9
         self.spoil = lambda model, scores: scores
 
-    def __call__(self, model: Path, dtype: str, log: Path) -> "Engines":
-        self.model, self.dtype, self.answer = model, dtype, {}
+    def __call__(self, model: Path, options: dict, log: Path) -> "Engines":
+        self.model, self.options, self.answer = model, options, {}
         log.write_text("log\n")
         return self
 
@@ -127,6 +127,7 @@ def test_what_the_sources_scores_depend_on(engines, source, out, text, tmp_path)
 
     assert computes() and not computes()
     assert computes(tokens=512) and computes(window=32) and computes(dtype="float32")
+    assert computes(tensor_parallel_size=2) and engines.options == {"dtype": "auto", "tensor_parallel_size": 2}
     other = tmp_path / "other.txt"
     other.write_text(text.read_text()[::-1])
     assert computes(text=other)
@@ -300,6 +301,7 @@ def test_without_vllm(engines, source, out, text, monkeypatch):
         ({"text": ""}, "is empty"),
         ({"tokens": 3}, "--tokens 3: too few; give a number from 16 on"),
         ({"window": 0}, "--window 0: too few"),
+        ({"tensor_parallel_size": 0}, "--tensor-parallel-size 0: too few; give a number from 1 on"),
         ({"dtype": "int8"}, "--dtype int8: not known; give one of auto, bfloat16, float32, float16"),
     ],
 )

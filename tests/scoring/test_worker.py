@@ -50,7 +50,11 @@ def program(monkeypatch):
 @pytest.fixture
 def asked(tmp_path) -> tuple[Engine, Path, Path]:
     (tmp_path / "windows").mkdir()
-    return Engine(tmp_path / "model", "auto", tmp_path / "log"), tmp_path / "tokens.npy", tmp_path / "windows"
+    return (
+        Engine(tmp_path / "model", {"dtype": "auto"}, tmp_path / "log"),
+        tmp_path / "tokens.npy",
+        tmp_path / "windows",
+    )
 
 
 def gone(folder: Path) -> bool:

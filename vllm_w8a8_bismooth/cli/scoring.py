@@ -47,6 +47,9 @@ def score(
             help="In which vLLM computes: auto (each checkpoint's own), bfloat16, float32 or float16.",
         ),
     ] = "auto",
+    tensor_parallel_size: Annotated[
+        int, typer.Option(metavar="N", help="Over how many GPUs vLLM spreads each, as in vllm serve.")
+    ] = 1,
     write_card: Annotated[
         bool, typer.Option("--write-card", help="Put the table into the checkpoint's README.md.")
     ] = False,
@@ -60,7 +63,7 @@ def score(
     from vllm_w8a8_bismooth import api
     from vllm_w8a8_bismooth.scoring.score import run
 
-    ready = api.prepare_score(folder, against, _files(text), tokens, window, dtype, write_card)
+    ready = api.prepare_score(folder, against, _files(text), tokens, window, dtype, tensor_parallel_size, write_card)
     console = display.console(stderr=True)
     _beforehand(console, ready)
     with Progress(console) as progress:

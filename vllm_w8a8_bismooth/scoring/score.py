@@ -42,7 +42,7 @@ class Preparation:
     Attributes:
         folder, source: the checkpoints.
         windows: what is scored.
-        dtype: one of :data:`DTYPES`.
+        options: of the engines, as ``vllm.LLM`` calls them.
         write_card: whether the table goes into the checkpoint's card.
         root: folder of all stores.
         identities: what the source's windows and those of the checkpoint depend on, see :class:`store.Store`.
@@ -53,7 +53,7 @@ class Preparation:
     folder: Path
     source: Path
     windows: Windows
-    dtype: str
+    options: Mapping[str, Any]
     write_card: bool
     root: Path
     identities: tuple[Mapping[str, Any], Mapping[str, Any]]
@@ -68,6 +68,7 @@ def prepare(
     tokens: int = TOKENS,
     window: int = WINDOW,
     dtype: str = "auto",
+    ranks: int = 1,
     write_card: bool = False,
     root: Path | None = None,
 ) -> Preparation:
@@ -80,6 +81,7 @@ def prepare(
         tokens: in all, at most.
         window: tokens of a window, at most.
         dtype: one of :data:`DTYPES`; ``auto`` is each checkpoint's own, as in vLLM.
+        ranks: of tensor parallelism.
         write_card: whether the table goes into the checkpoint's card.
         root: of the stores; ``None`` is :func:`store.default_root`.
 
@@ -90,6 +92,8 @@ def prepare(
     for option, value in (("--tokens", tokens), ("--window", window)):
         if value < FEWEST:
             raise BismoothError.of(f"{option} {value}", "too few", f"give a number from {FEWEST} on")
+    if ranks < 1:
+        raise BismoothError.of(f"--tensor-parallel-size {ranks}", "too few", "give a number from 1 on")
     if dtype not in DTYPES:
         raise BismoothError.of(f"--dtype {dtype}", "not known", f"give one of {', '.join(DTYPES)}")
     place = Folder(folder)
@@ -112,14 +116,15 @@ def prepare(
     digest = store.key({"windows": windows.tokens.tolist()})
     # The machine too: a cache may be shared by machines that round otherwise.
     versions = {"vllm_w8a8_bismooth": __version__, "vllm": _vllm(), "machine": platform.node()}
-    ours = {"source": store.fingerprint(original), "windows": digest, "dtype": dtype, **versions}
+    options = {"dtype": dtype, "tensor_parallel_size": ranks}
+    ours = {"source": store.fingerprint(original), "windows": digest, **options, **versions}
     theirs = {"checkpoint": store.fingerprint(place.path), **versions}
     count, length = windows.tokens.shape
     nbytes = (length - 1) * (size(read_json(original / CONFIG)) or 0) * 4
     kept = len(store.present(root, ours).intersection(range(count)))
     needed = (count - kept + _AHEAD + 1) * nbytes + _ROOM
     check_space(root, needed, "store of scores")
-    return Preparation(folder, original, windows, dtype, write_card, root, (ours, theirs), kept, needed)
+    return Preparation(folder, original, windows, options, write_card, root, (ours, theirs), kept, needed)
 
 
 def run(ready: Preparation, progress: Progress = silent) -> Score:
@@ -146,7 +151,7 @@ def _score_source(ready: Preparation, kept: Store, progress: Progress) -> None:
     progress("engine", 0, 2)
     if not wanted and kept.noted("source"):
         return
-    engine = Engine(ready.source, ready.dtype, kept.folder / "source.log")
+    engine = Engine(ready.source, ready.options, kept.folder / "source.log")
     for done, _ in enumerate(engine.windows(_tokens(ready, kept), wanted, kept.source), count - len(wanted) + 1):
         progress("source", done, count)
     kept.note("source", engine.answer)
@@ -158,7 +163,7 @@ def _score_checkpoint(ready: Preparation, kept: Store, progress: Progress) -> No
     progress("engine", 1, 2)
     if not wanted and kept.noted("checkpoint"):
         return
-    engine = Engine(ready.folder, ready.dtype, kept.folder / "checkpoint.log")
+    engine = Engine(ready.folder, ready.options, kept.folder / "checkpoint.log")
     with kept.passing() as folder:
         scored = engine.windows(_tokens(ready, kept), wanted, folder, _AHEAD)
         for done, (number, path) in enumerate(scored, count - len(wanted) + 1):

@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from subprocess import Popen
 from typing import Any
@@ -27,15 +27,15 @@ class Engine:
 
     Args:
         model: its folder.
-        dtype: in which it computes, as vLLM calls it.
+        options: of ``vllm.LLM``, as JSON can have them.
         log: file that receives what the engine prints.
 
     Attributes:
         answer: what the engine said of itself, see :func:`serving.predictions.predict`; empty before its end.
     """
 
-    def __init__(self, model: Path, dtype: str, log: Path):
-        self.model, self._dtype, self._log = model, dtype, log
+    def __init__(self, model: Path, options: Mapping[str, Any], log: Path):
+        self.model, self._options, self._log = model, options, log
         self.answer: dict[str, Any] = {}
 
     def windows(
@@ -60,7 +60,7 @@ class Engine:
             "wanted": list(wanted),
             "folder": str(folder.absolute()),
             "ahead": ahead,
-            "dtype": self._dtype,
+            "options": dict(self._options),
         }
         try:
             with running("predictions", request, answer.absolute(), self._log, environment()) as process:

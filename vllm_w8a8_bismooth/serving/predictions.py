@@ -24,7 +24,7 @@ def predict(request: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         request: ``model``, a folder; ``windows``, a ``.npy`` of token ids ``[n, length]``; ``wanted``, their numbers;
             ``folder``, to write into; ``ahead``, how many files may lie there (``None`` is any number) before somebody
-            takes them away; ``dtype``, in which the engine computes, as vLLM calls it.
+            takes them away; ``options``, of ``vllm.LLM``.
 
     Returns:
         ``dtype`` and ``quantization``, as vLLM settled on them, and ``version``, its own.
@@ -36,7 +36,7 @@ def predict(request: Mapping[str, Any]) -> dict[str, Any]:
 
     windows = np.load(request["windows"])
     folder, parent = Path(request["folder"]), os.getppid()
-    engine = _start(request["model"], windows.shape[1], request["dtype"])
+    engine = _start(request["model"], windows.shape[1], request["options"])
     for number in request["wanted"]:
         while request["ahead"] is not None and len(list(folder.glob("*.npy"))) >= request["ahead"]:
             _end_with(parent)
@@ -50,20 +50,20 @@ def predict(request: Mapping[str, Any]) -> dict[str, Any]:
     return {"dtype": dtype, "quantization": config.quantization, "version": vllm.__version__}
 
 
-def _start(model: str, length: int, dtype: str) -> Any:
+def _start(model: str, length: int, options: Mapping[str, Any]) -> Any:
     """An engine as it serves, but for two things: eager, as compiling takes longer than a score, and without a cache of
     prefixes, as windows have none in common."""
     from vllm import LLM
 
     return LLM(
         model,
-        dtype=dtype,
         enforce_eager=True,
         max_model_len=length + 1,
         max_num_batched_tokens=max(2048, length + 1),
         enable_prefix_caching=False,
         disable_log_stats=True,
         worker_extension_cls=_CAPTURE,
+        **options,
     )
 
 
