@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.support.models import tiny_tokenizer
 from vllm_w8a8_bismooth import measure
 from vllm_w8a8_bismooth.checkpoint.reader import Checkpoint
 from vllm_w8a8_bismooth.errors import BismoothError
@@ -26,6 +27,15 @@ def test_they_are_those_of_calibration(make_checkpoint, calibration_text):
 
 def test_a_window_leaves_room_for_the_token_that_vllm_generates(make_checkpoint, calibration_text):
     assert cut(read([calibration_text]), make_checkpoint(), 4000, 512).tokens.shape[1] == 127  # of 128 positions
+
+
+def test_a_model_that_cannot_be_converted(tmp_path, calibration_text):
+    """It calls its longest position otherwise."""
+    from transformers import GPT2Config
+
+    GPT2Config(vocab_size=160, n_positions=64, bos_token_id=0, eos_token_id=1).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    assert cut(read([calibration_text]), tmp_path, 2000, 512).tokens.shape[1] == 63
 
 
 def test_the_text_of_a_token(make_checkpoint, tmp_path):

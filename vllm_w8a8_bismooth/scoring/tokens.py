@@ -11,7 +11,7 @@ import numpy as np
 
 from vllm_w8a8_bismooth.checkpoint.files import CONFIG, read_json
 from vllm_w8a8_bismooth.errors import BismoothError, Problem
-from vllm_w8a8_bismooth.measure.text import CalibrationText, Used, read_text, sample
+from vllm_w8a8_bismooth.measure.text import CalibrationText, Used, read_text, sample, transformers_config
 from vllm_w8a8_bismooth.scoring.vocabulary import size
 
 if TYPE_CHECKING:
@@ -69,14 +69,15 @@ def cut(text: CalibrationText, source: Path, budget: int, window: int) -> Window
         window: tokens of a window, at most.
 
     Raises:
-        BismoothError: no usable tokenizer, or too little text for one window.
+        BismoothError: no usable tokenizer, transformers refuses the config, or too little text for one window.
     """
-    config = read_json(source / CONFIG)
-    longest = config.get("max_position_embeddings")
+    checkpoint = _as_checkpoint(source, read_json(source / CONFIG))
+    # As transformers understands it: the key in config.json depends on the model.
+    longest = getattr(transformers_config(checkpoint).get_text_config(), "max_position_embeddings", None)
     if isinstance(longest, int) and longest > 0:
         window = min(window, longest - 1)  # vLLM adds a token, to have something to generate
     with _in_our_words():
-        taken = sample(text, _as_checkpoint(source, config), budget, window)
+        taken = sample(text, checkpoint, budget, window)
     windows, length = taken.tokens.shape
     if length < FEWEST or not windows:
         what = f"gives {length * windows} tokens, and a window has {FEWEST} at least"
