@@ -1,7 +1,7 @@
-"""Conversion, inspection and verification as functions, for Python and for the command.
+"""Conversion, inspection, verification and scores as functions, for Python and for the command.
 
 ``import vllm_w8a8_bismooth as b; b.convert("SRC", "DST")``. Messages name options as the command does:
-``--group-size`` is ``group_size``. Nothing here needs vLLM.
+``--group-size`` is ``group_size``. Only ``score`` needs vLLM.
 """
 
 import numbers
@@ -20,6 +20,8 @@ if TYPE_CHECKING:  # torch comes with most of them, and inspect does without
     from vllm_w8a8_bismooth.conversion.preview import Preview
     from vllm_w8a8_bismooth.measure.text import CalibrationText
     from vllm_w8a8_bismooth.report.outcome import Outcome
+    from vllm_w8a8_bismooth.scoring.result import Score
+    from vllm_w8a8_bismooth.scoring.score import Preparation as ScorePreparation
     from vllm_w8a8_bismooth.verification import Verification
 
 
@@ -206,6 +208,93 @@ def inspect(source: str | Path, *, calibration_tokens: int = 16384, group_size: 
         raise BismoothError.of(f"--group-size {group_size}", "not a positive multiple of 32", "give one, like 128")
     place = hub.find(source) if isinstance(source, str) else Folder(_path("source", source))
     return survey(place, int(calibration_tokens), int(group_size))
+
+
+def score(
+    folder: str | Path,
+    *,
+    against: str | Path | None = None,
+    text: str | Path | Sequence[str | Path] | None = None,
+    tokens: int = 8192,
+    window: int = 512,
+    dtype: str = "auto",
+    tensor_parallel_size: int = 1,
+    write_card: bool = False,
+    progress: Progress | None = None,
+) -> "Score":
+    """Compare a checkpoint's predictions with its source's in real vLLM, as ``bismooth score`` does.
+
+    Each runs in an engine in a process of its own, as it is served. What the source predicts is kept in the user's
+    folder for caches, for the next call; a call that was interrupted goes on when it is made again.
+
+    Args:
+        folder: the checkpoint, of anybody; vLLM serves it.
+        against: the checkpoint that it was made from, a folder or ``org/name[@revision]``; ``None`` is the one that its
+            recipe.json names, if that is beside it, in the current folder or in the Hub's cache.
+        text: one or more files of text that the model should predict, of the kinds that ``calibration`` may have. There
+            is no default.
+        tokens: how many are taken from them, at most.
+        window: tokens that are predicted in one go, at most.
+        dtype: ``auto`` (each checkpoint's own), ``bfloat16``, ``float32`` or ``float16``.
+        tensor_parallel_size: over how many GPUs, or nodes of a CPU, vLLM spreads each.
+        write_card: whether the table is put into the checkpoint's README.md, in the place of an earlier one.
+        progress: as of :func:`convert`; counts windows in the stages ``source`` and ``checkpoint``, and what
+            is done of both engines in ``engine``.
+
+    Returns:
+        ``divergence`` with KL divergence, top-1 agreement and perplexities; what was measured, and ``notes``.
+
+    Raises:
+        BismoothError: both cannot be compared, there is no text, or an engine fails.
+        TypeError: an argument is of another kind than it should be.
+    """
+    from vllm_w8a8_bismooth.scoring import score as room
+
+    watch = _progress(progress)
+    ready = prepare_score(folder, against, text, tokens, window, dtype, tensor_parallel_size, write_card)
+    return room.run(ready, watch)
+
+
+def prepare_score(
+    folder: str | Path,
+    against: str | Path | None = None,
+    text: str | Path | Sequence[str | Path] | None = None,
+    tokens: int = 8192,
+    window: int = 512,
+    dtype: str = "auto",
+    tensor_parallel_size: int = 1,
+    write_card: bool = False,
+) -> "ScorePreparation":
+    """All that :func:`score` does before its first engine.
+
+    Args:
+        folder, against, text, tokens, window, dtype, tensor_parallel_size, write_card: see :func:`score`.
+
+    Raises:
+        BismoothError: see :func:`score`.
+        TypeError: an argument is of another kind than it should be.
+    """
+    place = _path("folder", folder)
+    numbers_given = {"tokens": tokens, "window": window, "tensor_parallel_size": tensor_parallel_size}
+    for name, value in numbers_given.items():
+        if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+            raise TypeError(f"{name} must be an integer, not {value!r}")
+    if not isinstance(write_card, bool):
+        raise TypeError(f"write_card must be True or False, not {write_card!r}")
+    if not isinstance(dtype, str):
+        raise TypeError(f"dtype must be a text, not {dtype!r}")
+    files = [] if text is None else list(text) if isinstance(text, list | tuple) else [text]
+    if not files:
+        remedy = "give text like what the model will read, but not what it was calibrated on: --text FILE"
+        raise BismoothError.of("score", "needs a text for the model to predict", remedy)
+    paths = [_path("text", file) for file in files]
+
+    from vllm_w8a8_bismooth.scoring import score as room
+    from vllm_w8a8_bismooth.scoring.tokens import read
+
+    content = read(paths)
+    source = None if against is None else _fetched(against)
+    return room.prepare(place, source, content, int(tokens), int(window), dtype, int(tensor_parallel_size), write_card)
 
 
 def prepare(

@@ -2,9 +2,13 @@
 
 import importlib.util
 import json
+import os
+import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +25,17 @@ def ask(module: str, request: Any = None) -> Any:
     Raises:
         Silent: vLLM is not installed, cannot be imported, or did not answer in five minutes.
     """
-    if importlib.util.find_spec("vllm") is None:
-        raise Silent("vLLM is not installed here")
+    refuse_absence()
     with tempfile.TemporaryDirectory() as scratch:
         answer = Path(scratch) / "answer.json"
-        command = [sys.executable, "-m", f"vllm_w8a8_bismooth.serving.{module}", str(answer)]
         try:
             done = subprocess.run(
-                command, input=json.dumps(request), capture_output=True, text=True, errors="replace", timeout=_PATIENCE
+                _command(module, answer),
+                input=json.dumps(request),
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=_PATIENCE,
             )
         except subprocess.TimeoutExpired:
             raise Silent(f"vLLM did not answer in {_PATIENCE} s") from None
@@ -37,3 +44,50 @@ def ask(module: str, request: Any = None) -> Any:
             reason = (done.stderr.strip() or "no message").splitlines()[-1]
             raise Silent(f"vLLM could not be asked ({reason})")
         return json.loads(answer.read_text())
+
+
+@contextmanager
+def running(
+    module: str, request: Any, answer: Path, log: Path, environment: Mapping[str, str]
+) -> Iterator[subprocess.Popen]:
+    """The process of :func:`ask` while it works on a request, for as long as that takes.
+
+    At the end it is gone, with all that it started.
+
+    Args:
+        module, request: see :func:`ask`.
+        answer: file that it writes in the end.
+        log: file that receives what it prints.
+        environment: of the process.
+
+    Raises:
+        Silent: vLLM is not installed.
+    """
+    refuse_absence()
+    with tempfile.TemporaryFile() as question, open(log, "wb") as sink:
+        question.write(json.dumps(request).encode())
+        question.seek(0)
+        process = subprocess.Popen(
+            _command(module, answer),
+            stdin=question,
+            stdout=sink,
+            stderr=subprocess.STDOUT,
+            env=dict(environment),
+            start_new_session=True,  # a group of its own, with the ranks of the engine in it
+        )
+        try:
+            yield process
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def refuse_absence() -> None:
+    """Raises :class:`Silent` if there is no vLLM."""
+    if importlib.util.find_spec("vllm") is None:
+        raise Silent("vLLM is not installed here")
+
+
+def _command(module: str, answer: Path) -> list[str]:
+    return [sys.executable, "-m", f"vllm_w8a8_bismooth.serving.{module}", str(answer)]

@@ -9,7 +9,7 @@ import typer
 from vllm_w8a8_bismooth.errors import BismoothError, Problem, refuse_empty
 from vllm_w8a8_bismooth.shell import refuse_tilde
 
-_GO_ON = ("convert", "merge", "push")
+_GO_ON = ("convert", "merge", "push", "score")
 _DRY = f"{__name__}.dry"
 
 

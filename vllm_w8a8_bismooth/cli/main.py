@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from vllm_w8a8_bismooth import __version__
-from vllm_w8a8_bismooth.cli import analysis, calibrating, display, publication
+from vllm_w8a8_bismooth.cli import analysis, calibrating, display, publication, scoring
 from vllm_w8a8_bismooth.cli.arguments import Verbs, path
 from vllm_w8a8_bismooth.cli.progress import Progress
 from vllm_w8a8_bismooth.errors import BismoothError
@@ -342,6 +342,7 @@ def doctor(
     raise typer.Exit(1 if found.problems else 0)
 
 
+app.command()(scoring.score)
 app.command()(publication.push)
 
 

@@ -167,7 +167,7 @@ def tokenize(text: CalibrationText, checkpoint: Checkpoint, budget: int) -> torc
     return sample(text, checkpoint, budget).tokens
 
 
-def sample(text: CalibrationText, checkpoint: Checkpoint, budget: int) -> Sample:
+def sample(text: CalibrationText, checkpoint: Checkpoint, budget: int, window: int = WINDOW) -> Sample:
     """Windows of equal length from the checkpoint's own tokenizer, each led by BOS where the tokenizer adds one.
 
     They are spread evenly over the text: a few documents in a row show less of the model than as many tokens of all.
@@ -177,9 +177,10 @@ def sample(text: CalibrationText, checkpoint: Checkpoint, budget: int) -> Sample
         text: the documents.
         checkpoint: its folder holds the tokenizer, its config the vocabulary size and the longest position.
         budget: largest number of tokens.
+        window: largest length.
 
     Returns:
-        int64 ``[windows, length]`` with ``length <= 512`` and at most ``budget`` tokens in all, and what was used.
+        int64 ``[windows, length]`` with ``length <= window`` and at most ``budget`` tokens in all, and what was used.
 
     Raises:
         BismoothError: no tokenizer in the folder, most windows hold ids beyond the model's vocabulary, transformers
@@ -214,8 +215,8 @@ def sample(text: CalibrationText, checkpoint: Checkpoint, budget: int) -> Sample
         what = "the checkpoint's tokenizer makes no tokens of it"
         raise BismoothError.of(text.name, what, "use --calibration none")
     longest = checkpoint.config.get("max_position_embeddings")
-    longest = longest if isinstance(longest, int) and longest > 0 else WINDOW
-    whole = min(WINDOW, longest, budget, len(ids) + len(lead))
+    longest = longest if isinstance(longest, int) and longest > 0 else window
+    whole = min(window, longest, budget, len(ids) + len(lead))
     lead = lead[: whole - 1]  # a window of one token has no room for it
     length = whole - len(lead)
     starts = range(0, len(ids) - length + 1, length)

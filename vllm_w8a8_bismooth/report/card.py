@@ -16,7 +16,7 @@ from vllm_w8a8_bismooth.errors import BismoothError
 from vllm_w8a8_bismooth.measure.bundled import NAME
 from vllm_w8a8_bismooth.measure.weights import VULNERABLE
 from vllm_w8a8_bismooth.recipe import Recipe
-from vllm_w8a8_bismooth.report import figures, licence, record
+from vllm_w8a8_bismooth.report import figures, licence, record, section
 from vllm_w8a8_bismooth.report.labels import Labels
 from vllm_w8a8_bismooth.report.outcome import Outcome
 from vllm_w8a8_bismooth.report.task import task_of
@@ -85,7 +85,7 @@ def labels_to_write(folder: Path, labels: Labels) -> Labels | None:
     after = labels.over(before)
     if after == before and card.exists():
         return None
-    if card.exists() and card.read_bytes() != draw_up(folder, before).encode():
+    if card.exists() and section.without(card.read_bytes()) != draw_up(folder, before).encode():
         changed = [f"{key}: {value}" for key, value in vars(after).items() if value != getattr(before, key)]
         what = f"not as bismooth {__version__} writes it, and what was changed in it would be lost"
         remedy = f"have it say {' and '.join(changed)} between its first two lines of ---, or move it away"
@@ -112,9 +112,10 @@ def relabel(folder: Path, labels: Labels) -> bool:
     """
     if (after := labels_to_write(folder, labels)) is None:
         return False
-    content = draw_up(folder, after).encode()
+    card = folder / CARD
+    content = section.carried_over(card.read_bytes() if card.exists() else b"", draw_up(folder, after).encode())
     with disk_errors(folder):
-        write_atomically(folder / CARD, lambda path: path.write_bytes(content))
+        write_atomically(card, lambda path: path.write_bytes(content))
     return True
 
 
@@ -375,9 +376,9 @@ bismooth verify {here}
 
 ## Limits
 
-The errors above are those of the weights, of every linear for itself. Activations are rounded while serving, and
-neither perplexity nor any task was measured: compare with the original on your own before you rely on it. The terms and
-the limits of the original hold here too.
+The errors of linears are those of the weights, of every linear for itself; activations are rounded while serving. What
+both do to the predictions is what `bismooth score` measures. No task was measured: compare with the original on your
+own before you rely on it. The terms and the limits of the original hold here too.
 
 ## Citation
 
