@@ -9,6 +9,7 @@ from vllm_w8a8_bismooth import MARKER
 from vllm_w8a8_bismooth.checkpoint.files import CONFIG, REPORT, Folder, read_json, sha256
 from vllm_w8a8_bismooth.checkpoint.layout import Source
 from vllm_w8a8_bismooth.checkpoint.reader import FLOAT_DTYPES, Checkpoint
+from vllm_w8a8_bismooth.conversion import head
 from vllm_w8a8_bismooth.conversion.part import PART
 from vllm_w8a8_bismooth.engine import Silent
 from vllm_w8a8_bismooth.errors import BismoothError, Problem
@@ -116,6 +117,8 @@ def verify(
         known = (names.embedding, names.norm, names.head)
         strange = [n for n in checkpoint.headers if not n.startswith(names.blocks) and n not in known]
         found.notes += [f"tensor {name} is outside the blocks and unknown; check it with --against" for name in strange]
+    if not {structure.names.head, structure.names.embedding} & unreadable:
+        found.notes += head.notes_with_values(checkpoint)
     if isinstance(config, dict):
         asked = [key for key in ("kv_cache_scheme", "sparsity_config") if config.get(key)]
         found.notes += [f"{KEY}.{key} in {CONFIG} asks vLLM for more, which was not checked" for key in asked]
