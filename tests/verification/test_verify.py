@@ -738,9 +738,9 @@ def test_a_link_that_leads_nowhere_is_called_so(pairs):
 
 
 STALE = {
-    "names an absent file": {"weight_map": {"a": "b.safetensors"}},
-    "has no map": {},
-    "calls the file otherwise": {"weight_map": {"model.norm.weight": "./model.safetensors"}},
+    "names an absent file": lambda names: {"weight_map": {"a": "b.safetensors"}},
+    "has no map": lambda names: {},
+    "calls the file otherwise": lambda names: {"weight_map": dict.fromkeys(names, "./model.safetensors")},
 }
 
 
@@ -752,7 +752,7 @@ def test_an_index_that_vllm_does_not_pass_over(make_checkpoint, tmp_path, case):
     (source / INDEX).write_text(json.dumps({"weight_map": {"a": "b.safetensors"}}))
     convert(source, out, Recipe.of("rtn"))
     assert not (out / INDEX).exists() and verify(out, source, engine=False).ok
-    (out / INDEX).write_text(json.dumps(STALE[case]))
+    (out / INDEX).write_text(json.dumps(STALE[case](load_file(out / "model.safetensors"))))
     (finding,) = (f for f in verify(out, engine=False).findings if f.where == INDEX)
     assert "vLLM refuses" in finding.what and finding.remedy.startswith("remove the index")
     with pytest.raises((FileNotFoundError, KeyError)):
