@@ -410,8 +410,8 @@ def test_files_are_refused(make_checkpoint, tmp_path, case):
     [
         ("it's a table.csv", b'\xef\xbb\xbftext,n\r\none,1\r\n"two,\nthree",2\r\n'),
         ("a.tsv", b'text\tn\none\t1\n"two,\nthree"\t2\n'),
-        ("b.csv", "id;text\n1;one, two\n2;two\n".encode()),
-        ("c.csv", b'id\ttext\n1\tone\n'),
+        ("b.csv", b"id;text\n1;one, two\n2;two\n"),
+        ("c.csv", b"id\ttext\n1\tone\n"),
         ("d.tsv", b"text|n\none|1\n"),
         ("e.csv", b'"a;b;c;d",text\n1,one\n'),
         ("a.CSV.gz", gzip.compress(b"text\none\n", mtime=0)),

@@ -145,6 +145,11 @@ def head_of_another_name(source: Path) -> None:
     renamed(source, lambda name: name.replace("lm_head", "output"))
 
 
+def classifier(source: Path) -> None:
+    renamed(source, lambda name: None if name.startswith("lm_head") else name)
+    edit_tensors(source, lambda tensors: tensors | {"score.weight": torch.randn(2, 64)})
+
+
 def pruned(source: Path) -> None:
     renamed(source, lambda name: name.replace("up_proj.weight", "up_proj.weight_orig"))
 
@@ -166,7 +171,9 @@ def packed(source: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("damage", [fp64, headless, head_of_another_name, pruned, two_models, pickled, packed])
+@pytest.mark.parametrize(
+    "damage", [fp64, headless, head_of_another_name, classifier, pruned, two_models, pickled, packed]
+)
 def test_an_odd_source(make_checkpoint, tmp_path, damage):
     source = make_checkpoint(sharded=False)
     whole = shutil.copytree(source, tmp_path / "whole")

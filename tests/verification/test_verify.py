@@ -746,7 +746,7 @@ STALE = {
 
 @pytest.mark.parametrize("case", STALE)
 def test_an_index_that_vllm_does_not_pass_over(make_checkpoint, tmp_path, case):
-    """Though it is stale beside a whole file; vLLM's own function is asked. A source may have one, a result has none."""
+    """Stale beside a whole file; vLLM's own function is asked. A source may have one, its result none."""
     weights = pytest.importorskip("vllm.model_executor.model_loader.weight_utils")
     source, out = make_checkpoint(sharded=False), tmp_path / "out"
     (source / INDEX).write_text(json.dumps({"weight_map": {"a": "b.safetensors"}}))
@@ -769,3 +769,14 @@ def test_a_head_beside_a_tied_embedding_is_noted(make_checkpoint, tmp_path):
     found = verify(out, source, engine=False)
     assert found.ok and any("lm_head.weight differs from the embedding" in note for note in found.notes)
     assert set(said) <= set(found.notes)
+
+
+def test_a_result_of_ours_is_not_to_be_downloaded(make_checkpoint, tmp_path):
+    source, out = make_checkpoint(sharded=False), tmp_path / "out"
+    convert(source, out, Recipe.of("rtn"))
+    tensors = load_file(out / "model.safetensors")
+    del tensors[NORM]
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    found = verify(out, engine=False).findings
+    assert any(NORM in finding.where for finding in found)
+    assert not any(finding.remedy.startswith("download") for finding in found)

@@ -1,4 +1,4 @@
-"""What the name of a model's class, in ``architectures``, says of the checkpoint: its head, and where its decoder is."""
+"""What the name of a model's class, in ``architectures``, says of the checkpoint: its head, its decoder's name."""
 
 from collections.abc import Mapping
 

@@ -27,6 +27,7 @@ _DTYPES = {
 }  # fmt: skip
 _PACKED = {"weight", "qweight", "qzeros", "g_idx", "weight_packed", "weight_shape", "weight_zero_point"}
 """Parts of names under which weights are stored in integers, by GPTQ, AWQ, compressed-tensors and bitsandbytes."""
+_TABLE = ".rotary_emb.inv_freq"
 _PIECE = 2**25
 
 
@@ -134,7 +135,13 @@ class Headers:
             self.lost |= promised
             return
         path, (begin, entries) = f"{self.place}/{file}", answer
-        for name in sorted(promised - entries.keys()):
+        absent = sorted(promised - entries.keys())
+        if tables := [name for name in absent if name.endswith(_TABLE)]:
+            more = f" and {len(tables) - 1} more" if len(tables) > 1 else ""
+            self.notes.append(
+                f"{INDEX} names {tables[0]}{more}, which no file holds; every reader computes such tables"
+            )
+        for name in (name for name in absent if name not in tables):
             self._fault(path, f"tensor {name} is missing, {INDEX} says that it is here", "download both again")
             self.lost.add(name)
         for name, entry in entries.items():

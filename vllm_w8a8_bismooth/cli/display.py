@@ -88,7 +88,9 @@ def inspection(console: "Console", found: "inspect.Survey", source: str) -> None
         memory = readable_size(needs.memory_bytes) + (" (too much)" if needs.memory_bytes > found.memory_bytes else "")
         disk = readable_size(needs.disk_bytes) + (" (too much)" if needs.disk_bytes > found.free_bytes else "")
         rows[way] = f"about {duration(needs.seconds)}{tokens}, {memory} of memory, {disk} of disk"
-    rows["this machine"] = f"{readable_size(found.memory_bytes)} of memory, {readable_size(found.free_bytes)} free on this folder's disk"
+    rows["this machine"] = (
+        f"{readable_size(found.memory_bytes)} of memory, {readable_size(found.free_bytes)} free on this folder's disk"
+    )
     for name, text in rows.items():
         console.print(f"  {name:<13} {text}")
     if found.per_channel:
@@ -144,7 +146,9 @@ def preview(console: "Console", plan: "Preview", recipe: "Recipe", then: str | N
     if plan.part is not None:
         console.print("A part: blocks {}:{}".format(*plan.part))
     tokens = "data-free" if plan.tokens is None else f"calibrated on {plan.tokens} tokens"
-    console.print(f"{readable_size(plan.source_bytes)} -> {readable_size(plan.written_bytes)}, method {recipe.method}, {tokens}")
+    console.print(
+        f"{readable_size(plan.source_bytes)} -> {readable_size(plan.written_bytes)}, method {recipe.method}, {tokens}"
+    )
     remarks(console, plan.used)
     if plan.grouped is None:
         console.print(f"Per-group linears (g = {recipe.group_size}): the weights decide; sizes are without them")
@@ -156,7 +160,8 @@ def preview(console: "Console", plan: "Preview", recipe: "Recipe", then: str | N
     _left_out(console, plan.left_out, plan.notes)
     if plan.resumed:
         console.print(f"{plan.resumed} of {plan.blocks} blocks are done and will be skipped")
-    console.print(f"About {duration(plan.seconds)}, {readable_size(plan.memory_bytes)} of memory, {readable_size(plan.free_bytes)} free")
+    memory, free = readable_size(plan.memory_bytes), readable_size(plan.free_bytes)
+    console.print(f"About {duration(plan.seconds)}, {memory} of memory, {free} free")
     if then:
         console.print(then, markup=False, highlight=False)
     console.print(_DRY)

@@ -107,7 +107,7 @@ class Destination:
         except (FileNotFoundError, NotADirectoryError):
             pass
         except OSError as error:
-            raise BismoothError.of(self.given, f"cannot be written ({error})", "choose another name") from None
+            raise BismoothError.of(self.given, f"cannot be written ({error.strerror})", "choose another name") from None
         if partial.is_symlink() or str(partial) in mounts():
             what = "is a link or a mounted disk, and the result grows there before it gets its name"
             raise BismoothError.of(partial, what, "remove it or choose another destination")

@@ -41,7 +41,14 @@ class Structure:
         self._modules = {*self._linears, *routers, self.names.head.removesuffix(".weight")}
         self.linears = self._quantized()
         self.ignored = [name for name in self._in_float() if name in self._linears and self._leaves_in_float(name)]
-        for problems in (self._stray_scales(), self._stray_int8(), self._floats(), self._blocks(), _index(checkpoint), _names(checkpoint)):
+        for problems in (
+            self._stray_scales(),
+            self._stray_int8(),
+            self._floats(),
+            self._blocks(),
+            _index(checkpoint),
+            _names(checkpoint),
+        ):
             self.problems += problems
 
     def _lay_out(self, checkpoint: Checkpoint) -> list[Layer]:
