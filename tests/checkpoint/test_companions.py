@@ -31,6 +31,7 @@ generation_config.json tokenizer.json tokenizer_config.json tokenizer.model toke
 merges.txt special_tokens_map.json added_tokens.json sentencepiece.bpe.model spiece.model qwen.tiktoken tekken.json
 chat_template.jinja chat_template.json additional_chat_templates/tool.jinja preprocessor_config.json
 processor_config.json video_preprocessor_config.json config_sentence_transformers.json sentence_bert_config.json
+llama_toolcall_parser.py super_reasoning_Parser_v2.py
 params.json LICENSE LICENSE.txt licence.md NOTICE USE_POLICY.md README.md
 """
 LEFTOVERS, USEFUL = _LEFTOVERS.split(), _USEFUL.split()
@@ -158,6 +159,50 @@ def test_a_module_that_is_a_link(make_checkpoint, tmp_path):
     (source / "1_Pooling").symlink_to(tmp_path / "elsewhere")
     code, message = run("convert", source, tmp_path / "out", "--method", "rtn")
     assert code == 2 and "1_Pooling: a link to a folder, which is not followed; put the files" in message
+
+
+def test_a_module_whose_folder_is_spelled_otherwise(make_checkpoint, tmp_path):
+    source = make_checkpoint()
+    projector(source)
+    put(source, "modules.json", json.dumps([{"type": KINDS[0], "path": "./2_dense"}]).encode())
+    code, message = run("convert", source, tmp_path / "out", "--method", "rtn")
+    assert code == 2 and "2_dense: no such folder; 2_Dense is there; write it so in modules.json" in message
+    put(source, "modules.json", json.dumps([{"type": KINDS[0], "path": "2_Dense"}]).encode())
+    converted(source, tmp_path / "out")
+
+
+LINKED = {
+    "additional_chat_templates": "tool.jinja",
+    "lib": "util.py",
+    "lib/sub": "deep/util.py",
+    "2_Dense": "model.safetensors",
+}
+
+
+@pytest.mark.parametrize("folder", LINKED)
+def test_what_lies_behind_a_link_is_not_lost_without_a_word(make_checkpoint, tmp_path, folder):
+    """What would have to travel is refused, by inspect too; put there itself, it travels."""
+    source = make_checkpoint()
+    projector(source)
+    edit_json(source / "config.json", lambda c: c.update(auto_map={"AutoModel": "modeling_own.OwnModel"}))
+    put(source, f"{folder}/{LINKED[folder]}", b"content")
+    (source / folder).rename(tmp_path / "elsewhere")
+    (source / folder).symlink_to(tmp_path / "elsewhere")
+    for verb in (("convert", source, tmp_path / "out", "--method", "rtn"), ("inspect", source)):
+        message = " ".join(run(*verb)[1].split())
+        assert f"{folder}: a link to a folder, which is not followed" in message
+    (source / folder).unlink()
+    (tmp_path / "elsewhere").rename(source / folder)
+    assert f"{folder}/{LINKED[folder]}" in digests(converted(source, tmp_path / "out"))
+
+
+def test_other_links_to_folders_are_said(make_checkpoint, tmp_path):
+    source = make_checkpoint()
+    (source / "data").symlink_to(source / "extra")
+    code, message = run("convert", source, tmp_path / "out", "--method", "rtn")
+    assert code == 0 and "links to folders are not followed, and nothing in them travels: data" in " ".join(
+        message.split()
+    )
 
 
 @pytest.mark.parametrize("path", ["./2_Dense", "2_Dense/", "2_Dense//"])

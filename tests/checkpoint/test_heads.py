@@ -4,7 +4,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_MAPPING_NAMES,
+)
 
 from tests.support.command import converted, refused, run
 from tests.support.contents import tensors_of
@@ -12,7 +16,7 @@ from tests.support.damage import config, edit_json
 from tests.support.models import MODEL_TYPES
 from tests.support.rename import architecture, bare, edit_tensors, renamed
 from tests.support.sweep import sweep
-from vllm_w8a8_bismooth.checkpoint import audit
+from vllm_w8a8_bismooth.checkpoint import classes, heads
 from vllm_w8a8_bismooth.checkpoint.architectures import ARCHITECTURES
 from vllm_w8a8_bismooth.checkpoint.names import Names
 from vllm_w8a8_bismooth.verification import verify
@@ -44,7 +48,10 @@ def test_every_head_is_carried_and_left_in_float(make, tmp_path, ending, shift):
     out = tmp_path / "out"
     converted(source, out)
     before, after = tensors_of(source), tensors_of(out)
-    assert {name.removesuffix("_scale") for name in after} == before.keys(), "written back as found"
+    led = shift == "bare" and "For" in ending  # the names that readers look for beside a head
+    own = "transformer." if ending == "ForQuestionAnswering" else "model."
+    expected = {own + name if led and name not in head else name for name in before}
+    assert {name.removesuffix("_scale") for name in after} == expected
     assert all(torch.equal(after[name], tensor) for name, tensor in head.items())
     assert verify(out, source, engine=False).ok
 
@@ -65,7 +72,8 @@ def test_what_lies_beside_it_is_no_head_of_another_kind(make, tmp_path, ending, 
     source = make()
     renamed(source, lambda name: name.replace("lm_head.weight", beside))
     architecture(source, f"Llama{ending}")
-    refused(source, tmp_path, f"architectures is ['Llama{ending}']", "no tensor of such a head")
+    what = "no tensor of such a head" if beside == "lm_head.weight" else f"the decoder, {beside}, is no head that vLLM"
+    refused(source, tmp_path, f"architectures is ['Llama{ending}']", what)
     edit_tensors(source, lambda tensors: tensors | {"score.weight": torch.randn(2, 64)})
     converted(source, tmp_path / "out")
 
@@ -99,7 +107,7 @@ def test_the_class_that_a_remedy_names_is_one(model_type, given):
         lost=set(),
         place=SimpleNamespace(files=dict),
     )
-    (problem,) = audit._heads(headers, ARCHITECTURES[model_type], {})
+    (problem,) = heads.head_problems(headers, ARCHITECTURES[model_type], {})
     assert f'set architectures to ["{MODEL_MAPPING_NAMES[model_type]}"]' in problem.remedy
 
 
@@ -167,3 +175,51 @@ def test_calibrated_parts_of_a_bare_decoder_merge(make, tmp_path, calibration_te
     assert code == 0, message
     for file in ("model.safetensors", "config.json", "report.json"):
         assert (tmp_path / "merged" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("head", "ending"), [("score", "ForSequenceClassification"), ("qa_outputs", "ForQuestionAnswering")]
+)
+def test_a_head_whose_class_is_not_named(make, tmp_path, head, ending):
+    """The remedy keeps the head: neither an embedding model nor a language model is made of a classifier."""
+    source = make()
+    renamed(source, lambda name: None if name.startswith("lm_head") else name)
+    edit_tensors(source, lambda tensors: tensors | {f"{head}.weight": torch.randn(2, 64)})
+    what = f'and {head}.weight is another head; set architectures to ["Llama{ending}"]'
+    refused(source, tmp_path, "lm_head.weight: is missing", what)
+    architecture(source, f"Llama{ending}")
+    converted(source, tmp_path / "out")
+    assert f"{head}.weight" in tensors_of(tmp_path / "out")
+
+
+def test_a_head_whose_class_nobody_knows(make, tmp_path):
+    source = make()
+    renamed(source, lambda name: None if name.startswith("lm_head") else name)
+    edit_tensors(source, lambda tensors: tensors | {"v_head.weight": torch.randn(1, 64)})
+    refused(source, tmp_path, "v_head.weight is another head; set architectures in config.json to the class that has")
+
+
+UNKNOWN = {
+    "LlamaForRewardModelWithGating": ["gating.layers.0.weight", "regression_layer.weight"],
+    "LlamaForScore": ["classification_head.dense.weight"],
+}
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_heads_that_no_reader_knows(make, tmp_path, name):
+    source = make()
+    renamed(source, lambda tensor: None if tensor.startswith("lm_head") else tensor)
+    edit_tensors(source, lambda tensors: tensors | {head: torch.randn(3, 64) for head in UNKNOWN[name]})
+    architecture(source, name)
+    refused(source, tmp_path, f"architectures is ['{name}']", UNKNOWN[name][0], "is no head that vLLM or transformers")
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_the_class_of_a_head_is_one_of_transformers(model_type):
+    """Where transformers has such a class for the type."""
+    family = classes.family_of({"model_type": model_type})
+    for head, names in (
+        ("score.weight", MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES),
+        ("qa_outputs.weight", MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES),
+    ):
+        assert names.get(model_type, family + classes.implied_by(head)) == family + classes.implied_by(head)

@@ -1,12 +1,17 @@
 """Checkpoints that hold more, less or otherwise called tensors than a causal LM: what is right is taken as it is."""
 
+import importlib
+
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForQuestionAnswering
 
 from tests.support.command import converted, refused, run
 from tests.support.contents import tensors_of
 from tests.support.damage import config, edit_json
+from tests.support.models import MODEL_TYPES
 from tests.support.rename import architecture, bare, edit_tensors, renamed
+from vllm_w8a8_bismooth.checkpoint import classes
 from vllm_w8a8_bismooth.checkpoint.names import Names, unwrapped
 from vllm_w8a8_bismooth.verification import verify
 
@@ -349,6 +354,52 @@ def test_quantization_config_of_quantized_weights_is_none_of_that(make, tmp_path
     more = {"model.layers.0.mlp.up_proj.weight_scale_inv": torch.ones(1, 1)}
     edit_tensors(source, lambda tensors: tensors | more)
     refused(source, tmp_path, "already quantized", "'fp8'", "convert the original")
+
+
+# --- what a class calls its decoder ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_every_class_finds_its_decoder(model_type):
+    """Under the name that transformers' class has for it."""
+    module = "gemma3" if model_type == "gemma3_text" else model_type
+    built = importlib.import_module(f"transformers.models.{module}.modeling_{module}")
+    family = classes.family_of({"model_type": model_type})
+    found = [name for name in vars(built) if name.startswith(f"{family}For")]
+    assert found or model_type == "gemma3_text"
+    for name in found:
+        prefix = vars(built)[name].base_model_prefix
+        assert classes.trunk_of({"architectures": [name]}) == f"{prefix}.", name
+
+
+@pytest.mark.parametrize("around", ["", "_orig_mod.", "actor."])
+def test_a_decoder_that_its_class_calls_transformer(make, tmp_path, around):
+    """What transformers saved, it opens again: nothing is made up."""
+    source = make()
+    model = LlamaForQuestionAnswering(LlamaConfig.from_pretrained(source)).bfloat16()
+    model.save_pretrained(source)
+    converted(source, tmp_path / "plain")
+    renamed(source, lambda name: around + name)
+    assert ("which a wrapper left" in converted(source, tmp_path / "out")) == bool(around)
+    plain, out = tensors_of(tmp_path / "plain"), tensors_of(tmp_path / "out")
+    assert plain.keys() == out.keys() and "transformer.layers.0.mlp.up_proj.weight_scale" in out
+    assert {name.removesuffix("_scale") for name in out} == model.state_dict().keys()
+    assert verify(tmp_path / "out", source, engine=False).ok
+
+
+@pytest.mark.parametrize("around", ["", "_orig_mod."])
+def test_names_of_a_bare_decoder_beside_a_head(make, tmp_path, around):
+    """No reader looks for them there: they are written as it does, and said; verify does not pass them."""
+    source = make()
+    converted(source, tmp_path / "plain")
+    renamed(source, lambda name: around + name.removeprefix("model."))
+    message = " ".join(converted(source, tmp_path / "out").split())
+    assert "lack the 'model.' under which they are looked for where lm_head.weight is beside them" in message
+    assert tensors_of(tmp_path / "out").keys() == tensors_of(tmp_path / "plain").keys()
+    assert verify(tmp_path / "out", source, engine=False).ok
+    renamed(tmp_path / "out", lambda name: around + name.removeprefix("model."))
+    findings = verify(tmp_path / "out", engine=False).findings
+    assert any("but vLLM reads them as they stand" in finding.what for finding in findings)
 
 
 # --- the module itself ----------------------------------------------------------------------------------------------

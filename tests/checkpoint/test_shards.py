@@ -130,3 +130,21 @@ def test_pickles_alone(source, tmp_path):
     (source / "pytorch_model.bin").write_bytes(b"pickle")
     code, message = run("convert", source, tmp_path / "out", "--method", "rtn")
     assert code == 2 and "pytorch_model.bin is a pickle" in message and "model.save_pretrained(FOLDER)" in message
+
+
+def test_an_index_that_writes_its_paths_otherwise(source, tmp_path, expected):
+    in_files(source, NUMBERED, index=True)
+    index = json.loads((source / INDEX).read_text())
+    index["weight_map"] = {name: f"./{file}" for name, file in index["weight_map"].items()}
+    (source / INDEX).write_text(json.dumps(index))
+    same(source, tmp_path, expected)
+    assert "stale" not in run("inspect", source)[1]
+
+
+def test_an_index_that_names_tables_which_no_file_holds(source, tmp_path, expected):
+    """Older versions of transformers stored rotary tables; every reader computes them."""
+    in_files(source, NUMBERED, index=True)
+    index = json.loads((source / INDEX).read_text())
+    index["weight_map"]["model.layers.0.self_attn.rotary_emb.inv_freq"] = NUMBERED[0]
+    (source / INDEX).write_text(json.dumps(index))
+    same(source, tmp_path, expected, "which no file holds")

@@ -10,6 +10,7 @@ from vllm_w8a8_bismooth import api
 from vllm_w8a8_bismooth.cli import main
 from vllm_w8a8_bismooth.cli.advice import advice
 from vllm_w8a8_bismooth.errors import BismoothError
+from vllm_w8a8_bismooth.measure.perturbation import Evidence
 from vllm_w8a8_bismooth.recipe import DEFAULTS, Recipe
 from vllm_w8a8_bismooth.report.outcome import Outcome
 
@@ -123,8 +124,10 @@ def advices() -> list[tuple[str, Recipe, Outcome, str]]:
                     given = {key: value for key, value in given.items() if key in options}
                     recipe = Recipe(method, **given, calibration=calibration if "smoothing" in options else None)
                     for part in (None, range(2)):
-                        report = Outcome("out", part=part, recipe=recipe)
-                        found.append((method, recipe, report, advice(recipe, report)))
+                        for reason in ("removes much", "would remove much, but the budget is spent"):
+                            report = Outcome("out", part=part, recipe=recipe)
+                            report.granularity = [Evidence("a", ("a",), 1.0, 0.5, 0.5, False, reason)]
+                            found.append((method, recipe, report, advice(recipe, report)))
     return found
 
 
@@ -138,6 +141,8 @@ def test_advice_fits_what_was_done(method, recipe, report, says):
     assert "--method auto" not in says or (recipe.calibration and report.part is None)
     if match := re.search(r"under (\d+)", says):
         assert int(match[1]) == recipe.group_size > 32
+    stopped = method == "auto" and report.granularity[0].held_back
+    assert ("--group-budget" in says) == stopped, "where it stopped nothing, a larger one gives nothing"
     assert "--smoothing balanced" not in says or recipe.smoothing == "alpha"
 
 

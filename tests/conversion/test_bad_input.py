@@ -17,7 +17,8 @@ def assert_refused(tmp_path: Path, source: Path, parts: list[str], *options) -> 
     listing = {p.name for p in tmp_path.iterdir()}
     code, message = run("convert", source, tmp_path / "out", *options)
     assert code == 2 and all(part in message for part in parts), message
-    assert digests(source) == before and {p.name for p in tmp_path.iterdir()} == listing
+    kept = {"out.partial"} if "out.partial: holds what is finished so far" in message else set()
+    assert digests(source) == before and {p.name for p in tmp_path.iterdir()} == listing | kept
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -187,16 +188,17 @@ def test_destination_without_permission(make_checkpoint, tmp_path):
     assert code == 2 and "locked/out: cannot be written" in message and "permissions" in message
 
 
-def test_failure_while_writing_leaves_nothing(make_checkpoint, tmp_path, monkeypatch):
+def test_failure_while_writing_leaves_what_is_finished(make_checkpoint, tmp_path, monkeypatch):
     source = make_checkpoint()
     monkeypatch.setattr("vllm_w8a8_bismooth.checkpoint.writer.SHARD_SIZE", "40KB")
     poison(float("nan"), "model.layers.2.mlp.down_proj.weight")(source)
-    assert_refused(tmp_path, source, ["model.layers.2.mlp.down_proj.weight"], "--method", "rtn")
+    parts = ["model.layers.2.mlp.down_proj.weight", "out.partial: holds what is finished so far", "remove it once"]
+    assert_refused(tmp_path, source, parts, "--method", "rtn")
 
 
 def test_too_small_a_disk_is_noticed_at_once(make_checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda folder: shutil._ntuple_diskusage(10**6, 10**6, 1000))
-    assert_refused(tmp_path, make_checkpoint(), ["the result needs 0.00 GB, the disk has 0.00 GB free"])
+    assert_refused(tmp_path, make_checkpoint(), ["the result needs 0.16 MB, the disk has 1.00 KB free"])
 
 
 def test_source_that_changes_meanwhile(make_checkpoint, tmp_path, monkeypatch):
@@ -205,7 +207,7 @@ def test_source_that_changes_meanwhile(make_checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.copyfile", lambda a, b: (copy(a, b), os.utime(source / "tokenizer.json", (1, 1))))
     code, message = run("convert", source, tmp_path / "out", "--method", "rtn")
     assert code == 2 and "tokenizer.json: changed during the conversion" in message
-    assert {p.name for p in tmp_path.iterdir()} == {"source"}
+    assert {p.name for p in tmp_path.iterdir()} == {"source", "out.partial"} and "out.partial: holds" in message
 
 
 def test_a_result_is_no_source(make_checkpoint, tmp_path):

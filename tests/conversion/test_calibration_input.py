@@ -410,6 +410,10 @@ def test_files_are_refused(make_checkpoint, tmp_path, case):
     [
         ("it's a table.csv", b'\xef\xbb\xbftext,n\r\none,1\r\n"two,\nthree",2\r\n'),
         ("a.tsv", b'text\tn\none\t1\n"two,\nthree"\t2\n'),
+        ("b.csv", b"id;text\n1;one, two\n2;two\n"),
+        ("c.csv", b"id\ttext\n1\tone\n"),
+        ("d.tsv", b"text|n\none|1\n"),
+        ("e.csv", b'"a;b;c;d",text\n1,one\n'),
         ("a.CSV.gz", gzip.compress(b"text\none\n", mtime=0)),
         ("a.txt", "one, two".encode("utf-16")),
         ("a.txt", "one, two".encode("utf-32")),
@@ -418,7 +422,7 @@ def test_files_are_refused(make_checkpoint, tmp_path, case):
         ("a.txt", b"one \x93two\x94"),
         ("a.txt.gz", gzip.compress(gzip.compress(b"one", mtime=0), mtime=0)),
         ("a.jsonl.bz2.gz", gzip.compress(bz2.compress(b'{"text": "one"}'), mtime=0)),
-        ("a b.txt", b"one, \xe9\x81"),
+        ("a b.txt", b"one, \xe9"),
         ("a.jsonl.gz", gzip.compress(b'{"text": "one \xe9"}', mtime=0)),
         ("a.md", b"one \xc3\xa9 \xe9 two"),
         ("a.jsonl.bz2", bz2.compress(b'{"text": "one"}')),
@@ -439,6 +443,47 @@ def test_remedies_work(tmp_path, name, data):
     subprocess.run(["bash", "-c", command], check=True, cwd=tmp_path)
     (made,) = {p.name for p in tmp_path.iterdir()} - {name}
     assert " ".join(said(read_text(tmp_path / made))).startswith("one")
+
+
+UNKNOWN = {
+    "CP1251": "один, два, три",
+    "KOI8-R": "one один",
+    "GB18030": "one 一二三",
+    "SHIFT_JIS": "テスト one",
+    "EUC-KR": "하나 둘",
+    "CP1250": "one gąska i źrebię",
+}
+
+
+@pytest.mark.parametrize("coding", UNKNOWN)
+def test_an_encoding_that_cannot_be_told(tmp_path, coding):
+    """Latin-1 would read it, without a word, as other letters. Once it is named, the command works."""
+    (tmp_path / "a.txt").write_bytes(UNKNOWN[coding].encode(coding))
+    with pytest.raises(BismoothError, match="its encoding cannot be told") as refused:
+        read_text(tmp_path / "a.txt")
+    remedy = refused.value.problems[0].remedy
+    assert "LATIN1" not in remedy and "1252" not in remedy
+    command = remedy.partition(": ")[2].replace("ENCODING", coding)
+    subprocess.run(["bash", "-c", command], check=True, cwd=tmp_path)
+    assert said(read_text(tmp_path / "a-utf8.txt")) == [UNKNOWN[coding]]
+
+
+WESTERN = [
+    "L'été dernier, où étais-tu ? Ça va.",
+    "Das ist die Übergröße der schönen Schuhe",
+    "¿Qué tal, mañana será otro día?",
+    "a naïve café",
+    "Så är det på ön i dag, sade han",
+]
+
+
+@pytest.mark.parametrize("coding", ["LATIN1", "CP1252"])
+@pytest.mark.parametrize("text", WESTERN)
+def test_western_encodings_are_told(tmp_path, coding, text):
+    text = f"He said “{text}”" if coding == "CP1252" else text
+    (tmp_path / "a.txt").write_bytes(text.encode(coding))
+    with pytest.raises(BismoothError, match=f"convert it: iconv -f {coding}"):
+        read_text(tmp_path / "a.txt")
 
 
 def test_folders_and_data_sets(tmp_path):

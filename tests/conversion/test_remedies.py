@@ -81,6 +81,10 @@ def leave_one(source: Path, whole: Path, found: re.Match, where: str) -> None:
         path.unlink()
 
 
+def remove_folder(source: Path, whole: Path, found: re.Match, where: str) -> None:
+    shutil.rmtree(where)
+
+
 REMEDIES: dict[str, Follow] = {
     r"set (num_hidden_layers) to (\d+) in config.json": setting,
     r"set (architectures) to (\[.*?\]) in config.json": setting,
@@ -93,6 +97,7 @@ REMEDIES: dict[str, Follow] = {
     r"leave only the files of one": leave_one,
     r"rename it": rename,
     r"remove the tensor only if|remove the link": remove,
+    r"remove it once the source or the options": remove_folder,
     r"mend|check the path|remove one of the keys": mend,
 }
 
@@ -140,6 +145,11 @@ def head_of_another_name(source: Path) -> None:
     renamed(source, lambda name: name.replace("lm_head", "output"))
 
 
+def classifier(source: Path) -> None:
+    renamed(source, lambda name: None if name.startswith("lm_head") else name)
+    edit_tensors(source, lambda tensors: tensors | {"score.weight": torch.randn(2, 64)})
+
+
 def pruned(source: Path) -> None:
     renamed(source, lambda name: name.replace("up_proj.weight", "up_proj.weight_orig"))
 
@@ -161,7 +171,9 @@ def packed(source: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("damage", [fp64, headless, head_of_another_name, pruned, two_models, pickled, packed])
+@pytest.mark.parametrize(
+    "damage", [fp64, headless, head_of_another_name, classifier, pruned, two_models, pickled, packed]
+)
 def test_an_odd_source(make_checkpoint, tmp_path, damage):
     source = make_checkpoint(sharded=False)
     whole = shutil.copytree(source, tmp_path / "whole")

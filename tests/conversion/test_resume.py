@@ -1,5 +1,6 @@
 """A run may die anywhere; the next one goes on, and nobody can tell from the result."""
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -135,7 +136,7 @@ def test_an_unfinished_run_is_not_continued_as_another(make_checkpoint, tmp_path
             convert(source, out, recipe, text)
         assert difference in str(caught.value)
     edit_json(source / "config.json", lambda config: config.update(rope_theta=5.0))
-    with pytest.raises(BismoothError, match=r"source.config.json: \["):
+    with pytest.raises(BismoothError, match="the source's config.json was changed"):
         convert(source, out, Recipe.of("bismooth"))
     assert digests(tmp_path / "out.partial") == before
 
@@ -151,3 +152,44 @@ def test_interrupt_keeps_what_is_done(make_checkpoint, tmp_path, monkeypatch):
         convert(source, out, Recipe.of("rtn"), progress=interrupted)
     assert not out.exists()
     assert convert(source, out, Recipe.of("rtn")).resumed >= 1
+
+
+PLAIN = {
+    "a full disk": (
+        "shutil.disk_usage",
+        lambda folder: shutil._ntuple_diskusage(10**6, 10**6, 10),
+        "disk has 10 bytes",
+    ),
+    "out of memory": ("vllm_w8a8_bismooth.conversion.stages.quantize_folded", None, "no memory; close something"),
+}
+"""What meets a resumed run -> what is patched, by what, and what is said."""
+
+
+@pytest.mark.parametrize("case", PLAIN)
+def test_an_error_never_takes_what_another_run_finished(make_checkpoint, tmp_path, monkeypatch, case):
+    source, out, partial = make_checkpoint(), tmp_path / "out", tmp_path / "out.partial"
+
+    def interrupted(stage, done, total, written):
+        if done == 1:
+            raise KeyboardInterrupt
+
+    def failing(*arguments, **options):
+        raise BismoothError.of("here", "no memory", "close something")
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, out, Recipe.of("rtn"), progress=interrupted)
+    name, instead, said = PLAIN[case]
+    before = digests(partial)
+    with monkeypatch.context() as patch:
+        patch.setattr(name, instead or failing)
+        for _ in range(2):
+            code, message = run("convert", source, out, "--method", "rtn")
+            assert code == 2 and said in message and f"{partial}: holds what is finished so far" in message
+    assert digests(partial).keys() >= {file for file in before if file.startswith(".bismooth/convert-")} != set()
+    assert convert(source, out, Recipe.of("rtn")).resumed >= 1
+
+
+def test_an_error_takes_what_its_own_run_only_began(make_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(*PLAIN["a full disk"][:2])
+    code, message = run("convert", make_checkpoint(), tmp_path / "out", "--method", "rtn")
+    assert code == 2 and "holds what is finished" not in message and not (tmp_path / "out.partial").exists()

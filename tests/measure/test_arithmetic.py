@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.support.command import run
+from tests.support.damage import edit_json
 from tests.support.disk import Failing
 from vllm_w8a8_bismooth.checkpoint.layout import Source
 from vllm_w8a8_bismooth.measure import arithmetic
@@ -86,7 +87,7 @@ def test_what_no_arithmetic_holds_is_named(make_checkpoint, tmp_path, calibratio
     source = enlarged(make_checkpoint, torch.bfloat16, factor)
     code, message = run("convert", source, tmp_path / "out", "--calibration", calibration_text)
     assert code == 2 and message.startswith("model.layers.0.*: calibration, computed in "), message
-    assert place in message and message.endswith("or use --method rtn, which does not run it")
+    assert place in message and message.endswith("or convert it with --method rtn, which does not run it")
     if factor == 1e12:  # else the weights themselves are too large
         assert run("convert", source, tmp_path / "out", "--method", "rtn")[0] == 0
 
@@ -115,3 +116,16 @@ def test_parts_of_another_arithmetic_are_no_parts_of_one(make_checkpoint, tmp_pa
         assert run("convert", source, tmp_path / blocks, *options)[0] == 0
     code, message = run("merge", tmp_path / "out", tmp_path / "0:1", tmp_path / "1:3")
     assert code == 2 and "arithmetic: 'float32' there, 'bfloat16' now" in message
+
+
+NO_NUMBERS = {"rms_norm_eps": -1.0, "rope_parameters": {"rope_theta": 0.0, "rope_type": "default"}}
+
+
+@pytest.mark.parametrize("key", NO_NUMBERS)
+def test_a_model_that_computes_no_numbers(make_checkpoint, tmp_path, calibration_text, key):
+    """No method makes a sound result of it, so that none is offered."""
+    source = make_checkpoint()
+    edit_json(source / "config.json", lambda config: config.update({key: NO_NUMBERS[key]}))
+    for verb in (("convert", source, tmp_path / "out"), ("analyze", source)):
+        code, message = run(*verb, "--calibration", calibration_text)
+        assert code == 2 and " meets NaN " in message and "mend config.json" in message and "rtn" not in message

@@ -735,3 +735,48 @@ def test_a_link_that_leads_nowhere_is_called_so(pairs):
     shard.unlink()
     shard.symlink_to("nowhere")
     assert any("a link that leads nowhere" in line for line in lines(verify(out, engine=False)))
+
+
+STALE = {
+    "names an absent file": lambda names: {"weight_map": {"a": "b.safetensors"}},
+    "has no map": lambda names: {},
+    "calls the file otherwise": lambda names: {"weight_map": dict.fromkeys(names, "./model.safetensors")},
+}
+
+
+@pytest.mark.parametrize("case", STALE)
+def test_an_index_that_vllm_does_not_pass_over(make_checkpoint, tmp_path, case):
+    """Stale beside a whole file; vLLM's own function is asked. A source may have one, its result none."""
+    weights = pytest.importorskip("vllm.model_executor.model_loader.weight_utils")
+    source, out = make_checkpoint(sharded=False), tmp_path / "out"
+    (source / INDEX).write_text(json.dumps({"weight_map": {"a": "b.safetensors"}}))
+    convert(source, out, Recipe.of("rtn"))
+    assert not (out / INDEX).exists() and verify(out, source, engine=False).ok
+    (out / INDEX).write_text(json.dumps(STALE[case](load_file(out / "model.safetensors"))))
+    (finding,) = (f for f in verify(out, engine=False).findings if f.where == INDEX)
+    assert "vLLM refuses" in finding.what and finding.remedy.startswith("remove the index")
+    with pytest.raises((FileNotFoundError, KeyError)):
+        weights.filter_duplicate_safetensors_files([str(out / "model.safetensors")], str(out), INDEX)
+    (out / INDEX).unlink()
+    assert verify(out, engine=False).ok
+
+
+def test_a_head_beside_a_tied_embedding_is_noted(make_checkpoint, tmp_path):
+    """As convert and inspect say it of the source."""
+    source, out = make_checkpoint(), tmp_path / "out"
+    edit_json(source / "config.json", lambda config: config.update(tie_word_embeddings=True))
+    said = convert(source, out, Recipe.of("rtn")).notes
+    found = verify(out, source, engine=False)
+    assert found.ok and any("lm_head.weight differs from the embedding" in note for note in found.notes)
+    assert set(said) <= set(found.notes)
+
+
+def test_a_result_of_ours_is_not_to_be_downloaded(make_checkpoint, tmp_path):
+    source, out = make_checkpoint(sharded=False), tmp_path / "out"
+    convert(source, out, Recipe.of("rtn"))
+    tensors = load_file(out / "model.safetensors")
+    del tensors[NORM]
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    found = verify(out, engine=False).findings
+    assert any(NORM in finding.where for finding in found)
+    assert not any(finding.remedy.startswith("download") for finding in found)

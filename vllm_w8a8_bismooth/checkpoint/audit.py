@@ -1,25 +1,17 @@
 """What a config promises, held against the names and shapes in the headers."""
 
-import json
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from vllm_w8a8_bismooth.checkpoint.architectures import ARCHITECTURES, Architecture, Layer
-from vllm_w8a8_bismooth.checkpoint.companions import MODULES
 from vllm_w8a8_bismooth.checkpoint.files import CONFIG
+from vllm_w8a8_bismooth.checkpoint.heads import head_problems
 from vllm_w8a8_bismooth.checkpoint.names import Names
 from vllm_w8a8_bismooth.checkpoint.reader import BUFFER_DTYPES, FLOAT_DTYPES, Header, Headers
 from vllm_w8a8_bismooth.errors import BismoothError, Problem
 
-_HEADS = (
-    ("ForCausalLM", "language"), ("ForConditionalGeneration", "language"), ("LMHeadModel", "language"),
-    ("RewardModel", "other"), ("Model", None),
-)  # fmt: skip
-"""Ending of a class's name -> its head, see :func:`head_of`."""
-_OTHER_HEADS = ("score", "classifier", "qa_outputs", "v_head", "value_head", "reward_head")
-"""What the names of heads begin with that are no language model's."""
 _MTP = ("eh_proj", "enorm", "hnorm", "shared_head", "mtp", "embed_tokens", "token_layernorm", "final_layernorm")
 """What blocks that predict further tokens hold beside an ordinary block's tensors (DeepSeek, GLM, MiMo)."""
 _MTP_COUNT = re.compile(r"(num_(mtp|nextn)|(mtp|nextn)_num)(_\w+)?_(layers|modules)")
@@ -70,18 +62,6 @@ def check_unquantized(config: Mapping, dtypes: Mapping[str, str]) -> None:
             f"the checkpoint is already quantized ({says})",
             "convert the original bf16, fp16 or fp32 checkpoint instead",
         )
-
-
-def head_of(config: Mapping) -> str | None:
-    """Which head ``architectures`` says that the model has.
-
-    Returns:
-        ``language``; ``other`` for a classifier's or a reward's, like that of ``LlamaForSequenceClassification``;
-        ``None`` for the bare decoder, like ``LlamaModel``, as embedding models are.
-    """
-    names = config.get("architectures")
-    name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else "ForCausalLM"
-    return next((kind for ending, kind in _HEADS if name.endswith(ending)), "other" if "For" in name else "language")
 
 
 def sizes_of(config: Mapping, architecture: Architecture) -> dict[str, int]:
@@ -240,7 +220,7 @@ def audit(
             CONFIG, f"implies many more tensors than the {bound} in the files", "mend it or download the rest"
         )
         return
-    yield from _heads(checkpoint, architecture, tensors)
+    yield from head_problems(checkpoint, architecture, tensors)
     beyond: dict[int, list[str]] = {}
     for name, header in tensors.items():
         expected = promise.required.get(name) or promise.optional.get(name)
@@ -352,48 +332,4 @@ def _missing(
             f"num_hidden_layers = {config['num_hidden_layers']}",
             "download the checkpoint again"
             + (f", or set num_hidden_layers to {len(present)} in {CONFIG} if the model has no more" if fewer else ""),
-        )
-
-
-def _heads(checkpoint: Headers, architecture: Architecture, tensors: Mapping[str, Header]) -> Iterator[Problem]:
-    """A head that ``architectures`` promises and that is not there."""
-    config, names = checkpoint.config, checkpoint.names
-    kind, given = head_of(config), config.get("architectures")
-    if MODULES in checkpoint.place.files():
-        return
-    if kind != "other" and (names.head in tensors or names.head in checkpoint.lost):
-        return
-    known = {names.embedding, names.norm}
-    others = [n for n, header in tensors.items() if names.inside(n) is None and header.dtype in FLOAT_DTYPES]
-    others = [n for n in others if n not in known and "rotary_emb." not in n]
-    shape = tensors[names.embedding].shape if names.embedding in tensors else None
-    alike = [n for n in others if tensors[n].shape == shape and not n.endswith("embed_tokens.weight")]
-    bare = "".join(part.capitalize() for part in config["model_type"].split("_")) + "Model"
-    if kind == "language" and not config.get("tie_word_embeddings", architecture.tied):
-        ties = f"tie_word_embeddings {json.dumps(config.get('tie_word_embeddings', 'not given'))}"
-        promises = f"{CONFIG} promises it (architectures {given}, {ties})"
-        if alike:
-            yield Problem(
-                names.head,
-                f"is missing, {promises}, and {alike[0]} has its shape",
-                f"rename {alike[0] if len(alike) == 1 else 'the one that is the head'} to {names.head} in the files "
-                "(and in their index)",
-            )
-            return
-        yield Problem(
-            names.head,
-            f"is missing, and {promises}: these are the files of a bare decoder, as embedding models have them, or one "
-            "file is missing",
-            f"download the checkpoint again, or set architectures to [{json.dumps(bare)}] in {CONFIG} if it is one, or "
-            "tie_word_embeddings to true if the embedding is the head",
-        )
-    # vLLM makes a classifier of a language model's head where the config says so.
-    elif kind == "other" and not (config.get("classifier_from_token") or config.get("method")):
-        if any(name.removeprefix(names.trunk).startswith(_OTHER_HEADS) for name in {*others, *checkpoint.lost}):
-            return
-        yield Problem(
-            CONFIG,
-            f"architectures is {given}, but no tensor of such a head is in the files",
-            f"download the checkpoint again, or set architectures to [{json.dumps(bare)}] in {CONFIG} if the model has "
-            "no head",
         )

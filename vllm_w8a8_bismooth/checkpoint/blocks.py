@@ -140,6 +140,8 @@ class Run:
         found = self.journal.state(unit) if self.journal is not None else None
         if found is None:
             where = self.source.checkpoint.folder if self.journal is None else self.journal.partial
+            if self.journal is not None:
+                self.journal.give_up()
             raise BismoothError.of(
                 where,
                 f"the state {unit} of an earlier run is gone, from which it would go on",

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import islice
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -20,9 +21,10 @@ _LOADED = (
     "*_config.json", "config_*.json", MODULES, "params.json",
     "tokenizer*.json", "tokenizer.model*", "*vocab*.json", "*vocab*.txt", "merges.txt", "special_tokens_map.json",
     "added_tokens.json", "tekken.json", "*.model", "*.tiktoken", "*.spm", "*.bpe", "bpe.codes",
-    "chat_template*", "*.jinja", "additional_chat_templates/*.jinja", "custom_generate/*",
+    "*parser*.py", "chat_template*", "*.jinja", "additional_chat_templates/*.jinja", "custom_generate/*",
 )  # fmt: skip
-"""What transformers, sentence-transformers and vLLM read."""
+"""What transformers, sentence-transformers and vLLM read; parsers are for its --tool-parser-plugin and
+--reasoning-parser-plugin."""
 _FOR_PEOPLE = (
     "README.md", "SYSTEM_PROMPT*", "LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "*USE_POLICY*",
 )  # fmt: skip
@@ -53,6 +55,7 @@ _CONFIGURED = ("Pooling", "Dense", "LayerNorm", "WeightedLayerPooling")
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 """Where vLLM and sentence-transformers look for them, in a module's folder."""
 _SMALL = 2**24  # bytes of a JSON file that is searched for names of others; tokenizers' configs take more than 1 MiB
+_LOOKED_AT = 1000  # files behind a link
 _POINTER = b"version https://git-lfs"
 
 
@@ -94,7 +97,7 @@ def companions(place: Place) -> list[str]:
     modules = _modules(place, files)
     found |= {file for file in files if any(module.holds(file) for module in modules)}
     stated = {file: read_value(place.local(file)) for file in (CONFIG, *sorted(found)) if _states(file, files)}
-    if any(module.is_own for module in modules) or any(map(_has_code, stated.values())):
+    if _carries_code(modules, stated):
         found |= {file for file in files if fnmatchcase(PurePosixPath(file).name, _CODE)}
     for file, value in stated.items():
         found |= {name for name in _named(value, os.path.dirname(file)) if name in files and _may_be_named(name)}
@@ -105,6 +108,43 @@ def companions(place: Place) -> list[str]:
         if 100 < files[file] < 200 and place.local(file).read_bytes().startswith(_POINTER):
             raise BismoothError.of(f"{place}/{file}", "a pointer of Git LFS, not the file", "download the file again")
     return sorted(found)
+
+
+def link_problems(place: Place) -> Iterator[Problem]:
+    """Links to folders, which are not entered, with files in them that would have to travel."""
+    linked = _linked(place)
+    if not linked:
+        return
+    files = place.files()
+    modules = _modules(place, files)
+    said = {problem.where for problem in module_problems(place)}
+    stated = {file: read_value(place.local(file)) for file in (CONFIG, *sorted(files)) if _states(file, files)}
+    code = _carries_code(modules, stated)
+    for folder, inside in linked.items():
+        needed = (
+            f for f in inside if _useful(f) or (code and fnmatchcase(f, _CODE)) or any(m.holds(f) for m in modules)
+        )
+        if folder not in said and (file := next(needed, None)):
+            what = f"a link to a folder, which is not followed, and {file} is to travel"
+            yield Problem(folder, what, "put the files themselves there")
+
+
+def _linked(place: Place) -> dict[str, list[str]]:
+    """Links to folders -> files in them, no deeper than packages are; they may lead anywhere."""
+    if not isinstance(place, Folder):
+        return {}
+    found = {}
+    for path in sorted(place.path.rglob("*")):
+        folder = path.relative_to(place.path)
+        if path.is_symlink() and path.is_dir() and not any(part.startswith(".") for part in folder.parts):
+            inside = (file for depth in ("*", "*/*") for file in path.glob(depth))
+            found[folder.as_posix()] = [f.relative_to(place.path).as_posix() for f in islice(inside, _LOOKED_AT)]
+    return found
+
+
+def _carries_code(modules: Iterable[_Module], stated: Mapping[str, Any]) -> bool:
+    """Whether a config or a module's type says that the checkpoint has code of its own."""
+    return any(module.is_own for module in modules) or any(map(_has_code, stated.values()))
 
 
 def left_out(place: Place, weights: Iterable[str]) -> dict[str, int]:
@@ -133,6 +173,8 @@ def notes(place: Place) -> list[str]:
             f"because of {formats[0]}, which does not travel, vLLM takes Mistral's tokenizer for the source; give "
             "--tokenizer-mode mistral, and it takes it for the result too"
         )
+    if linked := [folder for folder, inside in _linked(place).items() if inside]:
+        found.append(f"links to folders are not followed, and nothing in them travels: {', '.join(linked[:4])}")
     if isinstance(place, Folder):
         path = place.path.resolve()
         around = Folder(path.parent)
@@ -158,12 +200,21 @@ def module_problems(place: Place) -> Iterator[Problem]:
             lacks = CONFIG
         if lacks and isinstance(place, Folder) and place.local(folder).is_symlink():
             yield Problem(folder, "a link to a folder, which is not followed", "put the files themselves there")
+        elif lacks and (other := _spelled_otherwise(folder, files)):
+            yield Problem(folder, f"no such folder; {other} is there", f"write it so in {module.said}")
         elif lacks:
             yield Problem(
                 folder,
                 f"has no {lacks}, but {module.said} says that it is a {module.name}",
                 f"download the folder again, or remove its entry from {module.said} if the model has no such module",
             )
+
+
+def _spelled_otherwise(folder: str, files: Mapping[str, int]) -> str | None:
+    """A folder whose name differs only in upper and lower case from one that is not there."""
+    folders = {parent.as_posix() for file in files for parent in PurePosixPath(file).parents}
+    alike = (other for other in sorted(folders) if other.lower() == folder.lower())
+    return None if folder in folders else next(alike, None)
 
 
 def _useful(file: str) -> bool:

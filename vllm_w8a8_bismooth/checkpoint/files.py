@@ -19,6 +19,7 @@ RECIPE, REPORT = "recipe.json", "report.json"
 """Written beside the weights; the report's ``sha256`` maps shards to hashes."""
 _JSON_LIMIT = 100 * 2**20  # the same bound that safetensors puts on a header
 _SHARD_AGAIN = "download the shard again"
+_UNITS = {"GB": 1e9, "MB": 1e6, "KB": 1e3}
 WEIGHT_SUFFIXES = {
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".pkl", ".pickle", ".npz",
 }  # fmt: skip
@@ -232,11 +233,17 @@ def free_space(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
+def readable_size(count: int) -> str:
+    """A number of bytes for people, who are to see no 0.00 of anything."""
+    unit = next((unit for unit, least in _UNITS.items() if count >= 0.1 * least), None)
+    return f"{count / _UNITS[unit]:.2f} {unit}" if unit else f"{count} bytes"
+
+
 def check_space(folder: Path, needed: int, what: str = "result") -> None:
     """Raises :class:`BismoothError` if the disk that will hold ``folder`` has too little room for ``what``."""
     if (free := free_space(folder)) < needed:
         raise BismoothError.of(
             folder,
-            f"the {what} needs {needed / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free",
+            f"the {what} needs {readable_size(needed)}, the disk has {readable_size(free)} free",
             "make room or choose another place",
         )

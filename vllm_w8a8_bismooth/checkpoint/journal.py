@@ -13,7 +13,7 @@ from typing import IO, Any
 import torch
 
 from vllm_w8a8_bismooth.checkpoint.files import disk_errors, partial_folder, write_atomically
-from vllm_w8a8_bismooth.errors import BismoothError, Interrupted
+from vllm_w8a8_bismooth.errors import BismoothError, Interrupted, Problem
 
 FOLDER = ".bismooth"
 NAMES = "names"
@@ -25,8 +25,9 @@ _LAYOUT = 2  # of what lies in the folder; a run that left another layout is not
 class Journal:
     """The partial folder of one run, locked against others, with records and states in ``.bismooth`` inside.
 
-    Use as a context manager. Left by an error of the input the folder is removed; left by anything else (a full disk,
-    an interrupt, SIGKILL) it stays, and the next run with the same identity goes on from it.
+    Use as a context manager. Left by an error of the input the folder is removed if this run began it and nothing in
+    it is finished; else, and left by anything else (a full disk, an interrupt, SIGKILL), it stays, and the next run
+    with the same identity goes on from it.
 
     Args:
         destination: the folder to be; it does not exist yet, or is empty.
@@ -42,10 +43,12 @@ class Journal:
         self.partial = partial_folder(destination)
         self._identity = json.loads(json.dumps({"journal": _LAYOUT, **identity}))
         self._folder = self.partial / FOLDER
+        self._begun = self._spoilt = False
 
     def __enter__(self) -> "Journal":
         try:
-            if not self.partial.exists():
+            self._begun = not self.partial.exists()
+            if self._begun:
                 self.partial.mkdir(parents=True)
                 self._take_after(self.destination)
             self._refuse_strangers()
@@ -57,6 +60,7 @@ class Journal:
         try:
             self._take(fcntl.LOCK_EX, self._lock)
             if not self._compare():
+                self._begun = True  # a run that was killed before it wrote a word has left nothing
                 self._write(_RUN, self._identity)
         except BaseException:
             self._lock.close()
@@ -122,8 +126,22 @@ class Journal:
 
     def __exit__(self, kind, error, trace) -> None:
         if isinstance(error, BismoothError) and not isinstance(error, Interrupted):
-            shutil.rmtree(self.partial, ignore_errors=True)
+            if self._spoilt or (self._begun and not self._holds_work()):
+                shutil.rmtree(self.partial, ignore_errors=True)
+            else:
+                error.problems += (_kept(self.partial),)
         self._lock.close()
+
+    def _holds_work(self) -> bool:
+        """Whether a block or a shard is finished, or a state kept: units that have a number behind a hyphen.
+
+        What is done once, like passing the embedding through, is soon done again.
+        """
+        return any("-" in path.name for path in self._folder.iterdir())
+
+    def give_up(self) -> None:
+        """What is here is of no more use: it goes with the error that follows."""
+        self._spoilt = True
 
     def _read(self, name: str) -> Any:
         """Stored JSON, ``None`` if there is none. What a power cut spoilt counts as not there."""
@@ -177,6 +195,11 @@ class Journal:
         clear(self.destination)
 
 
+def _kept(partial: Path) -> Problem:
+    what = "holds what is finished so far; the same command on the same source goes on from there"
+    return Problem(str(partial), what, "remove it once the source or the options are others")
+
+
 def clear(destination: Path) -> None:
     """Remove the journal from a committed folder."""
     shutil.rmtree(destination / FOLDER, ignore_errors=True)
@@ -187,6 +210,8 @@ def differences(before: Any, now: Any, path: str = "") -> Iterator[str]:
     if isinstance(before, dict) and isinstance(now, dict):
         for key in sorted(before.keys() | now.keys()):
             yield from differences(before.get(key), now.get(key), f"{path}.{key}" if path else key)
+    elif before != now and path.startswith("source."):  # its size and time, which tell nobody anything
+        yield f"the source's {path.removeprefix('source.')} was changed"
     elif before != now:
         yield f"{path}: {before!r} there, {now!r} now"
 

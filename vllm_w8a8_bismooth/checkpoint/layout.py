@@ -6,7 +6,7 @@ from pathlib import Path
 
 from vllm_w8a8_bismooth.checkpoint.architectures import Architecture, Layer
 from vllm_w8a8_bismooth.checkpoint.audit import architecture_of, audit, check_unquantized, layers_of, sizes_of
-from vllm_w8a8_bismooth.checkpoint.companions import module_problems
+from vllm_w8a8_bismooth.checkpoint.companions import link_problems, module_problems
 from vllm_w8a8_bismooth.checkpoint.files import Folder
 from vllm_w8a8_bismooth.checkpoint.names import Names
 from vllm_w8a8_bismooth.checkpoint.reader import Checkpoint, Headers
@@ -46,7 +46,7 @@ class Layout:
             if tensors:
                 found = audit(headers, self.architecture, self.sizes, tensors)
                 self.problems += islice(found, PROBLEMS - len(self.problems))
-            self.problems += module_problems(headers.place)
+            self.problems += [*module_problems(headers.place), *link_problems(headers.place)]
         except BismoothError as error:
             raise BadSource(*self.problems, *error.problems) from None
         if max(self.sizes["blocks"], self.sizes.get("experts", 0)) > len(tensors) + len(headers.lost):

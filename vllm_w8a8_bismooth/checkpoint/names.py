@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from vllm_w8a8_bismooth.checkpoint.classes import HEADS
 from vllm_w8a8_bismooth.errors import BismoothError
 
 _BLOCK = re.compile(r"(?P<trunk>|.*?\.)layers\.(?P<index>0|[1-9]\d*)\.(?P<inside>.+)")
@@ -13,6 +14,8 @@ _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", 
 _PEFT = "base_model.model."
 _KNOWN = ("model.", "")
 """The trunks that readers of checkpoints look for."""
+_PARTS = ("layers.", "embed_tokens.", "norm.", "rotary_emb.")
+"""What the names of a decoder's tensors begin with where nothing stands before them."""
 _ADAPTER = re.compile(
     r"\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|base_layer|modules_to_save|original_module)\b"
 )
@@ -80,14 +83,19 @@ def block_of(name: str) -> tuple[int, str]:
     return int(match["index"]), match["inside"]
 
 
-def unwrapped(names: Collection[str]) -> tuple[dict[str, str], str | None]:
-    """Names as they are without what wrappers added, which no reader of checkpoints knows.
+def unwrapped(names: Collection[str], own: str = "model.") -> tuple[dict[str, str], str | None]:
+    """Names as they are without what wrappers added, which no reader of checkpoints knows, and with what it looks for.
 
     Taken away are the parts that torch.compile, FSDP and data parallelism add, wherever they stand, and any other
     beginning that all names have (``base_model.model.`` of PEFT), or all of the decoder have, beside a head without it.
+    What the model's class has there is added where it is absent beside a head: no reader looks for it elsewhere.
+
+    Args:
+        names: of all tensors.
+        own: what the class has before its decoder's names, see :func:`classes.trunk_of`.
 
     Returns:
-        Name -> name without them, and a note on what was taken away, ``None`` if nothing was.
+        Name -> name in the result, and a note on what was taken away or added, ``None`` if nothing was.
 
     Raises:
         BismoothError: two tensors would have one name, there are tensors of an adapter that was not merged, or several
@@ -102,12 +110,13 @@ def unwrapped(names: Collection[str]) -> tuple[dict[str, str], str | None]:
     plain = {name: ".".join(part for part in name.split(".") if part not in _WRAPPERS) for name in names}
     taken = sorted({part for name in names for part in name.split(".") if part in _WRAPPERS})
     trunk = Names.among(plain.values()).trunk
-    around = trunk.removesuffix("model.") if f".{trunk}".endswith(".model.") else trunk
+    known = next((end for end in (own, "model.") if end and f".{trunk}".endswith(f".{end}")), None)
+    around = trunk.removesuffix(known) if known else trunk
     around = _PEFT if trunk.startswith(_PEFT) else around
     instead = "model." if around == trunk != _PEFT and trunk.endswith("model.") else ""  # language_model.
     if around and not all(name.startswith(around) for name in plain.values()):
         _check_alone(plain.values())
-        instead = "model." if around == trunk else ""
+        instead = (own or "model.") if around == trunk else ""
     if around:
         plain = {
             name: instead + short.removeprefix(around) if short.startswith(around) else short
@@ -115,14 +124,28 @@ def unwrapped(names: Collection[str]) -> tuple[dict[str, str], str | None]:
         }
         taken.append(around)
     if not taken:
-        return plain, None
+        return _led(plain, own)
     back: dict[str, str] = {}
     for name, short in plain.items():
         if (other := back.setdefault(short, name)) != name:
             remedy = "remove one of them, or save the model again from the object inside the wrapper"
             raise BismoothError.of(name, f"and {other} are both {short} without {' and '.join(taken)}", remedy)
     what = " and ".join(repr(part) for part in taken)
-    return plain, f"the tensors' names hold {what}, which a wrapper left; they are read and written without"
+    note = f"the tensors' names hold {what}, which a wrapper left; they are read and written without"
+    plain, more = _led(plain, own)
+    return plain, f"{note}; {more}" if more else note
+
+
+def _led(plain: dict[str, str], own: str) -> tuple[dict[str, str], str | None]:
+    """Names with what the class has before them where they are those of a bare decoder beside a head, and a note."""
+    head = next((name for name in plain.values() if name.startswith(("lm_head.", *HEADS))), None)
+    if not own or head is None or not plain or Names.among(plain.values()).trunk:
+        return plain, None
+    led = {name: own + short if short.startswith(_PARTS) else short for name, short in plain.items()}
+    return led, (
+        f"the names of the decoder's tensors lack the {own!r} under which they are looked for where {head} is beside "
+        "them; they are written with it"
+    )
 
 
 def _check_alone(names: Collection[str]) -> None:

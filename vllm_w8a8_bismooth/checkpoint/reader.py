@@ -11,6 +11,7 @@ from typing import Any
 
 from vllm_w8a8_bismooth.checkpoint import companions as beside
 from vllm_w8a8_bismooth.checkpoint import shards
+from vllm_w8a8_bismooth.checkpoint.classes import trunk_of
 from vllm_w8a8_bismooth.checkpoint.companions import MODULES, companions, left_out
 from vllm_w8a8_bismooth.checkpoint.files import CONFIG, INDEX, Checksum, Folder, Place, read_json, sha256
 from vllm_w8a8_bismooth.checkpoint.names import Names, unwrapped
@@ -26,6 +27,7 @@ _DTYPES = {
 }  # fmt: skip
 _PACKED = {"weight", "qweight", "qzeros", "g_idx", "weight_packed", "weight_shape", "weight_zero_point"}
 """Parts of names under which weights are stored in integers, by GPTQ, AWQ, compressed-tensors and bitsandbytes."""
+_TABLE = ".rotary_emb.inv_freq"
 _PIECE = 2**25
 
 
@@ -62,6 +64,8 @@ class Headers:
         headers: tensor name -> :class:`Header`, in the order of the files, of every dtype. Names are without what
             wrappers added to them, see :func:`names.unwrapped`.
         names: what the parts of the decoder are called.
+        renamed: what was taken from the names or added to them; ``None`` if nothing was.
+        unlike: see :class:`shards.Shards`.
         notes: what was passed over or taken in a way that the user should know.
         problems: what is missing, unreadable, inconsistent or truncated, and dtypes that are not accepted.
         lost: tensors that are not where the index says, for which there is a problem already.
@@ -79,6 +83,8 @@ class Headers:
         self.headers: dict[str, Header] = {}
         self.problems: list[Problem] = []
         self.names, self.lost, self.notes = Names(), set(), []
+        self.renamed: str | None = None
+        self.unlike: str | None = None
         if isinstance(place, Folder) and not place.has(CONFIG):  # any folder, perhaps with millions of files in it
             self._fault(f"{place}/{CONFIG}", "not found", _elsewhere(place))
             return
@@ -88,6 +94,7 @@ class Headers:
             self.problems += error.problems
         found = shards.find(place)
         self.files, self.lost, self.notes = found.files, found.lost, [*found.notes, *beside.notes(place)]
+        self.unlike = found.unlike
         self.problems += found.problems
         promised: dict[str, set[str]] = {file: set() for file in self.files}
         for name, file in found.weight_map.items():
@@ -101,12 +108,13 @@ class Headers:
 
     def _unwrap(self) -> None:
         try:
-            plain, note = unwrapped([*self.headers, *self.lost])
+            plain, note = unwrapped([*self.headers, *self.lost], trunk_of(self.config))
         except BismoothError as error:
             self.problems += error.problems
             return
         self.headers = {plain[name]: header for name, header in self.headers.items()}
         self.lost = {plain[name] for name in self.lost}
+        self.renamed = note
         self.notes += [note] if note else []
 
     def _read_header(self, file: str) -> tuple[int, dict[str, Any]] | BismoothError:
@@ -127,7 +135,13 @@ class Headers:
             self.lost |= promised
             return
         path, (begin, entries) = f"{self.place}/{file}", answer
-        for name in sorted(promised - entries.keys()):
+        absent = sorted(promised - entries.keys())
+        if tables := [name for name in absent if name.endswith(_TABLE)]:
+            more = f" and {len(tables) - 1} more" if len(tables) > 1 else ""
+            self.notes.append(
+                f"{INDEX} names {tables[0]}{more}, which no file holds; every reader computes such tables"
+            )
+        for name in (name for name in absent if name not in tables):
             self._fault(path, f"tensor {name} is missing, {INDEX} says that it is here", "download both again")
             self.lost.add(name)
         for name, entry in entries.items():

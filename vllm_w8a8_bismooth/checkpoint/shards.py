@@ -1,5 +1,6 @@
 """Which files of a checkpoint hold its weights: by its index, or by their names where there is none that is right."""
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -23,6 +24,8 @@ class Shards:
         weight_map: tensor -> file, as the index says; empty without one, where each file says itself what it holds.
         problems, notes: why there are none or too many; what was passed over.
         lost: tensors whose place in the index is no shard.
+        unlike: what is taken otherwise than the index has it, so that vLLM would not load the files; ``None`` if it
+            would, as far as their names go.
     """
 
     files: list[str] = field(default_factory=list)
@@ -30,6 +33,7 @@ class Shards:
     problems: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     lost: set[str] = field(default_factory=set)
+    unlike: str | None = None
 
 
 def find(place: Place) -> Shards:
@@ -45,6 +49,7 @@ def find(place: Place) -> Shards:
         return indexed
     absent = next((file for file in indexed.files if not place.has(file)), None)
     reason = f"names {absent}, which is absent" if absent else "cannot be used"
+    whole.unlike = reason
     whole.notes = [f"{INDEX} {reason}: it is stale, and {_listed(whole.files)} read in its place"]
     return whole
 
@@ -106,6 +111,9 @@ def _by_index(place: Place) -> Shards:
         return Shards(problems=[*error.problems])
     if not isinstance(weight_map, dict) or not weight_map:
         return Shards(problems=[Problem(path, "no weight_map", "download the file again")])
+    written = {name: file for name, file in weight_map.items() if isinstance(file, str) and file.startswith("./")}
+    found.unlike = next((f"calls a file {file}" for file in written.values()), None)
+    weight_map |= {name: os.path.normpath(file) for name, file in written.items()}
     for name, file in weight_map.items():
         fits = isinstance(file, str) and Path(file).name == file and file.endswith(SUFFIX)
         if not fits or not file.isprintable():

@@ -11,6 +11,7 @@ def advice(recipe: "Recipe", report: "Outcome") -> str:
     """What to try where linears still lose their weights: never what was just done."""
     smaller = f"a --group-size under {recipe.group_size}" if (recipe.group_size or 0) > 32 else ""
     balanced = "--smoothing balanced" if recipe.smoothing == "alpha" else ""
+    held_back = any(entry.held_back for entry in report.granularity)
     tries = {
         "rtn": ["--method bismooth", "--method mixed"],
         "mixed": ["--method bismooth", smaller],
@@ -20,6 +21,6 @@ def advice(recipe: "Recipe", report: "Outcome") -> str:
             smaller,
             "" if recipe.calibration is None or report.part or recipe.group_size else "--method auto",
         ],
-        "auto": ["a larger --group-budget", smaller, balanced],
+        "auto": ["a larger --group-budget" if held_back else "", smaller, balanced],
     }[recipe.method]
     return f"Try {' or '.join([*filter(None, tries), '--ignore, which leaves linears in float'])}."

@@ -5,6 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm_w8a8_bismooth.checkpoint.files import readable_size
 from vllm_w8a8_bismooth.cli.advice import advice
 from vllm_w8a8_bismooth.cli.calibrating import remarks
 from vllm_w8a8_bismooth.cli.progress import duration
@@ -60,10 +61,6 @@ def _left_out(console: "Console", files: Mapping[str, int], notes: Sequence[str]
     console.print(f"Left out, as serving does not need it: {count}, {total} ({escape(shown)}{more})", highlight=False)
 
 
-def _gb(count: int) -> str:
-    return f"{count / 1e9:.2f} GB"
-
-
 def inspection(console: "Console", found: "inspect.Survey", source: str) -> None:
     """The survey of a checkpoint for people, on stdout: nothing is left out but what is empty."""
     from rich.markup import escape
@@ -84,14 +81,16 @@ def inspection(console: "Console", found: "inspect.Survey", source: str) -> None
     if found.dtypes:
         rows["parameters"] = f"{found.parameters / 1e9:.3f} billion"
         dtypes = ", ".join(f"{escape(name)} in {dtype.tensors} tensors" for name, dtype in found.dtypes.items())
-        rows["source"] = f"{_gb(found.source_bytes)}: {dtypes}"
+        rows["source"] = f"{readable_size(found.source_bytes)}: {dtypes}"
     for way, needs in found.needs.items():
-        rows["result"] = _gb(needs.written_bytes)
+        rows["result"] = readable_size(needs.written_bytes)
         tokens = f" on {found.calibration_tokens} tokens" if way == "calibrated" else ""
-        memory = _gb(needs.memory_bytes) + (" (too much)" if needs.memory_bytes > found.memory_bytes else "")
-        disk = _gb(needs.disk_bytes) + (" (too much)" if needs.disk_bytes > found.free_bytes else "")
+        memory = readable_size(needs.memory_bytes) + (" (too much)" if needs.memory_bytes > found.memory_bytes else "")
+        disk = readable_size(needs.disk_bytes) + (" (too much)" if needs.disk_bytes > found.free_bytes else "")
         rows[way] = f"about {duration(needs.seconds)}{tokens}, {memory} of memory, {disk} of disk"
-    rows["this machine"] = f"{_gb(found.memory_bytes)} of memory, {_gb(found.free_bytes)} free on this folder's disk"
+    rows["this machine"] = (
+        f"{readable_size(found.memory_bytes)} of memory, {readable_size(found.free_bytes)} free on this folder's disk"
+    )
     for name, text in rows.items():
         console.print(f"  {name:<13} {text}")
     if found.per_channel:
@@ -147,7 +146,7 @@ def preview(console: "Console", plan: "Preview", recipe: "Recipe", then: str | N
     if plan.part is not None:
         console.print("A part: blocks {}:{}".format(*plan.part))
     by = "data-free" if plan.used is None else f"calibrated on {plan.used.words()}"
-    sizes = f"{_gb(plan.source_bytes)} -> {_gb(plan.written_bytes)}"
+    sizes = f"{readable_size(plan.source_bytes)} -> {readable_size(plan.written_bytes)}"
     console.print(f"{sizes}, method {recipe.method}, {by}", markup=False)
     remarks(console, plan.used)
     if plan.grouped is None:
@@ -160,7 +159,8 @@ def preview(console: "Console", plan: "Preview", recipe: "Recipe", then: str | N
     _left_out(console, plan.left_out, plan.notes)
     if plan.resumed:
         console.print(f"{plan.resumed} of {plan.blocks} blocks are done and will be skipped")
-    console.print(f"About {duration(plan.seconds)}, {_gb(plan.memory_bytes)} of memory, {_gb(plan.free_bytes)} free")
+    memory, free = readable_size(plan.memory_bytes), readable_size(plan.free_bytes)
+    console.print(f"About {duration(plan.seconds)}, {memory} of memory, {free} free")
     if then:
         console.print(then, markup=False, highlight=False)
     console.print(_DRY)
@@ -197,7 +197,7 @@ def merger(console: "Console", ready: "Merger") -> None:
         f"{len(ready.source.layers)} blocks, method {ready.recipe.method}: the parts fit together; merging compares "
         "their SHA-256 too"
     )
-    console.print(f"{_gb(ready.nbytes())} to write, {_gb(ready.free_bytes)} free")
+    console.print(f"{readable_size(ready.nbytes())} to write, {readable_size(ready.free_bytes)} free")
     console.print(_DRY)
 
 

@@ -4,6 +4,8 @@ import resource
 import time
 from typing import TYPE_CHECKING
 
+from vllm_w8a8_bismooth.checkpoint.files import readable_size
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import TaskID
@@ -44,7 +46,7 @@ class Progress:
 
     def __call__(self, stage: str, done: int, total: int, written: int = 0) -> None:
         unit = self.UNITS.get(stage, "blocks")
-        note = f"{written / 1e9:.2f} GB written, " if written else ""
+        note = f"{readable_size(written)} written, " if written else ""
         note += f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9:.2f} GB"
         if self.console.is_terminal:
             self.bars.start()  # not before there is something to show; again has no effect

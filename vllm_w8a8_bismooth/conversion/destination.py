@@ -74,7 +74,7 @@ class Destination:
             raise BismoothError.of(text, "the name of a conversion that is not finished", remedy)
         for around in target.parents:
             if around.name.endswith(PARTIAL) and (around / FOLDER).is_dir():
-                what = f"lies in {around}, which an unfinished conversion fills, and removes if it fails"
+                what = f"lies in {around}, which an unfinished conversion fills"
                 raise BismoothError.of(text, what, f"give {word(proposal.inside(around.parent, name))}")
         return cls(target if _is_lost(Path(text)) else Path(given), target, name)
 
@@ -107,7 +107,7 @@ class Destination:
         except (FileNotFoundError, NotADirectoryError):
             pass
         except OSError as error:
-            raise BismoothError.of(self.given, f"cannot be written ({error})", "choose another name") from None
+            raise BismoothError.of(self.given, f"cannot be written ({error.strerror})", "choose another name") from None
         if partial.is_symlink() or str(partial) in mounts():
             what = "is a link or a mounted disk, and the result grows there before it gets its name"
             raise BismoothError.of(partial, what, "remove it or choose another destination")

@@ -3,8 +3,7 @@
 import itertools
 
 from vllm_w8a8_bismooth.checkpoint.architectures import ARCHITECTURES
-from vllm_w8a8_bismooth.checkpoint.layout import Layout, Source
-from vllm_w8a8_bismooth.checkpoint.reader import Headers
+from vllm_w8a8_bismooth.checkpoint.reader import Checkpoint, Headers
 
 _IGNORED = (
     "vLLM ignores it and takes the embedding; if the head was trained apart, set tie_word_embeddings to false in the "
@@ -19,18 +18,18 @@ def is_tied(headers: Headers) -> bool | None:
     return headers.config.get("tie_word_embeddings", architecture.tied if architecture else None)
 
 
-def notes(source: Layout) -> list[str]:
+def notes(source: Headers) -> list[str]:
     """What the headers say: there may be nothing, or a sentence without its full stop."""
-    if source.names.head not in source.checkpoint.headers or not is_tied(source.checkpoint):
+    if source.names.head not in source.headers or not is_tied(source):
         return []
     return [f"{source.names.head} is stored, though config.json ties the head to the embedding: {_IGNORED}"]
 
 
-def notes_with_values(source: Source) -> list[str]:
+def notes_with_values(source: Checkpoint) -> list[str]:
     """What headers and values say; a head that equals the embedding is not worth a word."""
     if found := notes(source):
-        names, headers = (source.names.embedding, source.names.head), source.checkpoint.headers
-        pieces = (source.checkpoint.pieces(name) for name in names)
+        names, headers = (source.names.embedding, source.names.head), source.headers
+        pieces = (source.pieces(name) for name in names)
         if len({headers[name].dtype for name in names}) == 1 and all(
             a is not None and b is not None and a.equal(b) for a, b in itertools.zip_longest(*pieces)
         ):

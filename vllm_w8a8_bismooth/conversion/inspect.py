@@ -146,7 +146,7 @@ def survey(place: Folder | Repository, calibration_tokens: int, group_size: int)
         return result
     result.problems = layout.problems
     try:
-        result.left_out, result.notes = headers.left_out(), layout.notes + head.notes(layout)
+        result.left_out, result.notes = headers.left_out(), layout.notes + head.notes(headers)
     except BismoothError as error:
         result.problems += error.problems
         return result

@@ -128,7 +128,9 @@ def merge(ready: Merger, progress: Progress = silent) -> Outcome:
         BismoothError: a part is damaged.
     """
     source, plan, destination = ready.source, ready.plan, ready.destination
-    outcome = Outcome(destination, source.nbytes(), blocks=len(source.layers), notes=source.notes + head.notes(source))
+    outcome = Outcome(
+        destination, source.nbytes(), blocks=len(source.layers), notes=source.notes + head.notes(source.checkpoint)
+    )
     outcome.already_float = already_float(source, ready.recipe)
     if ready.reused:
         clear(ready.target)  # of a run that was killed right after its last step

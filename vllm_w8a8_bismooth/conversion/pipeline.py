@@ -73,7 +73,7 @@ def _outcome(ready: Preparation) -> Outcome:
     outcome = Outcome(ready.destination, source.nbytes(ready.part), part=ready.part, blocks=len(source.layers))
     outcome.left_out, outcome.notes = source.checkpoint.left_out(), [*source.notes]
     if source.outside_with(ready.blocks):
-        outcome.notes += head.notes_with_values(source)
+        outcome.notes += head.notes_with_values(source.checkpoint)
     outcome.ignored = full_names(ready.within(ready.ignored), source.names)
     outcome.already_float = already_float(source, ready.recipe)
     return outcome

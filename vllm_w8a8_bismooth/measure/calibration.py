@@ -1,5 +1,6 @@
 """Activation ranges from a text file, with one decoder block in memory at a time."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -156,12 +157,19 @@ class Calibration:
         for place, size in sizes.items():
             if not size < _LARGEST:
                 dtype = str(self.hidden.dtype).removeprefix("torch.")
-                what = (
-                    f"calibration, computed in {dtype}, meets the value {size:.3g} {place}: fp32 cannot hold its square"
-                )
-                remedy = "repair the model, or use --method rtn, which does not run it"
-                raise BismoothError.of(f"{prefix}*", what, remedy)
+                raise _unbounded(f"{prefix}*", f"calibration, computed in {dtype}, meets", size, place)
         return {site: found for site, found in seen.items() if found.rows}
+
+
+def _unbounded(where: str, meets: str, size: float, place: str) -> BismoothError:
+    """The problem that a value is none, or too large: only in the latter case another method may do."""
+    if math.isnan(size):
+        remedy = (
+            "mend config.json (rms_norm_eps, rope_theta and the like) or the weights: the model computes no numbers"
+        )
+        return BismoothError.of(where, f"{meets} NaN {place}", remedy)
+    remedy = "repair the model, or convert it with --method rtn, which does not run it"
+    return BismoothError.of(where, f"{meets} the value {size:.3g} {place}: fp32 cannot hold its square", remedy)
 
 
 def separate_experts(layers: Iterable[torch.nn.Module], architecture: Architecture) -> None:

@@ -28,6 +28,7 @@ _PIPE = "a pipe"
 _DESCRIPTORS = {Path("/dev/fd"), Path("/proc/self/fd")}  # whose names are numbers, as of <(...) in a shell
 _GZIP = b"\x1f\x8b"
 _HEAD = 2**16  # bytes by which a kind is told
+_SAMPLE = 2**24  # bytes by which an encoding is guessed
 _PART = 2**20  # characters of a document in memory that become a row
 _BATCH = 64  # rows of a Parquet file at a time
 _NONE = "or use --calibration none"
@@ -125,8 +126,9 @@ class Corpus:
             yield
         except UnicodeDecodeError:
             place, wide = self._bad_byte()
-            coding = remedies.narrow_encoding(self._bytes())
-            remedy = remedies.to_utf8(self.path, self._gzip, coding, wide)
+            sample = self._start(_SAMPLE, unpacked=True)
+            coding = remedies.narrow_encoding(self._bytes(), sample)
+            remedy = remedies.to_utf8(self.path, self._gzip, coding, wide and remedies.mostly_utf8(sample))
             raise BismoothError.of(self.path, f"not UTF-8 (byte {place})", remedy) from None
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             what = f"a damaged gzip file ({error})"
@@ -178,7 +180,7 @@ class Corpus:
                 raise BismoothError.of(self.path, "no Parquet file, by its first bytes", "download it again")
             return PARQUET
         if suffix in remedies.TABLES:
-            remedy = remedies.to_rows(self.path, self._gzip, remedies.TABLES[suffix])
+            remedy = remedies.to_rows(self.path, self._gzip, remedies.separator(suffix, head))
             raise BismoothError.of(self.path, "a table, which is not read", remedy)
         kind = _SUFFIXES.get(suffix)
         if (coding := remedies.wide_encoding(head)) is not None:

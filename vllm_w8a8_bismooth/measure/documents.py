@@ -139,7 +139,7 @@ def _reason(row: Mapping) -> str:
         value = row[key]
         if isinstance(value, str) and key not in CHATS:
             return f'"{key}" is empty' if not value.strip() else f'"{key}" lacks the key that goes with it'
-        return f'"{key}" is {_kind(value)}' + (" without turns that say something" if key in CHATS else "")
+        return f'"{key}" is {_kind(value)}' + (" without turns that have a role and text" if key in CHATS else "")
     if known:
         return f"nothing usable in {', '.join(known)}"
     return f"none of the keys that are looked for, but {', '.join(_short(key) for key in list(row)[:4]) or 'none'}"

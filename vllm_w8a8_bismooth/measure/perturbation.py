@@ -125,6 +125,9 @@ def _quantized(block: torch.nn.Module, folds: Mapping[str, Fold], variant: Varia
             block.get_submodule(name).weight.data = weight
 
 
+_SPENT = "but the budget is spent"
+
+
 @dataclass(frozen=True)
 class Evidence:
     """What speaks for and against per-group scales in one fused linear.
@@ -145,6 +148,11 @@ class Evidence:
     share: float
     chosen: bool
     reason: str
+
+    @property
+    def held_back(self) -> bool:
+        """Whether only the budget stood against them."""
+        return self.reason.endswith(_SPENT)
 
 
 PERTURB = Stage("perturb")
@@ -217,7 +225,7 @@ def choose(
         elif removed < WORTH * cost:
             reason = f"would remove {removed:.1%} of the error, too little for {cost:.1%} of the linears"
         elif len(parts) > left:
-            reason = f"would remove {removed:.1%} of the error, but the budget is spent"
+            reason = f"would remove {removed:.1%} of the error, {_SPENT}"
         else:
             reason = f"removes {removed:.1%} of the error for {cost:.1%} of the linears"
         chosen = GROUP in found and removed >= WORTH * cost and len(parts) <= left

@@ -1,13 +1,15 @@
 """Commands that make readable calibration text of files that are not; they work as they stand in a shell."""
 
+import json
 import re
 import shlex
 from pathlib import Path
 
 from vllm_w8a8_bismooth.measure.documents import ACCEPTED
 
-TABLES = {".csv": ",", ".tsv": "\\t"}
-"""Suffixes of tables, and what stands between their columns."""
+TABLES = {".csv": ",", ".tsv": "\t"}
+"""Suffixes of tables, and what stands between their columns if the header does not say."""
+_SEPARATORS = ",;\t|"
 PACKED = {b"(\xb5/\xfd": "zstd -dc", b"BZh": "bzip2 -dc", b"\xfd7zXZ": "xz -dc", b"PK\x03\x04": "funzip"}
 """How the files of compression programs begin, and what unpacks them."""
 FORMATTED = {".pdf", ".docx", ".odt", ".rtf", ".doc", ".xlsx", ".xls", ".ods", ".epub"}
@@ -17,6 +19,17 @@ _MARKS = {b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32", b"\xff\xfe": "UT
 _ZEROS = 0.3  # of every second byte, in text of UTF-16
 _CONTROL = re.compile(r"[\0-\x08\x0e-\x1a]")  # which numbers have, and text has not
 _UNDEFINED = {0x81, 0x8D, 0x8F, 0x90, 0x9D}  # in Windows' 1252
+_RARE = _UNDEFINED | {0x83, 0x86, 0x87, 0x88, 0x89, 0x8B, 0x98, 0x9B}  # signs that no prose has
+_LETTER = re.compile(rb"[A-Za-z\x80-\xff]")
+_RUN = re.compile(rb"[\x80-\xff]+")
+_WITHIN = re.compile(rb"[A-Za-z]([\x80-\xbf])[A-Za-z]")
+_JOINING = {0x8A, 0x8C, 0x8E, 0x92, 0x96, 0x9A, 0x9C, 0x9E, 0xAD, 0xB4, 0xB7}  # letters, apostrophes, hyphens
+_ESCAPED = re.compile("[\udc80-\udcff]")
+_MANY = 1 / 3  # of letters; Western text has fewer that are not ASCII
+_CANDIDATES = (
+    "Cyrillic CP1251 or KOI8-R, Chinese GB18030 or BIG5, Japanese SHIFT_JIS or EUC-JP, Korean CP949, Central European "
+    "CP1250, Greek CP1253"
+)
 
 
 def wide_encoding(head: bytes) -> str | None:
@@ -32,32 +45,67 @@ def wide_encoding(head: bytes) -> str | None:
     return None if _CONTROL.search(head.decode(coding, "ignore")) else coding
 
 
-def narrow_encoding(found: set[int]) -> str:
-    """The encoding of text in one byte a character, told by the bytes beyond ASCII that occur: Windows' or Latin-1."""
-    return "CP1252" if found & set(range(0x80, 0xA0)) and not found & _UNDEFINED else "LATIN1"
+def narrow_encoding(found: set[int], text: bytes) -> str | None:
+    """The encoding of text in one byte a character, if it is Western: Windows' or Latin-1. ``None`` is not known.
+
+    Every byte is a letter in some encoding, so that a wrong one fails nowhere and spoils the text without a word. In
+    Western text those beyond ASCII are few, and stand alone.
+
+    Args:
+        found: the bytes beyond ASCII that occur.
+        text: some of it.
+    """
+    runs = _RUN.findall(text)
+    high, letters = sum(map(len, runs)), len(_LETTER.findall(text))
+    within = {byte[0] for byte in _WITHIN.findall(text)}
+    alone = sum(len(run) == 1 for run in runs)
+    if not runs or found & _RARE or within - _JOINING or high > _MANY * letters or 2 * alone < len(runs):
+        return None
+    return "CP1252" if found & set(range(0x80, 0xA0)) else "LATIN1"
 
 
-def to_utf8(path: Path, gzipped: bool, coding: str, wide: bool) -> str:
+def mostly_utf8(text: bytes) -> bool:
+    """Whether it looks like UTF-8 that was damaged: two bytes of another encoding are a character here and there."""
+    letters = text.decode("utf-8", "surrogateescape")
+    wrong = len(_ESCAPED.findall(letters))
+    return sum(not letter.isascii() for letter in letters) >= 2 * wrong
+
+
+def to_utf8(path: Path, gzipped: bool, coding: str | None, wide: bool) -> str:
     """For text in another encoding.
 
     Args:
         path: of the file.
         gzipped: whether it must be unpacked before.
-        coding: its encoding, as iconv calls it.
+        coding: its encoding, as iconv calls it; ``None`` is not known.
         wide: whether characters of more than one byte come before the first that is no UTF-8: then it is no other
             encoding, but damaged.
     """
-    program = "iconv -c -f UTF-8 -t UTF-8" if wide else f"iconv -f {coding} -t UTF-8"
+    program = "iconv -c -f UTF-8 -t UTF-8" if wide else f"iconv -f {coding or 'ENCODING'} -t UTF-8"
     what = "leave out what is damaged" if wide else "convert it"
+    if coding is None and not wide:
+        what = f"its encoding cannot be told by its bytes, so name it ({_CANDIDATES}) and convert it"
     name = _unpacked_name(path, gzipped)
     return f"{what}: {_command(path, gzipped, program, f'{name.stem}-utf8{name.suffix}')}"
 
 
-def to_rows(path: Path, gzipped: bool, separator: str) -> str:
-    """For a table, see :data:`TABLES`."""
+def separator(suffix: str, head: bytes) -> str:
+    """What stands between the columns of a table: of what its header has most, outside quotes.
+
+    Args:
+        suffix: of the file, which decides where the header has none.
+        head: the beginning of the file.
+    """
+    header = re.sub(rb'"[^"]*"', b"", head).lstrip().partition(b"\n")[0].decode("utf-8", "ignore")
+    most = max(_SEPARATORS, key=header.count)
+    return most if header.count(most) > header.count(TABLES[suffix]) else TABLES[suffix]
+
+
+def to_rows(path: Path, gzipped: bool, between: str) -> str:
+    """For a table, see :func:`separator`."""
     program = (
         "python3 -c 'import csv, json; csv.field_size_limit(2**30); [print(json.dumps(row)) for row in csv.DictReader("
-        f'open(0, encoding="utf-8-sig", newline=""), delimiter="{separator}")]\''
+        f'open(0, encoding="utf-8-sig", newline=""), delimiter={json.dumps(between)})]\''
     )
     made = _unpacked_name(path, gzipped).with_suffix(".jsonl").name
     return f"make JSON lines of it: {_command(path, gzipped, program, made)} (columns that are read: {ACCEPTED})"

@@ -41,7 +41,14 @@ class Structure:
         self._modules = {*self._linears, *routers, self.names.head.removesuffix(".weight")}
         self.linears = self._quantized()
         self.ignored = [name for name in self._in_float() if name in self._linears and self._leaves_in_float(name)]
-        for problems in (self._stray_scales(), self._stray_int8(), self._floats(), self._blocks(), _index(checkpoint)):
+        for problems in (
+            self._stray_scales(),
+            self._stray_int8(),
+            self._floats(),
+            self._blocks(),
+            _index(checkpoint),
+            _names(checkpoint),
+        ):
             self.problems += problems
 
     def _lay_out(self, checkpoint: Checkpoint) -> list[Layer]:
@@ -176,8 +183,18 @@ def _group_size_of(weight: Header, scale: Header) -> int | None:
     return None if groups == 1 else max(1, weight.shape[1] // max(1, groups))
 
 
+def _names(checkpoint: Checkpoint) -> Iterator[Problem]:
+    """Names that a conversion mends, and that vLLM does not know."""
+    if checkpoint.renamed:
+        what = f"{checkpoint.renamed} by a conversion, but vLLM reads them as they stand"
+        yield Problem(", ".join(checkpoint.files[:1]), what, _CONVERT)
+
+
 def _index(checkpoint: Checkpoint) -> Iterator[Problem]:
-    """A wrong total in the index, and shards beside those that it names, all of which vLLM would read."""
+    """What vLLM does not pass over in the index, a wrong total, and shards beside those that hold the tensors."""
+    if checkpoint.unlike:
+        yield Problem(INDEX, f"{checkpoint.unlike}: vLLM refuses the folder", "remove the index, or convert again")
+        return
     files = {header.file for header in checkpoint.headers.values()}
     for path in sorted(checkpoint.folder.glob("*.safetensors")):
         if path.name not in files:

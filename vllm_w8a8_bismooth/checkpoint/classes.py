@@ -1,0 +1,55 @@
+"""What the name of a model's class, in ``architectures``, says of the checkpoint: its head, its decoder's name."""
+
+from collections.abc import Mapping
+
+HEADS = ("score", "classifier", "qa_outputs", "v_head", "value_head", "reward_head")
+"""What the names of heads begin with that are no language model's."""
+_KINDS = (
+    ("ForCausalLM", "language"), ("ForConditionalGeneration", "language"), ("LMHeadModel", "language"),
+    ("RewardModel", "other"), ("Model", None),
+)  # fmt: skip
+"""Ending of a class's name -> its head, see :func:`head_of`."""
+_TRUNKS = dict.fromkeys(
+    (f"{family}ForQuestionAnswering" for family in ("Llama", "Qwen2", "Qwen3", "Qwen3Moe")), "transformer."
+)
+"""Classes of transformers that do not call their decoder ``model``."""
+_IMPLIED = {
+    "score.weight": "ForSequenceClassification",
+    "qa_outputs.weight": "ForQuestionAnswering",
+    "score.0.weight": "ForRewardModel",
+}
+"""Tensor of a head -> ending of the class that has it."""
+
+
+def class_of(config: Mapping) -> str:
+    """The class that ``architectures`` names first; ``ForCausalLM`` where it names none."""
+    names = config.get("architectures")
+    return names[0] if isinstance(names, list) and names and isinstance(names[0], str) else "ForCausalLM"
+
+
+def head_of(config: Mapping) -> str | None:
+    """Which head ``architectures`` says that the model has.
+
+    Returns:
+        ``language``; ``other`` for a classifier's or a reward's, like that of ``LlamaForSequenceClassification``;
+        ``None`` for the bare decoder, like ``LlamaModel``, as embedding models are.
+    """
+    name = class_of(config)
+    return next((kind for ending, kind in _KINDS if name.endswith(ending)), "other" if "For" in name else "language")
+
+
+def trunk_of(config: Mapping) -> str:
+    """What the names of the decoder's tensors begin with in files of this class; nothing for the bare decoder, and
+    where that is not known."""
+    name = class_of(config)
+    return _TRUNKS.get(name, "model.") if "For" in name or head_of(config) == "language" else ""
+
+
+def family_of(config: Mapping) -> str:
+    """What the names of a model type's classes begin with."""
+    return "".join(part.capitalize() for part in config["model_type"].split("_"))
+
+
+def implied_by(head: str) -> str | None:
+    """The ending of the class that has a head with this tensor, if one is known."""
+    return _IMPLIED.get(head)
