@@ -10,15 +10,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_w8a8_bismooth.errors import BismoothError, refuse_empty
-from vllm_w8a8_bismooth.progress import Progress, silent
+from vllm_w8a8_bismooth import given
+from vllm_w8a8_bismooth.errors import BismoothError
+from vllm_w8a8_bismooth.progress import Progress
 
 if TYPE_CHECKING:  # torch comes with most of them, and inspect does without
-    from vllm_w8a8_bismooth.checkpoint.files import Folder
     from vllm_w8a8_bismooth.conversion.inspect import Survey
     from vllm_w8a8_bismooth.conversion.preparation import Preparation
     from vllm_w8a8_bismooth.conversion.preview import Preview
-    from vllm_w8a8_bismooth.measure.text import CalibrationText
     from vllm_w8a8_bismooth.report.outcome import Outcome
     from vllm_w8a8_bismooth.scoring.result import Score
     from vllm_w8a8_bismooth.scoring.score import Preparation as ScorePreparation
@@ -34,6 +33,7 @@ def convert(
     calibration_tokens: int | None = None,
     smoothing: str | None = None,
     alpha: float | None = None,
+    rounding: str | None = None,
     group_size: int | None = None,
     group_layers: str | Sequence[str] | None = None,
     group_budget: float | str | None = None,
@@ -58,6 +58,8 @@ def convert(
         calibration_tokens: how many tokens are taken from it; ``None`` is 16384.
         smoothing: the rule for the factors, ``balanced`` (the default) or ``alpha``.
         alpha: with ``smoothing="alpha"``, the share of the activations' range that moves into the weights, 0 to 1.
+        rounding: of the weights, ``nearest``, or ``gptq``, which makes up for errors and is the default with
+            calibration.
         group_size: columns per scale in per-group linears, a multiple of 32. ``mixed`` and ``auto`` take 128 if it is
             ``None``.
         group_layers: patterns of the linears to make per-group, see :mod:`patterns`.
@@ -89,6 +91,7 @@ def convert(
         calibration_tokens=calibration_tokens,
         smoothing=smoothing,
         alpha=alpha,
+        rounding=rounding,
         group_size=group_size,
         group_layers=group_layers,
         group_budget=group_budget,
@@ -98,7 +101,7 @@ def convert(
         base_model=base_model,
         license=license,
     )
-    return pipeline.convert(ready, _progress(progress))
+    return pipeline.convert(ready, given.progress(progress))
 
 
 def preview(source: str | Path, destination: str | Path, **options: Any) -> "Preview":
@@ -143,9 +146,9 @@ def merge(
 
     if isinstance(parts, str | os.PathLike) or not isinstance(parts, Iterable):
         raise TypeError(f"parts must be a list of folders, not {parts!r}")
-    folders = [_path("parts", part) for part in parts]
-    ready = room.prepare(folders, _destination(destination), Labels(base_model, license))
-    return room.merge(ready, _progress(progress))
+    folders = [given.path("parts", part) for part in parts]
+    ready = room.prepare(folders, given.destination(destination), Labels(base_model, license))
+    return room.merge(ready, given.progress(progress))
 
 
 def verify(
@@ -176,8 +179,8 @@ def verify(
 
     if not isinstance(engine, bool):
         raise TypeError(f"engine must be True or False, not {engine!r}")
-    other = None if against is None else _fetched(against)
-    return verification.verify(_path("folder", folder), other, _progress(progress), engine)
+    other = None if against is None else given.fetched(against)
+    return verification.verify(given.path("folder", folder), other, given.progress(progress), engine)
 
 
 def inspect(source: str | Path, *, calibration_tokens: int = 16384, group_size: int = 128) -> "Survey":
@@ -206,7 +209,7 @@ def inspect(source: str | Path, *, calibration_tokens: int = 16384, group_size: 
             raise BismoothError.of(f"--{name.replace('_', '-')} {value}", "not positive", "give a number from 1 on")
     if group_size % 32:
         raise BismoothError.of(f"--group-size {group_size}", "not a positive multiple of 32", "give one, like 128")
-    place = hub.find(source) if isinstance(source, str) else Folder(_path("source", source))
+    place = hub.find(source) if isinstance(source, str) else Folder(given.path("source", source))
     return survey(place, int(calibration_tokens), int(group_size))
 
 
@@ -250,7 +253,7 @@ def score(
     """
     from vllm_w8a8_bismooth.scoring import score as room
 
-    watch = _progress(progress)
+    watch = given.progress(progress)
     ready = prepare_score(folder, against, text, tokens, window, dtype, tensor_parallel_size, write_card)
     return room.run(ready, watch)
 
@@ -274,7 +277,7 @@ def prepare_score(
         BismoothError: see :func:`score`.
         TypeError: an argument is of another kind than it should be.
     """
-    place = _path("folder", folder)
+    place = given.path("folder", folder)
     numbers_given = {"tokens": tokens, "window": window, "tensor_parallel_size": tensor_parallel_size}
     for name, value in numbers_given.items():
         if not isinstance(value, numbers.Integral) or isinstance(value, bool):
@@ -287,13 +290,13 @@ def prepare_score(
     if not files:
         remedy = "give text like what the model will read, but not what it was calibrated on: --text FILE"
         raise BismoothError.of("score", "needs a text for the model to predict", remedy)
-    paths = [_path("text", file) for file in files]
+    paths = [given.path("text", file) for file in files]
 
     from vllm_w8a8_bismooth.scoring import score as room
     from vllm_w8a8_bismooth.scoring.tokens import read
 
     content = read(paths)
-    source = None if against is None else _fetched(against)
+    source = None if against is None else given.fetched(against)
     return room.prepare(place, source, content, int(tokens), int(window), dtype, int(tensor_parallel_size), write_card)
 
 
@@ -327,9 +330,9 @@ def prepare(
     from vllm_w8a8_bismooth.recipe import Recipe
     from vllm_w8a8_bismooth.report.labels import Labels
 
-    destination = _destination(destination)
+    destination = given.destination(destination)
     recipe = Recipe.of(method, calibration_tokens=calibration_tokens, **choices)
-    labels, text = Labels(base_model, license), _text(method, calibration)
+    labels, text = Labels(base_model, license), given.text(method, calibration)
     if text is None and calibration_tokens is not None:
         what = "--calibration-tokens has no effect with --calibration none"
         raise BismoothError.of("convert", what, "leave out one of the two")
@@ -339,63 +342,5 @@ def prepare(
 
     if isinstance(source, str) and (parsed := hub.parse(source)) is not None:  # a download may take hours
         Destination.of(destination, parsed[0].rpartition("/")[2]).check()
-    folder = _fetched(source) if download else _at_hand(source)
+    folder = given.fetched(source) if download else given.at_hand(source)
     return preparation.prepare(folder, destination, recipe, text, device, blocks, labels)
-
-
-def _text(method: str, calibration: str | Path | Sequence[str | Path] | None) -> "CalibrationText | None":
-    """The text of a conversion; ``None`` is data-free. Methods that take text have the bundled one by default."""
-    from vllm_w8a8_bismooth.measure.bundled import NONE, WORD
-    from vllm_w8a8_bismooth.recipe import DEFAULTS
-
-    takes_text = "calibration_tokens" in DEFAULTS[method]
-    if calibration is None:
-        calibration = WORD if takes_text else NONE
-    if isinstance(calibration, str) and calibration == NONE:
-        return None
-    files = calibration if isinstance(calibration, list | tuple) else [calibration]
-    if not files:
-        raise BismoothError.of("calibration=[]", "names no file", "give it one, or leave it out")
-    if not takes_text:
-        raise BismoothError.of(f"--method {method}", "--calibration has no effect", "leave it out")
-    from vllm_w8a8_bismooth.measure.text import read_text
-
-    chosen = (file if isinstance(file, str) and file == WORD else _path("calibration", file) for file in files)
-    return read_text(*chosen)
-
-
-def _fetched(source: str | Path) -> "Folder":
-    from vllm_w8a8_bismooth.checkpoint import hub
-    from vllm_w8a8_bismooth.checkpoint.files import Folder
-
-    return hub.fetch(source) if isinstance(source, str) else Folder(_path("source", source))
-
-
-def _at_hand(source: str | Path) -> "Folder":
-    from vllm_w8a8_bismooth.checkpoint import hub
-    from vllm_w8a8_bismooth.checkpoint.files import Folder
-
-    if not isinstance(source, str):
-        return Folder(_path("source", source))
-    if (folder := hub.cached(source)) is None:
-        remedy = "bismooth inspect shows size, needs and problems from the headers alone"
-        raise BismoothError.of(source, "not downloaded yet, and --dry-run writes nothing", remedy)
-    return folder
-
-
-def _path(argument: str, value: object) -> Path:
-    if not isinstance(value, str | os.PathLike):
-        raise TypeError(f"{argument} must be a path, as a string or a pathlib.Path, not {value!r}")
-    refuse_empty(argument, value)
-    return Path(value)
-
-
-def _destination(value: object) -> str | Path:
-    """As it was given: a path would have no empty name any more."""
-    return value if isinstance(value, str) else _path("destination", value)
-
-
-def _progress(progress: Progress | None) -> Progress:
-    if progress is not None and not callable(progress):
-        raise TypeError(f"progress must be a function of stage, done, total and written, not {progress!r}")
-    return progress or silent

@@ -13,6 +13,7 @@ from vllm_w8a8_bismooth.checkpoint.names import Names
 from vllm_w8a8_bismooth.errors import BismoothError
 
 SMOOTHINGS = ("balanced", "alpha")
+ROUNDINGS = ("nearest", "gptq")
 _NUMBERS = {"alpha": float, "calibration_tokens": int, "group_size": int, "group_budget": float}
 PATTERNS = ("group_layers", "ignore")
 """The fields that name linears."""
@@ -22,6 +23,7 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "bismooth": {
         "smoothing": "balanced",
         "alpha": None,
+        "rounding": None,
         "calibration_tokens": 16384,
         "group_size": None,
         "group_layers": None,
@@ -31,6 +33,7 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "auto": {
         "smoothing": "balanced",
         "alpha": None,
+        "rounding": None,
         "calibration_tokens": 16384,
         "group_size": 128,
         "group_budget": 0.03,
@@ -49,6 +52,8 @@ class Recipe:
             need it), ``auto`` (smoothed, and per-group where that pays).
         smoothing: rule for the factors, one of :data:`SMOOTHINGS` (``bismooth``, ``auto``).
         alpha: share of the activation range moved into the weights (``smoothing`` ``alpha``).
+        rounding: of the weights, one of :data:`ROUNDINGS` (``bismooth``, ``auto``); ``gptq`` needs calibration, and is
+            the default where there is some.
         calibration_tokens: token budget of the calibration (``bismooth``, ``auto``).
         group_size: columns per scale in per-group linears.
         group_layers: patterns of linears, see :mod:`patterns`; ``None`` lets the weights decide (``mixed``). A text, or
@@ -66,6 +71,7 @@ class Recipe:
     method: str
     smoothing: str | None = None
     alpha: float | None = None
+    rounding: str | None = None
     calibration_tokens: int | None = None
     group_size: int | None = None
     group_layers: tuple[str, ...] | None = None
@@ -101,10 +107,9 @@ class Recipe:
         for field, kind in _NUMBERS.items():
             if (value := getattr(self, field)) is not None:
                 object.__setattr__(self, field, _number(field, value, kind))
-        if self.smoothing not in (None, *SMOOTHINGS):
-            raise BismoothError.of(
-                f"--smoothing {self.smoothing!r}", "unknown", f"choose one of {', '.join(SMOOTHINGS)}"
-            )
+        for field, known in {"smoothing": SMOOTHINGS, "rounding": ROUNDINGS}.items():
+            if (value := getattr(self, field)) not in (None, *known):
+                raise BismoothError.of(f"{option_of(field)} {value!r}", "unknown", f"choose one of {', '.join(known)}")
         if self.alpha is not None and not 0 <= self.alpha <= 1:
             raise BismoothError.of(f"--alpha {self.alpha}", "outside 0 to 1", "give a share, like 0.5")
         if self.calibration_tokens is not None and self.calibration_tokens < 1:
@@ -119,12 +124,7 @@ class Recipe:
             raise BismoothError.of(f"--group-budget {self.group_budget}", "outside 0 to 1", "give a share, 3% or 0.03")
         for field in PATTERNS:
             if (given := getattr(self, field)) is not None:
-                if not isinstance(given, str | list | tuple) or not all(isinstance(text, str) for text in given):
-                    raise TypeError(f"{field} must be a string or a list of strings, not {given!r}")
-                single = patterns.split(given)
-                object.__setattr__(self, field, single or None)
-                for pattern in single:
-                    _check_pattern(option_of(field), pattern)
+                object.__setattr__(self, field, _patterns(field, given))
 
     def differences(self, other: Mapping[str, Any]) -> list[str]:
         """Fields in which a stored recipe (a dict from recipe.json) differs from this one, as readable lines."""
@@ -160,6 +160,16 @@ def _number(field: str, value: Any, kind: type) -> Any:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral if kind is int else numbers.Real):
         raise TypeError(f"{field} must be {'an integer' if kind is int else 'a number'}, not {value!r}")
     return kind(value)
+
+
+def _patterns(field: str, given: Any) -> tuple[str, ...] | None:
+    """Single patterns from a text, or several."""
+    if not isinstance(given, str | list | tuple) or not all(isinstance(text, str) for text in given):
+        raise TypeError(f"{field} must be a string or a list of strings, not {given!r}")
+    single = patterns.split(given)
+    for pattern in single:
+        _check_pattern(option_of(field), pattern)
+    return single or None
 
 
 def _check_pattern(option: str, pattern: str) -> None:

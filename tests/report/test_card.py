@@ -21,7 +21,7 @@ from vllm_w8a8_bismooth.method.balance import by_error
 from vllm_w8a8_bismooth.method.rows import Fold
 from vllm_w8a8_bismooth.method.smooth import smooth_block
 from vllm_w8a8_bismooth.recipe import Recipe
-from vllm_w8a8_bismooth.report import card, figures
+from vllm_w8a8_bismooth.report import figures, front_matter
 
 RTN = Recipe.of("rtn")
 TAGS = ["int8", "w8a8", "compressed-tensors", "vllm", "bismooth"]
@@ -100,17 +100,17 @@ HOSTILE = {
 def test_hostile_front_matter_does_no_harm(tmp_path, case):
     """And little work: what is parsed of a card is bounded, whatever is in it."""
     (tmp_path / "README.md").write_bytes(HOSTILE[case])
-    assert card.inherited(tmp_path / "README.md") == {}
-    assert calls(lambda: card.inherited(tmp_path / "README.md")) < MOST_CALLS
+    assert front_matter.inherited(tmp_path / "README.md") == {}
+    assert calls(lambda: front_matter.inherited(tmp_path / "README.md")) < MOST_CALLS
 
 
 def test_what_can_be_believed_is_kept(tmp_path):
     original = tmp_path / "README.md"
     lines = ("---", "license: other", "license_link: LICENSE", "license_name: '<i>'", "language: no", "---", "")
     original.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
-    assert card.inherited(original) == {"license": "other", "license_link": "LICENSE", "language": "no"}
+    assert front_matter.inherited(original) == {"license": "other", "license_link": "LICENSE", "language": "no"}
     original.unlink()
-    assert card.inherited(original) == {}
+    assert front_matter.inherited(original) == {}
 
 
 def test_hostile_cards_and_names_are_converted(make_checkpoint, tmp_path):

@@ -104,6 +104,14 @@ def convert(
             show_default="0.5",
         ),
     ] = None,
+    rounding: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RULE",
+            help="Of weights. nearest: each for itself. gptq: later columns make up for the errors of earlier ones.",
+            show_default="gptq with calibration",
+        ),
+    ] = None,
     group_size: Annotated[
         int | None,
         typer.Option(metavar="N", help="Columns per scale in per-group linears.", show_default="128 for mixed, auto"),
@@ -167,6 +175,7 @@ def convert(
         calibration_tokens=calibration_tokens,
         smoothing=smoothing,
         alpha=alpha,
+        rounding=rounding,
         group_size=group_size,
         group_layers=group_layers,
         group_budget=group_budget,

@@ -119,6 +119,7 @@ def prepare(
         recipe,
         calibration=text.sha256 if text is not None else None,
         calibration_tokens=recipe.calibration_tokens if text is not None else None,
+        rounding=_rounding(recipe, text),
     )
     computed = (
         arithmetic(source.checkpoint.headers[source.names.embedding].dtype, where.type) if text is not None else None
@@ -170,6 +171,20 @@ def prepare(
         reused=reused,
         labels=labels,
     )
+
+
+def _rounding(recipe: Recipe, text: CalibrationText | None) -> str | None:
+    """How weights are rounded: what is asked for, else as well as can be; ``None`` for methods that leave no choice.
+
+    Raises:
+        BismoothError: there is no calibration, without which nothing can be made up for.
+    """
+    if recipe.smoothing is None:
+        return None
+    if recipe.rounding == "gptq" and text is None:
+        what = "makes up for errors by what calibration shows"
+        raise BismoothError.of("--rounding gptq", what, "leave it out, or --calibration none")
+    return recipe.rounding or ("nearest" if text is None else "gptq")
 
 
 def _check_auto(part: range | None, text: CalibrationText | None) -> None:

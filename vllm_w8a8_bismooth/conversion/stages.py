@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from vllm_w8a8_bismooth.checkpoint.architectures import Layer
 from vllm_w8a8_bismooth.checkpoint.blocks import Block, Run, Stage, Walk
 from vllm_w8a8_bismooth.checkpoint.names import block_of
 from vllm_w8a8_bismooth.checkpoint.writer import ShardWriter
@@ -17,9 +18,10 @@ from vllm_w8a8_bismooth.errors import BismoothError
 from vllm_w8a8_bismooth.measure import perturbation, weights
 from vllm_w8a8_bismooth.measure.activations import MOMENTS, STREAM, Activations
 from vllm_w8a8_bismooth.method.balance import rule_of
+from vllm_w8a8_bismooth.method.compensate import Compensation, Gram
 from vllm_w8a8_bismooth.method.moments import Moments
 from vllm_w8a8_bismooth.method.quantize import quantize_folded
-from vllm_w8a8_bismooth.method.rows import Threads
+from vllm_w8a8_bismooth.method.rows import Fold, Threads
 from vllm_w8a8_bismooth.method.smooth import Smoothing, smooth_block
 
 PERTURB = Stage("analyze", spends=((STREAM, -1),))
@@ -114,10 +116,13 @@ class Stages:
     def convert(self, plan: Plan, writer: ShardWriter) -> Walk:
         """Convert block after block; the records hold ``linears`` and ``sites``, see :class:`outcome.Outcome`."""
         walk = self._run.walk(CONVERT, self._ready.blocks, writer)
+        compensated = self._recipe.rounding == "gptq"
+        if compensated:  # how inputs go together is not kept by an earlier pass
+            self._activations = Activations(self._run, self._ready.tokens, correlated=True)
         for _, block in walk:
             if self._recipe.smoothing is None:
                 smoothing = Smoothing()
-            elif self._recipe.method == "auto":  # the other pass has found out
+            elif self._recipe.method == "auto" and not compensated:  # the other pass has found out
                 smoothing = self._smooth(block, self._activations.recall(block))
             else:
                 smoothing = self._smooth(block, self._activations.read_by(block, self._threads))
@@ -133,12 +138,14 @@ class Stages:
     def _write(self, block: Block, smoothing: Smoothing, plan: Plan, writer: ShardWriter) -> dict[str, dict[str, Any]]:
         """Fold, quantize and write one block; returns what is to be reported of its linears, by full name."""
         layer, linears = self._source.layers[block.index], {}
+        compensations = Compensations(layer, self._activations.grams)
         for name in block:
             full, linear = block.prefix + name, layer.linear_of(name)
             fold = smoothing.fold(name.removesuffix(".weight"))
             if linear is not None and linear not in plan.ignored[block.index]:
                 group_size = self._recipe.group_size if linear in plan.grouped[block.index] else None
-                loss = quantize_folded(block[name], fold, group_size, partial(_add, writer, full), self._threads)
+                compensation, take = compensations.of(linear, fold), partial(_add, writer, full)
+                loss = quantize_folded(block[name], fold, group_size, take, self._threads, compensation)
                 self._check_range(full, loss.power)
                 linears[block.prefix + linear] = {
                     "group_size": group_size,
@@ -163,6 +170,28 @@ class Stages:
                 f"holds values beyond 1e19{smoothed}, whose squares fp32 cannot hold",
                 "no sound model has such weights, repair them",
             )
+
+
+class Compensations:
+    """How the linears of one block are rounded, by what they read: one a site, made when its first linear is due.
+
+    Args:
+        layer: the block's.
+        grams: of its sites, emptied on the way. Linears of other sites are rounded to nearest.
+    """
+
+    def __init__(self, layer: Layer, grams: dict[str, Gram]):
+        self._sites = {consumer: site.name for site in layer.sites for consumer in site.consumers}
+        self._grams = grams
+        self._made: dict[str, Compensation] = {}
+
+    def of(self, linear: str, fold: Fold) -> Compensation | None:
+        """For a linear with this fold, whose columns are those of the whole site."""
+        site = self._sites.get(linear)
+        if site in self._grams:
+            gram = self._grams.pop(site)
+            self._made[site] = Compensation.of(gram if fold.columns is None else gram.scaled(1 / fold.columns))
+        return self._made.get(site) if site is not None else None
 
 
 def _add(writer: ShardWriter, name: str, start: int, codes: torch.Tensor, scale: torch.Tensor) -> None:

@@ -5,6 +5,7 @@ import torch
 from vllm_w8a8_bismooth.checkpoint.blocks import Block, Run
 from vllm_w8a8_bismooth.measure.calibration import Calibration
 from vllm_w8a8_bismooth.measure.prior import Prior
+from vllm_w8a8_bismooth.method.compensate import Gram
 from vllm_w8a8_bismooth.method.moments import Moments
 from vllm_w8a8_bismooth.method.rows import Threads
 
@@ -20,10 +21,11 @@ class Activations:
     Args:
         run: over the checkpoint.
         tokens: int64 ``[windows, length]`` of calibration text; ``None`` estimates from the weights.
+        correlated: also gather :attr:`grams`, which are too large to be kept.
     """
 
-    def __init__(self, run: Run, tokens: torch.Tensor | None):
-        self._run, self._tokens = run, tokens
+    def __init__(self, run: Run, tokens: torch.Tensor | None, correlated: bool = False):
+        self._run, self._tokens, self._correlated = run, tokens, correlated
         self._stream: Calibration | Prior | None = None
         self._next = 0
 
@@ -38,7 +40,7 @@ class Activations:
             if self._tokens is None:
                 self._stream = Prior(run.source, run.device)
             else:
-                self._stream = Calibration(run.source, self._tokens, run.device)
+                self._stream = Calibration(run.source, self._tokens, run.device, self._correlated)
         if self._next != index:
             self._stream.hidden, self._next = run.state(STREAM, index - 1)["hidden"], index
         return self._stream
@@ -55,12 +57,17 @@ class Activations:
         Raises:
             BismoothError: see :meth:`before`, :meth:`Calibration.advance` and :meth:`Prior.advance`.
         """
-        if block.kept(STREAM):
+        if block.kept(STREAM) and not self._correlated:
             return self.recall(block)
         found = self._advance(block, threads)
         block.keep(MOMENTS, {f"{site}/{name}": t for site, m in found.items() for name, t in m.tensors().items()})
         block.keep(STREAM, {"hidden": self.before(block.index + 1).hidden})
         return found
+
+    @property
+    def grams(self) -> dict[str, Gram]:
+        """Site -> second moments of what it reads in the block that was read last; whoever takes one may remove it."""
+        return self._stream.grams if isinstance(self._stream, Calibration) else {}
 
     def carry(self, block: Block, threads: Threads) -> None:
         """Carry the stream through a block that is not to be converted; only the stream is kept."""

@@ -12,6 +12,7 @@ from vllm_w8a8_bismooth.checkpoint.layout import Source
 from vllm_w8a8_bismooth.errors import BismoothError
 from vllm_w8a8_bismooth.measure.arithmetic import arithmetic
 from vllm_w8a8_bismooth.measure.text import refused, transformers_config
+from vllm_w8a8_bismooth.method.compensate import Gram
 from vllm_w8a8_bismooth.method.moments import Moments
 from vllm_w8a8_bismooth.method.rows import Threads
 
@@ -33,22 +34,26 @@ class Calibration:
         source: of config, weights and names.
         tokens: int64 ``[windows, length]``.
         device: where the blocks run.
+        correlated: also gather how each site's inputs go together, fp32 ``[K, K]``.
 
     Attributes:
         source: as given.
         hidden: ``[windows, length, hidden]``, what the next block will read. May be replaced by what an earlier run
             had at the same place.
+        grams: site name -> second moments of what it read in the last block; empty unless ``correlated``.
 
     Raises:
         BismoothError: transformers refuses the config.
     """
 
     @torch.no_grad()
-    def __init__(self, source: Source, tokens: torch.Tensor, device: torch.device):
+    def __init__(self, source: Source, tokens: torch.Tensor, device: torch.device, correlated: bool = False):
         from transformers import AutoModel
 
         checkpoint = source.checkpoint
         self.source = source
+        self.grams: dict[str, Gram] = {}
+        self._correlated = correlated
         # The embedding's rows are read one by one: only those that occur exist.
         used, compact = tokens.unique(return_inverse=True)
         dtype = getattr(torch, arithmetic(checkpoint.headers[source.names.embedding].dtype, device.type))
@@ -128,6 +133,7 @@ class Calibration:
         """
         architecture, prefix = self.source.architecture, self.source.names.block(index)
         seen: dict[str, Moments] = {}
+        self.grams = {}
 
         def recorder(site: str) -> Callable:
             def record(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
@@ -135,6 +141,8 @@ class Calibration:
                 found = seen.setdefault(site, Moments.none(rows.shape[1], rows.device))
                 for piece in rows.split(_ROWS):
                     found.add(piece.to(torch.float32, copy=True))
+                if self._correlated:
+                    self.grams.setdefault(site, Gram.none(rows.shape[1], rows.device)).add(rows.float())
 
             return record
 

@@ -6,7 +6,10 @@ from collections.abc import Callable, Iterator
 import torch
 
 from vllm_w8a8_bismooth import grouping
+from vllm_w8a8_bismooth.method.compensate import Compensation
 from vllm_w8a8_bismooth.method.rows import ALONE, Fold, Memory, Threads
+
+_TOGETHER = 256  # rows that are compensated at once, or more: each step of a column is a call for all of them
 
 
 class Loss:
@@ -59,15 +62,21 @@ def quantize_weight(weight: torch.Tensor, group_size: int | None = None) -> tupl
 
 def _quantize(weight: torch.Tensor, group_size: int | None, rounded: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
     """:func:`quantize_weight` into given memory, fp32 and int8 ``[N, K]``, both of which get the codes."""
-    rows, columns = weight.shape
-    groups = grouping.groups(columns, group_size)
-    shape = (rows, groups, columns // groups)
-    amax = torch.abs(weight, out=rounded).view(shape).amax(dim=-1)
-    scale = amax / amax.new_tensor(127)  # a tensor, because on CUDA torch multiplies by the reciprocal of a scalar
-    scale[scale == 0] = 1
+    scale = _scale(weight, group_size, rounded)
+    shape = (*scale.shape, -1)
     # The clamp matters only where amax / 127 is subnormal and too coarse to hold the ratio 127.
     torch.div(weight.view(shape), scale.unsqueeze(-1), out=rounded.view(shape)).round_().clamp_(-127, 127)
     codes.copy_(rounded)
+    return scale
+
+
+def _scale(weight: torch.Tensor, group_size: int | None, scratch: torch.Tensor) -> torch.Tensor:
+    """The scales of :func:`quantize_weight`, by way of other memory of the weight's shape."""
+    rows, columns = weight.shape
+    groups = grouping.groups(columns, group_size)
+    amax = torch.abs(weight, out=scratch).view(rows, groups, columns // groups).amax(dim=-1)
+    scale = amax / amax.new_tensor(127)  # a tensor, because on CUDA torch multiplies by the reciprocal of a scalar
+    scale[scale == 0] = 1
     return scale
 
 
@@ -84,6 +93,7 @@ def quantize_folded(
     group_size: int | None = None,
     take: Callable[[int, torch.Tensor, torch.Tensor], None] = lambda start, codes, scale: None,
     threads: Threads = ALONE,
+    compensation: Compensation | None = None,
 ) -> Loss:
     """Fold and quantize a stored weight some rows at a time, without an fp32 copy of the whole.
 
@@ -94,6 +104,7 @@ def quantize_folded(
         take: called with the first row, int8 codes ``[n, K]`` and fp32 scales ``[n, G]`` of ``n`` rows, from any thread
             and in any order. The codes do not outlive the call.
         threads: share the rows.
+        compensation: rounds instead of round-to-nearest; of the inputs after the fold.
 
     Raises:
         ValueError: K is not a multiple of ``group_size``.
@@ -105,7 +116,11 @@ def quantize_folded(
         cost = Loss(weight.shape[1], weight.device)
         for first, piece in pieces:
             rounded = memory.get("rounded", len(piece), weight)
-            scale = _quantize(piece, group_size, rounded, codes[first : first + len(piece)])
+            if compensation is None:
+                scale = _quantize(piece, group_size, rounded, codes[first : first + len(piece)])
+            else:
+                scale = _scale(piece, group_size, rounded)
+                codes[first : first + len(piece)] = rounded.copy_(compensation.round(piece, scale))
             groups = rounded.view(len(piece), scale.shape[1], -1)
             groups *= scale.unsqueeze(-1)
             cost.error += rounded.sub_(piece).square_().sum(dim=0)
@@ -114,7 +129,8 @@ def quantize_folded(
         take(start, codes, torch.cat(scales))
         return cost
 
-    for cost in threads.over(weight, fold, work):  # in order, so that the sums are the same every time
+    least = 1 if compensation is None else len(weight) if weight.is_cuda else _TOGETHER
+    for cost in threads.over(weight, fold, work, least):  # in order, so that the sums are the same every time
         loss.error += cost.error
         loss.power += cost.power
     return loss

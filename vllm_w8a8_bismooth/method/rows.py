@@ -74,13 +74,15 @@ class Threads:
         weight: torch.Tensor,
         fold: "Fold",
         work: Callable[[int, int, Iterator[tuple[int, torch.Tensor]], Memory], Result],
+        least: int = 1,
     ) -> Iterator[Result]:
         """Share the rows of a stored weight out, a slab a call; yields the results in order.
 
         ``work(first row, rows, pieces, memory)`` is given the slab's folded rows in pieces, each with its first row
-        within the slab; a piece holds until the next one. Row by row that is the folding of the whole at once.
+        within the slab; a piece holds until the next one. Row by row that is the folding of the whole at once. A piece
+        has ``least`` rows or more, if there are so many.
         """
-        step, slab = (max(1, size // max(1, weight.shape[1])) for size in (_PIECE, _SLAB))
+        step, slab = (max(least, size // max(1, weight.shape[1])) for size in (_PIECE, _SLAB))
         slab -= slab % step
 
         def pieces(start: int, end: int) -> Iterator[tuple[int, torch.Tensor]]:

@@ -16,7 +16,7 @@ from vllm_w8a8_bismooth.errors import BismoothError
 from vllm_w8a8_bismooth.measure.bundled import NAME
 from vllm_w8a8_bismooth.measure.weights import VULNERABLE
 from vllm_w8a8_bismooth.recipe import Recipe
-from vllm_w8a8_bismooth.report import figures, licence, record, section
+from vllm_w8a8_bismooth.report import figures, front_matter, licence, record, section
 from vllm_w8a8_bismooth.report.labels import Labels
 from vllm_w8a8_bismooth.report.outcome import Outcome
 from vllm_w8a8_bismooth.report.task import task_of
@@ -28,15 +28,6 @@ OURS = (REPORT, ORIGINAL_CARD, f"{FIGURES}/{figures.ERRORS}", f"{FIGURES}/{figur
 _NONE = Labels()
 _HERE = "PATH_TO_THIS_FOLDER"
 _WORST = 10
-_FRONT_MATTER_LIMIT = 2**16  # bytes of the source's card that are looked at
-_FRONT_MATTER = re.compile(r"\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
-_INHERITED = {
-    "language": r"[A-Za-z][\w-]{0,31}",
-    "license": r"[\w.+-]{1,64}",
-    "license_name": r"[\w.+() -]{1,128}",
-    "license_link": r"https?://[^\s<>\"'`\\]{1,500}|[\w][\w./-]{0,127}",
-}
-"""Keys of the source's front matter that go into ours, and what their values must look like to be believed."""
 
 
 def place_of(relative: Path) -> Path:
@@ -68,7 +59,7 @@ def write(folder: Path, outcome: Outcome, labels: Labels = _NONE) -> Labels:
 def labels_of(folder: Path) -> Labels:
     """What a finished checkpoint's card says now; values that labels cannot have are left out."""
     found: dict[str, str] = {}
-    for key, value in _front_matter(folder / CARD).items():
+    for key, value in front_matter.read(folder / CARD).items():
         if key in ("base_model", "license") and isinstance(value, str):
             with suppress(BismoothError):
                 found |= {key: getattr(Labels(**{key: value}), key)}
@@ -96,7 +87,7 @@ def labels_to_write(folder: Path, labels: Labels) -> Labels | None:
 def missing(folder: Path) -> dict[str, str]:
     """What a finished checkpoint's card does not say in any way, in words -> the option that says it."""
     options = {"license": ("licence", "--license ID"), "base_model": ("base model", "--base-model ORG/NAME")}
-    said = _front_matter(folder / CARD)
+    said = front_matter.read(folder / CARD)
     return dict(words for key, words in options.items() if not said.get(key))
 
 
@@ -130,41 +121,6 @@ def for_repository(card: str, hub_id: str) -> str:
     return served.replace(fetched, verify).replace(verify, fetched)
 
 
-def inherited(card: Path) -> dict[str, Any]:
-    """Licence and languages from the YAML front matter of a model card: key -> string, or list of strings.
-
-    The card is not trusted: see :func:`_front_matter`; values that do not look like what they should be are left out.
-    """
-    stored = _front_matter(card)
-    found: dict[str, Any] = {}
-    for key, pattern in _INHERITED.items():
-        value = stored.get(key)
-        values = value if key == "language" and isinstance(value, list) else [value]
-        if 0 < len(values) <= 100 and all(isinstance(v, str) and re.fullmatch(pattern, v, re.ASCII) for v in values):
-            found[key] = value
-    if "license" in found:
-        found["license"] = licence.hub_id(found["license"]) or found["license"]
-    return found
-
-
-def _front_matter(card: Path) -> dict[str, Any]:
-    """The YAML front matter of a card, of whose first 64 KiB count, with strings in place of numbers and the like.
-
-    No card, or one that cannot be parsed, gives nothing.
-    """
-    import yaml
-
-    try:
-        with open(card, "rb") as file:
-            text = file.read(_FRONT_MATTER_LIMIT).decode("utf-8-sig", errors="replace")
-        match = _FRONT_MATTER.match(text)
-        # BaseLoader makes strings of everything ("no" is Norwegian) and ignores tags and merge keys, which can explode.
-        stored = yaml.load(match[1], yaml.BaseLoader) if match else None
-    except Exception:  # whatever a foreign file does to the parser, it must not stop a conversion
-        return {}
-    return stored if isinstance(stored, dict) else {}
-
-
 def draw_up(folder: Path, labels: Labels) -> str:
     """The model card of a folder that holds everything else of a checkpoint: YAML front matter, then Markdown."""
     from huggingface_hub import ModelCard, ModelCardData
@@ -177,7 +133,7 @@ def draw_up(folder: Path, labels: Labels) -> str:
     base_model = labels.base_model or (source if "/" in source else None)
     base = {"base_model": base_model, "base_model_relation": "quantized"} if base_model else {}
     data = ModelCardData(
-        **_terms(inherited(original), labels.license, licence.recognised(folder)) | base,
+        **_terms(front_matter.inherited(original), labels.license, licence.recognised(folder)) | base,
         library_name="vllm",
         pipeline_tag=task.pipeline,
         tags=["int8", "w8a8", "compressed-tensors", "vllm", "bismooth", *task.tags],
@@ -245,9 +201,10 @@ def _method(recipe: Recipe) -> str:
         "whose output error it reduced most, as measured," if recipe.method == "auto" else "that match `group_layers`"
     )
     grouped = f" Linears {which} have one scale per group of {size} columns." if size else ""
+    rounded = _COMPENSATED if recipe.rounding == "gptq" else ""
     return (
         f"Bi-smoothing moved magnitude between weights and activations, in either direction, before rounding "
-        f"(`{recipe.method}`, {rule}). The activations' ranges were {ranges}.{grouped}"
+        f"(`{recipe.method}`, {rule}). The activations' ranges were {ranges}.{rounded}{grouped}"
     )
 
 
@@ -306,6 +263,9 @@ def _worst(linears: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+_COMPENSATED = (
+    " Weights were rounded column by column, so that later columns make up for the errors of earlier ones (GPTQ)."
+)
 _NEEDS_NOTHING = (
     "vLLM detects the quantization by itself and needs nothing else; do not pass `--quantization`. With\n"
     "`vllm-w8a8-bismooth` installed, its kernels are used."
@@ -388,6 +348,12 @@ own before you rely on it. The terms and the limits of the original hold here to
   author  = {{Qin, Minghai}},
   journal = {{arXiv preprint arXiv:2408.15301}},
   year    = {{2024}}
+}}
+@article{{frantar2022gptq,
+  title   = {{GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers}},
+  author  = {{Frantar, Elias and Ashkboos, Saleh and Hoefler, Torsten and Alistarh, Dan}},
+  journal = {{arXiv preprint arXiv:2210.17323}},
+  year    = {{2022}}
 }}
 @article{{xiao2022smoothquant,
   title   = {{SmoothQuant: Accurate and Efficient Post-Training Quantization for Large Language Models}},

@@ -1,0 +1,71 @@
+"""What the functions of :mod:`api` are given, checked, and made into what the rooms take."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vllm_w8a8_bismooth.errors import BismoothError, refuse_empty
+from vllm_w8a8_bismooth.progress import Progress, silent
+
+if TYPE_CHECKING:
+    from vllm_w8a8_bismooth.checkpoint.files import Folder
+    from vllm_w8a8_bismooth.measure.text import CalibrationText
+
+
+def text(method: str, calibration: str | Path | Sequence[str | Path] | None) -> "CalibrationText | None":
+    """The text of a conversion; ``None`` is data-free. Methods that take text have the bundled one by default."""
+    from vllm_w8a8_bismooth.measure.bundled import NONE, WORD
+    from vllm_w8a8_bismooth.recipe import DEFAULTS
+
+    takes_text = "calibration_tokens" in DEFAULTS[method]
+    if calibration is None:
+        calibration = WORD if takes_text else NONE
+    if isinstance(calibration, str) and calibration == NONE:
+        return None
+    files = calibration if isinstance(calibration, list | tuple) else [calibration]
+    if not files:
+        raise BismoothError.of("calibration=[]", "names no file", "give it one, or leave it out")
+    if not takes_text:
+        raise BismoothError.of(f"--method {method}", "--calibration has no effect", "leave it out")
+    from vllm_w8a8_bismooth.measure.text import read_text
+
+    chosen = (file if isinstance(file, str) and file == WORD else path("calibration", file) for file in files)
+    return read_text(*chosen)
+
+
+def fetched(source: str | Path) -> "Folder":
+    from vllm_w8a8_bismooth.checkpoint import hub
+    from vllm_w8a8_bismooth.checkpoint.files import Folder
+
+    return hub.fetch(source) if isinstance(source, str) else Folder(path("source", source))
+
+
+def at_hand(source: str | Path) -> "Folder":
+    from vllm_w8a8_bismooth.checkpoint import hub
+    from vllm_w8a8_bismooth.checkpoint.files import Folder
+
+    if not isinstance(source, str):
+        return Folder(path("source", source))
+    if (folder := hub.cached(source)) is None:
+        remedy = "bismooth inspect shows size, needs and problems from the headers alone"
+        raise BismoothError.of(source, "not downloaded yet, and --dry-run writes nothing", remedy)
+    return folder
+
+
+def path(argument: str, value: object) -> Path:
+    if not isinstance(value, str | os.PathLike):
+        raise TypeError(f"{argument} must be a path, as a string or a pathlib.Path, not {value!r}")
+    refuse_empty(argument, value)
+    return Path(value)
+
+
+def destination(value: object) -> str | Path:
+    """As it was given: a path would have no empty name any more."""
+    return value if isinstance(value, str) else path("destination", value)
+
+
+def progress(progress: Progress | None) -> Progress:
+    if progress is not None and not callable(progress):
+        raise TypeError(f"progress must be a function of stage, done, total and written, not {progress!r}")
+    return progress or silent
