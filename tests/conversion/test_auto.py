@@ -1,5 +1,6 @@
 """Granularity chosen by measured error: two passes over the blocks, each of which may die."""
 
+import functools
 import json
 import os
 from dataclasses import replace
@@ -34,14 +35,19 @@ def grouped(report: Outcome) -> list[str]:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The test bed of headers converted without interruption, and the report."""
-    folder = tmp_path_factory.mktemp("whole") / "out"
-    return folder, convert(HEADERS.model, folder, recipe_of(), read_text(HEADERS.calibration))
+    """The test bed of headers converted without interruption, and the report, by rule of rounding."""
+
+    @functools.cache
+    def made(rounding: str = "gptq"):
+        folder = tmp_path_factory.mktemp(rounding) / "out"
+        return folder, convert(HEADERS.model, folder, recipe_of(rounding=rounding), read_text(HEADERS.calibration))
+
+    return made
 
 
 def test_groups_go_where_the_error_is(whole):
     """Nearly half of it is in the activations of one down_proj, one linear of 49; nowhere else would they pay."""
-    folder, report = whole
+    folder, report = whole()
     assert grouped(report) == [DOWN]
     scales = {name: len(tensor[0]) for name, tensor in tensors_of(folder).items() if name.endswith("_scale")}
     assert {name for name, groups in scales.items() if groups > 1} == {f"{DOWN}.weight_scale"}
@@ -56,7 +62,7 @@ def test_groups_go_where_the_error_is(whole):
 
 
 def test_elsewhere_it_is_the_smoothed_conversion(whole, tmp_path):
-    folder, _ = whole
+    folder, _ = whole()
     smoothed = Recipe.of("bismooth", calibration_tokens=1024)
     convert(HEADERS.model, tmp_path / "out", smoothed, read_text(HEADERS.calibration))
     ours, theirs = tensors_of(folder), tensors_of(tmp_path / "out")
@@ -65,16 +71,20 @@ def test_elsewhere_it_is_the_smoothed_conversion(whole, tmp_path):
     assert changed == {f"{DOWN}.weight", f"{DOWN}.weight_scale"}
 
 
-@pytest.mark.parametrize(("stage", "blocks"), sweep([("convert", 4), ("analyze", 1), ("analyze", 7), ("convert", 0)]))
-def test_killed_in_either_pass_it_is_resumed(whole, tmp_path, monkeypatch, stage, blocks):
-    """To the same bytes, and nothing is measured or calibrated twice."""
+KILLED = [("convert", 4), ("analyze", 1), ("analyze", 7), ("convert", 0)]
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "gptq"])
+@pytest.mark.parametrize(("stage", "blocks"), sweep(KILLED))
+def test_killed_in_either_pass_it_is_resumed(whole, tmp_path, monkeypatch, stage, blocks, rounding):
+    """To the same bytes, and nothing is measured twice; to make up for errors, the second pass calibrates again."""
     text, out, advance, measure = (
         read_text(HEADERS.calibration),
         tmp_path / "out",
         Calibration.advance,
         perturbation.measure,
     )
-    advanced, measured = [], []
+    advanced, measured, (folder, unbroken) = [], [], whole(rounding)
 
     def advancing(self, index, *arguments):
         advanced.append(index)
@@ -91,12 +101,13 @@ def test_killed_in_either_pass_it_is_resumed(whole, tmp_path, monkeypatch, stage
     monkeypatch.setattr(Calibration, "advance", advancing)
     monkeypatch.setattr(perturbation, "measure", measuring)
     with pytest.raises(KeyboardInterrupt):
-        convert(HEADERS.model, out, recipe_of(), text, progress=interrupted)
+        convert(HEADERS.model, out, recipe_of(rounding=rounding), text, progress=interrupted)
     assert not out.exists() and len(measured) == (blocks if stage == "analyze" else 7)
-    report = convert(HEADERS.model, out, recipe_of(), text)
-    assert advanced == measured == list(range(7))
-    assert report.granularity == whole[1].granularity and (report.resumed > 0) == (blocks == 4)
-    assert digests(out) == digests(whole[0]) and not out.with_name("out.partial").exists()
+    report = convert(HEADERS.model, out, recipe_of(rounding=rounding), text)
+    assert measured == list(range(7)) == advanced[:7]
+    assert not advanced[7:] if rounding == "nearest" else set(advanced[7:]) == set(range(7))
+    assert report.granularity == unbroken.granularity and (report.resumed > 0) == (blocks == 4)
+    assert digests(out) == digests(folder) and not out.with_name("out.partial").exists()
 
 
 @pytest.mark.slow
@@ -125,6 +136,7 @@ def test_a_disk_that_fails_in_either_pass(make_checkpoint, tmp_path, calibration
 
 def test_a_state_that_is_gone_starts_anew(make_checkpoint, tmp_path, calibration_text):
     source, text, out = make_checkpoint(), read_text(calibration_text), tmp_path / "out"
+    recipe = recipe_of(rounding="nearest")
     for stage, blocks in (("analyze", 2), ("convert", 0)):
 
         def interrupted(at, done, total, written, where=(stage, blocks)):
@@ -132,15 +144,15 @@ def test_a_state_that_is_gone_starts_anew(make_checkpoint, tmp_path, calibration
                 raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            convert(source, out, recipe_of(), text, progress=interrupted)
+            convert(source, out, recipe, text, progress=interrupted)
         states = list((tmp_path / "out.partial" / ".bismooth").glob("*.safetensors"))
         assert states
         for state in states:
             os.truncate(state, 10)
         with pytest.raises(BismoothError, match="of an earlier run is gone.*starts anew"):
-            convert(source, out, recipe_of(), text)
+            convert(source, out, recipe, text)
         assert not (tmp_path / "out.partial").exists()
-    assert not convert(source, out, recipe_of(), text).resumed
+    assert not convert(source, out, recipe, text).resumed
 
 
 def test_another_budget_is_another_run(make_checkpoint, tmp_path, calibration_text):

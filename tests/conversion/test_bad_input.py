@@ -17,8 +17,7 @@ def assert_refused(tmp_path: Path, source: Path, parts: list[str], *options) -> 
     listing = {p.name for p in tmp_path.iterdir()}
     code, message = run("convert", source, tmp_path / "out", *options)
     assert code == 2 and all(part in message for part in parts), message
-    kept = {"out.partial"} if "out.partial: holds what is finished so far" in message else set()
-    assert digests(source) == before and {p.name for p in tmp_path.iterdir()} == listing | kept
+    assert digests(source) == before and {p.name for p in tmp_path.iterdir()} == listing
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -188,12 +187,11 @@ def test_destination_without_permission(make_checkpoint, tmp_path):
     assert code == 2 and "locked/out: cannot be written" in message and "permissions" in message
 
 
-def test_failure_while_writing_leaves_what_is_finished(make_checkpoint, tmp_path, monkeypatch):
+def test_failure_while_writing_leaves_nothing(make_checkpoint, tmp_path, monkeypatch):
     source = make_checkpoint()
     monkeypatch.setattr("vllm_w8a8_bismooth.checkpoint.writer.SHARD_SIZE", "40KB")
     poison(float("nan"), "model.layers.2.mlp.down_proj.weight")(source)
-    parts = ["model.layers.2.mlp.down_proj.weight", "out.partial: holds what is finished so far", "remove it once"]
-    assert_refused(tmp_path, source, parts, "--method", "rtn")
+    assert_refused(tmp_path, source, ["model.layers.2.mlp.down_proj.weight"], "--method", "rtn")
 
 
 def test_too_small_a_disk_is_noticed_at_once(make_checkpoint, tmp_path, monkeypatch):
@@ -207,7 +205,7 @@ def test_source_that_changes_meanwhile(make_checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.copyfile", lambda a, b: (copy(a, b), os.utime(source / "tokenizer.json", (1, 1))))
     code, message = run("convert", source, tmp_path / "out", "--method", "rtn")
     assert code == 2 and "tokenizer.json: changed during the conversion" in message
-    assert {p.name for p in tmp_path.iterdir()} == {"source", "out.partial"} and "out.partial: holds" in message
+    assert {p.name for p in tmp_path.iterdir()} == {"source"}
 
 
 def test_a_result_is_no_source(make_checkpoint, tmp_path):

@@ -186,7 +186,7 @@ def test_what_needs_no_activations_reads_its_own_blocks_only(make_checkpoint, tm
     for recipe, blocks in ((RTN, slice(1, 2)), (DATA_FREE, slice(2, 3))):
         with pytest.raises(BismoothError, match="layers.1.self_attn.q_proj.weight: holds nan"):
             convert(source, tmp_path / "out", recipe, blocks=blocks)
-    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_a_merge_that_fails_anywhere_is_resumed(make_checkpoint, tmp_path, monkeypatch):
@@ -373,15 +373,13 @@ def pair(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("case", DAMAGE)
 def test_wrong_parts_are_refused(pair, tmp_path, case):
-    """With culprit and remedy, exit code 2, and nothing left behind but what is told."""
+    """With culprit and remedy, exit code 2, and nothing left behind."""
     shutil.copytree(pair, tmp_path, dirs_exist_ok=True)
     damage, says = DAMAGE[case]
     damage(tmp_path / "part-2-3")
     before = digests(tmp_path)
     code, text = run("merge", tmp_path / "out", tmp_path / "part-2-3", tmp_path / "part-0-2")
     assert code == 2 and all(words in text for words in says), text
-    if "out.partial: holds what is finished so far" in text:
-        shutil.rmtree(tmp_path / "out.partial")
     assert digests(tmp_path) == before and not list(tmp_path.glob("out*"))
 
 
@@ -496,7 +494,8 @@ def test_a_part_is_recognised_again(pair, tmp_path):
 
 
 def test_the_command(make_checkpoint, tmp_path, calibration_text):
-    source, options = make_checkpoint(), ("--calibration", calibration_text, "--calibration-tokens", "256")
+    source = make_checkpoint()
+    options = ("--calibration", calibration_text, "--calibration-tokens", "256", "--rounding", "nearest")
     plans, reports = {}, {}
     for blocks in (":2", "2:"):
         command = ("convert", source, tmp_path / blocks[0], "--blocks", blocks, *options)

@@ -81,10 +81,6 @@ def leave_one(source: Path, whole: Path, found: re.Match, where: str) -> None:
         path.unlink()
 
 
-def remove_folder(source: Path, whole: Path, found: re.Match, where: str) -> None:
-    shutil.rmtree(where)
-
-
 REMEDIES: dict[str, Follow] = {
     r"set (num_hidden_layers) to (\d+) in config.json": setting,
     r"set (architectures) to (\[.*?\]) in config.json": setting,
@@ -97,7 +93,6 @@ REMEDIES: dict[str, Follow] = {
     r"leave only the files of one": leave_one,
     r"rename it": rename,
     r"remove the tensor only if|remove the link": remove,
-    r"remove it once the source or the options": remove_folder,
     r"mend|check the path|remove one of the keys": mend,
 }
 

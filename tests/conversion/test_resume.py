@@ -56,8 +56,11 @@ def test_a_run_that_fails_anywhere_is_resumed(make_checkpoint, tmp_path, calibra
     assert resumed == {0, 1, 2, 3}, "the runs failed in different blocks"
 
 
-def test_statistics_are_read_and_not_made_again(make_checkpoint, tmp_path, calibration_text, monkeypatch):
-    source, text, recipe = make_checkpoint(), read_text(calibration_text), Recipe.of("bismooth", calibration_tokens=500)
+@pytest.mark.parametrize(("rounding", "blocks"), [("nearest", [0, 1, 2]), ("gptq", [0, 0, 1, 2])])
+def test_what_is_kept_is_not_made_again(make_checkpoint, tmp_path, calibration_text, monkeypatch, rounding, blocks):
+    """How the inputs of a block go together is not kept: gathered again, it is the same."""
+    source, text = make_checkpoint(), read_text(calibration_text)
+    recipe = Recipe.of("bismooth", calibration_tokens=500, rounding=rounding)
     advance, advanced = Calibration.advance, []
 
     def counting(self, index, *arguments):
@@ -73,7 +76,7 @@ def test_statistics_are_read_and_not_made_again(make_checkpoint, tmp_path, calib
         with pytest.raises(Interrupted):
             convert(source, tmp_path / "out", recipe, text)
     convert(source, tmp_path / "out", recipe, text)
-    assert advanced == [0, 1, 2]
+    assert advanced == blocks
     convert(source, tmp_path / "whole", recipe, text)
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")
 
@@ -189,7 +192,7 @@ def test_an_error_never_takes_what_another_run_finished(make_checkpoint, tmp_pat
     assert convert(source, out, Recipe.of("rtn")).resumed >= 1
 
 
-def test_an_error_takes_what_its_own_run_only_began(make_checkpoint, tmp_path, monkeypatch):
+def test_an_error_takes_what_its_own_run_began(make_checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(*PLAIN["a full disk"][:2])
     code, message = run("convert", make_checkpoint(), tmp_path / "out", "--method", "rtn")
     assert code == 2 and "holds what is finished" not in message and not (tmp_path / "out.partial").exists()

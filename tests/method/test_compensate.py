@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_w8a8_bismooth.method.compensate import Compensation, Gram
+from vllm_w8a8_bismooth.method.compensate import REACH, Compensation, Gram
 from vllm_w8a8_bismooth.method.quantize import dequantize_weight, quantize_folded, quantize_weight
 from vllm_w8a8_bismooth.method.rows import Fold, Threads
 
@@ -63,7 +63,9 @@ def test_columns_one_by_one_give_the_same(group_size):
     inverse = h.inverse()
     for j in range(columns):
         step = scale.double()[:, int(made.order[j]) // (group_size or columns)]
-        expected[:, j] = (left[:, j] / step).round().clamp(-127, 127)
+        nearest = (weight.double()[:, int(made.order[j])] / step).round()
+        code = (left[:, j] / step).round()
+        expected[:, j] = torch.clamp(code, nearest - REACH, nearest + REACH).clamp(-127, 127)
         error = (left[:, j] - expected[:, j] * step) / inverse[j, j]
         left[:, j:] -= error.unsqueeze(1) * inverse[j, j:]
         # Row and column j leave the inverse (eq. 3).
@@ -85,6 +87,9 @@ def test_the_outputs_error_shrinks(seed, group_size):
         return float(((rows / sizes) @ (w - weight).T).square().mean())
 
     assert error(better) < 0.6 * error(nearest)
+    _, scale = quantize_weight(weight, group_size)
+    steps = scale.repeat_interleave(64 // scale.shape[1], dim=1)
+    assert float(((better - nearest) / steps).abs().max()) <= REACH + 1e-3
 
 
 def test_inputs_that_do_not_go_together_change_nothing():

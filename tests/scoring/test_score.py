@@ -272,7 +272,7 @@ def test_a_source_without_tokenizer(engines, source, out, text):
 
 def test_the_disk_is_too_small(engines, source, out, text, monkeypatch):
     monkeypatch.setattr("vllm_w8a8_bismooth.checkpoint.files.free_space", lambda folder: 1000)
-    with pytest.raises(BismoothError, match="the store of scores needs 0.02 GB, the disk has 0.00 GB free"):
+    with pytest.raises(BismoothError, match="the store of scores needs 17.30 MB, the disk has 1.00 KB free"):
         b.score(out, against=source, text=text, **ASKED)
     assert not engines.computed
 

@@ -28,6 +28,12 @@ OPTIONS = {
     "alpha of balanced, named": (["--smoothing", "balanced", "--alpha", "0.5"], ["--alpha has no effect", "leave it"]),
     "unknown smoothing": (["--smoothing", "awq"], ["--smoothing 'awq'", "balanced, alpha"]),
     "unknown smoothing of auto": (["--method", "auto", "--smoothing", "awq"], ["--smoothing 'awq'", "balanced, alpha"]),
+    "unknown rounding": (["--rounding", "awq"], ["--rounding 'awq'", "nearest, gptq"]),
+    "useless rounding": (["--method", "rtn", "--rounding", "gptq"], ["--rounding has no effect", "leave it out"]),
+    "compensation without text": (
+        ["--rounding", "gptq", "--calibration", "none"],
+        ["--rounding gptq", "by what calibration shows", "leave it out, or --calibration none"],
+    ),
     "useless smoothing": (
         ["--method", "rtn", "--smoothing", "balanced"],
         ["--smoothing has no effect", "leave it out"],

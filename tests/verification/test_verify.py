@@ -29,7 +29,8 @@ Q, V, OUT, UP, DOWN = (
 NORM, EMBEDDING = f"{BLOCK}input_layernorm.weight", "model.embed_tokens.weight"
 MIXED = Recipe.of("mixed", group_size=32, group_layers=r"layers\.1\.(self_attn\.v_proj|mlp\.down_proj)")
 BISMOOTH = Recipe.of("bismooth", calibration_tokens=200)
-IGNORED = replace(BISMOOTH, ignore=r"layers\.1\.(self_attn\.v_proj|mlp\.down_proj)")
+NEAREST = replace(BISMOOTH, rounding="nearest")
+IGNORED = replace(NEAREST, ignore=r"layers\.1\.(self_attn\.v_proj|mlp\.down_proj)")
 
 
 def lines(found: Verification) -> list[str]:
@@ -107,7 +108,7 @@ def pairs(tmp_path_factory) -> Callable[[str], tuple[Path, Path]]:
                 convert(
                     source,
                     folder / "out",
-                    {"mixed": MIXED, "ignored": IGNORED}.get(kind, BISMOOTH),
+                    {"mixed": MIXED, "ignored": IGNORED, "compensated": BISMOOTH}.get(kind, NEAREST),
                     None if kind == "mixed" else read_text(text),
                 )
         copy = tmp_path_factory.mktemp("copy")
@@ -167,11 +168,11 @@ def add(name: str):
     return damage
 
 
-def flip_code(out: Path) -> None:
+def flip_code(steps: int) -> Callable[[Path], None]:
     def action(codes: torch.Tensor) -> None:
-        codes[3, 5] = codes[3, 5] - 2 if codes[3, 5] > 0 else codes[3, 5] + 2
+        codes[3, 5] = codes[3, 5] - steps if codes[3, 5] > 0 else codes[3, 5] + steps
 
-    change(Q, action)(out)
+    return change(Q, action)
 
 
 def scaled(tensor: torch.Tensor, place, factor: float) -> None:
@@ -385,7 +386,24 @@ BESIDE_THE_SOURCE = {
         [OUT.removesuffix(".weight"), "columns", "rounding"],
     ),
     "rows swapped in v": ("llama", change(V, lambda t: t.flip(0)), [V.removesuffix(".weight"), "rows", "rounding"]),
-    "a code two steps off": ("llama", flip_code, [Q.removesuffix(".weight"), "1 of 64 columns", "number 5"]),
+    "a code two steps off": ("llama", flip_code(2), [Q.removesuffix(".weight"), "1 of 64 columns", "number 5"]),
+    # Compensated codes show less of what a weight was.
+    "compensated, a code four steps off": ("compensated", flip_code(4), [Q.removesuffix(".weight"), "number 5"]),
+    "compensated, one up row off by a twentieth": (
+        "compensated",
+        change(f"{UP}_scale", lambda t: scaled(t, 7, 1.05)),
+        ["block 1, up->down", "do not cancel", "number 7", "mlp.up_proj", "mlp.down_proj"],
+    ),
+    "compensated, norm changed": (
+        "compensated",
+        put(NORM, 4, 3.0),
+        ["block 1, norm->qkv", "do not cancel", "number 4"],
+    ),
+    "compensated, rows swapped": (
+        "compensated",
+        change(V, lambda t: t.flip(0)),
+        [V.removesuffix(".weight"), "rows", "rounding"],
+    ),
     "bias of v": ("biased", put(f"{BLOCK}self_attn.v_proj.bias", 4, 3.0), ["block 1, v->o", "number 4", "in its bias"]),
     "bias of q": ("biased", put(f"{BLOCK}self_attn.q_proj.bias", 4, 3.0), ["q_proj.bias", "1 of 96 values"]),
     "expert": (

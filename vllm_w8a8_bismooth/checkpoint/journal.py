@@ -126,18 +126,11 @@ class Journal:
 
     def __exit__(self, kind, error, trace) -> None:
         if isinstance(error, BismoothError) and not isinstance(error, Interrupted):
-            if self._spoilt or (self._begun and not self._holds_work()):
+            if self._spoilt or self._begun:
                 shutil.rmtree(self.partial, ignore_errors=True)
             else:
                 error.problems += (_kept(self.partial),)
         self._lock.close()
-
-    def _holds_work(self) -> bool:
-        """Whether a block or a shard is finished, or a state kept: units that have a number behind a hyphen.
-
-        What is done once, like passing the embedding through, is soon done again.
-        """
-        return any("-" in path.name for path in self._folder.iterdir())
 
     def give_up(self) -> None:
         """What is here is of no more use: it goes with the error that follows."""

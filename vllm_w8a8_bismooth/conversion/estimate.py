@@ -25,6 +25,8 @@ class Needs:
 
 _BASE_MEMORY = 6e8
 _ROW_BYTES = 4  # of scales
+TOGETHER = 256  # rows that are compensated at once, as in quantize.py, which imports torch
+_STEP = 2e-5  # seconds of a column of TOGETHER rows beside its products, two cores at work
 _CARRIED = 0.25  # of a byte's time if activations are only carried through it; measured on blocks of LLaMA 3 8B's size
 
 
@@ -35,6 +37,7 @@ def needs(
     measured_tokens: int = 0,
     blocks: range | None = None,
     carried: range = range(0),
+    compensated: bool = False,
 ) -> Needs:
     """An estimate for a per-channel conversion on a CPU.
 
@@ -45,6 +48,7 @@ def needs(
         measured_tokens: that pass through each block in fp32, to measure what quantization does there.
         blocks: to convert; ``None`` is all.
         carried: blocks through which activations are only carried.
+        compensated: whether weights are rounded with :mod:`method.compensate`, after calibration.
     """
     blocks = range(len(source.layers)) if blocks is None else blocks
     headers, item = source.checkpoint.headers, {BF16: 2, FP32: 4}[rates.arithmetic]
@@ -69,6 +73,10 @@ def needs(
         memory += state + item * 3 * 1024 * source.sizes["intermediate"]
         memory += item * _copied(source, {BF16: "BF16", FP32: "F32"}[rates.arithmetic])
         seconds += 2 * work * calibration_tokens / rates.products
+    if compensated and calibration_tokens is not None:
+        seconds += sum(_compensation(source, index, calibration_tokens, rates) for index in blocks)
+        seconds += 2 * work * calibration_tokens / rates.products if measured_tokens else 0  # activations once more
+        memory += _compensation_nbytes(source)
     if measured_tokens:
         memory += 2 * source.block_nbytes()
         read += source.nbytes()
@@ -76,6 +84,31 @@ def needs(
     disk = written + source.checkpoint.companion_nbytes() + 2 * state
     # The source is read while blocks are worked on.
     return Needs(source.nbytes(blocks), written, int(memory), disk, max(seconds, read / rates.reading))
+
+
+def _inputs(source: Layout, index: int) -> list[tuple[int, int]]:
+    """Of each site of a block: how many channels K its linears read, and how many rows these have."""
+    layer, sizes = source.layers[index], source.sizes
+    found = []
+    for site in layer.sites:
+        shapes = [layer.linears[consumer] for consumer in site.consumers if consumer in layer.linears]
+        found.append((sizes[shapes[0][1]], sum(sizes[part] for parts, _ in shapes for part in parts)))
+    return found
+
+
+def _compensation(source: Layout, index: int, tokens: int, rates: Rates) -> float:
+    """Seconds that error-compensating rounding adds to a block."""
+    products, steps = 0.0, 0
+    for columns, rows in _inputs(source, index):
+        products += 2 * tokens * columns**2 + 4 / 3 * columns**3 + rows * columns**2
+        steps += columns * math.ceil(rows / TOGETHER)
+    return products / rates.precise + steps * _STEP
+
+
+def _compensation_nbytes(source: Layout) -> int:
+    """Memory that it takes in the largest block: K x K numbers a site, and three times more of the largest at work."""
+    blocks = ([columns**2 for columns, _ in _inputs(source, index)] for index in range(len(source.layers)))
+    return 4 * max((sum(squares) + 3 * max(squares) for squares in blocks if squares), default=0)
 
 
 def _copied(source: Layout, dtype: str) -> int:

@@ -151,7 +151,8 @@ def survey(place: Folder | Repository, calibration_tokens: int, group_size: int)
         result.problems += error.problems
         return result
     rates = measured(layout)
-    result.needs = {"data-free": needs(layout, None, rates), "calibrated": needs(layout, calibration_tokens, rates)}
+    calibrated = needs(layout, calibration_tokens, rates, compensated=True)
+    result.needs = {"data-free": needs(layout, None, rates), "calibrated": calibrated}
     result.per_channel, result.per_group = parallel_problems(layout, None), parallel_problems(layout, group_size)
     return result
 

@@ -94,7 +94,8 @@ def preview(ready: Preparation) -> Preview:
     resumed = finished(journal, CONVERT, ready.blocks)
     before = range(ready.blocks.start if ready.recipe.smoothing and not resumed else 0)
     left = range(finished(journal, CARRY, before), before.stop)
-    need = needs(source, tokens, measured_rates(source), measured, blocks=ready.blocks[resumed:], carried=left)
+    compensated, blocks = ready.recipe.rounding == "gptq", ready.blocks[resumed:]
+    need = needs(source, tokens, measured_rates(source), measured, blocks, left, compensated)
     return Preview(
         destination=ready.destination,
         reused=False,

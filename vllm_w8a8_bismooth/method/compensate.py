@@ -12,6 +12,9 @@ import torch
 
 DAMPING = 0.01
 """Share of the mean of H's diagonal that is added to it, so that directions that calibration has not seen stay put."""
+REACH = 1
+"""Codes end at most so many steps from the nearest. On real models that costs nothing that can be measured, and what a
+weight was can still be seen from its code."""
 _COLUMNS = 128  # rounded before what they leave is handed on to all later ones at once
 
 
@@ -80,7 +83,7 @@ class Compensation:
             scale: fp32 ``[n, G]``, positive: of each row, or of G groups of its columns.
 
         Returns:
-            fp32 ``[n, K]``, integers in [-127, 127].
+            fp32 ``[n, K]``, integers in [-127, 127], at most :data:`REACH` from round-to-nearest's.
         """
         columns = weight.shape[1]
         # Columns are contiguous here: they are worked on one after the other.
@@ -88,13 +91,17 @@ class Compensation:
         steps = scale.T.contiguous()
         group = (self.order // (columns // len(steps))).tolist()
         codes = torch.empty_like(left)
+        for code, column, g in zip(codes, left, group, strict=True):
+            torch.div(column, steps[g], out=code).round_()
         for start in range(0, columns, _COLUMNS):
             end = min(start + _COLUMNS, columns)
             here, u = left[start:end], self.factor[start:end, start:end]
             errors = torch.empty_like(here)
             for j in range(end - start):
                 step = steps[group[start + j]]
-                code = torch.div(here[j], step, out=codes[start + j]).round_().clamp_(-127, 127)
+                code, nearest = codes[start + j], codes[start + j].clone()
+                torch.div(here[j], step, out=code).round_().sub_(nearest).clamp_(-REACH, REACH).add_(nearest)
+                code.clamp_(-127, 127)
                 torch.addcmul(here[j], code, step, value=-1, out=errors[j]).div_(u[j, j])
                 if start + j + 1 < end:
                     here[j + 1 :].addr_(u[j, j + 1 :], errors[j], alpha=-1)

@@ -9,7 +9,7 @@ from vllm_w8a8_bismooth import grouping
 from vllm_w8a8_bismooth.method.compensate import Compensation
 from vllm_w8a8_bismooth.method.rows import ALONE, Fold, Memory, Threads
 
-_TOGETHER = 256  # rows that are compensated at once, or more: each step of a column is a call for all of them
+TOGETHER = 256  # rows that are compensated at once, or more: each step of a column is a call for all of them
 
 
 class Loss:
@@ -129,7 +129,7 @@ def quantize_folded(
         take(start, codes, torch.cat(scales))
         return cost
 
-    least = 1 if compensation is None else len(weight) if weight.is_cuda else _TOGETHER
+    least = 1 if compensation is None else len(weight) if weight.is_cuda else TOGETHER
     for cost in threads.over(weight, fold, work, least):  # in order, so that the sums are the same every time
         loss.error += cost.error
         loss.power += cost.power

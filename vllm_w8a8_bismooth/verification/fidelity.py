@@ -3,7 +3,8 @@
 Smoothing divides what feeds a linear and multiplies the linear's columns. What a norm gave up is on record: its old
 gain over its new one. What ``v_proj`` or ``up_proj`` gave up is not, but it can be found again: a code ``q`` of step
 ``d`` stands for the interval ``(q - 1/2) d`` to ``(q + 1/2) d``, so each weight of a row bounds that row's factor, and
-a whole row leaves a narrow range. An empty range means that the row is no rounding of the source's row, whatever was
+a whole row leaves a narrow range. (Compensated rounding goes up to :data:`compensate.REACH` steps further, and the
+ranges are as much wider.) An empty range means that the row is no rounding of the source's row, whatever was
 folded into it. If the ranges of a producer's rows and its consumers' columns do not meet, the two sides do not cancel.
 """
 
@@ -18,10 +19,11 @@ import torch
 
 from vllm_w8a8_bismooth.checkpoint.architectures import Layer, Site
 from vllm_w8a8_bismooth.checkpoint.companions import companions, loaded
-from vllm_w8a8_bismooth.checkpoint.files import CONFIG, sha256
+from vllm_w8a8_bismooth.checkpoint.files import CONFIG, RECIPE, read_json, sha256
 from vllm_w8a8_bismooth.checkpoint.layout import Source
 from vllm_w8a8_bismooth.checkpoint.reader import Checkpoint
 from vllm_w8a8_bismooth.errors import BismoothError, Problem
+from vllm_w8a8_bismooth.method.compensate import REACH
 from vllm_w8a8_bismooth.method.rows import Threads
 from vllm_w8a8_bismooth.method.smooth import gather, rows_of, spread
 from vllm_w8a8_bismooth.progress import Progress
@@ -60,6 +62,7 @@ class Comparison:
             and before[f"{name}.weight"].shape == after[f"{name}.weight"].shape
         }
         self._unreadable = unreadable
+        self.reach = _reach(result.folder)
 
     def fault(self, where: str, what: str, remedy: str) -> None:
         self.problems.append(Problem(where, what, remedy))
@@ -213,7 +216,8 @@ class _Block:
                 continue
             columns, free = self.claims.get(linear), self.free.get(linear, slice(0, 0))
             columns = torch.ones(self._columns(linear)) if columns is None else columns
-            found = self.matches[linear] = match(threads, self.source, self.result, name, columns, free)
+            found = match(threads, self.source, self.result, name, columns, free, self.all.reach)
+            self.matches[linear] = found
             self.all.sqnr[self.prefix + linear] = found.sqnr
 
     def _judge_linears(self) -> None:
@@ -315,6 +319,15 @@ class _Block:
         bad[divided] = False
         if bad.any():
             self.all.fault(name, f"differs from the source's in {int(bad.sum())} values ({_first(bad)})", _SOURCE)
+
+
+def _reach(folder: Path) -> int:
+    """How many steps the codes of a checkpoint may lie from the nearest, by its recipe; the most if it has none."""
+    try:
+        recipe = read_json(folder / RECIPE)["recipe"]
+        return 0 if recipe.get("rounding") != "gptq" else REACH
+    except (BismoothError, KeyError, TypeError, AttributeError):
+        return REACH
 
 
 def is_zero(source: Checkpoint, name: str) -> bool:

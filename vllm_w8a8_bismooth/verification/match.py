@@ -56,7 +56,13 @@ class Match:
 
 
 def match(
-    threads: Threads, source: Checkpoint, result: Checkpoint, name: str, columns: torch.Tensor, free: slice
+    threads: Threads,
+    source: Checkpoint,
+    result: Checkpoint,
+    name: str,
+    columns: torch.Tensor,
+    free: slice,
+    reach: int = 0,
 ) -> Match:
     """Compare a linear with its source, a few rows a thread in memory at a time.
 
@@ -66,6 +72,7 @@ def match(
         name: of the weight, in both.
         columns: fp32 ``[K]`` factors claimed for the columns; 0 where nothing is known and nothing depends on it.
         free: the rows that may have been divided by factors yet unknown.
+        reach: how many steps a code may lie from the nearest.
     """
     rows, width = source.headers[name].shape
     silent = (columns == 0).nonzero().view(-1)
@@ -76,15 +83,15 @@ def match(
         """Columns' factors, power and error of some rows; the rows' own factors go to their places."""
         count, possible = min(step, rows - start), Range.unknown(width)
         claimed = source.rows(name, start, count).float() * columns
-        stored, half = _stored(result, name, start, count)
+        stored, half = _stored(result, name, start, count, reach)
         stored[:, silent] = 0
         inverse = claimed.reciprocal()
-        middle, reach = stored * inverse, half * inverse.abs()
-        low, high = middle - reach, middle.add_(reach)
+        middle, around = stored * inverse, half * inverse.abs()
+        low, high = middle - around, middle.add_(around)
         if not low.isfinite().all():
             nothing = inverse.isinf()  # weights of 0 show nothing, but no factor makes anything else of them
             low[nothing], high[nothing] = -inf, inf
-            low[(claimed == 0) & (stored != 0)] = inf
+            low[(claimed == 0) & (stored.abs() > half)] = inf
         first, last = (min(max(edge - start, 0), count) for edge in (free.start, free.stop))
         for fixed in (slice(0, first), slice(last, count)):
             if fixed.start < fixed.stop:
@@ -105,12 +112,12 @@ def match(
     return found
 
 
-def _stored(result: Checkpoint, name: str, start: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _stored(result: Checkpoint, name: str, start: int, count: int, reach: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Some rows of a linear, fp32 ``[n, K]``, and how far from each value may lie what was rounded to it."""
     rows = result.rows(name, start, count)
     if rows.is_floating_point():
         dtype, stored = torch.finfo(rows.dtype), rows.float()
         return stored, stored.abs() * (dtype.eps / 2 + _ROOM) + dtype.eps * dtype.smallest_normal
     scale = result.rows(f"{name}_scale", start, count).float()
-    half, width = scale * _HALF, rows.shape[1] // scale.shape[1]
+    half, width = scale * (_HALF + reach), rows.shape[1] // scale.shape[1]
     return dequantize_weight(rows, scale), half.repeat_interleave(width, dim=1) if scale.shape[1] > 1 else half
