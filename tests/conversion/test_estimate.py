@@ -16,9 +16,9 @@ from vllm_w8a8_bismooth.checkpoint.files import Folder
 from vllm_w8a8_bismooth.checkpoint.layout import Layout
 from vllm_w8a8_bismooth.checkpoint.reader import Headers
 from vllm_w8a8_bismooth.conversion import rates
-from vllm_w8a8_bismooth.conversion.estimate import TOGETHER, needs
+from vllm_w8a8_bismooth.conversion.estimate import TOGETHER, WIDEST, needs
 from vllm_w8a8_bismooth.measure import arithmetic
-from vllm_w8a8_bismooth.method import quantize
+from vllm_w8a8_bismooth.method import compensate, quantize
 
 RATES = rates.Rates(rounding=1e9, reading=math.inf, arithmetic="bfloat16", products=1e12, precise=1e11)
 
@@ -44,13 +44,14 @@ def test_seconds_follow_from_rates(layout):
 
 def test_compensation_takes_time_and_memory(layout):
     """Of LLaMA 3 70B's sites: products of inputs, Cholesky's factor and its inverse, and what each column hands on."""
-    assert TOGETHER == quantize.TOGETHER
+    assert (TOGETHER, WIDEST) == (quantize.TOGETHER, compensate.WIDEST)
     sites = {"o": (8192, 8192), "qkv": (8192, 10240), "gate_up": (8192, 57344), "down": (28672, 8192)}
-    products = sum(2 * 1000 * k**2 + 4 / 3 * k**3 + n * k**2 for k, n in sites.values())
+    widths = {8192: 8192, 28672: 7168}
+    products = sum(k * (2 * 1000 * widths[k] + 4 / 3 * widths[k] ** 2 + n * widths[k]) for k, n in sites.values())
     steps = sum(k * n / 256 for k, n in sites.values())
     nearest, made = (needs(layout, 1000, RATES, compensated=compensated) for compensated in (False, True))
     assert made.seconds - nearest.seconds == pytest.approx(80 * (products / 1e11 + 2e-5 * steps), rel=1e-3)
-    assert made.memory_bytes - nearest.memory_bytes == 4 * (3 * 8192**2 + 4 * 28672**2)
+    assert made.memory_bytes - nearest.memory_bytes == 4 * (3 * 8192**2 + 3 * 28672 * 7168)
     assert needs(layout, None, RATES, compensated=True) == needs(layout, None, RATES)
 
 

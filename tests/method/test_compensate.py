@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vllm_w8a8_bismooth.method import compensate
 from vllm_w8a8_bismooth.method.compensate import REACH, Compensation, Gram
 from vllm_w8a8_bismooth.method.quantize import dequantize_weight, quantize_folded, quantize_weight
 from vllm_w8a8_bismooth.method.rows import Fold, Threads
@@ -39,11 +40,12 @@ def rounded(weight: torch.Tensor, compensation: Compensation, group_size: int | 
 
 def test_the_factor_is_of_the_damped_inverse():
     gram = gram_of(inputs(300, 24))
-    made = Compensation.of(gram, damping=0.02)
-    h = gram.products.double()[made.order][:, made.order]
+    (products,), made = gram.products, Compensation.of(Gram([*gram.products]), damping=0.02)
+    (order,), (factor,) = made.orders, made.factors
+    h = products.double()[order][:, order]
     h.diagonal().add_(0.02 * float(h.diagonal().mean()))
-    u = made.factor.double()
-    assert torch.equal(made.factor, made.factor.triu())
+    u = factor.double()
+    assert torch.equal(factor, factor.triu())
     torch.testing.assert_close(u.T @ u, h.inverse(), rtol=1e-3, atol=1e-4 * float(h.inverse().abs().max()))
     assert (h.diagonal().diff() <= 0).all()
 
@@ -53,24 +55,24 @@ def test_columns_one_by_one_give_the_same(group_size):
     """The paper's recursion, in fp64 and without blocks of columns: eq. 2 and 3 of arXiv 2210.17323."""
     rows = inputs(600, 160)
     weight = torch.randn(5, 160, generator=torch.Generator().manual_seed(1))
-    gram = gram_of(rows)
-    made = Compensation.of(gram)
+    made, (products,) = Compensation.of(gram_of(rows)), gram_of(rows).products
+    (order,) = made.orders
     _, scale = quantize_weight(weight, group_size)
-    h = gram.products.double()[made.order][:, made.order]
+    h = products.double()[order][:, order]
     h.diagonal().add_(0.01 * float(h.diagonal().mean()))
-    left, columns = weight.double()[:, made.order], 160
+    left, columns = weight.double()[:, order], 160
     expected = torch.empty_like(left)
     inverse = h.inverse()
     for j in range(columns):
-        step = scale.double()[:, int(made.order[j]) // (group_size or columns)]
-        nearest = (weight.double()[:, int(made.order[j])] / step).round()
+        step = scale.double()[:, int(order[j]) // (group_size or columns)]
+        nearest = (weight.double()[:, int(order[j])] / step).round()
         code = (left[:, j] / step).round()
         expected[:, j] = torch.clamp(code, nearest - REACH, nearest + REACH).clamp(-127, 127)
         error = (left[:, j] - expected[:, j] * step) / inverse[j, j]
         left[:, j:] -= error.unsqueeze(1) * inverse[j, j:]
         # Row and column j leave the inverse (eq. 3).
         inverse = inverse - inverse[:, j : j + 1] @ inverse[j : j + 1] / inverse[j, j]
-    found = made.round(weight, scale)[:, made.order]
+    found = made.round(weight, scale)[:, order]
     assert (found.double() - expected).abs().max() <= 1, "one apart where a value lies between two codes"
     assert (found.double() != expected).float().mean() < 0.02
 
@@ -93,7 +95,7 @@ def test_the_outputs_error_shrinks(seed, group_size):
 
 
 def test_inputs_that_do_not_go_together_change_nothing():
-    gram = Gram(torch.diag(torch.linspace(1, 2, 48)))
+    gram = Gram([torch.diag(torch.linspace(1, 2, 48))])
     weight = torch.randn(16, 48, generator=torch.Generator().manual_seed(0))
     assert torch.equal(rounded(weight, Compensation.of(gram)), dequantize_weight(*quantize_weight(weight)))
 
@@ -126,11 +128,30 @@ def test_no_inputs_at_all_are_the_nearest():
 def test_a_fold_is_of_the_inputs_too():
     """Weights times s on inputs over s: the outputs are the same, and so is what they weigh."""
     rows, s = inputs(300, 48), torch.logspace(-1, 1, 48)
-    there, here = gram_of(rows).scaled(1 / s), Gram.none(48)
     sizes = rows.square().mean(dim=1, keepdim=True).sqrt()
     scaled = rows / sizes / s
-    here.products = scaled.T @ scaled
-    torch.testing.assert_close(there.products, here.products, rtol=1e-4, atol=1e-4)
+    (found,) = gram_of(rows).scaled(1 / s).products
+    torch.testing.assert_close(found, scaled.T @ scaled, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("channels", "widest", "widths"), [(8, 8, [8]), (20, 8, [7, 7, 6]), (28672, 8192, [7168] * 4)])
+def test_channels_are_shared_out(monkeypatch, channels, widest, widths):
+    monkeypatch.setattr(compensate, "WIDEST", widest)
+    assert compensate.parts(channels) == widths
+
+
+@pytest.mark.parametrize("group_size", [None, 32])
+def test_parts_are_rounded_each_for_itself(monkeypatch, group_size):
+    rows, weight = inputs(500, 96), torch.randn(12, 96, generator=torch.Generator().manual_seed(3))
+    monkeypatch.setattr(compensate, "WIDEST", 40)
+    found = rounded(weight, Compensation.of(gram_of(rows)), group_size)
+    sizes = rows.square().mean(dim=1, keepdim=True).sqrt()
+    _, scale = quantize_weight(weight, group_size)
+    for start in range(0, 96, 32):
+        part = slice(start, start + 32)
+        alone = Gram([(rows / sizes)[:, part].T @ (rows / sizes)[:, part]])
+        steps = scale if group_size is None else scale[:, start // 32 : start // 32 + 1]
+        torch.testing.assert_close(found[:, part], Compensation.of(alone).round(weight[:, part], steps) * steps)
 
 
 def test_threads_do_not_change_the_codes():

@@ -25,7 +25,7 @@ class Needs:
 
 _BASE_MEMORY = 6e8
 _ROW_BYTES = 4  # of scales
-TOGETHER = 256  # rows that are compensated at once, as in quantize.py, which imports torch
+TOGETHER, WIDEST = 256, 8192  # as in quantize.py and compensate.py, which import torch
 _STEP = 2e-5  # seconds of a column of TOGETHER rows beside its products, two cores at work
 _CARRIED = 0.25  # of a byte's time if activations are only carried through it; measured on blocks of LLaMA 3 8B's size
 
@@ -100,15 +100,19 @@ def _compensation(source: Layout, index: int, tokens: int, rates: Rates) -> floa
     """Seconds that error-compensating rounding adds to a block."""
     products, steps = 0.0, 0
     for columns, rows in _inputs(source, index):
-        products += 2 * tokens * columns**2 + 4 / 3 * columns**3 + rows * columns**2
+        width = columns / math.ceil(columns / WIDEST)
+        products += columns * (2 * tokens * width + 4 / 3 * width**2 + rows * width)
         steps += columns * math.ceil(rows / TOGETHER)
     return products / rates.precise + steps * _STEP
 
 
 def _compensation_nbytes(source: Layout) -> int:
-    """Memory that it takes in the largest block: K x K numbers a site, and three times more of the largest at work."""
-    blocks = ([columns**2 for columns, _ in _inputs(source, index)] for index in range(len(source.layers)))
-    return 4 * max((sum(squares) + 3 * max(squares) for squares in blocks if squares), default=0)
+    """Memory that it takes in the largest block: of each site what its inputs have in common, and twice that of one."""
+    sizes = (
+        [4 * columns * math.ceil(columns / math.ceil(columns / WIDEST)) for columns, _ in _inputs(source, index)]
+        for index in range(len(source.layers))
+    )
+    return max((sum(block) + 2 * max(block) for block in sizes if block), default=0)
 
 
 def _copied(source: Layout, dtype: str) -> int:

@@ -15,6 +15,8 @@ DAMPING = 0.01
 REACH = 1
 """Codes end at most so many steps from the nearest. On real models that costs nothing that can be measured, and what a
 weight was can still be seen from its code."""
+WIDEST = 8192
+"""Channels whose errors are made up for together."""
 _COLUMNS = 128  # rounded before what they leave is handed on to all later ones at once
 
 
@@ -23,57 +25,56 @@ class Gram:
     """``sum x x^T`` over rows of K channels. Every row counts as much as any other: it is divided by its size.
 
     Attributes:
-        products: fp32 ``[K, K]``.
+        products: of each part of the channels, at most :data:`WIDEST` neighbours, fp32 ``[k, k]``. What channels of
+            different parts have in common is left out, so that memory and time grow with K and not with its powers.
     """
 
-    products: torch.Tensor
+    products: list[torch.Tensor]
 
     @classmethod
     def none(cls, channels: int, device: torch.device | str = "cpu") -> "Gram":
         """Of no rows."""
-        return cls(torch.zeros(channels, channels, device=device))
+        return cls([torch.zeros(width, width, device=device) for width in parts(channels)])
 
     def add(self, rows: torch.Tensor) -> None:
         """Count fp32 ``[T, K]``."""
         size = rows.square().mean(dim=1, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny).sqrt_()
-        rows = rows / size
-        self.products.addmm_(rows.T, rows)
+        for products, part in zip(self.products, (rows / size).split(parts(rows.shape[1]), dim=1), strict=True):
+            products.addmm_(part.T, part)
 
     def scaled(self, factor: torch.Tensor) -> "Gram":
         """Of the same rows after channel k is multiplied by ``factor[k]``, fp32 ``[K]``."""
-        return Gram(self.products * factor * factor.unsqueeze(1))
+        factors = factor.split([len(products) for products in self.products])
+        return Gram([p * f * f.unsqueeze(1) for p, f in zip(self.products, factors, strict=True)])
+
+
+def parts(channels: int) -> list[int]:
+    """Widths of the fewest parts of K channels that are as wide as each other but for the last."""
+    width = -(-channels // -(-channels // WIDEST))
+    return [min(width, channels - start) for start in range(0, channels, width)]
 
 
 @dataclass(frozen=True)
 class Compensation:
-    """What column-by-column rounding needs to know of the inputs of a linear.
+    """What column-by-column rounding needs to know of the inputs of a linear, part by part.
 
     Attributes:
-        order: int64 ``[K]``, columns with the largest inputs first.
-        factor: fp32 ``[K, K]``, upper triangular U with ``U^T U`` the inverse of the damped H in that order.
+        orders: int64 ``[k]`` each, columns of a part with the largest inputs first.
+        factors: fp32 ``[k, k]`` each, upper triangular U with ``U^T U`` the inverse of the damped H in that order.
     """
 
-    order: torch.Tensor
-    factor: torch.Tensor
+    orders: list[torch.Tensor]
+    factors: list[torch.Tensor]
 
     @classmethod
     def of(cls, gram: Gram, damping: float = DAMPING) -> "Compensation":
-        """From what a linear reads. More damping is taken where fp32 cannot factor H."""
-        diagonal = gram.products.diagonal()
-        order = torch.argsort(diagonal, descending=True, stable=True)
-        # Backwards, because Cholesky's L of H backwards gives H = R R^T with R = L backwards, and U = R^-1.
-        backwards = order.flip(0)
-        h = gram.products[backwards][:, backwards]
-        added = damping * (float(diagonal.mean()) or 1.0)
-        h.diagonal().add_(added)
-        lower, failed = torch.linalg.cholesky_ex(h)
-        while failed:
-            h.diagonal().add_(9 * added)
-            added *= 10
-            lower, failed = torch.linalg.cholesky_ex(h)
-        del h
-        unit = torch.eye(len(lower), device=lower.device)
-        return cls(order, torch.linalg.solve_triangular(lower, unit, upper=False).flip(0, 1))
+        """From what a linear reads, which is used up. More damping is taken where fp32 cannot factor H."""
+        made = cls([], [])
+        while gram.products:
+            order, factor = _factored(gram.products.pop(0), damping)
+            made.orders.append(order)
+            made.factors.append(factor)
+        return made
 
     def round(self, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         """The codes of some rows.
@@ -85,27 +86,58 @@ class Compensation:
         Returns:
             fp32 ``[n, K]``, integers in [-127, 127], at most :data:`REACH` from round-to-nearest's.
         """
-        columns = weight.shape[1]
-        # Columns are contiguous here: they are worked on one after the other.
-        left = weight.T[self.order]
-        steps = scale.T.contiguous()
-        group = (self.order // (columns // len(steps))).tolist()
-        codes = torch.empty_like(left)
-        for code, column, g in zip(codes, left, group, strict=True):
-            torch.div(column, steps[g], out=code).round_()
-        for start in range(0, columns, _COLUMNS):
-            end = min(start + _COLUMNS, columns)
-            here, u = left[start:end], self.factor[start:end, start:end]
-            errors = torch.empty_like(here)
-            for j in range(end - start):
-                step = steps[group[start + j]]
-                code, nearest = codes[start + j], codes[start + j].clone()
-                torch.div(here[j], step, out=code).round_().sub_(nearest).clamp_(-REACH, REACH).add_(nearest)
-                code.clamp_(-127, 127)
-                torch.addcmul(here[j], code, step, value=-1, out=errors[j]).div_(u[j, j])
-                if start + j + 1 < end:
-                    here[j + 1 :].addr_(u[j, j + 1 :], errors[j], alpha=-1)
-            left[end:].addmm_(self.factor[start:end, end:].T, errors, alpha=-1)
-        rounded = torch.empty_like(codes)
-        rounded[self.order] = codes
-        return rounded.T.contiguous()
+        columns, steps = weight.shape[1], scale.T.contiguous()
+        rounded, width = torch.empty_like(weight), columns // len(steps)
+        start = 0
+        for order, factor in zip(self.orders, self.factors, strict=True):
+            part = slice(start, start + len(order))
+            group = ((order + start) // width).tolist()
+            rounded[:, part] = _round(weight[:, part], order, factor, steps, group)
+            start = part.stop
+        return rounded
+
+
+def _factored(products: torch.Tensor, damping: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Order and factor of one part."""
+    diagonal = products.diagonal()
+    order = torch.argsort(diagonal, descending=True, stable=True)
+    # Backwards, because Cholesky's L of H backwards gives H = R R^T with R = L backwards, and U = R^-1.
+    backwards = order.flip(0)
+    h = products[backwards][:, backwards]
+    added = damping * (float(diagonal.mean()) or 1.0)
+    h.diagonal().add_(added)
+    lower, failed = torch.linalg.cholesky_ex(h)
+    while failed:
+        h.diagonal().add_(9 * added)
+        added *= 10
+        lower, failed = torch.linalg.cholesky_ex(h)
+    del h
+    unit = torch.eye(len(lower), device=lower.device)
+    return order, torch.linalg.solve_triangular(lower, unit, upper=False).flip(0, 1)
+
+
+def _round(
+    weight: torch.Tensor, order: torch.Tensor, factor: torch.Tensor, steps: torch.Tensor, group: list[int]
+) -> torch.Tensor:
+    """The codes of one part, fp32 ``[n, k]``; the step of the j-th column in order is ``steps[group[j]]``, ``[n]``."""
+    # Columns are contiguous here: they are worked on one after the other.
+    left = weight.T[order]
+    codes = torch.empty_like(left)
+    for code, column, g in zip(codes, left, group, strict=True):
+        torch.div(column, steps[g], out=code).round_()
+    for start in range(0, len(left), _COLUMNS):
+        end = min(start + _COLUMNS, len(left))
+        here, u = left[start:end], factor[start:end, start:end]
+        errors = torch.empty_like(here)
+        for j in range(end - start):
+            step, code = steps[group[start + j]], codes[start + j]
+            nearest = code.clone()
+            torch.div(here[j], step, out=code).round_().sub_(nearest).clamp_(-REACH, REACH).add_(nearest)
+            code.clamp_(-127, 127)
+            torch.addcmul(here[j], code, step, value=-1, out=errors[j]).div_(u[j, j])
+            if start + j + 1 < end:
+                here[j + 1 :].addr_(u[j, j + 1 :], errors[j], alpha=-1)
+        left[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)
+    rounded = torch.empty_like(codes)
+    rounded[order] = codes
+    return rounded.T
