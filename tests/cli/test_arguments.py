@@ -1,6 +1,7 @@
 """How the command line is read: every option of every verb, whatever verbs there are."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import typer
@@ -11,6 +12,7 @@ from vllm_w8a8_bismooth.cli import main
 from vllm_w8a8_bismooth.cli.advice import advice
 from vllm_w8a8_bismooth.errors import BismoothError
 from vllm_w8a8_bismooth.measure.perturbation import Evidence
+from vllm_w8a8_bismooth.measure.used import Used
 from vllm_w8a8_bismooth.recipe import DEFAULTS, Recipe
 from vllm_w8a8_bismooth.report.outcome import Outcome
 
@@ -144,6 +146,14 @@ def test_advice_fits_what_was_done(method, recipe, report, says):
     stopped = method == "auto" and report.granularity[0].held_back
     assert ("--group-budget" in says) == stopped, "where it stopped nothing, a larger one gives nothing"
     assert "--smoothing balanced" not in says or recipe.smoothing == "alpha"
+
+
+@pytest.mark.parametrize(("tokens", "few"), [(1, True), (1023, True), (1024, False)])
+def test_few_tokens_are_named_first(tokens, few):
+    recipe = replace(Recipe.of("bismooth"), calibration="0" * 64)
+    report = Outcome("out", recipe=recipe)
+    report.used = Used(("t",), 1, 0, None, 1, 1, tokens)
+    assert advice(recipe, report).startswith("Try more calibration text") == few
 
 
 @pytest.mark.parametrize(("options", "says"), [((), "; the same command goes on from there"), (("--dry-run",), "")])

@@ -46,12 +46,12 @@ def test_compensation_takes_time_and_memory(layout):
     """Of LLaMA 3 70B's sites: products of inputs, Cholesky's factor and its inverse, and what each column hands on."""
     assert (TOGETHER, WIDEST) == (quantize.TOGETHER, compensate.WIDEST)
     sites = {"o": (8192, 8192), "qkv": (8192, 10240), "gate_up": (8192, 57344), "down": (28672, 8192)}
-    widths = {8192: 8192, 28672: 7168}
+    widths = {8192: 4096, 28672: 4096}
     products = sum(k * (2 * 1000 * widths[k] + 4 / 3 * widths[k] ** 2 + n * widths[k]) for k, n in sites.values())
     steps = sum(k * n / 256 for k, n in sites.values())
     nearest, made = (needs(layout, 1000, RATES, compensated=compensated) for compensated in (False, True))
     assert made.seconds - nearest.seconds == pytest.approx(80 * (products / 1e11 + 2e-5 * steps), rel=1e-3)
-    assert made.memory_bytes - nearest.memory_bytes == 4 * (3 * 8192**2 + 3 * 28672 * 7168)
+    assert made.memory_bytes - nearest.memory_bytes == 4 * 4096 * (3 * 8192 + 3 * 28672)
     assert needs(layout, None, RATES, compensated=True) == needs(layout, None, RATES)
 
 

@@ -134,7 +134,7 @@ def test_a_fold_is_of_the_inputs_too():
     torch.testing.assert_close(found, scaled.T @ scaled, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("channels", "widest", "widths"), [(8, 8, [8]), (20, 8, [7, 7, 6]), (28672, 8192, [7168] * 4)])
+@pytest.mark.parametrize(("channels", "widest", "widths"), [(8, 8, [8]), (20, 8, [7, 7, 6]), (28672, 4096, [4096] * 7)])
 def test_channels_are_shared_out(monkeypatch, channels, widest, widths):
     monkeypatch.setattr(compensate, "WIDEST", widest)
     assert compensate.parts(channels) == widths
@@ -165,3 +165,12 @@ def test_threads_do_not_change_the_codes():
     with Threads() as threads:
         quantize_folded(weight, Fold(), None, take, threads, made)
     assert torch.equal(dequantize_weight(codes, quantize_weight(weight)[1]), alone)
+
+
+def test_the_loss_is_what_the_scales_leave():
+    """Codes that make up for errors lie further from the weights; that is no reason to call a linear broken."""
+    weight = torch.randn(40, 64, generator=torch.Generator().manual_seed(4))
+    made = Compensation.of(gram_of(inputs(500, 64)))
+    losses = [quantize_folded(weight, Fold(), compensation=compensation) for compensation in (None, made)]
+    assert losses[0].column_error() == losses[1].column_error() and losses[0].sqnr() == losses[1].sqnr()
+    assert not torch.equal(rounded(weight, made), dequantize_weight(*quantize_weight(weight)))

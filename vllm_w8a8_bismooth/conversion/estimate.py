@@ -25,7 +25,7 @@ class Needs:
 
 _BASE_MEMORY = 6e8
 _ROW_BYTES = 4  # of scales
-TOGETHER, WIDEST = 256, 8192  # as in quantize.py and compensate.py, which import torch
+TOGETHER, WIDEST = 256, 4096  # as in quantize.py and compensate.py, which import torch
 _STEP = 2e-5  # seconds of a column of TOGETHER rows beside its products, two cores at work
 _CARRIED = 0.25  # of a byte's time if activations are only carried through it; measured on blocks of LLaMA 3 8B's size
 

@@ -15,8 +15,8 @@ DAMPING = 0.01
 REACH = 1
 """Codes end at most so many steps from the nearest. On real models that costs nothing that can be measured, and what a
 weight was can still be seen from its code."""
-WIDEST = 8192
-"""Channels whose errors are made up for together."""
+WIDEST = 4096
+"""Channels whose errors are made up for together. To halve the widest that a real model had cost nothing measurable."""
 _COLUMNS = 128  # rounded before what they leave is handed on to all later ones at once
 
 

@@ -62,21 +62,15 @@ def quantize_weight(weight: torch.Tensor, group_size: int | None = None) -> tupl
 
 def _quantize(weight: torch.Tensor, group_size: int | None, rounded: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
     """:func:`quantize_weight` into given memory, fp32 and int8 ``[N, K]``, both of which get the codes."""
-    scale = _scale(weight, group_size, rounded)
-    shape = (*scale.shape, -1)
+    rows, columns = weight.shape
+    groups = grouping.groups(columns, group_size)
+    shape = (rows, groups, columns // groups)
+    amax = torch.abs(weight, out=rounded).view(shape).amax(dim=-1)
+    scale = amax / amax.new_tensor(127)  # a tensor, because on CUDA torch multiplies by the reciprocal of a scalar
+    scale[scale == 0] = 1
     # The clamp matters only where amax / 127 is subnormal and too coarse to hold the ratio 127.
     torch.div(weight.view(shape), scale.unsqueeze(-1), out=rounded.view(shape)).round_().clamp_(-127, 127)
     codes.copy_(rounded)
-    return scale
-
-
-def _scale(weight: torch.Tensor, group_size: int | None, scratch: torch.Tensor) -> torch.Tensor:
-    """The scales of :func:`quantize_weight`, by way of other memory of the weight's shape."""
-    rows, columns = weight.shape
-    groups = grouping.groups(columns, group_size)
-    amax = torch.abs(weight, out=scratch).view(rows, groups, columns // groups).amax(dim=-1)
-    scale = amax / amax.new_tensor(127)  # a tensor, because on CUDA torch multiplies by the reciprocal of a scalar
-    scale[scale == 0] = 1
     return scale
 
 
@@ -106,6 +100,10 @@ def quantize_folded(
         threads: share the rows.
         compensation: rounds instead of round-to-nearest; of the inputs after the fold.
 
+    Returns:
+        What round-to-nearest costs: what scales and steps leave of the weight. Compensation moves codes away from the
+        weight on purpose, and what it gains shows in the outputs.
+
     Raises:
         ValueError: K is not a multiple of ``group_size``.
     """
@@ -116,11 +114,9 @@ def quantize_folded(
         cost = Loss(weight.shape[1], weight.device)
         for first, piece in pieces:
             rounded = memory.get("rounded", len(piece), weight)
-            if compensation is None:
-                scale = _quantize(piece, group_size, rounded, codes[first : first + len(piece)])
-            else:
-                scale = _scale(piece, group_size, rounded)
-                codes[first : first + len(piece)] = rounded.copy_(compensation.round(piece, scale))
+            scale = _quantize(piece, group_size, rounded, codes[first : first + len(piece)])
+            if compensation is not None:
+                codes[first : first + len(piece)] = compensation.round(piece, scale)
             groups = rounded.view(len(piece), scale.shape[1], -1)
             groups *= scale.unsqueeze(-1)
             cost.error += rounded.sub_(piece).square_().sum(dim=0)

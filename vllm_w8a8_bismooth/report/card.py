@@ -316,7 +316,7 @@ vllm serve {here}{runner}
 
 ## What INT8 left of the weights
 
-The column error is the relative error that rounding leaves in an input column, averaged over the columns of a linear:
+The column error is what rounding to the nearest code leaves in an input column, relative, averaged over the columns:
 0 is exact, 1 means that all are lost. Healthy linears have about 0.01; above {threshold} a linear counts as vulnerable.
 {verdict}
 
