@@ -80,7 +80,9 @@ def test_mixed_dtypes(make_checkpoint, tmp_path, calibration_text, case, model_t
     tokens = torch.randint(2, 160, (4, 48), generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
         expected = emulate.load(source)(tokens).logits
-        for name, options in (("rtn", ("--method", "rtn")), ("bismooth", ("--calibration", calibration_text))):
+        # Compensation would fit the calibration's few letters; these tokens are any.
+        smoothed = ("--calibration", calibration_text, "--rounding", "nearest")
+        for name, options in (("rtn", ("--method", "rtn")), ("bismooth", smoothed)):
             out = converted(source, tmp_path / name, *options)
             written = tensors_of(out)
             kept = {n: t.dtype for n, t in written.items() if t.dtype != torch.int8 and not n.endswith("_scale")}

@@ -16,12 +16,15 @@ class Loss:
     """What quantization cost a ``[N, K]`` weight, summed up row by row.
 
     Attributes:
-        error: fp64 ``[K]``, sum of squared differences to the folded weight in each column.
+        error: fp64 ``[K]``, sum of squared differences to the folded weight in each column, of the nearest codes: what
+            the scales leave. Compensation moves codes away on purpose, and what it gains shows in the outputs.
         power: fp64 ``[K]``, sum of squares of the folded weight in each column.
+        written: sum of squared differences of the codes that are written.
     """
 
     def __init__(self, columns: int, device: torch.device | str = "cpu"):
         self.error, self.power = (torch.zeros(columns, dtype=torch.float64, device=device) for _ in range(2))
+        self.written = 0.0
 
     def column_error(self) -> float:
         """Mean over input columns of the relative error that INT8 leaves in them.
@@ -38,8 +41,8 @@ class Loss:
 
     def sqnr(self) -> float | None:
         """Signal-to-quantization-noise ratio of the whole weight in dB; ``None`` where nothing was lost."""
-        error, power = float(self.error.sum()), float(self.power.sum())
-        return 10 * math.log10(power / error) if error > 0 and power > 0 else None
+        power = float(self.power.sum())
+        return 10 * math.log10(power / self.written) if self.written > 0 and power > 0 else None
 
 
 def quantize_weight(weight: torch.Tensor, group_size: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -100,10 +103,6 @@ def quantize_folded(
         threads: share the rows.
         compensation: rounds instead of round-to-nearest; of the inputs after the fold.
 
-    Returns:
-        What round-to-nearest costs: what scales and steps leave of the weight. Compensation moves codes away from the
-        weight on purpose, and what it gains shows in the outputs.
-
     Raises:
         ValueError: K is not a multiple of ``group_size``.
     """
@@ -115,11 +114,14 @@ def quantize_folded(
         for first, piece in pieces:
             rounded = memory.get("rounded", len(piece), weight)
             scale = _quantize(piece, group_size, rounded, codes[first : first + len(piece)])
-            if compensation is not None:
-                codes[first : first + len(piece)] = compensation.round(piece, scale)
             groups = rounded.view(len(piece), scale.shape[1], -1)
             groups *= scale.unsqueeze(-1)
-            cost.error += rounded.sub_(piece).square_().sum(dim=0)
+            error = rounded.sub_(piece).square_().sum(dim=0)
+            cost.error += error
+            if compensation is not None:
+                made = codes[first : first + len(piece)].copy_(compensation.round(piece, scale))
+                error = dequantize_weight(made, scale).sub_(piece).square_().sum(dim=0)
+            cost.written += float(error.sum(dtype=torch.float64))
             cost.power += piece.square_().sum(dim=0)
             scales.append(scale)
         take(start, codes, torch.cat(scales))
@@ -129,4 +131,5 @@ def quantize_folded(
     for cost in threads.over(weight, fold, work, least):  # in order, so that the sums are the same every time
         loss.error += cost.error
         loss.power += cost.power
+        loss.written += cost.written
     return loss
