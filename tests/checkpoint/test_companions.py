@@ -254,14 +254,17 @@ def test_a_transformer_in_a_folder_of_its_own(make_checkpoint, tmp_path):
     assert {"1_Pooling/config.json", "2_Dense/model.safetensors"} <= digests(converted(around, tmp_path / "out")).keys()
 
 
-@pytest.mark.parametrize("file", ["tokenizer.json", "2_Dense/model.safetensors"])
+POINTERS = ("tokenizer.json", "2_Dense/model.safetensors", "config.json", "model.safetensors")
+
+
+@pytest.mark.parametrize("file", POINTERS)
 def test_pointers_of_git_lfs_are_no_files(make_checkpoint, tmp_path, file):
-    source = make_checkpoint()
+    source = make_checkpoint(sharded=False)
     projector(source)
     digest = "0" * 64
     put(source, file, f"version https://git-lfs.github.com/spec/v1\noid sha256:{digest}\nsize 12345\n".encode())
     code, message = run("convert", source, tmp_path / "out", "--method", "rtn")
-    assert code == 2 and f"{file}: a pointer of Git LFS, not the file; download the file again" in message
+    assert code == 2 and f"{file}: a pointer of Git LFS, not the file; run git lfs pull in its clone" in message
 
 
 @pytest.mark.parametrize("tokenizer", ["tekken.json", "tokenizer.model.v3"])

@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import PurePosixPath
 from typing import Any
 
-from vllm_w8a8_bismooth.checkpoint.files import CONFIG, INDEX, Folder, Place, read_value
+from vllm_w8a8_bismooth.checkpoint.files import CONFIG, INDEX, Folder, Place, read_value, refuse_pointer
 from vllm_w8a8_bismooth.errors import BismoothError, Problem
 
 MODULES, ROUTER = "modules.json", "router_config.json"
@@ -56,7 +56,6 @@ _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 """Where vLLM and sentence-transformers look for them, in a module's folder."""
 _SMALL = 2**24  # bytes of a JSON file that is searched for names of others; tokenizers' configs take more than 1 MiB
 _LOOKED_AT = 1000  # files behind a link
-_POINTER = b"version https://git-lfs"
 
 
 @dataclass(frozen=True)
@@ -105,8 +104,8 @@ def companions(place: Place) -> list[str]:
         if not files[file] and not place.local(file).exists():
             remedy = "download the file again or remove the link"
             raise BismoothError.of(f"{place}/{file}", "a link that leads nowhere", remedy)
-        if 100 < files[file] < 200 and place.local(file).read_bytes().startswith(_POINTER):
-            raise BismoothError.of(f"{place}/{file}", "a pointer of Git LFS, not the file", "download the file again")
+        if 100 < files[file] < 200:
+            refuse_pointer(place.local(file))
     return sorted(found)
 
 

@@ -19,6 +19,7 @@ RECIPE, REPORT = "recipe.json", "report.json"
 """Written beside the weights; the report's ``sha256`` maps shards to hashes."""
 _JSON_LIMIT = 100 * 2**20  # the same bound that safetensors puts on a header
 _SHARD_AGAIN = "download the shard again"
+_POINTER = b"version https://git-lfs"
 _UNITS = {"GB": 1e9, "MB": 1e6, "KB": 1e3}
 WEIGHT_SUFFIXES = {
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".pkl", ".pickle", ".npz",
@@ -49,6 +50,7 @@ def read_value(path: Path) -> Any:
         if path.stat().st_size > _JSON_LIMIT:
             remedy = f"put the checkpoint's {path.name} there; this cannot be it"
             raise BismoothError.of(path, f"larger than {_JSON_LIMIT >> 20} MiB", remedy)
+        refuse_pointer(path)
         return json.loads(path.read_bytes(), object_pairs_hook=_once)
     except FileNotFoundError:
         raise BismoothError.of(path, "not found", "give the folder of a Hugging Face checkpoint") from None
@@ -66,6 +68,14 @@ def _once(pairs: list[tuple[str, Any]]) -> dict:
         twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
         raise ValueError(f"key {twice!r} occurs twice in one object")
     return value
+
+
+def refuse_pointer(path: Path) -> None:
+    """Raises :class:`BismoothError` for what a clone without Git LFS has in the place of a large file."""
+    with open(path, "rb") as file:
+        if file.read(len(_POINTER)) == _POINTER:
+            what, remedy = "a pointer of Git LFS, not the file", "run git lfs pull in its clone, or download it again"
+            raise BismoothError.of(path, what, remedy)
 
 
 def sha256(path: Path) -> str:
@@ -170,16 +180,18 @@ class Folder:
         from safetensors import SafetensorError, safe_open
 
         path = self.path / file
+        again = "download the file again" if "/" in file else _SHARD_AGAIN
         try:
             if not path.is_file():
                 what = "a link that leads nowhere" if path.is_symlink() else f"named by {INDEX} but absent"
-                raise BismoothError.of(path, what, _SHARD_AGAIN)
+                raise BismoothError.of(path, what, again)
+            refuse_pointer(path)
             # safe_open checks sizes and offsets; for numpy it does so without torch
             with safe_open(path, framework="np"), open(path, "rb") as raw:
                 length = int.from_bytes(raw.read(8), "little")
                 entries = json.loads(raw.read(length), object_pairs_hook=_once)
         except (SafetensorError, OSError, ValueError) as error:
-            raise BismoothError.of(path, f"truncated or corrupt ({error})", _SHARD_AGAIN) from None
+            raise BismoothError.of(path, f"truncated or corrupt ({error})", again) from None
         entries.pop("__metadata__", None)
         return 8 + length, entries
 
