@@ -76,6 +76,42 @@ def test_a_shard_of_another_set(source, tmp_path, expected):
     same(source, tmp_path, expected)
 
 
+BROWSERS = ["{} (1).safetensors", "{}(1).safetensors", "{} - Copy.safetensors", "{}_1.safetensors"]
+BROWSERS += ["Copy of {}.safetensors"]
+
+
+@pytest.mark.parametrize("name", BROWSERS)
+@pytest.mark.parametrize("index", [False, True], ids=["no index", "index"])
+def test_a_shard_under_the_name_that_a_browser_gave_it(source, tmp_path, expected, name, index):
+    """No pattern is shown as if it were a file, and nothing is to be removed."""
+    in_files(source, NUMBERED, index)
+    stray = name.format(NUMBERED[1].removesuffix(".safetensors"))
+    (source / NUMBERED[1]).rename(source / stray)
+    for verb in (("convert", source, tmp_path / "out", "--method", "rtn"), ("inspect", source, "--json")):
+        code, message = run(*verb)
+        assert code == 2 and f"rename {stray} to {NUMBERED[1]}" in message and "model-of-" not in message, message
+        assert "shard 2 of 3 is absent" in message and "leave only" not in message and "again" not in message
+    (source / stray).rename(source / NUMBERED[1])
+    same(source, tmp_path, expected)
+
+
+def test_a_shard_twice(source, tmp_path, expected):
+    in_files(source, NUMBERED)
+    stray = "model-00002-of-00003 (1).safetensors"
+    (source / stray).write_bytes((source / NUMBERED[1]).read_bytes())
+    code, message = run("convert", source, tmp_path / "out", "--method", "rtn")
+    assert code == 2 and f"{stray} looks like a second copy" in message and f"move {stray} out" in message
+    (source / stray).unlink()
+    same(source, tmp_path, expected)
+
+
+def test_files_are_called_by_their_names(source, tmp_path):
+    in_files(source, NUMBERED)
+    (source / "model-fp32.safetensors").write_bytes((source / NUMBERED[0]).read_bytes())
+    code, message = run("convert", source, tmp_path / "out", "--method", "rtn")
+    assert code == 2 and f"({NUMBERED[0]} to {NUMBERED[2]}, model-fp32.safetensors)" in message
+
+
 def test_one_tensor_in_two_files(source, tmp_path):
     in_files(source, NUMBERED[:1] + NUMBERED[2:])
     (source / NUMBERED[1]).write_bytes((source / NUMBERED[0]).read_bytes())
