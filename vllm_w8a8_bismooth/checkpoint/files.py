@@ -18,6 +18,7 @@ CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.sa
 RECIPE, REPORT = "recipe.json", "report.json"
 """Written beside the weights; the report's ``sha256`` maps shards to hashes."""
 _JSON_LIMIT = 100 * 2**20  # the same bound that safetensors puts on a header
+_A_FOLDER = "give the path of a local Hugging Face checkpoint"
 _SHARD_AGAIN = "download the shard again"
 _POINTER = b"version https://git-lfs"
 _UNITS = {"GB": 1e9, "MB": 1e6, "KB": 1e3}
@@ -54,11 +55,20 @@ def read_value(path: Path) -> Any:
         return json.loads(path.read_bytes(), object_pairs_hook=_once)
     except FileNotFoundError:
         raise BismoothError.of(path, "not found", "give the folder of a Hugging Face checkpoint") from None
+    except NotADirectoryError:
+        raise _no_folder(path.parent) from None
     except OSError as error:
         what = f"cannot be read ({error.strerror})"
         raise BismoothError.of(path, what, "check the path and its permissions") from None
     except (ValueError, RecursionError) as error:
         raise BismoothError.of(path, f"not valid JSON ({error})", "mend it or download the file again") from None
+
+
+def _no_folder(path: Path) -> BismoothError:
+    """The error that a file was given for a folder, and the folder that was probably meant."""
+    around = path.parent
+    remedy = f"give {around}, which holds it" if (around / CONFIG).exists() else _A_FOLDER
+    return BismoothError.of(path, "a file, not the folder of a checkpoint", remedy)
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict:
@@ -147,8 +157,10 @@ class Folder:
     revision: str | None = None
 
     def __post_init__(self) -> None:
+        if self.path.is_file():
+            raise _no_folder(self.path)
         if not self.path.is_dir():
-            raise BismoothError.of(self.path, "no such folder", "give the path of a local Hugging Face checkpoint")
+            raise BismoothError.of(self.path, "no such folder", _A_FOLDER)
 
     @classmethod
     def of(cls, folder: "str | Path | Folder") -> "Folder":
