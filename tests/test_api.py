@@ -180,8 +180,26 @@ def test_numbers_of_numpy_are_numbers(make_checkpoint, tmp_path):
     assert b.inspect(source, group_size=np.int64(32)).group_size == 32
 
 
-def test_none_is_a_calibration_as_it_is_for_the_command(make_checkpoint, tmp_path):
-    assert b.convert(make_checkpoint(), tmp_path / "out", calibration="none").recipe.calibration is None
+@pytest.mark.parametrize("none", ["none", ["none"], ("none",), ["none", "none"]], ids=str)
+def test_none_is_a_calibration_as_it_is_for_the_command(make_checkpoint, tmp_path, none):
+    assert b.convert(make_checkpoint(), tmp_path / "out", calibration=none).recipe.calibration is None
+
+
+BESIDE = {
+    "none": (["text.txt", "none"], "--calibration none: stands beside files; leave out one of the two"),
+    "bundled": (("none", "bundled"), "--calibration none: stands beside files; leave out one of the two"),
+    "twice": (["-", "-"], "--calibration -: given twice, and can be read once; leave out one of the two"),
+    "empty": (["text.txt", ""], "--calibration: is empty; give a file, bundled or none"),
+}
+
+
+@pytest.mark.parametrize("case", BESIDE)
+def test_lists_of_calibration_are_refused_in_the_words_of_the_command(make_checkpoint, tmp_path, case):
+    source, (given, words) = make_checkpoint(), BESIDE[case]
+    with pytest.raises(BismoothError) as caught:
+        b.convert(source, tmp_path / "out", calibration=given)
+    command = [part for file in given for part in ("--calibration", file)]
+    assert str(caught.value) == words and run("convert", source, tmp_path / "out", *command) == (2, words)
 
 
 def test_strings_where_paths_are_usual(make_checkpoint, tmp_path, calibration_text):

@@ -290,7 +290,7 @@ def prepare_score(
     if not files:
         remedy = "give text like what the model will read, but not what it was calibrated on: --text FILE"
         raise BismoothError.of("score", "needs a text for the model to predict", remedy)
-    paths = [given.path("text", file) for file in files]
+    paths = [given.path("text", file, "give a file") for file in files]
 
     from vllm_w8a8_bismooth.scoring import score as room
     from vllm_w8a8_bismooth.scoring.tokens import read

@@ -51,13 +51,13 @@ class BismoothError(Exception):
         return "\n  ".join([first, *(f"also: {problem}" for problem in others), *more])
 
 
-def refuse_empty(argument: str, value: object) -> None:
+def refuse_empty(argument: str, value: object, remedy: str = "give a path, or . for the current folder") -> None:
     """Raises :class:`BismoothError` for an empty text in the place of a path, as from a variable that is not set.
 
     It would mean the current folder.
     """
     if value == "":
-        raise BismoothError.of(argument, "is empty", "give a path, or . for the current folder")
+        raise BismoothError.of(argument, "is empty", remedy)
 
 
 class BadSource(BismoothError):

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vllm_w8a8_bismooth.errors import BismoothError, refuse_empty
 from vllm_w8a8_bismooth.progress import Progress, silent
@@ -21,17 +21,35 @@ def text(method: str, calibration: str | Path | Sequence[str | Path] | None) -> 
     takes_text = "calibration_tokens" in DEFAULTS[method]
     if calibration is None:
         calibration = WORD if takes_text else NONE
-    if isinstance(calibration, str) and calibration == NONE:
-        return None
-    files = calibration if isinstance(calibration, list | tuple) else [calibration]
-    if not files:
+    named: list[Any] = [*calibration] if isinstance(calibration, list | tuple) else [calibration]
+    if not named:
         raise BismoothError.of("calibration=[]", "names no file", "give it one, or leave it out")
+    if not (files := calibration_files("--calibration", named)):
+        return None
     if not takes_text:
         raise BismoothError.of(f"--method {method}", "--calibration has no effect", "leave it out")
     from vllm_w8a8_bismooth.measure.text import read_text
 
     chosen = (file if isinstance(file, str) and file == WORD else path("calibration", file) for file in files)
     return read_text(*chosen)
+
+
+def calibration_files(argument: str, named: Sequence[str | Path]) -> list[str | Path]:
+    """What is named besides the word ``none``, in order.
+
+    Raises:
+        BismoothError: one is empty, ``none`` stands beside files, or standard input twice.
+    """
+    from vllm_w8a8_bismooth.measure.bundled import NONE
+
+    for file in named:
+        refuse_empty(argument, file, "give a file, bundled or none")
+    if [str(file) for file in named].count("-") > 1:
+        raise BismoothError.of(f"{argument} -", "given twice, and can be read once", "leave out one of the two")
+    files = [file for file in named if not (isinstance(file, str) and file == NONE)]
+    if 0 < len(files) < len(named):
+        raise BismoothError.of(f"{argument} none", "stands beside files", "leave out one of the two")
+    return files
 
 
 def fetched(source: str | Path) -> "Folder":
@@ -53,10 +71,11 @@ def at_hand(source: str | Path) -> "Folder":
     return folder
 
 
-def path(argument: str, value: object) -> Path:
+def path(argument: str, value: object, *if_empty: str) -> Path:
+    """A path; ``if_empty`` is the remedy where it is empty and a folder is not what is wanted."""
     if not isinstance(value, str | os.PathLike):
         raise TypeError(f"{argument} must be a path, as a string or a pathlib.Path, not {value!r}")
-    refuse_empty(argument, value)
+    refuse_empty(argument, value, *if_empty)
     return Path(value)
 
 

@@ -1,14 +1,17 @@
 """Files beside the weights: what serving needs travels, whatever names it; the rest is left out, and said."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from tests.support.command import run
 from tests.support.contents import digests
 from tests.support.damage import edit_json
-from tests.support.embedders import projector, put
+from tests.support.embedders import dense, projector, put
 from tests.support.hub import serving
 from vllm_w8a8_bismooth.checkpoint.companions import MODULES, companions
 from vllm_w8a8_bismooth.checkpoint.files import Folder
@@ -97,8 +100,57 @@ def test_a_module_without_weights_is_refused_and_found(make_checkpoint, tmp_path
     (source / "2_Dense" / "model.safetensors").unlink()
     code, message = run("convert", source, tmp_path / "again", "--method", "rtn")
     assert code == 2 and "2_Dense" in message and "download the folder again" in message
-    put(source, f"2_Dense/{file}", b"as it was")
-    assert (converted(source, tmp_path / "again") / "2_Dense" / file).read_bytes() == b"as it was"
+    dense(source)
+    (source / "2_Dense" / "model.safetensors").rename(source / "2_Dense" / file)
+    before = (source / "2_Dense" / file).read_bytes()
+    assert (converted(source, tmp_path / "again") / "2_Dense" / file).read_bytes() == before
+
+
+BROKEN = {
+    "cut off": (lambda folder: os.truncate(folder / "2_Dense" / "model.safetensors", 300), "truncated or corrupt"),
+    "another shape": (
+        lambda folder: dense(folder, **{"linear.weight": torch.ones(32, 63)}),
+        "linear.weight has shape [32, 63], 2_Dense/config.json says [32, 64]",
+    ),
+    "another name": (
+        lambda folder: dense(folder, **{"projection.weight": torch.ones(32, 64)}),
+        "holds none of weight, linear.weight, dense.weight, by which a linear's matrix is found (projection.weight)",
+    ),
+    "no tensors": (lambda folder: save_file({}, folder / "2_Dense" / "model.safetensors"), "found (nothing)"),
+    "a bias that is not there": (
+        lambda folder: edit_json(folder / "2_Dense/config.json", lambda config: config.pop("bias")),
+        "holds no linear.bias, but 2_Dense/config.json says that the linear has a bias",
+    ),
+    "a config without sizes": (
+        lambda folder: edit_json(folder / "2_Dense/config.json", lambda config: config.pop("in_features")),
+        "2_Dense/config.json: says in_features = None, which is no size of a linear",
+    ),
+    "a config that is no JSON": (lambda folder: put(folder, "2_Dense/config.json", b"{"), "not valid JSON"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_module_whose_weights_do_not_load_is_refused_and_found(make_checkpoint, tmp_path, case):
+    """vLLM logs it, leaves the linear out, and answers with 64 numbers for 32."""
+    source, (damage, words) = make_checkpoint(), BROKEN[case]
+    projector(source)
+    out = converted(source, tmp_path / "out")
+    for place in (source, out):
+        damage(place)
+    for arguments in (("convert", source, tmp_path / "again", "--method", "rtn"), ("inspect", source, "--json")):
+        code, message = run(*arguments)
+        assert code == 2 and words in message, message
+    found = [str(finding) for finding in verify(out, engine=False).findings]
+    assert any(words in line and "2_Dense/" in line for line in found), found
+
+
+@pytest.mark.parametrize("name", ["weight", "linear.weight", "dense.weight"])
+def test_a_linear_may_have_any_name_that_vllm_knows(make_checkpoint, tmp_path, name):
+    source = make_checkpoint()
+    projector(source)
+    dense(source, **{name: torch.ones(32, 64), name.replace("weight", "bias"): torch.ones(32)})
+    edit_json(source / "2_Dense/config.json", lambda config: config.update(bias=True))
+    converted(source, tmp_path / "out")
 
 
 @pytest.mark.parametrize("path", ["../elsewhere", "/etc", "a/../../b"])
@@ -113,8 +165,7 @@ def test_routed_modules_travel(make_checkpoint, tmp_path):
     source = make_checkpoint()
     put(source, "modules.json", b'[{"idx": 0, "type": "sentence_transformers.models.Router", "path": ""}]')
     put(source, "router_config.json", b'{"types": {"query_0_Dense": "sentence_transformers.models.Dense"}}')
-    put(source, "query_0_Dense/model.safetensors", b"weights")
-    put(source, "query_0_Dense/config.json")
+    dense(source, "query_0_Dense")
     assert (converted(source, tmp_path / "out") / "query_0_Dense" / "model.safetensors").is_file()
 
 
@@ -131,8 +182,7 @@ def test_a_routed_module_without_weights_is_refused_and_found(make_checkpoint, t
     kind = f"sentence_transformers.models.{folder[2:] or 'Router'}"
     put(source, "modules.json", json.dumps([{"type": kind, "path": folder}]).encode())
     put(source, ROUTERS[folder], json.dumps({"types": {"document_0_Dense": KINDS[0]}}).encode())
-    put(source, f"{route}/config.json")
-    put(source, f"{route}/model.safetensors", b"weights")
+    dense(source, route)
     out = converted(source, tmp_path / "out")
     for place in (out, source):
         (place / route / "model.safetensors").unlink()
@@ -185,7 +235,8 @@ def test_what_lies_behind_a_link_is_not_lost_without_a_word(make_checkpoint, tmp
     source = make_checkpoint()
     projector(source)
     edit_json(source / "config.json", lambda c: c.update(auto_map={"AutoModel": "modeling_own.OwnModel"}))
-    put(source, f"{folder}/{LINKED[folder]}", b"content")
+    if not (source / folder / LINKED[folder]).exists():
+        put(source, f"{folder}/{LINKED[folder]}", b"content")
     (source / folder).rename(tmp_path / "elsewhere")
     (source / folder).symlink_to(tmp_path / "elsewhere")
     for verb in (("convert", source, tmp_path / "out", "--method", "rtn"), ("inspect", source)):
@@ -254,14 +305,17 @@ def test_a_transformer_in_a_folder_of_its_own(make_checkpoint, tmp_path):
     assert {"1_Pooling/config.json", "2_Dense/model.safetensors"} <= digests(converted(around, tmp_path / "out")).keys()
 
 
-@pytest.mark.parametrize("file", ["tokenizer.json", "2_Dense/model.safetensors"])
+POINTERS = ("tokenizer.json", "2_Dense/model.safetensors", "config.json", "model.safetensors")
+
+
+@pytest.mark.parametrize("file", POINTERS)
 def test_pointers_of_git_lfs_are_no_files(make_checkpoint, tmp_path, file):
-    source = make_checkpoint()
+    source = make_checkpoint(sharded=False)
     projector(source)
     digest = "0" * 64
     put(source, file, f"version https://git-lfs.github.com/spec/v1\noid sha256:{digest}\nsize 12345\n".encode())
     code, message = run("convert", source, tmp_path / "out", "--method", "rtn")
-    assert code == 2 and f"{file}: a pointer of Git LFS, not the file; download the file again" in message
+    assert code == 2 and f"{file}: a pointer of Git LFS, not the file; run git lfs pull in its clone" in message
 
 
 @pytest.mark.parametrize("tokenizer", ["tekken.json", "tokenizer.model.v3"])

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
@@ -197,6 +198,14 @@ def test_a_head_whose_class_nobody_knows(make, tmp_path):
     renamed(source, lambda name: None if name.startswith("lm_head") else name)
     edit_tensors(source, lambda tensors: tensors | {"v_head.weight": torch.randn(1, 64)})
     refused(source, tmp_path, "v_head.weight is another head; set architectures in config.json to the class that has")
+
+
+def test_a_classifier_in_a_file_of_its_own(make, tmp_path):
+    source = make()
+    renamed(source, lambda name: None if name.startswith("lm_head") else name)
+    save_file({"score.weight": torch.randn(2, 64)}, source / "score.safetensors")
+    architecture(source, "LlamaForSequenceClassification")
+    refused(source, tmp_path, "score.weight: is missing in what is read, and score.safetensors holds it")
 
 
 UNKNOWN = {

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.support.command import run
 from tests.support.contents import tensors_of
@@ -74,6 +75,71 @@ def test_a_shard_of_another_set(source, tmp_path, expected):
     assert code == 2 and "leave only the files of one" in message and "the name model.safetensors" not in message
     stray.unlink()
     same(source, tmp_path, expected)
+
+
+BROWSERS = ["{} (1).safetensors", "{}(1).safetensors", "{} - Copy.safetensors", "{}_1.safetensors"]
+BROWSERS += ["Copy of {}.safetensors"]
+
+
+@pytest.mark.parametrize("name", BROWSERS)
+@pytest.mark.parametrize("index", [False, True], ids=["no index", "index"])
+def test_a_shard_under_the_name_that_a_browser_gave_it(source, tmp_path, expected, name, index):
+    """No pattern is shown as if it were a file, and nothing is to be removed."""
+    in_files(source, NUMBERED, index)
+    stray = name.format(NUMBERED[1].removesuffix(".safetensors"))
+    (source / NUMBERED[1]).rename(source / stray)
+    for verb in (("convert", source, tmp_path / "out", "--method", "rtn"), ("inspect", source, "--json")):
+        code, message = run(*verb)
+        assert code == 2 and f"rename {stray} to {NUMBERED[1]}" in message and "model-of-" not in message, message
+        assert "shard 2 of 3 is absent" in message and "leave only" not in message and "again" not in message
+    (source / stray).rename(source / NUMBERED[1])
+    same(source, tmp_path, expected)
+
+
+def test_a_shard_twice(source, tmp_path, expected):
+    in_files(source, NUMBERED)
+    stray = "model-00002-of-00003 (1).safetensors"
+    (source / stray).write_bytes((source / NUMBERED[1]).read_bytes())
+    code, message = run("convert", source, tmp_path / "out", "--method", "rtn")
+    assert code == 2 and f"{stray} looks like a second copy" in message and f"move {stray} out" in message
+    (source / stray).unlink()
+    same(source, tmp_path, expected)
+
+
+def test_files_are_called_by_their_names(source, tmp_path):
+    in_files(source, NUMBERED)
+    (source / "model-fp32.safetensors").write_bytes((source / NUMBERED[0]).read_bytes())
+    code, message = run("convert", source, tmp_path / "out", "--method", "rtn")
+    assert code == 2 and f"({NUMBERED[0]} to {NUMBERED[2]}, model-fp32.safetensors)" in message
+
+
+HEADS = {"lm_head.weight": "lm_head.safetensors", "model.norm.weight": "norm.safetensors"}
+
+
+@pytest.mark.parametrize("tensor", [*HEADS, "model.layers.2."])
+@pytest.mark.parametrize("index", [False, True], ids=["no index", "index"])
+def test_what_is_missing_lies_in_another_file(source, tmp_path, tensor, index):
+    file = HEADS.get(tensor, "more.safetensors")
+    tensors = load_file(source / SINGLE)
+    apart = {name: tensors.pop(name) for name in [*tensors] if name.startswith(tensor)}
+    save_file(tensors, source / SINGLE, metadata={"format": "pt"})
+    save_file(apart, source / file, metadata={"format": "pt"})
+    if index:
+        (source / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(tensors, SINGLE)}))
+    code, message = run("convert", source, tmp_path / "out", "--method", "rtn")
+    assert code == 2 and f"in what is read, and {file} holds it; " in message and "also:" not in message, message
+    code, message = run("inspect", source)
+    assert code == 2 and f"{file} holds it" in " ".join(message.split())
+    assert file not in message.partition("Left out")[2].partition("\n")[0]
+
+
+def test_another_copy_of_the_model_is_no_part_of_it(source, tmp_path):
+    (source / "model.fp16.safetensors").write_bytes((source / SINGLE).read_bytes())
+    tensors = load_file(source / SINGLE)
+    del tensors["lm_head.weight"]
+    save_file(tensors, source / SINGLE, metadata={"format": "pt"})
+    code, message = run("convert", source, tmp_path / "out", "--method", "rtn")
+    assert code == 2 and "download the checkpoint again" in message and "fp16" not in message
 
 
 def test_one_tensor_in_two_files(source, tmp_path):

@@ -43,6 +43,22 @@ def test_the_source_is_one_word(make_checkpoint, tmp_path, monkeypatch, name):
     assert code == 2 and "Next, once that is mended: " in text
 
 
+GIVEN = {
+    "--calibration bundled": ["--calibration", "bundled"],
+    "--calibration 'my text.txt' --calibration ./-a": ["--calibration", "my text.txt", "--calibration=-a"],
+    "--calibration text.txt": ["--calibration", "none"],
+}
+
+
+@pytest.mark.parametrize("words", GIVEN)
+def test_analyze_proposes_the_text_that_it_was_given(make_checkpoint, tmp_path, monkeypatch, calibration_text, words):
+    monkeypatch.chdir(tmp_path)
+    for name in ("my text.txt", "-a"):
+        (tmp_path / name).write_bytes(calibration_text.read_bytes())
+    code, text = run("analyze", make_checkpoint(), *GIVEN[words])
+    assert code == 0 and f" DST {words}\n" in text, text
+
+
 def test_parts_are_words(make_checkpoint, tmp_path, monkeypatch):
     source = make_checkpoint()
     monkeypatch.chdir(tmp_path)

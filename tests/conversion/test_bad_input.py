@@ -155,6 +155,16 @@ def test_source_is_no_folder(tmp_path):
         assert code == 2 and "no such folder" in message
 
 
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
+@pytest.mark.parametrize("verb", ["convert", "inspect", "analyze", "verify", "score"])
+def test_source_is_a_file_of_a_checkpoint(make_checkpoint, tmp_path, file, verb):
+    source = make_checkpoint(sharded=False)
+    more = {"convert": [tmp_path / "out"], "score": ["--text", source / "config.json"]}
+    code, message = run(verb, source / file, *more.get(verb, []))
+    words = f"{source / file}: a file, not the folder of a checkpoint; give {source}, which holds it"
+    assert code == 2 and words in message, message
+
+
 DESTINATIONS = {
     "under a file": ("file/out", ["file/out", "cannot be written", "check the path"]),
     "deep under a file": ("file/a/out", ["file/a/out", "cannot be written", "check the path"]),

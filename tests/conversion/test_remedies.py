@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tests.support.command import run
@@ -81,13 +82,30 @@ def leave_one(source: Path, whole: Path, found: re.Match, where: str) -> None:
         path.unlink()
 
 
+def write_index(source: Path, whole: Path, *_) -> None:
+    """Says of all files which tensors they hold."""
+    weight_map = {name: path.name for path in source.glob("*.safetensors") for name in load_file(path)}
+    (source / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def rename_file(source: Path, whole: Path, found: re.Match, where: str) -> None:
+    (source / found[1]).rename(source / found[2])
+
+
+def move_out(source: Path, whole: Path, found: re.Match, where: str) -> None:
+    (source / found[1]).rename(source.parent / found[1])
+
+
 REMEDIES: dict[str, Follow] = {
+    r"^write model.safetensors.index.json, which says|^name in model.safetensors.index.json": write_index,
+    r"rename (.+\.safetensors) to (\S+\.safetensors)": rename_file,
+    r"move (.+) out of the folder": move_out,
     r"set (num_hidden_layers) to (\d+) in config.json": setting,
     r"set (architectures) to (\[.*?\]) in config.json": setting,
     r"remove (quantization_config) from config.json": drop_key,
     r"rename (\S+) to (\S+) in the files": rename_tensor,
     r"give the (?:folder|checkpoint as)|convert the original|give a checkpoint in|known are|repair": download,
-    r"download .*again|^mend the one": download,
+    r"download .*again|^mend the one": download,  # git lfs pull does the same
     r"put the checkpoint's \S+ there": download,
     r"model\.(?:to\(.*\)\.)?save_pretrained\(FOLDER\)": save_again,
     r"leave only the files of one": leave_one,
@@ -154,6 +172,33 @@ def two_models(source: Path) -> None:
     shutil.copy(source / "model-00001-of-00001.safetensors", source / "other.safetensors")
 
 
+def head_in_a_file_of_its_own(source: Path, index: bool = False) -> None:
+    tensors = load_file(source / "model.safetensors")
+    save_file({"lm_head.weight": tensors.pop("lm_head.weight")}, source / "lm_head.safetensors")
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    if index:
+        weight_map = dict.fromkeys(tensors, "model.safetensors")
+        (source / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def head_that_the_index_lacks(source: Path) -> None:
+    head_in_a_file_of_its_own(source, index=True)
+
+
+def by_a_browser(source: Path) -> None:
+    in_files(source, ["model-00001-of-00002.safetensors", "model-00002-of-00002 (1).safetensors"])
+
+
+def twice_by_a_browser(source: Path) -> None:
+    in_files(source, ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"])
+    shutil.copy(source / "model-00002-of-00002.safetensors", source / "model-00002-of-00002 (1).safetensors")
+
+
+def pointer(source: Path) -> None:
+    text = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 12345\n"
+    (source / "model.safetensors").write_text(text)
+
+
 def pickled(source: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
     torch.save(model.state_dict(), source / "pytorch_model.bin")
@@ -167,7 +212,22 @@ def packed(source: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "damage", [fp64, headless, head_of_another_name, classifier, pruned, two_models, pickled, packed]
+    "damage",
+    [
+        fp64,
+        headless,
+        head_of_another_name,
+        head_in_a_file_of_its_own,
+        head_that_the_index_lacks,
+        classifier,
+        pruned,
+        two_models,
+        by_a_browser,
+        twice_by_a_browser,
+        pointer,
+        pickled,
+        packed,
+    ],
 )
 def test_an_odd_source(make_checkpoint, tmp_path, damage):
     source = make_checkpoint(sharded=False)
@@ -222,6 +282,7 @@ def calibrated_by_default(options: list[str], found: re.Match, line: str, text: 
 CHANGES: dict[str, Change] = {
     r"(\d+)(?:, \d+)* would fit": give,
     r"choose one of (\w+)": give,
+    r"give a file, (bundled) or none": give,
     r"(?:give|write) (?:a share|one|3)\D*(\d[\d.]*%?)": give,
     r"linears are called like|mend it|let it name fewer|leave it out of one|leave that one out": another_pattern,
     r"give the other one too": the_other_one,

@@ -23,7 +23,12 @@ def projector(
     ]
     put(folder, "modules.json", json.dumps(entries).encode())
     put(folder, "1_Pooling/config.json", b'{"pooling_mode_mean_tokens": true, "word_embedding_dimension": 64}')
-    dense = {"in_features": width, "out_features": 32, "bias": False}
-    put(folder, f"{name}/config.json", json.dumps(dense).encode())
+    dense(folder, name, width)
+
+
+def dense(folder: Path, name: str = "2_Dense", width: int = 64, **tensors: torch.Tensor) -> None:
+    """The files of a linear from ``width`` to 32 numbers; ``tensors`` are held in the place of its matrix."""
+    config = {"in_features": width, "out_features": 32, "bias": False}
+    put(folder, f"{name}/config.json", json.dumps(config).encode())
     weight = torch.randn(32, width, generator=torch.Generator().manual_seed(0))
-    save_file({"linear.weight": weight}, folder / name / "model.safetensors")
+    save_file(tensors or {"linear.weight": weight}, folder / name / "model.safetensors")

@@ -54,6 +54,7 @@ OPTIONS = {
     "half of a group": (["--group-layers", "down"], ["needs both --group-layers and --group-size"]),
     "no such device": (["--device", "tpu"], ["--device tpu: not one of cpu, cuda, cuda:1", "leave it out"]),
     "no CUDA": (["--device", "cuda:77"], ["--device cuda:77", "leave it out"]),
+    "no name of a text": (["--calibration", ""], ["--calibration: is empty; give a file, bundled or none"]),
     "useless text": (["--method", "rtn", "--calibration", "bundled"], ["--calibration has no effect"]),
     "tokens of no text": (
         ["--calibration", "none", "--calibration-tokens", "9"],

@@ -10,6 +10,7 @@ from vllm_w8a8_bismooth.checkpoint.files import CONFIG
 from vllm_w8a8_bismooth.checkpoint.heads import head_problems
 from vllm_w8a8_bismooth.checkpoint.names import Names
 from vllm_w8a8_bismooth.checkpoint.reader import BUFFER_DTYPES, FLOAT_DTYPES, Header, Headers
+from vllm_w8a8_bismooth.checkpoint.strays import stray_problems, strays
 from vllm_w8a8_bismooth.errors import BismoothError, Problem
 
 _MTP = ("eh_proj", "enorm", "hnorm", "shared_head", "mtp", "embed_tokens", "token_layernorm", "final_layernorm")
@@ -204,6 +205,9 @@ def audit(
     bound = len(tensors) + len(lost)
     promise = _Promise.of(config, architecture, sizes, names, bound)
     missing = {n: shape for n, shape in promise.required.items() if n not in tensors and n not in lost}
+    apart = strays(checkpoint, missing.__contains__) if missing else {}
+    yield from stray_problems(checkpoint, apart)
+    missing = {n: shape for n, shape in missing.items() if not any(n in held for held in apart.values())}
     blocks = [name for name in promise.required if name.startswith(names.blocks)]
     if not lost and not promise.endless and all(name in missing for name in blocks):
         yield _foreign(config, blocks[0], tensors)

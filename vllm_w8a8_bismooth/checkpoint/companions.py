@@ -12,7 +12,8 @@ from itertools import islice
 from pathlib import PurePosixPath
 from typing import Any
 
-from vllm_w8a8_bismooth.checkpoint.files import CONFIG, INDEX, Folder, Place, read_value
+from vllm_w8a8_bismooth.checkpoint.files import CONFIG, INDEX, SINGLE, Folder, Place, read_value, refuse_pointer
+from vllm_w8a8_bismooth.checkpoint.modules import weight_problems
 from vllm_w8a8_bismooth.errors import BismoothError, Problem
 
 MODULES, ROUTER = "modules.json", "router_config.json"
@@ -52,11 +53,10 @@ _WEIGHED = (
 """Modules of sentence-transformers that have weights of their own."""
 _CONFIGURED = ("Pooling", "Dense", "LayerNorm", "WeightedLayerPooling")
 """Those without whose config.json vLLM leaves the module out, or pools in another way."""
-_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+_WEIGHTS = (SINGLE, "pytorch_model.bin")
 """Where vLLM and sentence-transformers look for them, in a module's folder."""
 _SMALL = 2**24  # bytes of a JSON file that is searched for names of others; tokenizers' configs take more than 1 MiB
 _LOOKED_AT = 1000  # files behind a link
-_POINTER = b"version https://git-lfs"
 
 
 @dataclass(frozen=True)
@@ -105,8 +105,8 @@ def companions(place: Place) -> list[str]:
         if not files[file] and not place.local(file).exists():
             remedy = "download the file again or remove the link"
             raise BismoothError.of(f"{place}/{file}", "a link that leads nowhere", remedy)
-        if 100 < files[file] < 200 and place.local(file).read_bytes().startswith(_POINTER):
-            raise BismoothError.of(f"{place}/{file}", "a pointer of Git LFS, not the file", "download the file again")
+        if 100 < files[file] < 200:
+            refuse_pointer(place.local(file))
     return sorted(found)
 
 
@@ -117,7 +117,7 @@ def link_problems(place: Place) -> Iterator[Problem]:
         return
     files = place.files()
     modules = _modules(place, files)
-    said = {problem.where for problem in module_problems(place)}
+    said = {problem.where for problem in _lacking(place, files, modules)}
     stated = {file: read_value(place.local(file)) for file in (CONFIG, *sorted(files)) if _states(file, files)}
     code = _carries_code(modules, stated)
     for folder, inside in linked.items():
@@ -190,9 +190,25 @@ def notes(place: Place) -> list[str]:
 
 
 def module_problems(place: Place) -> Iterator[Problem]:
-    """Modules that ``modules.json`` names without the files that they have, so that readers would leave them out."""
+    """Modules that ``modules.json`` names without the files that they have, or with weights that do not load.
+
+    Readers would leave them out.
+    """
     files = place.files()
-    for module in filter(lambda module: module.folder, _modules(place, files)):
+    modules = _modules(place, files)
+    lacking = [*_lacking(place, files, modules)]
+    yield from lacking
+    folders = {problem.where for problem in lacking} | {""}
+    for module in (module for module in modules if module.name in _WEIGHED and module.folder not in folders):
+        folders.add(module.folder)
+        if files.get(f"{module.folder}/{SINGLE}"):
+            is_linear = module.name == "Dense" and not module.is_own
+            yield from weight_problems(place, module.folder, is_linear)
+
+
+def _lacking(place: Place, files: Mapping[str, int], modules: Iterable[_Module]) -> Iterator[Problem]:
+    """Modules whose files are not there."""
+    for module in filter(lambda module: module.folder, modules):
         folder, lacks = module.folder, ""
         if module.name in _WEIGHED and not any(files.get(f"{folder}/{weights}") for weights in _WEIGHTS):
             lacks = " or ".join(_WEIGHTS)

@@ -18,7 +18,9 @@ CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.sa
 RECIPE, REPORT = "recipe.json", "report.json"
 """Written beside the weights; the report's ``sha256`` maps shards to hashes."""
 _JSON_LIMIT = 100 * 2**20  # the same bound that safetensors puts on a header
+_A_FOLDER = "give the path of a local Hugging Face checkpoint"
 _SHARD_AGAIN = "download the shard again"
+_POINTER = b"version https://git-lfs"
 _UNITS = {"GB": 1e9, "MB": 1e6, "KB": 1e3}
 WEIGHT_SUFFIXES = {
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".pkl", ".pickle", ".npz",
@@ -49,14 +51,24 @@ def read_value(path: Path) -> Any:
         if path.stat().st_size > _JSON_LIMIT:
             remedy = f"put the checkpoint's {path.name} there; this cannot be it"
             raise BismoothError.of(path, f"larger than {_JSON_LIMIT >> 20} MiB", remedy)
+        refuse_pointer(path)
         return json.loads(path.read_bytes(), object_pairs_hook=_once)
     except FileNotFoundError:
         raise BismoothError.of(path, "not found", "give the folder of a Hugging Face checkpoint") from None
+    except NotADirectoryError:
+        raise _no_folder(path.parent) from None
     except OSError as error:
         what = f"cannot be read ({error.strerror})"
         raise BismoothError.of(path, what, "check the path and its permissions") from None
     except (ValueError, RecursionError) as error:
         raise BismoothError.of(path, f"not valid JSON ({error})", "mend it or download the file again") from None
+
+
+def _no_folder(path: Path) -> BismoothError:
+    """The error that a file was given for a folder, and the folder that was probably meant."""
+    around = path.parent
+    remedy = f"give {around}, which holds it" if (around / CONFIG).exists() else _A_FOLDER
+    return BismoothError.of(path, "a file, not the folder of a checkpoint", remedy)
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict:
@@ -66,6 +78,14 @@ def _once(pairs: list[tuple[str, Any]]) -> dict:
         twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
         raise ValueError(f"key {twice!r} occurs twice in one object")
     return value
+
+
+def refuse_pointer(path: Path) -> None:
+    """Raises :class:`BismoothError` for what a clone without Git LFS has in the place of a large file."""
+    with open(path, "rb") as file:
+        if file.read(len(_POINTER)) == _POINTER:
+            what, remedy = "a pointer of Git LFS, not the file", "run git lfs pull in its clone, or download it again"
+            raise BismoothError.of(path, what, remedy)
 
 
 def sha256(path: Path) -> str:
@@ -137,8 +157,10 @@ class Folder:
     revision: str | None = None
 
     def __post_init__(self) -> None:
+        if self.path.is_file():
+            raise _no_folder(self.path)
         if not self.path.is_dir():
-            raise BismoothError.of(self.path, "no such folder", "give the path of a local Hugging Face checkpoint")
+            raise BismoothError.of(self.path, "no such folder", _A_FOLDER)
 
     @classmethod
     def of(cls, folder: "str | Path | Folder") -> "Folder":
@@ -170,16 +192,18 @@ class Folder:
         from safetensors import SafetensorError, safe_open
 
         path = self.path / file
+        again = "download the file again" if "/" in file else _SHARD_AGAIN
         try:
             if not path.is_file():
                 what = "a link that leads nowhere" if path.is_symlink() else f"named by {INDEX} but absent"
-                raise BismoothError.of(path, what, _SHARD_AGAIN)
+                raise BismoothError.of(path, what, again)
+            refuse_pointer(path)
             # safe_open checks sizes and offsets; for numpy it does so without torch
             with safe_open(path, framework="np"), open(path, "rb") as raw:
                 length = int.from_bytes(raw.read(8), "little")
                 entries = json.loads(raw.read(length), object_pairs_hook=_once)
         except (SafetensorError, OSError, ValueError) as error:
-            raise BismoothError.of(path, f"truncated or corrupt ({error})", _SHARD_AGAIN) from None
+            raise BismoothError.of(path, f"truncated or corrupt ({error})", again) from None
         entries.pop("__metadata__", None)
         return 8 + length, entries
 

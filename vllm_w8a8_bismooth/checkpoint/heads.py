@@ -8,6 +8,7 @@ from vllm_w8a8_bismooth.checkpoint.classes import HEADS, family_of, head_of, imp
 from vllm_w8a8_bismooth.checkpoint.companions import MODULES
 from vllm_w8a8_bismooth.checkpoint.files import CONFIG
 from vllm_w8a8_bismooth.checkpoint.reader import FLOAT_DTYPES, Header, Headers
+from vllm_w8a8_bismooth.checkpoint.strays import stray_problems, strays
 from vllm_w8a8_bismooth.errors import Problem
 
 
@@ -30,10 +31,18 @@ def head_problems(checkpoint: Headers, architecture: Architecture, tensors: Mapp
     others = [n for n in others if n not in known and "rotary_emb." not in n]
     heads = [n for n in (*others, *checkpoint.lost) if n.removeprefix(names.trunk).startswith(HEADS)]
     if kind == "language" and not config.get("tie_word_embeddings", architecture.tied):
-        yield _no_language_head(checkpoint, tensors, others, heads)
+        yield from _apart(checkpoint, (names.head,)) or [_no_language_head(checkpoint, tensors, others, heads)]
     # vLLM makes a classifier of a language model's head where the config says so.
     elif kind == "other" and not (config.get("classifier_from_token") or config.get("method")) and not heads:
-        yield _no_other_head(config, [name for name in others if name != names.head])
+        lacks = _no_other_head(config, [name for name in others if name != names.head])
+        yield from _apart(checkpoint, HEADS) or [lacks]
+
+
+def _apart(checkpoint: Headers, beginnings: tuple[str, ...]) -> list[Problem]:
+    """That a head lies in a file that is not read; empty if none does."""
+    trunk = checkpoint.names.trunk
+    found = strays(checkpoint, lambda name: name.removeprefix(trunk).startswith(beginnings))
+    return [*stray_problems(checkpoint, found)]
 
 
 def _no_language_head(

@@ -69,6 +69,7 @@ class Headers:
         notes: what was passed over or taken in a way that the user should know.
         problems: what is missing, unreadable, inconsistent or truncated, and dtypes that are not accepted.
         lost: tensors that are not where the index says, for which there is a problem already.
+        apart: other files, which hold what these lack, as far as somebody looked; see :mod:`strays`.
 
     Args:
         place: holds ``config.json`` and safetensors, sharded or not.
@@ -83,6 +84,7 @@ class Headers:
         self.headers: dict[str, Header] = {}
         self.problems: list[Problem] = []
         self.names, self.lost, self.notes = Names(), set(), []
+        self.apart: set[str] = set()
         self.renamed: str | None = None
         self.unlike: str | None = None
         if isinstance(place, Folder) and not place.has(CONFIG):  # any folder, perhaps with millions of files in it
@@ -190,7 +192,7 @@ class Headers:
 
     def left_out(self) -> dict[str, int]:
         """The files that are not copied, with their bytes."""
-        return left_out(self.place, self.files)
+        return left_out(self.place, [*self.files, *self.apart])
 
 
 def _elsewhere(place: Folder) -> str:

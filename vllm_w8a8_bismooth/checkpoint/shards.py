@@ -36,6 +36,11 @@ class Shards:
     unlike: str | None = None
 
 
+def may_be_weights(file: str) -> bool:
+    """Whether a file's name is that of weights in Hugging Face's format, of this model or another."""
+    return "/" not in file and file.endswith(SUFFIX) and not file.startswith(_NOT_THE_MODEL)
+
+
 def find(place: Place) -> Shards:
     """The files of a checkpoint's weights, of which only their names are looked at, and the index."""
     present = [file for file in place.files() if "/" not in file and file.endswith(SUFFIX)]
@@ -44,7 +49,10 @@ def find(place: Place) -> Shards:
     indexed = _by_index(place)
     if indexed.files and all(map(place.has, indexed.files)):
         return indexed
-    whole = _by_names(place, [file for file in present if file not in indexed.files])
+    others = [file for file in present if file not in indexed.files]
+    if misnamed := {file: other for file in indexed.files if not place.has(file) and (other := _like(file, others))}:
+        return _without(indexed, place, misnamed)
+    whole = _by_names(place, others)
     if whole.problems:
         return indexed
     absent = next((file for file in indexed.files if not place.has(file)), None)
@@ -62,27 +70,73 @@ def _by_names(place: Place, present: list[str]) -> Shards:
     """``model.safetensors``, or else the one set of files that is there, which is what vLLM reads without an index."""
     if SINGLE in present:
         return Shards([SINGLE])
-    found = [file for file in present if not file.startswith(_NOT_THE_MODEL)]
     sets: dict[str, list[str]] = {}
-    for file in found:
+    for file in filter(may_be_weights, present):
         match = _NUMBERED.fullmatch(file)
         sets.setdefault(f"{match['stem']}-of-{match['total']}" if match else file, []).append(file)
     if not sets:
         return Shards(problems=[_no_weights(place)])
+    absent = {file: _like(file, present) for files in sets.values() for file in _absent(files)}
+    if misnamed := [_misnamed(place, file, other) for file, other in absent.items() if other]:
+        return Shards(problems=misnamed)
     if len(sets) > 1:
-        what = f"holds several models' weights ({', '.join(sets)}) and no {INDEX} that says which"
-        single = next((file for file in sets if file in found), None)
-        remedy = "leave only the files of one in the folder"
-        remedy += f", or give {single} the name {SINGLE} if it is the model" if single else ""
-        return Shards(problems=[Problem(str(place), what, remedy)])
+        return Shards(problems=[_several(place, list(sets.values()))])
+    if absent:
+        return Shards(problems=[Problem(f"{place}/{next(iter(absent))}", "absent", "download the shard again")])
     files = next(iter(sets.values()))
-    if match := _NUMBERED.fullmatch(files[0]):
-        numbers = {int(m["number"]) for m in map(_NUMBERED.fullmatch, files) if m}
-        if absent := sorted({*range(1, int(match["total"]) + 1)} - numbers):
-            name = f"{match['stem']}-{absent[0]:0{len(match['number'])}d}-of-{match['total']}{SUFFIX}"
-            return Shards(problems=[Problem(f"{place}/{name}", "absent", "download the shard again")])
     note = f"there is no {INDEX}: {_listed(files)} read, as by vLLM"
     return Shards(files, notes=[note])
+
+
+def _absent(files: list[str]) -> list[str]:
+    """The shards that a numbered set lacks, in order, no more than are there and one: the total is not trusted."""
+    if not (match := _NUMBERED.fullmatch(files[0])):
+        return []
+    width, total = len(match["number"]), int(match["total"])
+    numbers = range(1, min(total, 2 * len(files) + 1) + 1)
+    names = (f"{match['stem']}-{number:0{width}d}-of-{match['total']}{SUFFIX}" for number in numbers)
+    present = set(files)
+    return [name for name in names if name not in present]
+
+
+def _like(file: str, others: list[str]) -> str | None:
+    """The file that is probably this shard under another name, as browsers and file managers give it."""
+    stem = file.removesuffix(SUFFIX)
+    is_shard = _NUMBERED.fullmatch(file)
+    return next((other for other in others if is_shard and stem in other and _is_renamed(other)), None)
+
+
+def _is_renamed(file: str) -> bool:
+    return not _NUMBERED.fullmatch(file) or file.lower().startswith("copy of ")
+
+
+def _misnamed(place: Place, file: str, other: str) -> Problem:
+    match = _NUMBERED.fullmatch(file)
+    which = f"shard {int(match['number'])} of {int(match['total'])} is absent" if match else "absent"
+    return Problem(f"{place}/{file}", f"{which}, and {other} looks like it", f"rename {other} to {file}")
+
+
+def _without(found: Shards, place: Place, misnamed: Mapping[str, str]) -> Shards:
+    """The same without files that have another name: what they hold is lost, and there is a problem for each."""
+    found.problems += [_misnamed(place, file, other) for file, other in misnamed.items()]
+    found.lost |= {name for name, file in found.weight_map.items() if file in misnamed}
+    found.weight_map = {name: file for name, file in found.weight_map.items() if file not in misnamed}
+    found.files = [file for file in found.files if file not in misnamed]
+    return found
+
+
+def _several(place: Place, sets: list[list[str]]) -> Problem:
+    """The problem that there are files of several models, or seem to be, and nothing that tells them apart."""
+    shown = ", ".join(files[0] if len(files) == 1 else f"{files[0]} to {files[-1]}" for files in sets)
+    copy = next((o for files in sets for file in files for other in sets if (o := _like(file, other))), None)
+    if copy:
+        what = f"holds {shown} and no {INDEX}; {copy} looks like a second copy of one of them"
+        return Problem(str(place), what, f"move {copy} out of the folder")
+    single = next((files[0] for files in sets if not _NUMBERED.fullmatch(files[0])), None)
+    remedy = "leave only the files of one in the folder"
+    remedy += f", or give {single} the name {SINGLE} if it is the model" if single else ""
+    remedy += f", or write {INDEX} if all are parts of one"
+    return Problem(str(place), f"holds several models' weights ({shown}) and no {INDEX} that says which", remedy)
 
 
 def _no_weights(place: Place) -> Problem:

@@ -1,7 +1,7 @@
 """What ``bismooth analyze`` shows to people, and the JSON that it gives to programs."""
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +20,10 @@ def analysis_json(found: "weights.Analysis") -> dict[str, Any]:
     }
 
 
-def analysis(found: "weights.Analysis", source: str, group_size: int | None, top: int) -> None:
-    """The table on stdout: it is what was asked for."""
+def analysis(
+    found: "weights.Analysis", source: str, group_size: int | None, top: int, calibration: Sequence[str] = ()
+) -> None:
+    """The table on stdout: it is what was asked for; ``calibration`` is the text that was given."""
     from rich.console import Console
     from rich.table import Table
 
@@ -57,7 +59,7 @@ def analysis(found: "weights.Analysis", source: str, group_size: int | None, top
         style="bold",
         highlight=False,
     )
-    for line in _advice(found, source, group_size):
+    for line in _advice(found, source, group_size, calibration or ["text.txt"]):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -86,14 +88,17 @@ def perturbation(found: Mapping[str, Mapping[str, float]], top: int) -> None:
     )
 
 
-def _advice(found: "weights.Analysis", source: str, group_size: int | None) -> Iterator[str]:
+def _advice(
+    found: "weights.Analysis", source: str, group_size: int | None, calibration: Sequence[str]
+) -> Iterator[str]:
     from vllm_w8a8_bismooth.measure.weights import VULNERABLE
 
     if not found.vulnerable():
         yield "The weights need no repair; the activations, which they do not show, still gain from smoothing:"
     else:
         yield "Repair by smoothing, which helps every linear:"
-    yield f"  bismooth convert {word(source)} DST --calibration text.txt"
+    options = " ".join(f"--calibration {file if file == '-' else word(file)}" for file in calibration)
+    yield f"  bismooth convert {word(source)} DST {options}"
     if found.experts:
         yield f"Only this helps {len(found.experts)} of them: experts are served per-channel."
     if not found.grouped:

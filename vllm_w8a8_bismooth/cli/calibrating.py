@@ -4,7 +4,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vllm_w8a8_bismooth.errors import BismoothError, refuse_empty
+from vllm_w8a8_bismooth.errors import BismoothError
+from vllm_w8a8_bismooth.given import calibration_files as given_files
 from vllm_w8a8_bismooth.measure.bundled import NONE
 
 if TYPE_CHECKING:  # torch comes with them
@@ -32,16 +33,9 @@ def files(given: list[str] | None) -> list[str]:
     """What ``--calibration`` names besides ``none``; empty is none, and if the option was not given.
 
     Raises:
-        BismoothError: ``none`` beside files, or standard input twice.
+        BismoothError: one is empty, ``none`` beside files, or standard input twice.
     """
-    given = given or []
-    for file in given:
-        refuse_empty("--calibration", file)
-    if given.count("-") > 1:
-        raise BismoothError.of("--calibration -", "given twice, and can be read once", "leave out one of the two")
-    if NONE in given and set(given) != {NONE}:
-        raise BismoothError.of("--calibration none", "stands beside files", "leave out one of the two")
-    return [path for path in given if path != NONE]
+    return [str(file) for file in given_files("--calibration", given or [])]
 
 
 def for_convert(given: list[str] | None) -> list[str] | str | None:

@@ -300,7 +300,7 @@ def analyze(
         measured = {"perturbation": moved, "calibration": used.json() if used is not None else None}
         print(json.dumps({"source": source, **analysis.analysis_json(found), **measured}, indent=2))
     else:
-        analysis.analysis(found, source, group_size, rows)
+        analysis.analysis(found, source, group_size, rows, calibrating.files(calibration))
         if moved is not None:
             analysis.perturbation(moved, rows)
     for drawn in drawing.of_analysis(found, figures) if figures is not None else []:

@@ -77,7 +77,7 @@ def score(
 
 def _files(given: list[str] | None) -> list[str]:
     for file in given or []:
-        refuse_empty("--text", file)
+        refuse_empty("--text", file, "give a file, or - for what is piped in")
     if (given or []).count("-") > 1:
         raise BismoothError.of("--text -", "given twice, and can be read once", "leave out one of the two")
     return given or []
