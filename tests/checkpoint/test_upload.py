@@ -7,6 +7,8 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from tests.support.contents import digests
 from tests.support.conversion import convert
@@ -103,12 +105,13 @@ def test_nothing_hidden_or_strange_goes_up(hub, bismooth, converted, tmp_path):
 def test_weights_of_modules_in_their_own_folders_go_with_it(hub, bismooth, converted, tmp_path):
     folder = shutil.copytree(converted, tmp_path / "out")
     (folder / "2_Dense").mkdir()
-    (folder / "2_Dense" / "model.safetensors").write_bytes(b"dense")
-    (folder / "2_Dense" / "config.json").write_text("{}")
+    dense = folder / "2_Dense" / "model.safetensors"
+    save_file({"linear.weight": torch.ones(8, 64)}, dense)
+    (folder / "2_Dense" / "config.json").write_text('{"in_features": 64, "out_features": 8, "bias": false}')
     (folder / "modules.json").write_text('[{"type": "sentence_transformers.models.Dense", "path": "2_Dense"}]')
     for _ in range(2):
         assert bismooth("push", folder, "org/out").returncode == 0
-    assert (hub.repositories["org/out"] / "2_Dense" / "model.safetensors").read_bytes() == b"dense"
+    assert (hub.repositories["org/out"] / "2_Dense" / "model.safetensors").read_bytes() == dense.read_bytes()
 
 
 def test_an_upload_that_was_cut_off_goes_on(hub, bismooth, converted):
