@@ -101,6 +101,18 @@ def accuracy(path: Path) -> str:
     return markdown(("arm", *data.beds, "x RTN"), lines)
 
 
+def real(path: Path) -> str:
+    """A real model's arms: KL to the source in thousandths of a nat a token."""
+    lines = []
+    for row in rows(path):
+        d = row["divergence"]
+        low, high = d["kl_interval"]
+        kl = f"{d['kl'] * 1e3:.2f} ({low * 1e3:.2f} to {high * 1e3:.2f})"
+        rest = (f"{d[name] * 1e3:.{places}f}" for name, places in (("kl_median", 2), ("kl_p999", 0), ("kl_worst", 0)))
+        lines.append((row["arm"], kl, *rest, f"{d['top1']:.1%}"))
+    return markdown(("arm", "mean KL (95 %)", "median", "99.9th percentile", "worst token", "same best token"), lines)
+
+
 def plants(path: Path) -> str:
     """Planted beds: KL relative to RTN on the healthy bed, by kind of plant: mean over beds and seeds, and range."""
     data = Accuracy(path)
@@ -291,6 +303,7 @@ SHARED = (
     ("accuracy.json", plants),
     ("accuracy-vllm.json", accuracy),
     ("accuracy.json", accuracy_targets),
+    ("real-*.json", real),
 )
 OF_MACHINES = (
     ("gemm.json", kernels),

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks import real
-from benchmarks.real import packages, weights
+from benchmarks.real import accuracy, packages, weights
 from benchmarks.real.packages import Unavailable
 from benchmarks.testbed import PYTHON
 from vllm_w8a8_bismooth.checkpoint.layout import Source
@@ -139,6 +139,16 @@ def test_the_command_says_what_there_is():
     done = subprocess.run([sys.executable, "-m", "benchmarks.real", "gpt-5"], capture_output=True, text=True)
     assert done.returncode == 2
     assert "gpt-5 is none of smollm2-135m, qwen2.5-coder-0.5b" in done.stderr
+
+
+def test_arms_are_measured(tmp_path, monkeypatch):
+    """On a test bed, whose text it also is: the source against itself in bf16, plain rounding, and the default."""
+    monkeypatch.setattr(accuracy, "WORK", tmp_path)
+    source = accuracy.Source(PYTHON.model, 4)
+    found = {arm: source.measure(arm, "smollm2-135m") for arm in ("bf16", "RTN", "balanced, nearest")}
+    kl = {arm: measured.divergence.kl for arm, measured in found.items()}
+    assert 0 < kl["bf16"] < kl["balanced, nearest"] < kl["RTN"] < 2e-3, kl
+    assert source.windows.shape == (4, 256) and all(measured.grouped == 0 for measured in found.values())
 
 
 @pytest.mark.slow
