@@ -13,10 +13,10 @@ import torch
 DAMPING = 0.01
 """Share of the mean of H's diagonal that is added to it, so that directions that calibration has not seen stay put."""
 REACH = 1
-"""Codes end at most so many steps from the nearest. On real models that costs nothing that can be measured, and what a
+"""Codes end at most so many steps from the nearest. On SmolLM2 that costs nothing that can be measured, and what a
 weight was can still be seen from its code."""
 WIDEST = 4096
-"""Channels whose errors are made up for together. To halve the widest that a real model had cost nothing measurable."""
+"""Channels whose errors are made up for together. On SmolLM2 half of the widest did as well."""
 _COLUMNS = 128  # rounded before what they leave is handed on to all later ones at once
 
 
