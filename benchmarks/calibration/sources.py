@@ -30,7 +30,7 @@ class Source:
         """Where people find it."""
         if self.sha256 is None:
             return f"https://github.com/{self.name}/tree/{self.version}"
-        return f"https://pypi.org/project/{self.name}/{self.version}/"
+        return f"the source distribution of {self.name} {self.version} on the Python package index"
 
 
 @dataclass(frozen=True)
