@@ -16,7 +16,7 @@ def advice(recipe: "Recipe", report: "Outcome") -> str:
     balanced = "--smoothing balanced" if recipe.smoothing == "alpha" else ""
     held_back = any(entry.held_back for entry in report.granularity)
     few = report.used is not None and report.used.tokens < FEW
-    more = "more calibration text: factors from so few tokens are poor" if few else ""
+    more = "more calibration text (factors from so few tokens are poor)" if few else ""
     tries = {
         "rtn": ["--method bismooth", "--method mixed"],
         "mixed": ["--method bismooth", smaller],
