@@ -64,7 +64,7 @@ class Source:
 
         self.folder = folder
         self.windows = texts.heldout_windows(AutoTokenizer.from_pretrained(folder), windows)
-        self.work = WORK / folder.name
+        self.work = WORK / "scores"
         shutil.rmtree(self.work, ignore_errors=True)
         self.work.mkdir(parents=True)
         with torch.no_grad():
@@ -104,7 +104,7 @@ def sources(model: str, planted: bool, windows: int) -> Iterator[tuple[float | N
     healthy = folder_of(MODELS[model])
     yield None, Source(healthy, windows)
     for k in (100.0, 1000.0) if planted else ():
-        folder = WORK / f"{model}-{k:.0f}"
+        folder = WORK / f"{model}-planted-{k:.0f}"
         shutil.rmtree(folder, ignore_errors=True)
         plant(healthy, folder, k=k)
         yield k, Source(folder, windows)

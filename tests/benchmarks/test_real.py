@@ -149,6 +149,16 @@ def test_arms_are_measured(tmp_path, monkeypatch):
     assert source.windows.shape == (4, 256) and all(measured.grouped == 0 for measured in found.values())
 
 
+def test_planted_sources_are_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(accuracy, "WORK", tmp_path)
+    monkeypatch.setattr(accuracy, "folder_of", lambda model: PYTHON.model)
+    kl = {
+        k: source.measure("RTN", "smollm2-135m").divergence.kl
+        for k, source in accuracy.sources("smollm2-135m", planted=True, windows=2)
+    }
+    assert list(kl) == [None, 100.0, 1000.0] and kl[None] * 10 < kl[100.0] < kl[1000.0], kl
+
+
 @pytest.mark.slow
 @pytest.mark.network
 def test_smollm2_speaks():
