@@ -142,7 +142,8 @@ def main() -> None:
             console.print(
                 f"k {k or 0:<5.0f} {name:<20} KL {d.kl:.5f} median {d.kl_median:.5f} 99.9 % {d.kl_p999:.3f} "
                 f"worst {d.kl_worst:.3f} top-1 {d.top1:.2%} grouped {measured.grouped:.1%}, "
-                f"{measured.work or 0:.1%} of the work, estimated {measured.estimated or 0:.5f}, {measured.seconds:.0f} s",
+                f"{measured.work or 0:.1%} of the work, estimated {measured.estimated or 0:.5f}, "
+                f"{measured.seconds:.0f} s",
                 highlight=False,
                 soft_wrap=True,
             )
