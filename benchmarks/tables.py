@@ -110,7 +110,12 @@ def real(path: Path) -> str:
         kl = f"{d['kl'] * 1e3:.2f} ({low * 1e3:.2f} to {high * 1e3:.2f})"
         rest = (f"{d[name] * 1e3:.{places}f}" for name, places in (("kl_median", 2), ("kl_p999", 0), ("kl_worst", 0)))
         planted = f"planted, k = {row['k']:.0f}: " if row["k"] else ""
-        lines.append((planted + row["arm"], kl, *rest, f"{d['top1']:.1%}"))
+        chosen = ""
+        if row.get("estimated") is not None:
+            chosen = (
+                f" ({row['grouped']:.0%} of linears, {row['work']:.0%} of work; estimated {row['estimated'] * 1e3:.1f})"
+            )
+        lines.append((planted + row["arm"] + chosen, kl, *rest, f"{d['top1']:.1%}"))
     return markdown(("arm", "mean KL (95 %)", "median", "99.9th percentile", "worst token", "same best token"), lines)
 
 

@@ -37,6 +37,7 @@ def convert(
     group_size: int | None = None,
     group_layers: str | Sequence[str] | None = None,
     group_budget: float | str | None = None,
+    target_kl: float | None = None,
     ignore: str | Sequence[str] | None = None,
     blocks: str | slice | range | None = None,
     device: str = "cpu",
@@ -60,17 +61,20 @@ def convert(
         alpha: with ``smoothing="alpha"``, the share of the activations' range that moves into the weights, 0 to 1.
         rounding: of the weights, ``nearest``, or ``gptq``, which makes up for errors and is the default with
             calibration.
-        group_size: columns per scale in per-group linears, a multiple of 32. ``mixed`` and ``auto`` take 128 if it is
-            ``None``.
+        group_size: columns per scale in per-group linears, a multiple of 32. If it is ``None``, ``mixed`` takes 128,
+            and ``auto`` the largest of 128, 64 and 32 that fits all linears.
         group_layers: patterns of the linears to make per-group, see :mod:`patterns`.
-        group_budget: with ``auto``, the share of the linears that may get per-group scales, ``0.03`` or ``"3%"``.
+        group_budget: with ``auto``, the share of the linears' multiplications that may have per-group scales, ``0.15``
+            or ``"15%"``.
+        target_kl: with ``auto``, the estimated KL divergence to the source at which no more groups are given, in nats a
+            token.
         ignore: patterns of the linears to leave in the source's dtype.
         blocks: only these decoder blocks, ``"0:42"`` or ``range(42)``: makes a part, see :func:`merge`.
         device: where blocks are worked on: ``cpu``, ``cuda``, ``cuda:1``.
         base_model: for the model card, the original's id on the Hub, ``org/name``; ``None`` is the source's, if known.
         license: for the model card, the original's licence by its id on the Hub or in SPDX; ``None`` is the source's.
-        progress: called as ``progress(stage, done, total, written)``: a stage's name (``analyze``, ``carry``,
-            ``convert``), blocks done and in all, and bytes written so far.
+        progress: called as ``progress(stage, done, total, written)``: a stage's name (``calibrate``, ``analyze``,
+            ``carry``, ``convert``), blocks done and in all, and bytes written so far.
 
     Returns:
         What was done; ``outcome.vulnerable()`` lists the linears that INT8 still breaks.
@@ -95,6 +99,7 @@ def convert(
         group_size=group_size,
         group_layers=group_layers,
         group_budget=group_budget,
+        target_kl=target_kl,
         ignore=ignore,
         blocks=blocks,
         device=device,

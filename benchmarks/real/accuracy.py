@@ -40,20 +40,31 @@ ARMS: dict[str, dict[str, Any] | None] = {
     "balanced, bundled": {},
     "auto, nearest": {**OWN, "method": "auto", "rounding": "nearest"},
     "auto": {**OWN, "method": "auto"},
+    "auto, budget 15 %": {**OWN, "method": "auto", "group_budget": 0.15},
+    "auto, target 0.003": {**OWN, "method": "auto", "target_kl": 0.003},
+    "auto, target 0.0025": {**OWN, "method": "auto", "target_kl": 0.0025},
     "auto, bundled": {"method": "auto"},
 }
 """Name -> options of :func:`vllm_w8a8_bismooth.convert`; ``None`` is the source computed in bf16."""
-GROUP_SIZES = {"qwen2.5-coder-0.5b": 64, "smollm2-135m": 64}
-"""The largest usual one that divides every K."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """An arm's divergence, the share of its linears that have groups, and the seconds that its conversion took."""
+    """How an arm did.
+
+    Attributes:
+        divergence: from the source.
+        grouped: share of its linears that have groups.
+        work: their share of the multiplications, and
+        estimated: KL that the conversion expected, where it chose them by that.
+        seconds: that the conversion took.
+    """
 
     divergence: Divergence
-    grouped: float
-    seconds: float
+    grouped: float = 0.0
+    work: float | None = None
+    estimated: float | None = None
+    seconds: float = 0.0
 
 
 class Source:
@@ -79,24 +90,25 @@ class Source:
         for row in torch.from_numpy(self.windows):
             yield model(input_ids=row[None, :-1]).logits[0].float().numpy()
 
-    def measure(self, name: str, model: str) -> Measured:
+    def measure(self, name: str) -> Measured:
         """Convert by the arm's options, and compare."""
-        options, converted, grouped, seconds = ARMS[name], self.work / "converted", 0.0, 0.0
+        options, converted, about = ARMS[name], self.work / "converted", {}
         if options is None:
             served = emulate.load(self.folder).to(torch.bfloat16)
         else:
-            if options.get("method") == "auto":
-                options = {"group_size": GROUP_SIZES[model], **options}
             shutil.rmtree(converted, ignore_errors=True)
             started = time.monotonic()
             outcome = package.convert(self.folder, converted, **options)
-            seconds = time.monotonic() - started
             grouped = sum(e["group_size"] is not None for e in outcome.linears.values()) / len(outcome.linears)
+            about = {"grouped": grouped, "seconds": time.monotonic() - started}
+            if outcome.estimated_kl is not None:
+                work = sum(entry.work for entry in outcome.granularity if entry.chosen)
+                about |= {"work": work, "estimated": outcome.estimated_kl}
             served = emulate.load(converted)
         with torch.no_grad():
             pairs = zip(self._kept, self._predict(served), self.windows, strict=True)
             found: list[Window] = [compare(np.load(kept, mmap_mode="r"), scores, row) for kept, scores, row in pairs]
-        return Measured(summarize(found), grouped, seconds)
+        return Measured(summarize(found), **about)
 
 
 def sources(model: str, planted: bool, windows: int) -> Iterator[tuple[float | None, Source]]:
@@ -124,12 +136,14 @@ def main() -> None:
     console, rows = Console(), []
     for k, source in sources(asked.model, asked.plants, asked.windows):
         for name in arms:
-            measured = source.measure(name, asked.model)
+            measured = source.measure(name)
             d = measured.divergence
             rows.append({"model": asked.model, "k": k, "arm": name, **asdict(measured)})
             console.print(
                 f"k {k or 0:<5.0f} {name:<20} KL {d.kl:.5f} median {d.kl_median:.5f} 99.9 % {d.kl_p999:.3f} "
-                f"worst {d.kl_worst:.3f} top-1 {d.top1:.2%} grouped {measured.grouped:.1%} {measured.seconds:.0f} s",
+                f"worst {d.kl_worst:.3f} top-1 {d.top1:.2%} grouped {measured.grouped:.1%}, "
+                f"{measured.work or 0:.1%} of the work, estimated {measured.estimated or 0:.5f}, "
+                f"{measured.seconds:.0f} s",
                 highlight=False,
                 soft_wrap=True,
             )

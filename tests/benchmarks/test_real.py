@@ -143,7 +143,7 @@ def test_arms_are_measured(tmp_path, monkeypatch):
     """On a test bed, whose text it also is: the source against itself in bf16, plain rounding, and the default."""
     monkeypatch.setattr(accuracy, "WORK", tmp_path)
     source = accuracy.Source(PYTHON.model, 4)
-    found = {arm: source.measure(arm, "smollm2-135m") for arm in ("bf16", "RTN", "balanced, nearest")}
+    found = {arm: source.measure(arm) for arm in ("bf16", "RTN", "balanced, nearest")}
     kl = {arm: measured.divergence.kl for arm, measured in found.items()}
     assert 0 < kl["bf16"] < kl["balanced, nearest"] < kl["RTN"] < 2e-3, kl
     assert source.windows.shape == (4, 256) and all(measured.grouped == 0 for measured in found.values())
@@ -153,7 +153,7 @@ def test_planted_sources_are_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(accuracy, "WORK", tmp_path)
     monkeypatch.setattr(accuracy, "folder_of", lambda model: PYTHON.model)
     kl = {
-        k: source.measure("RTN", "smollm2-135m").divergence.kl
+        k: source.measure("RTN").divergence.kl
         for k, source in accuracy.sources("smollm2-135m", planted=True, windows=2)
     }
     assert list(kl) == [None, 100.0, 1000.0] and kl[None] * 10 < kl[100.0] < kl[1000.0], kl

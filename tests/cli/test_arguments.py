@@ -11,7 +11,7 @@ from vllm_w8a8_bismooth import api
 from vllm_w8a8_bismooth.cli import main
 from vllm_w8a8_bismooth.cli.advice import advice
 from vllm_w8a8_bismooth.errors import BismoothError
-from vllm_w8a8_bismooth.measure.perturbation import Evidence
+from vllm_w8a8_bismooth.measure.granularity import Evidence
 from vllm_w8a8_bismooth.measure.used import Used
 from vllm_w8a8_bismooth.recipe import DEFAULTS, Recipe
 from vllm_w8a8_bismooth.report.outcome import Outcome
@@ -128,7 +128,7 @@ def advices() -> list[tuple[str, Recipe, Outcome, str]]:
                     for part in (None, range(2)):
                         for reason in ("removes much", "would remove much, but the budget is spent"):
                             report = Outcome("out", part=part, recipe=recipe)
-                            report.granularity = [Evidence("a", ("a",), 1.0, 0.5, 0.5, False, reason)]
+                            report.granularity = [Evidence("a", ("a",), 1.0, 0.5, 0.5, 0.1, False, reason)]
                             found.append((method, recipe, report, advice(recipe, report)))
     return found
 

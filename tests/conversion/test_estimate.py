@@ -39,7 +39,7 @@ def test_seconds_follow_from_rates(layout):
     slower = needs(layout, 1000, replace(RATES, arithmetic="float32", products=1e11))
     assert slower.seconds == pytest.approx(rounding + 2 * linears * 1000 / 1e11, rel=1e-3)
     both = needs(layout, 1000, RATES, measured_tokens=100)
-    assert both.seconds == pytest.approx(calibrated.seconds + rounding + 2 * linears * 100 / 1e11, rel=1e-3)
+    assert both.seconds == pytest.approx(calibrated.seconds + 2 * rounding + 2 * linears * 100 / 1e11, rel=1e-3)
 
 
 def test_compensation_takes_time_and_memory(layout):

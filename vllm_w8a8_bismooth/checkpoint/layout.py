@@ -95,6 +95,15 @@ class Layout:
         names = [*self.outside_with(blocks), *(self.names.block(i) + n for i in blocks for n in self.blocks[i])]
         return sum(headers[name].nbytes for name in names)
 
+    def work(self, index: int, linear: str) -> float:
+        """Multiplications of a linear of a block for a token; an expert's are shared out over all tokens."""
+        rows, columns = self.layers[index].linears[linear]
+        chosen = self.checkpoint.config.get("num_experts_per_tok")
+        share = 1.0
+        if linear in self.layers[index].experts and type(chosen) is int:
+            share = min(share, chosen / self.sizes["experts"])
+        return share * sum(self.sizes[part] for part in rows) * self.sizes[columns]
+
     def block_nbytes(self) -> int:
         """Bytes of the largest block."""
         headers = self.checkpoint.headers

@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # torch comes with them, and it is imported inside commands
     from vllm_w8a8_bismooth.report.outcome import Outcome
     from vllm_w8a8_bismooth.verification import Verification
 
+_LISTED = 8  # linears with groups
 _DRY = "Nothing was written. Next: the same command without --dry-run"
 
 
@@ -217,8 +218,28 @@ def report_json(report: "Outcome") -> dict[str, Any]:
         "already_float": report.already_float,
         "notes": report.notes,
         "sites": report.sites,
+        "estimated_kl": report.estimated_kl,
         "granularity": [asdict(entry) for entry in report.granularity],
     }
+
+
+def _granularity(console: "Console", report: "Outcome") -> None:
+    """Which linears got groups, and why; nothing where that was not measured."""
+    from rich.markup import escape
+
+    chosen = [entry for entry in report.granularity if entry.chosen]
+    for entry in chosen[:_LISTED]:
+        console.print(f"  per-group: {escape(entry.unit)} {entry.reason}", highlight=False)
+    if more := chosen[_LISTED:]:
+        console.print(f"  and {len(more)} more, see report.json")
+    if report.estimated_kl is not None:
+        without = sum(entry.per_channel for entry in report.granularity)
+        console.print(
+            f"Estimated KL to the source: {report.estimated_kl:.2g} nats a token ({without:.2g} without groups); "
+            "bismooth score measures it"
+        )
+    if report.granularity and not chosen:
+        console.print(f"  no per-group scales: the best, {report.granularity[0].unit}, {report.granularity[0].reason}")
 
 
 def summary(console: "Console", report: "Outcome") -> None:
@@ -247,11 +268,7 @@ def summary(console: "Console", report: "Outcome") -> None:
     if report.used is not None:
         console.print(f"Calibrated on {report.used.words()}.", markup=False)
     remarks(console, report.used)
-    for entry in report.granularity:
-        if entry.chosen:
-            console.print(f"  per-group: {escape(entry.unit)} {entry.reason}", highlight=False)
-    if report.granularity and not grouped:
-        console.print(f"  no per-group scales: the best, {report.granularity[0].unit}, {report.granularity[0].reason}")
+    _granularity(console, report)
     _left_out(console, report.left_out, report.notes)
     console.print("Mean relative error that is left in a column (healthy is about 0.01), the worst five linears:")
     for name in sorted(report.linears, key=lambda name: (-report.linears[name]["column_error"], name))[:5]:

@@ -114,7 +114,11 @@ def convert(
     ] = None,
     group_size: Annotated[
         int | None,
-        typer.Option(metavar="N", help="Columns per scale in per-group linears.", show_default="128 for mixed, auto"),
+        typer.Option(
+            metavar="N",
+            help="Columns per scale in per-group linears.",
+            show_default="128 for mixed; for auto 128, 64 or 32, which fits all",
+        ),
     ] = None,
     group_layers: Annotated[
         list[str] | None,
@@ -127,8 +131,15 @@ def convert(
         str | None,
         typer.Option(
             metavar="SHARE",
-            help="With auto: share of the linears that may get per-group scales, 3% or 0.03.",
-            show_default="3%",
+            help="With auto: share of the multiplications that may have per-group scales, 15% or 0.15.",
+            show_default="25%, or all of them with --target-kl",
+        ),
+    ] = None,
+    target_kl: Annotated[
+        float | None,
+        typer.Option(
+            metavar="NATS",
+            help="With auto: give no more groups than bring the estimated KL to the source down to this.",
         ),
     ] = None,
     ignore: Annotated[
@@ -179,6 +190,7 @@ def convert(
         group_size=group_size,
         group_layers=group_layers,
         group_budget=group_budget,
+        target_kl=target_kl,
         ignore=ignore,
         blocks=blocks,
         device=device,

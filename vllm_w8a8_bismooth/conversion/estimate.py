@@ -52,8 +52,6 @@ def needs(
     """
     blocks = range(len(source.layers)) if blocks is None else blocks
     headers, item = source.checkpoint.headers, {BF16: 2, FP32: 4}[rates.arithmetic]
-    chosen = source.checkpoint.config.get("num_experts_per_tok")
-    share = min(1, chosen / source.sizes["experts"]) if type(chosen) is int and "experts" in source.sizes else 1
     written, work = sum(headers[name].nbytes for name in source.outside_with(blocks)), 0.0
     for index in (*carried, *blocks):
         layer, converted = source.layers[index], index in blocks
@@ -63,7 +61,7 @@ def needs(
                 written += header.nbytes * converted
             else:
                 elements = math.prod(header.shape)
-                work += elements * (share if linear in layer.experts else 1)
+                work += source.work(index, linear)
                 written += (elements + math.prod(header.shape[:1]) * _ROW_BYTES) * converted
     memory, state = _BASE_MEMORY + source.block_nbytes() + AHEAD, 0
     passed = source.nbytes(carried) if carried else 0
@@ -79,8 +77,8 @@ def needs(
         memory += _compensation_nbytes(source)
     if measured_tokens:
         memory += 2 * source.block_nbytes()
-        read += source.nbytes()
-        seconds += source.nbytes() / rates.rounding + 2 * work * measured_tokens / rates.precise
+        read += 2 * source.nbytes()  # forwards, and backwards
+        seconds += 2 * source.nbytes() / rates.rounding + 2 * work * measured_tokens / rates.precise
     disk = written + source.checkpoint.companion_nbytes() + 2 * state
     # The source is read while blocks are worked on.
     return Needs(source.nbytes(blocks), written, int(memory), disk, max(seconds, read / rates.reading))

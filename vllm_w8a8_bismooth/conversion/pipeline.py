@@ -35,7 +35,7 @@ def convert(ready: Preparation, progress: Progress = silent) -> Outcome:
 
     Args:
         ready: by :func:`preparation.prepare`.
-        progress: shows the stages ``analyze``, ``carry`` and ``convert``.
+        progress: shows the stages ``calibrate``, ``analyze``, ``carry`` and ``convert``.
 
     Raises:
         BismoothError: anything wrong with the input; see the modules that do the work.
@@ -61,7 +61,8 @@ def convert(ready: Preparation, progress: Progress = silent) -> Outcome:
         for index, record in walk.records.items():
             outcome.linears |= record["linears"]
             outcome.sites[index] = record["sites"]
-        outcome.resumed, outcome.granularity = walk.resumed, stages.evidence()
+        outcome.resumed = walk.resumed
+        outcome.granularity, outcome.estimated_kl = stages.evidence(), stages.estimate()
         _finish(journal.partial, ready, plan, outcome, checksums | walk.checksums)
         journal.commit()
     return outcome

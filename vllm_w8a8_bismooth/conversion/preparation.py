@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from vllm_w8a8_bismooth import __version__
+from vllm_w8a8_bismooth import __version__, grouping
+from vllm_w8a8_bismooth.checkpoint.classes import class_of
 from vllm_w8a8_bismooth.checkpoint.files import RECIPE, Folder
 from vllm_w8a8_bismooth.checkpoint.journal import NAMES
 from vllm_w8a8_bismooth.checkpoint.layout import Source
@@ -19,9 +20,10 @@ from vllm_w8a8_bismooth.conversion.plan import blocks_of, span
 from vllm_w8a8_bismooth.conversion.proposal import name_of
 from vllm_w8a8_bismooth.errors import BismoothError
 from vllm_w8a8_bismooth.measure.arithmetic import arithmetic
+from vllm_w8a8_bismooth.measure.logits import predicts_tokens
 from vllm_w8a8_bismooth.measure.text import CalibrationText, sample
 from vllm_w8a8_bismooth.measure.used import Used
-from vllm_w8a8_bismooth.recipe import Recipe, names_of_hashes
+from vllm_w8a8_bismooth.recipe import GROUP_SIZE, Recipe, names_of_hashes
 from vllm_w8a8_bismooth.report import card
 from vllm_w8a8_bismooth.report.labels import Labels
 
@@ -120,6 +122,7 @@ def prepare(
         calibration=text.sha256 if text is not None else None,
         calibration_tokens=recipe.calibration_tokens if text is not None else None,
         rounding=_rounding(recipe, text),
+        group_size=_group_size(recipe, source),
     )
     computed = (
         arithmetic(source.checkpoint.headers[source.names.embedding].dtype, where.type) if text is not None else None
@@ -149,7 +152,7 @@ def prepare(
     named, ignored, taken = None, ignored_by_name(source, recipe), None
     if not reused:
         if recipe.method == "auto":
-            _check_auto(part, text)
+            _check_auto(part, text, recipe, source)
         named = chosen_by_name(source, recipe, ignored)
         if text is not None:
             assert recipe.calibration_tokens is not None
@@ -187,7 +190,16 @@ def _rounding(recipe: Recipe, text: CalibrationText | None) -> str | None:
     return recipe.rounding or ("nearest" if text is None else "gptq")
 
 
-def _check_auto(part: range | None, text: CalibrationText | None) -> None:
+def _group_size(recipe: Recipe, source: Source) -> int | None:
+    """Columns per scale: what is asked for; with ``auto`` else the largest of the usual sizes that fits all linears."""
+    if recipe.method != "auto" or recipe.group_size is not None:
+        return recipe.group_size
+    columns = {source.sizes[shape[1]] for layer in source.layers for shape in layer.linears.values()}
+    usual = [size for size in reversed(grouping.SIZES) if size <= GROUP_SIZE]
+    return next((size for size in usual if all(grouping.fits(k, size) for k in columns)), GROUP_SIZE)
+
+
+def _check_auto(part: range | None, text: CalibrationText | None, recipe: Recipe, source: Source) -> None:
     """Raises :class:`BismoothError` where ``--method auto`` lacks what it decides by."""
     if part is not None:
         raise BismoothError.of(
@@ -199,6 +211,9 @@ def _check_auto(part: range | None, text: CalibrationText | None) -> None:
         what = "measures what quantization does to activations"
         remedy = "leave out --calibration none, or use --method bismooth"
         raise BismoothError.of("--method auto", what, remedy)
+    if recipe.target_kl is not None and not predicts_tokens(source):
+        what = f"is a divergence of predicted tokens, and the model is a {class_of(source.checkpoint.config)}"
+        raise BismoothError.of("--target-kl", what, "leave it out, or give a --group-budget")
 
 
 def _check_labels(labels: Labels) -> None:

@@ -14,7 +14,7 @@ from vllm_w8a8_bismooth.conversion.plan import Plan, full_names
 from vllm_w8a8_bismooth.conversion.preparation import Preparation
 from vllm_w8a8_bismooth.conversion.rates import measured as measured_rates
 from vllm_w8a8_bismooth.conversion.stages import CARRY, CONVERT, GRANULARITY
-from vllm_w8a8_bismooth.measure import calibration, perturbation
+from vllm_w8a8_bismooth.measure import calibration, perturbation, sensitivity
 from vllm_w8a8_bismooth.measure.used import Used
 from vllm_w8a8_bismooth.report import card
 from vllm_w8a8_bismooth.report.labels import Labels
@@ -90,7 +90,8 @@ def preview(ready: Preparation) -> Preview:
         tokens = ready.tokens.numel()
     measured = 0
     if ready.recipe.method == "auto":
-        measured = perturbation.SAMPLE * (1 + 2 * max(len(perturbation.units(layer)) for layer in source.layers))
+        units = max(len(sensitivity.measured_units(layer)) for layer in source.layers)
+        measured = perturbation.SAMPLE * (1 + sensitivity.DRAWS + 4 * units)
     resumed = finished(journal, CONVERT, ready.blocks)
     before = range(ready.blocks.start if ready.recipe.smoothing and not resumed else 0)
     left = range(finished(journal, CARRY, before), before.stop)

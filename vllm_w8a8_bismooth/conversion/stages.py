@@ -15,8 +15,10 @@ from vllm_w8a8_bismooth.conversion.options import check_group_size
 from vllm_w8a8_bismooth.conversion.plan import Plan
 from vllm_w8a8_bismooth.conversion.preparation import Preparation
 from vllm_w8a8_bismooth.errors import BismoothError
-from vllm_w8a8_bismooth.measure import perturbation, weights
+from vllm_w8a8_bismooth.measure import perturbation, sensitivity, weights
 from vllm_w8a8_bismooth.measure.activations import MOMENTS, STREAM, Activations
+from vllm_w8a8_bismooth.measure.granularity import Evidence, choose, estimate
+from vllm_w8a8_bismooth.measure.logits import Logits, predicts_tokens
 from vllm_w8a8_bismooth.method.balance import rule_of
 from vllm_w8a8_bismooth.method.compensate import Compensation, Gram
 from vllm_w8a8_bismooth.method.moments import Moments
@@ -24,8 +26,12 @@ from vllm_w8a8_bismooth.method.quantize import quantize_folded
 from vllm_w8a8_bismooth.method.rows import Fold, Threads
 from vllm_w8a8_bismooth.method.smooth import Smoothing, smooth_block
 
-PERTURB = Stage("analyze", spends=((STREAM, -1),))
-"""Measures what per-group scales would gain in each linear, by the outputs of its block."""
+SAMPLE, GRADIENTS = "sample", "gradients"
+"""Kinds of state: some of what a block reads, and how the predictions depend on it."""
+CALIBRATE = Stage("calibrate", spends=((STREAM, -1),))
+"""Carries activations through all blocks, from the first to the last."""
+ANALYZE = Stage("analyze", spends=((SAMPLE, 0), (GRADIENTS, 1)))
+"""Measures what each linear costs the predictions, from the last block to the first."""
 CARRY = Stage("carry", spends=((STREAM, -1),))
 """Carries activations through the blocks before a part, which other parts hold."""
 CONVERT = Stage("convert", spends=((MOMENTS, 0), (STREAM, -1)))
@@ -73,33 +79,69 @@ class Stages:
 
     def _worthwhile(self) -> list[list[str]]:
         """Per block, the linears whose per-group scales pay. What the sites read is kept for the conversion."""
-        variants = {
-            perturbation.CHANNEL: perturbation.Variant(),
-            perturbation.GROUP: perturbation.Variant(group_size=self._recipe.group_size),
-        }
-        for index, block in self._run.walk(PERTURB):
-            calibration = self._activations.calibration(index)
-            hidden = perturbation.sample(calibration)
-            smoothing = self._smooth(block, self._activations.read_by(block, self._threads))
-            block.record = perturbation.measure(calibration, index, block, smoothing, hidden, variants)
+        for index, block in self._run.walk(CALIBRATE):
+            block.keep(SAMPLE, {"hidden": perturbation.sample(self._activations.calibration(index))})
+            self._activations.read_by(block, self._threads)
+        self._measure(self._run.walk(ANALYZE, self._backwards()))
         chosen: list[list[str]] = [[] for _ in self._source.layers]
         for entry in self.evidence():
             for index, name in map(block_of, entry.linears if entry.chosen else ()):
                 chosen[index].append(name)
+        target, reached = self._recipe.target_kl, self.estimate()
+        if target is not None and reached is not None and reached > target:
+            raise BismoothError.of(
+                f"--target-kl {target:g}",
+                f"out of reach: {reached:.2g} nats a token are estimated with groups of {self._recipe.group_size} "
+                f"wherever they help, in {self._recipe.group_budget:.0%} of the work at most",
+                "give a higher one, a larger --group-budget or a smaller --group-size",
+            )
         return chosen
 
-    def evidence(self) -> list[perturbation.Evidence]:
+    def _measure(self, walk: Walk) -> None:
+        """What each unit costs, into the records of a walk that begins with the last block."""
+        count, group_size = len(self._source.layers), self._recipe.group_size
+        assert group_size is not None
+        for index, block in walk:
+            calibration = self._activations.calibration(count)
+            if index == count - 1:
+                final = perturbation.sample(calibration)
+                logits = Logits(self._source, self._run.device, final.dtype)
+                gradients = logits.gradients(final, sensitivity.DRAWS)
+                del logits  # as large as the embedding
+            else:
+                gradients = self._run.state(GRADIENTS, index + 1)["gradients"]
+            hidden = self._run.state(SAMPLE, index)["hidden"]
+            smoothing = self._smooth(block, self._activations.recall(block))
+            block.record, gradients = sensitivity.measure(
+                calibration, index, block, smoothing, hidden, gradients, group_size
+            )
+            block.keep(GRADIENTS, {"gradients": gradients})
+
+    def _backwards(self) -> range:
+        return range(len(self._source.layers) - 1, -1, -1)
+
+    def evidence(self) -> list[Evidence]:
         """What was measured of every unit and made of it. Empty where granularity is not chosen by it."""
-        if self._recipe.method != "auto":
+        recipe, source = self._recipe, self._source
+        if recipe.method != "auto":
             return []
-        assert self._recipe.group_budget is not None
-        layers = self._source.layers
-        errors = self._run.walk(PERTURB).records.values()
-        open_units = [
-            {unit: error for unit, error in of_block.items() if not set(perturbation.units(layer)[unit]) & ignored}
-            for of_block, layer, ignored in zip(errors, layers, self._ready.ignored, strict=True)
+        assert recipe.group_budget is not None
+        records, compensated = self._run.walk(ANALYZE, self._backwards()).records, recipe.rounding == "gptq"
+        costs = [
+            {
+                unit: {way: sensitivity.cost(of_way, compensated) for way, of_way in ways.items()}
+                for unit, ways in records[index].items()
+                if not set(sensitivity.measured_units(layer)[unit]) & ignored
+            }
+            for index, (layer, ignored) in enumerate(zip(source.layers, self._ready.ignored, strict=True))
         ]
-        return perturbation.choose(open_units, layers, self._recipe.group_budget, self._source.names)
+        works = [{linear: source.work(i, linear) for linear in layer.linears} for i, layer in enumerate(source.layers)]
+        return choose(costs, source.layers, works, recipe.group_budget, recipe.target_kl, source.names)
+
+    def estimate(self) -> float | None:
+        """The KL divergence to the source that the evidence lets expect, in nats a token; ``None`` without any."""
+        evidence = self.evidence()
+        return estimate(evidence) if evidence and predicts_tokens(self._source) else None
 
     def carry(self) -> dict[str, str]:
         """Carry activations through the blocks before a part; returns those blocks' checksums."""

@@ -69,6 +69,7 @@ class Calibration:
             model.embed_tokens.weight = torch.nn.Parameter(rows, requires_grad=False)
             model.embed_tokens.padding_idx = None  # a number among all rows, of which only some are here
             model.norm = torch.nn.Identity()
+            model.requires_grad_(False)
             self._blocks, self._forwards = list(model.layers), [block.forward for block in model.layers]
             captured: list[dict[str, object]] = []
 

@@ -5,7 +5,7 @@ of the calibration's hidden states. What counts is the change of the residual st
 later blocks get to see: an error of a linear that hardly adds to the stream does no harm, however large it is.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -14,7 +14,6 @@ import torch
 from vllm_w8a8_bismooth import grouping
 from vllm_w8a8_bismooth.checkpoint.architectures import Layer
 from vllm_w8a8_bismooth.checkpoint.blocks import Run, Stage
-from vllm_w8a8_bismooth.checkpoint.names import Names
 from vllm_w8a8_bismooth.measure.activations import Activations
 from vllm_w8a8_bismooth.measure.calibration import Calibration
 from vllm_w8a8_bismooth.method.balance import Rule
@@ -23,8 +22,6 @@ from vllm_w8a8_bismooth.method.rows import Fold, Threads
 from vllm_w8a8_bismooth.method.smooth import Smoothing, smooth_block
 
 SAMPLE = 1024  # tokens of the calibration
-WORTH = 3.0
-"""A fused linear gets per-group scales only if that removes this many times its share of the linears from the error."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +42,13 @@ def units(layer: Layer) -> dict[str, tuple[str, ...]]:
 
 
 def sample(calibration: Calibration) -> torch.Tensor:
-    """``[windows, length, hidden]``: a copy of some of what the next block will read, about :data:`SAMPLE` tokens."""
-    return calibration.hidden[: max(1, SAMPLE // calibration.hidden.shape[1])].clone()
+    """``[windows, length, hidden]``: a copy of some of what the next block will read, about :data:`SAMPLE` tokens.
+
+    Windows are taken from all over the text, whose kinds stand one after the other.
+    """
+    windows, length = calibration.hidden.shape[:2]
+    count = min(windows, max(1, SAMPLE // length))
+    return calibration.hidden[[(2 * i + 1) * windows // (2 * count) for i in range(count)]]
 
 
 @torch.no_grad()
@@ -86,14 +88,14 @@ def measure(
                 if not grouping.fits(columns, variant.group_size):
                     continue
                 folds = {built(p): smoothing.fold(p) if variant.smoothed else Fold() for p in parts}
-                with _quantized(block, folds, variant):
+                with quantized(block, folds, variant):
                     change = (run(hidden) - true).square().sum(dim=-1)
                 found[unit][name] = float((change / size).mean())
     return found
 
 
 @contextmanager
-def _quantized(block: torch.nn.Module, folds: Mapping[str, Fold], variant: Variant) -> Iterator[None]:
+def quantized(block: torch.nn.Module, folds: Mapping[str, Fold], variant: Variant) -> Iterator[None]:
     """Linears of a block as they are after quantization, in the basis of the source: the block's function stays.
 
     Only a fold's columns matter: dividing a whole row changes its scale, and none of its codes.
@@ -125,38 +127,7 @@ def _quantized(block: torch.nn.Module, folds: Mapping[str, Fold], variant: Varia
             block.get_submodule(name).weight.data = weight
 
 
-_SPENT = "but the budget is spent"
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """What speaks for and against per-group scales in one fused linear.
-
-    Attributes:
-        unit: full name of the linear that vLLM serves.
-        linears: full names of its parts.
-        per_channel, per_group: see :func:`measure`; ``per_group`` is ``None`` where the groups do not divide K.
-        share: of the whole model's error, summed over units, that per-group scales would remove.
-        chosen: whether it gets them.
-        reason: in words.
-    """
-
-    unit: str
-    linears: tuple[str, ...]
-    per_channel: float
-    per_group: float | None
-    share: float
-    chosen: bool
-    reason: str
-
-    @property
-    def held_back(self) -> bool:
-        """Whether only the budget stood against them."""
-        return self.reason.endswith(_SPENT)
-
-
 PERTURB = Stage("perturb")
-CHANNEL, GROUP = "per_channel", "per_group"
 
 VIEW = {
     f"{when}_{what}": Variant(weights=what != "activations", activations=what != "weights", smoothed=when == "after")
@@ -189,49 +160,3 @@ def view(run: Run, tokens: torch.Tensor, rule: Rule) -> dict[str, dict[str, floa
             errors = measure(calibration, index, block, smoothing, hidden, VIEW)
             found |= {block.prefix + unit: by_variant for unit, by_variant in errors.items()}
     return found
-
-
-def choose(
-    errors: Sequence[Mapping[str, Mapping[str, float]]],
-    layers: Sequence[Layer],
-    budget: float,
-    names: Names = Names(),  # noqa: B008 (frozen)
-) -> list[Evidence]:
-    """Decide on granularity by evidence, preferring none.
-
-    Args:
-        errors: per block, what :func:`measure` found for the variants :data:`CHANNEL` and :data:`GROUP`.
-        layers: of the same blocks.
-        budget: share of all linears that may get per-group scales, 0 to 1.
-        names: of the checkpoint.
-
-    Returns:
-        One entry a unit, those first whose linears are best spent on it.
-    """
-    linears = sum(len(layer.linears) for layer in layers)
-    total = sum(found[CHANNEL] for block in errors for found in block.values()) or 1.0
-    candidates = []
-    for index, (block, layer) in enumerate(zip(errors, layers, strict=True)):
-        candidates += [(names.block(index), unit, units(layer)[unit], found) for unit, found in block.items()]
-
-    def share(found: Mapping[str, float]) -> float:
-        return (found[CHANNEL] - found.get(GROUP, found[CHANNEL])) / total
-
-    left, evidence = int(budget * linears + 1e-9), []
-    for prefix, unit, parts, found in sorted(candidates, key=lambda c: -share(c[3]) / len(c[2])):
-        removed, cost = share(found), len(parts) / linears
-        if GROUP not in found:
-            reason = "K is not a multiple of the group size"
-        elif removed < WORTH * cost:
-            reason = f"would remove {removed:.1%} of the error, too little for {cost:.1%} of the linears"
-        elif len(parts) > left:
-            reason = f"would remove {removed:.1%} of the error, {_SPENT}"
-        else:
-            reason = f"removes {removed:.1%} of the error for {cost:.1%} of the linears"
-        chosen = GROUP in found and removed >= WORTH * cost and len(parts) <= left
-        left -= len(parts) if chosen else 0
-        linear_names = tuple(prefix + part for part in parts)
-        evidence.append(
-            Evidence(prefix + unit, linear_names, found[CHANNEL], found.get(GROUP), removed, chosen, reason)
-        )
-    return evidence

@@ -4,7 +4,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vllm_w8a8_bismooth.measure import perturbation, weights
+from vllm_w8a8_bismooth.measure import weights
+from vllm_w8a8_bismooth.measure.granularity import Evidence
 from vllm_w8a8_bismooth.measure.used import Used
 from vllm_w8a8_bismooth.recipe import Recipe
 from vllm_w8a8_bismooth.report.labels import Labels
@@ -16,6 +17,7 @@ class Outcome:
 
     Attributes:
         destination: the written folder.
+        estimated_kl: to the source, in nats a token, as the evidence for granularity lets expect; ``None`` without any.
         granularity: what spoke for and against per-group scales, if that was measured.
         source_bytes, written_bytes: sizes of all tensors.
         linears: full linear name -> ``group_size`` (``None`` = per-channel), ``column_error`` and ``sqnr`` in dB of
@@ -45,7 +47,8 @@ class Outcome:
     ignored: list[str] = field(default_factory=list)
     already_float: list[str] = field(default_factory=list)
     sites: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
-    granularity: list[perturbation.Evidence] = field(default_factory=list)
+    estimated_kl: float | None = None
+    granularity: list[Evidence] = field(default_factory=list)
     files: dict[str, str] = field(default_factory=dict)
     beside: list[str] = field(default_factory=list)
     used: Used | None = None

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from vllm_w8a8_bismooth.checkpoint.files import RECIPE, REPORT, read_json, write_json
 from vllm_w8a8_bismooth.errors import BismoothError
-from vllm_w8a8_bismooth.measure.perturbation import Evidence
+from vllm_w8a8_bismooth.measure.granularity import Evidence
 from vllm_w8a8_bismooth.measure.used import Used
 from vllm_w8a8_bismooth.recipe import Recipe
 from vllm_w8a8_bismooth.report.outcome import Outcome
@@ -21,6 +21,7 @@ def write(folder: Path, outcome: Outcome) -> None:
         "linears": outcome.linears,
         "ignored": outcome.ignored,
         "sites": {str(index): sites for index, sites in outcome.sites.items()},
+        "estimated_kl": outcome.estimated_kl,
         "granularity": [asdict(entry) for entry in outcome.granularity],
         "beside": outcome.beside,
         "sha256": outcome.files,
@@ -39,6 +40,7 @@ def read(folder: Path, outcome: Outcome) -> None:
         outcome.source_bytes, outcome.written_bytes = report["source_bytes"], report["written_bytes"]
         outcome.linears, outcome.ignored, outcome.files = report["linears"], report["ignored"], report["sha256"]
         outcome.sites = {int(index): sites for index, sites in report["sites"].items()}
+        outcome.estimated_kl = report.get("estimated_kl")
         outcome.granularity = [
             Evidence(**{**entry, "linears": tuple(entry["linears"])}) for entry in report["granularity"]
         ]
