@@ -1,6 +1,6 @@
 """Speculative decoding: how many of a drafter's tokens a real model keeps, in bf16 and in INT8, in real vLLM.
 
-    python -m benchmarks.real.drafters [--chunks N] [--json FILE]
+    python -m benchmarks.real.drafters [--prompts N] [--json FILE]
 
 The model (SmolLM2-135M) answers greedily, and a drafter proposes three tokens a step: another checkpoint of the same
 model, or a look-up of n-grams in what was said before. What is counted is vLLM's own: ``vllm:spec_decode_*``. The draft
@@ -14,7 +14,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -39,8 +38,6 @@ WORK = Path("build/drafters")
 PLANT = {"kind": "norm", "k": 1000.0, "blocks": (0, 1, 3), "channels": 3, "seed": 0}
 AHEAD = 3
 """Tokens that a drafter proposes a step."""
-CHUNK = 8
-"""Prompts that are answered together, and counted together."""
 PROMPT_TOKENS, ANSWER_TOKENS = 64, 128
 NGRAM = "n-gram"
 PAIRS = (
@@ -48,78 +45,71 @@ PAIRS = (
     ("INT8", "bf16"),
     ("RTN", "bf16"),
     ("bf16", "INT8"),
-    ("INT8", "INT8"),
     ("bf16", "coarse"),
     ("INT8", "coarse"),
     ("RTN", "coarse"),
     ("bf16", NGRAM),
     ("INT8", NGRAM),
-    ("RTN", NGRAM),
 )
 """What answers, and what drafts for it."""
 
 
 @dataclass(frozen=True)
 class Count:
-    """What vLLM counted while it answered a chunk of prompts.
+    """What was counted while prompts were answered.
 
     Attributes:
         drafts: how often something was proposed.
         drafted, accepted: tokens.
         positions: accepted tokens by their place in a draft, ``[AHEAD]``.
-        answered: tokens of the answers.
+        answers: of each prompt, how many tokens each step behind the first brought; the first reads the prompt, and
+            knows no draft.
     """
 
     drafts: int
     drafted: int
     accepted: int
     positions: list[int]
-    answered: int
+    answers: list[list[int]]
 
 
 @dataclass(frozen=True)
 class Acceptance:
-    """The figures of all chunks; intervals are 95 %, by drawing chunks anew.
+    """The figures of all prompts.
 
     Attributes:
         rate: share of the drafted tokens that was accepted.
-        length: tokens a step that had a draft, with the one that the model adds.
         positions: share of drafts whose first, second, ... token was accepted.
-        tokens_per_step: tokens of the answers for each step of what answers, with and without a draft; no measure of
-            time.
+        covered: share of the steps that had a draft; n-grams are not always found.
+        length: tokens that a step brought, whether it had a draft or not; no measure of time.
+        interval: of ``length``, 95 %, by drawing prompts anew.
+        steps, prompts: how many there were.
     """
 
     rate: float
-    rate_interval: tuple[float, float]
-    length: float
-    length_interval: tuple[float, float]
     positions: list[float]
-    tokens_per_step: float
+    covered: float
+    length: float
+    interval: tuple[float, float]
+    steps: int
+    prompts: int
 
 
-def summarize(chunks: Sequence[Count]) -> Acceptance:
-    """Ratios of sums over one or more chunks."""
-    drafts, drafted, accepted, answered = (
-        np.array([getattr(chunk, name) for chunk in chunks], float)
-        for name in ("drafts", "drafted", "accepted", "answered")
-    )
-    low, high = _interval(accepted, drafts)
+def summarize(count: Count) -> Acceptance:
+    """All are ratios of sums; those of vLLM's counters also hold what a last step brought beyond its answer's end."""
+    answers = [answer for answer in count.answers if answer]
+    tokens, steps = (np.array([number(answer) for answer in answers], float) for number in (sum, len))
+    draws = np.random.default_rng(0).multinomial(len(answers), [1 / len(answers)] * len(answers), size=10_000)
+    low, high = np.quantile((draws @ tokens) / (draws @ steps), [0.025, 0.975])
     return Acceptance(
-        rate=float(accepted.sum() / drafted.sum()),
-        rate_interval=_interval(accepted, drafted),
-        length=float(1 + accepted.sum() / drafts.sum()),
-        length_interval=(1 + low, 1 + high),
-        positions=(np.sum([chunk.positions for chunk in chunks], axis=0) / drafts.sum()).tolist(),
-        tokens_per_step=float(answered.sum() / (answered.sum() - accepted.sum())),
+        rate=count.accepted / count.drafted,
+        positions=[accepted / count.drafts for accepted in count.positions],
+        covered=count.drafts / steps.sum(),
+        length=tokens.sum() / steps.sum(),
+        interval=(float(low), float(high)),
+        steps=int(steps.sum()),
+        prompts=len(answers),
     )
-
-
-def _interval(part: np.ndarray, whole: np.ndarray) -> tuple[float, float]:
-    """Of a ratio of sums, ``[n]`` each: the 2.5th and the 97.5th percentile over chunks that are drawn anew."""
-    count = len(part)
-    draws = np.random.default_rng(0).multinomial(count, [1 / count] * count, size=10_000)
-    low, high = np.quantile((draws @ part) / (draws @ whole), [0.025, 0.975])
-    return float(low), float(high)
 
 
 def coarsen(source: Path, destination: Path, bits: int = 4) -> None:
@@ -156,23 +146,23 @@ def made(source: Path, kind: str) -> Path:
 
 
 def prompts(folder: Path, count: int) -> list[list[int]]:
-    """Tokens of chats that ask to go on with a text; programs and English by turns, so that every chunk has both."""
+    """Tokens of chats that ask to go on with a text; one half programs, the other English."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     windows = texts.heldout_windows(tokenizer, count, PROMPT_TOKENS)
-    order = np.arange(count).reshape(len(texts.TEXTS), -1).T.reshape(-1)
-    chats = [[{"role": "user", "content": f"Continue this text:\n\n{tokenizer.decode(windows[i])}"}] for i in order]
+    asked = [f"Continue this text:\n\n{tokenizer.decode(window)}" for window in windows]
+    chats = [[{"role": "user", "content": content}] for content in asked]
     return tokenizer.apply_chat_template(chats, add_generation_prompt=True, return_dict=False)
 
 
-def measure(target: Path, draft: Path | None, asked: list[list[int]], tokens: int = ANSWER_TOKENS) -> list[Count]:
+def measure(target: Path, draft: Path | None, asked: list[list[int]], tokens: int = ANSWER_TOKENS) -> Count:
     """Let a checkpoint answer in a vLLM process of its own, with a drafter.
 
     Args:
         target: what answers.
         draft: what drafts; ``None`` is the look-up of n-grams.
-        asked: tokens of each prompt.
+        asked: tokens of each prompt; all are answered at once.
         tokens: at most, of each answer.
 
     Raises:
@@ -182,7 +172,7 @@ def measure(target: Path, draft: Path | None, asked: list[list[int]], tokens: in
     drafter = lookup if draft is None else model
     request = {"model": str(target), "drafter": drafter, "prompts": asked, "tokens": tokens}
     with tempfile.TemporaryDirectory() as scratch:
-        question, answer = Path(scratch, "request.json"), Path(scratch, "counts.json")
+        question, answer = Path(scratch, "request.json"), Path(scratch, "count.json")
         question.write_text(json.dumps(request))
         done = subprocess.run(
             [sys.executable, "-m", __spec__.name, "--answer", str(question), str(answer)],
@@ -192,66 +182,64 @@ def measure(target: Path, draft: Path | None, asked: list[list[int]], tokens: in
         )
         if not answer.exists():  # not the exit code: vLLM sometimes aborts in the teardown, after all work is done
             raise RuntimeError(done.stdout.decode(errors="replace")[-3000:])
-        return [Count(**count) for count in json.loads(answer.read_text())]
+        return Count(**json.loads(answer.read_text()))
 
 
-def answer(request: dict[str, Any]) -> list[Count]:
+def answer(request: dict[str, Any]) -> Count:
     """What :func:`measure` asks for, in its process."""
     from vllm import LLM, SamplingParams
+    from vllm.sampling_params import RequestOutputKind
 
     engine = LLM(
         model=request["model"],
         dtype="bfloat16",
         max_model_len=512,
-        max_num_seqs=CHUNK,
+        max_num_seqs=len(request["prompts"]),
         enforce_eager=True,
         disable_log_stats=False,
         speculative_config={"num_speculative_tokens": AHEAD, **request["drafter"]},
-    )
-    sampling = SamplingParams(temperature=0, max_tokens=request["tokens"])
-    counts, before = [], _counters(engine)
-    for start in range(0, len(request["prompts"]), CHUNK):
-        chunk = [{"prompt_token_ids": prompt} for prompt in request["prompts"][start : start + CHUNK]]
-        found = engine.generate(chunk, sampling, use_tqdm=False)
-        after = _counters(engine)
-        drafts, drafted, accepted, *positions = (after - before).tolist()
-        counts.append(Count(drafts, drafted, accepted, positions, sum(len(f.outputs[0].token_ids) for f in found)))
-        before = after
-    return counts
+    ).llm_engine
+    each_step = SamplingParams(temperature=0, max_tokens=request["tokens"], output_kind=RequestOutputKind.DELTA)
+    for number, prompt in enumerate(request["prompts"]):
+        engine.add_request(str(number), {"prompt_token_ids": prompt}, each_step)
+    answers: list[list[int]] = [[] for _ in request["prompts"]]
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            answers[int(output.request_id)].append(len(output.outputs[0].token_ids))
+    return Count(*_counters(engine), answers=[brought[1:] for brought in answers])
 
 
-def _counters(engine) -> np.ndarray:
-    """vLLM's counters until now: drafts, tokens drafted and accepted, and those accepted at each place."""
+def _counters(engine) -> tuple[int, int, int, list[int]]:
+    """vLLM's: drafts, tokens drafted and accepted, and those accepted at each place."""
     metrics = {metric.name: metric for metric in engine.get_metrics()}
     single = (metrics[f"vllm:spec_decode_num_{name}"].value for name in ("drafts", "draft_tokens", "accepted_tokens"))
-    return np.array([*single, *metrics["vllm:spec_decode_num_accepted_tokens_per_pos"].values], int)
+    return *single, metrics["vllm:spec_decode_num_accepted_tokens_per_pos"].values
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--chunks", type=int, default=10, help=f"of {CHUNK} prompts")
+    parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--answer", nargs=2, type=Path, metavar="FILE", help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.answer:
-        question, counts = asked.answer
-        counts.write_text(json.dumps([asdict(count) for count in answer(json.loads(question.read_text()))]))
+        question, count = asked.answer
+        count.write_text(json.dumps(asdict(answer(json.loads(question.read_text())))))
         return
     WORK.mkdir(parents=True, exist_ok=True)
     healthy, planted = folder_of(SMOLLM2), WORK / "planted"
     if not planted.exists():
         plant(healthy, planted, **PLANT)
-    said, console, rows = prompts(healthy, asked.chunks * CHUNK), Console(), []
+    said, console, rows = prompts(healthy, asked.prompts), Console(), []
     for k, source in ((None, healthy), (PLANT["k"], planted)):
         for target, draft in PAIRS:
-            counts = measure(made(source, target), None if draft == NGRAM else made(source, draft), said)
-            found = summarize(counts)
-            rows.append({"k": k, "target": target, "draft": draft, **asdict(found), "chunks": [*map(asdict, counts)]})
+            found = summarize(measure(made(source, target), None if draft == NGRAM else made(source, draft), said))
+            rows.append({"k": k, "target": target, "draft": draft, **asdict(found)})
+            low, high = found.interval
             console.print(
                 f"k {k or 0:<5.0f} {target:<5} drafted by {draft:<7} accepted {found.rate:.2%} "
-                f"({found.rate_interval[0]:.2%} to {found.rate_interval[1]:.2%}) length {found.length:.3f} "
-                f"by place {' '.join(f'{share:.3f}' for share in found.positions)} "
-                f"tokens a step {found.tokens_per_step:.3f}",
+                f"by place {' '.join(f'{share:.3f}' for share in found.positions)} in {found.covered:.0%} of steps; "
+                f"{found.length:.3f} tokens a step ({low:.3f} to {high:.3f})",
                 highlight=False,
                 soft_wrap=True,
             )
