@@ -1,11 +1,12 @@
 """Speculative decoding: how many of a drafter's tokens a real model keeps, in bf16 and in INT8, in real vLLM.
 
-    python -m benchmarks.real.drafters [--prompts N] [--json FILE]
+    python -m benchmarks.real.drafters [--drafts DRAFT,...] [--prompts N] [--json FILE]
 
 The model (SmolLM2-135M) answers greedily, and a drafter proposes three tokens a step: another checkpoint of the same
-model, or a look-up of n-grams in what was said before. What is counted is vLLM's own: ``vllm:spec_decode_*``. The draft
-in bf16 behind the model in bf16 is the upper bound. ``coarse`` is a draft that errs by itself, as a trained drafter
-does: the model with weights of 4 bits. All is done twice: healthy, and with planted outliers (:data:`PLANT`).
+model, a head that reads the model's states (:mod:`benchmarks.real.eagle`), or a look-up of n-grams in what was said
+before. What is counted is vLLM's own: ``vllm:spec_decode_*``. The draft in bf16 behind the model in bf16 is the upper
+bound. ``coarse`` is a draft that errs by itself, as a trained drafter does: the model with weights of 4 bits. All
+drafters but INT8 are made of the model in bf16. All is done twice: healthy, and with planted outliers (:data:`PLANT`).
 """
 
 import argparse
@@ -25,7 +26,7 @@ from rich.console import Console
 
 import vllm_w8a8_bismooth as package
 from benchmarks import record
-from benchmarks.real import MODELS, SMOLLM2, texts
+from benchmarks.real import MODELS, SMOLLM2, eagle, texts
 from benchmarks.real.weights import folder_of
 from benchmarks.score import engine_environment
 from benchmarks.testbed.plant import plant
@@ -39,7 +40,7 @@ PLANT = {"kind": "norm", "k": 1000.0, "blocks": (0, 1, 3), "channels": 3, "seed"
 AHEAD = 3
 """Tokens that a drafter proposes a step."""
 PROMPT_TOKENS, ANSWER_TOKENS = 64, 128
-NGRAM = "n-gram"
+NGRAM, EAGLE = "n-gram", "EAGLE"
 PAIRS = (
     ("bf16", "bf16"),
     ("INT8", "bf16"),
@@ -48,6 +49,9 @@ PAIRS = (
     ("bf16", "coarse"),
     ("INT8", "coarse"),
     ("RTN", "coarse"),
+    ("bf16", EAGLE),
+    ("INT8", EAGLE),
+    ("RTN", EAGLE),
     ("bf16", NGRAM),
     ("INT8", NGRAM),
 )
@@ -104,8 +108,8 @@ def summarize(count: Count) -> Acceptance:
     return Acceptance(
         rate=count.accepted / count.drafted,
         positions=[accepted / count.drafts for accepted in count.positions],
-        covered=count.drafts / steps.sum(),
-        length=tokens.sum() / steps.sum(),
+        covered=float(count.drafts / steps.sum()),
+        length=float(tokens.sum() / steps.sum()),
         interval=(float(low), float(high)),
         steps=int(steps.sum()),
         prompts=len(answers),
@@ -129,8 +133,8 @@ def coarsen(source: Path, destination: Path, bits: int = 4) -> None:
         shutil.copy(source / relative, destination / relative)
 
 
-MAKERS = {"INT8": package.convert, "RTN": partial(package.convert, method="rtn"), "coarse": coarsen}
-"""How a checkpoint is made of the source, which is itself called bf16. INT8 is the default conversion."""
+MAKERS = {"INT8": package.convert, "RTN": partial(package.convert, method="rtn"), "coarse": coarsen, EAGLE: eagle.fit}
+"""How a folder is made of the source, which is itself called bf16. INT8 is the default conversion."""
 
 
 def made(source: Path, kind: str) -> Path:
@@ -145,6 +149,13 @@ def made(source: Path, kind: str) -> Path:
     return folder
 
 
+def drafter(source: Path, kind: str) -> dict[str, Any]:
+    """What vLLM is told of it."""
+    if kind == NGRAM:
+        return {"method": "ngram", "prompt_lookup_max": AHEAD}
+    return {"method": "eagle" if kind == EAGLE else "draft_model", "model": str(made(source, kind))}
+
+
 def prompts(folder: Path, count: int) -> list[list[int]]:
     """Tokens of chats that ask to go on with a text; one half programs, the other English."""
     from transformers import AutoTokenizer
@@ -156,20 +167,18 @@ def prompts(folder: Path, count: int) -> list[list[int]]:
     return tokenizer.apply_chat_template(chats, add_generation_prompt=True, return_dict=False)
 
 
-def measure(target: Path, draft: Path | None, asked: list[list[int]], tokens: int = ANSWER_TOKENS) -> Count:
+def measure(target: Path, drafter: dict[str, Any], asked: list[list[int]], tokens: int = ANSWER_TOKENS) -> Count:
     """Let a checkpoint answer in a vLLM process of its own, with a drafter.
 
     Args:
         target: what answers.
-        draft: what drafts; ``None`` is the look-up of n-grams.
+        drafter: what drafts, see :func:`drafter`.
         asked: tokens of each prompt; all are answered at once.
         tokens: at most, of each answer.
 
     Raises:
         RuntimeError: the engine failed; the message is the end of its log.
     """
-    lookup, model = {"method": "ngram", "prompt_lookup_max": AHEAD}, {"method": "draft_model", "model": str(draft)}
-    drafter = lookup if draft is None else model
     request = {"model": str(target), "drafter": drafter, "prompts": asked, "tokens": tokens}
     with tempfile.TemporaryDirectory() as scratch:
         question, answer = Path(scratch, "request.json"), Path(scratch, "count.json")
@@ -218,6 +227,7 @@ def _counters(engine) -> tuple[int, int, int, list[int]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--drafts", default=",".join(dict.fromkeys(draft for _, draft in PAIRS)))
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--answer", nargs=2, type=Path, metavar="FILE", help=argparse.SUPPRESS)
@@ -232,8 +242,8 @@ def main() -> None:
         plant(healthy, planted, **PLANT)
     said, console, rows = prompts(healthy, asked.prompts), Console(), []
     for k, source in ((None, healthy), (PLANT["k"], planted)):
-        for target, draft in PAIRS:
-            found = summarize(measure(made(source, target), None if draft == NGRAM else made(source, draft), said))
+        for target, draft in [pair for pair in PAIRS if pair[1] in asked.drafts.split(",")]:
+            found = summarize(measure(made(source, target), drafter(source, draft), said))
             rows.append({"k": k, "target": target, "draft": draft, **asdict(found)})
             low, high = found.interval
             console.print(
