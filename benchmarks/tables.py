@@ -119,6 +119,19 @@ def real(path: Path) -> str:
     return markdown(("arm", "mean KL (95 %)", "median", "99.9th percentile", "worst token", "same best token"), lines)
 
 
+def drafters(path: Path) -> str:
+    """What a model keeps of what is drafted for it."""
+    lines = []
+    for row in rows(path):
+        low, high = row["interval"]
+        places = ", ".join(f"{share:.1%}" for share in row["positions"])
+        length = f"{row['length']:.2f} ({low:.2f} to {high:.2f})"
+        planted = f"planted, k = {row['k']:.0f}: " if row["k"] else ""
+        lines.append((planted + row["target"], row["draft"], f"{row['rate']:.1%}", places, length))
+    header = ("what answers", "what drafts", "tokens kept", "by place in the draft", "tokens a step (95 %)")
+    return markdown(header, lines, words=2)
+
+
 def plants(path: Path) -> str:
     """Planted beds: KL relative to RTN on the healthy bed, by kind of plant: mean over beds and seeds, and range."""
     data = Accuracy(path)
@@ -310,6 +323,7 @@ SHARED = (
     ("accuracy-vllm.json", accuracy),
     ("accuracy.json", accuracy_targets),
     ("real-*.json", real),
+    ("drafters-*.json", drafters),
 )
 OF_MACHINES = (
     ("gemm.json", kernels),

@@ -15,6 +15,12 @@ def own() -> list[Path]:
     return [BEDS[name].calibration for name in TEXTS]
 
 
+def own_windows(tokenizer, count: int, length: int) -> np.ndarray:
+    """int64 ``[count, length]``: tokens of :func:`own`, as many of each text, spread over it."""
+    each = count // len(TEXTS)
+    return np.concatenate([_windows(tokenizer(text.read_text()).input_ids, each, length) for text in own()])
+
+
 def heldout_windows(tokenizer, count: int, length: int = 256) -> np.ndarray:
     """int64 ``[count, length]``: tokens of text that no calibration saw, as many of each kind, spread over it."""
     each = count // len(TEXTS)

@@ -16,6 +16,7 @@ from tests.support.damage import INDEX, edit_json, edit_shard, shard_of
 from tests.support.models import MODEL_TYPES, tiny_model, write_checkpoint
 from tests.support.others import DATA
 from tests.support.sweep import sweep
+from vllm_w8a8_bismooth.checkpoint.layout import Source
 from vllm_w8a8_bismooth.errors import BismoothError
 from vllm_w8a8_bismooth.measure.text import read_text
 from vllm_w8a8_bismooth.method.quantize import quantize_weight
@@ -49,6 +50,14 @@ def test_calibrated_conversions_are_clean(make_checkpoint, tmp_path, calibration
     found = verify(out, source, lambda *step: stages.append(step), engine=False)
     assert found.ok and not found.notes, lines(found)
     assert ("compare", 3, 3, 0) in stages and stages[0][0] == "read"
+    layout = Source(source)
+    writers = [
+        f"{layout.names.block(i)}{name}"
+        for i, layer in enumerate(layout.layers)
+        for name in layout.blocks[i]
+        if name.removesuffix(".weight").removesuffix(".bias") in layer.writers
+    ]
+    assert found.unscaled == [*layout.outside, *writers] and len(writers) >= 6
     written = report_of(out)["linears"]
     assert found.linears.keys() == written.keys()
     for name, entry in found.linears.items():  # the factors were found again from narrow matrices
@@ -96,10 +105,9 @@ def pairs(tmp_path_factory) -> Callable[[str], tuple[Path, Path]]:
     def pair(kind: str) -> tuple[Path, Path]:
         if kind not in made:
             folder = made[kind] = tmp_path_factory.mktemp(kind)
-            changes = {"mixtral": {}, "biased": {"attention_bias": True, "mlp_bias": True}}.get(kind, {})
-            source = write_checkpoint(
-                folder / "source", tiny_model("mixtral" if kind == "mixtral" else "llama", **changes)
-            )
+            changes = {"attention_bias": True, "mlp_bias": True} if kind == "biased" else {}
+            model_type = kind if kind in MODEL_TYPES else "llama"
+            source = write_checkpoint(folder / "source", tiny_model(model_type, **changes))
             (source / "README.md").write_text("# original")
             text = folder / "text.txt"
             text.write_text("".join(chr(97 + (i * i) % 26) for i in range(3000)))
@@ -473,6 +481,38 @@ def test_faults_are_found_and_named(pairs, case):
         assert not others, "only the source can tell"
 
 
+# What writes into the residual stream, or reads it last, by kind of conversion: how it is stored, and what is in bf16.
+STREAM = {
+    "llama": ("self_attn.o_proj.weight_scale", "mlp.down_proj.weight_scale"),
+    "compensated": ("self_attn.o_proj.weight_scale", "mlp.down_proj.weight_scale"),
+    "mixed": ("self_attn.o_proj.weight_scale", "mlp.down_proj.weight_scale"),
+    "ignored": ("self_attn.o_proj.weight_scale", "mlp.down_proj.weight"),
+    "biased": ("self_attn.o_proj.bias", "mlp.down_proj.bias"),
+    "mixtral": ("self_attn.o_proj.weight_scale", "block_sparse_moe.experts.2.w2.weight_scale"),
+    "gemma2": ("self_attn.o_proj.weight_scale", "post_attention_layernorm.weight", "post_feedforward_layernorm.weight"),
+    "phi3": ("self_attn.o_proj.weight_scale", "mlp.down_proj.weight_scale"),
+    "qwen2_moe": ("mlp.shared_expert.down_proj.weight_scale", "mlp.experts.2.down_proj.weight_scale"),
+}
+WRITTEN = [(kind, f"{BLOCK}{name}") for kind, names in STREAM.items() for name in names]
+WRITTEN += [("llama", name) for name in (EMBEDDING, "model.norm.weight", "lm_head.weight")]
+
+
+@pytest.mark.parametrize(("place", "factor"), [(3, 1.5), (3, 1.05), (slice(None), 1.5), (slice(None), 1.02)])
+@pytest.mark.parametrize(("kind", "name"), WRITTEN)
+def test_what_writes_into_the_residual_stream_is_unscaled(pairs, kind, name, place, factor):
+    source, out = pairs(kind)
+    written = name.removesuffix("_scale")
+    assert written in verify(out, source, engine=False).unscaled
+    (out / "report.json").unlink()
+    change(name, lambda tensor: scaled(tensor, place, factor))(out)
+    found = verify(out, source, engine=False)
+    assert not found.ok and written not in found.unscaled
+    if name.endswith("_scale") and (place, factor) == (3, 1.5):
+        where = written.removesuffix(".weight")
+        (line,) = (line for line in lines(found) if line.startswith(where))
+        assert re.search(r"1 of \d+ rows \(number 3\) write 1\.5 times as much into the residual stream", line), line
+
+
 def test_every_fault_is_listed(pairs):
     source, out = pairs("llama")
     for damage in (put(f"{Q}_scale", (2, 0), -1.0), put(NORM, 4, float("nan")), put(V, (0, 0), -128), drop(UP)):
@@ -656,6 +696,8 @@ def test_command(pairs, monkeypatch):
     code, text = run("verify", out, "--against", source)
     assert code == 0 and "21 INT8 linears, nothing wrong" in text and "vLLM is not installed" in text
     assert "Worst linears" in text and text.count("per-channel") == 5
+    stream = "model.embed_tokens, lm_head, model.norm; o_proj, down_proj in blocks 0-2"
+    assert f"The residual stream is the source's, unscaled: {stream}." in " ".join(text.split())
     ignoring_source, ignoring_out = pairs("ignored")
     code, text = run("verify", ignoring_out, "--against", ignoring_source)
     assert code == 0 and "17 INT8 linears, 4 left in float, nothing wrong" in text
@@ -665,7 +707,7 @@ def test_command(pairs, monkeypatch):
     code, text = run("verify", out, "--json")
     answer = json.loads(text[text.index("{") :])
     assert code == 1 and not answer["ok"] and answer["notes"] and len(answer["linears"]) == 21
-    assert answer["findings"][0].keys() == {"where", "what", "remedy"}
+    assert answer["findings"][0].keys() == {"where", "what", "remedy"} and answer["unscaled"] == []
 
 
 @pytest.mark.engine

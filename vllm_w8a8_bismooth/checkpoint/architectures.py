@@ -62,6 +62,17 @@ class Layer:
             row_parallel=self.row_parallel | other.row_parallel,
         )
 
+    @property
+    def writers(self) -> set[str]:
+        """What adds to the residual stream: the linears that end in it, and the norms behind them (Gemma's).
+
+        No site divides their rows or gains, so that whatever reads the stream reads what it read before.
+        """
+        divided = {site.producer for site in self.sites}
+        return {linear for linear, (rows, _) in self.linears.items() if rows == ("hidden",)} | {
+            vector for vector, length in self.vectors.items() if length == "hidden" and vector not in divided
+        }
+
     def linear_of(self, tensor: str) -> str | None:
         """The linear whose weight a tensor of the block is, ``None`` for anything else (norms, biases, routers)."""
         linear = tensor.removesuffix(".weight")

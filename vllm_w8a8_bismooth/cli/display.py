@@ -312,6 +312,7 @@ def verification_json(found: "Verification") -> dict[str, Any]:
         "notes": found.notes,
         "linears": found.linears,
         "ignored": found.ignored,
+        "unscaled": found.unscaled,
     }
 
 
@@ -339,6 +340,9 @@ def verification(console: "Console", found: "Verification") -> None:
     else:
         ignored = f"{len(found.ignored)} left in float, " if found.ignored else ""
         console.print(f"[bold]{where}[/bold]: {len(found.linears)} INT8 linears, {ignored}nothing wrong.")
+        if found.unscaled:
+            weights = [name.removesuffix(".weight") for name in found.unscaled if name.endswith(".weight")]
+            console.print(f"The residual stream is the source's, unscaled: {escape(in_few_words(weights))}.")
 
 
 def diagnosis(console: "Console", found: "Diagnosis") -> None:

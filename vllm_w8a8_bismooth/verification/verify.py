@@ -42,6 +42,8 @@ class Verification:
         linears: what is known of each INT8 linear in which files and config agree.
         ignored: linears that are float, as config.json says.
         ours: whether bismooth made it, as config.json says.
+        unscaled: with a source and ``ours``, the tensors seen to be the source's, up to rounding, outside the blocks
+            and where blocks write into the residual stream; all of them if nothing is wrong.
     """
 
     folder: Path
@@ -50,6 +52,7 @@ class Verification:
     linears: dict[str, Linear] = field(default_factory=dict)
     ignored: list[str] = field(default_factory=list)
     ours: bool = False
+    unscaled: list[str] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
@@ -203,6 +206,7 @@ def _compare_source(
     comparison.outside(marked)
     comparison.blocks(marked, progress)
     found.add(comparison.problems)
+    found.unscaled = comparison.unscaled if marked else []
     for name, linear in found.linears.items():
         linear["sqnr"] = comparison.sqnr.get(name)
     if not marked:
