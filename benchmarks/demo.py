@@ -2,10 +2,10 @@
 
     python -m benchmarks.demo [--json FILE]
 
-Everything is real: the model is SmolLM2-135M-Instruct out of a package of the index (:mod:`benchmarks.real`), or, where
-that cannot be had, a small one that was trained here; `bismooth convert` is run as a user would run it; vLLM loads every
-checkpoint, its log-probabilities give the table, and each answers the same prompts; the last step talks to `vllm serve`
-over HTTP.
+Everything is real: the model is SmolLM2-135M-Instruct out of a package of the index (:mod:`benchmarks.real`), or,
+where that cannot be had, a small one that was trained here; `bismooth convert` is run as a user would run it; every
+checkpoint is loaded in vLLM, whose log-probabilities give the table, and answers the same prompts; the last step talks
+to `vllm serve` over HTTP.
 
 An arm is a checkpoint that is compared: the model itself, or what one method made of it. The planted model is the
 healthy one with outlier columns put in (:mod:`benchmarks.testbed.plant`), which computes the same.
@@ -84,7 +84,7 @@ def smollm2() -> Subject:
 
     folder = folder_of(SMOLLM2)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    asked = ("What is the capital of France?", "Why is the sky blue?", "Write a short poem about the sea.")
+    asked = ("What is photosynthesis?", "Why is the sky blue?", "Write a short poem about the sea.")
     chats = [[{"role": "user", "content": question}] for question in asked]
     prompts = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
     name, about = "SmolLM2-135M-Instruct", f"weights were {SMOLLM2.weights} once"
