@@ -103,7 +103,6 @@ def collapse(path: Path, out: Path) -> None:
     labels = {
         "healthy RTN": "healthy model, RTN",
         "RTN": "outlier columns, RTN",
-        "mixed, g = 32": "outlier columns, mixed (g = 32)",
         "bi-smooth": "outlier columns, bi-smooth",
         "bi-smooth, data-free": "outlier columns, bi-smooth, data-free",
     }
@@ -117,7 +116,7 @@ def collapse(path: Path, out: Path) -> None:
         axes.set_xscale("log")
         axes.set_xlim(min(values) / 3, max(values) * 8)
         axes.set_xlabel("KL divergence from bf16, nats per token (log scale)")
-        axes.set_title("W8A8 INT8 in vLLM on the planted test bed", loc="left")
+        axes.set_title("W8A8 INT8 of SmolLM2-135M in vLLM", loc="left")
 
 
 def calibration(path: Path, out: Path) -> None:

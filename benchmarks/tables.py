@@ -31,10 +31,21 @@ def demo(path: Path) -> str:
     lines = []
     for row in rows(path):
         model = "" if row["arm"].startswith("healthy") else "planted, "
-        kl, top1 = f"{row['kl']:.2e} ± {row['kl_error']:.0e}", f"{row['top1']:.1%}"
-        cells = ("", "") if row["arm"].endswith("bf16") else (kl, top1)
-        lines.append((f"{model}{row['arm']}", f"{row['ppl']:.3f}", *cells))
-    return markdown(("checkpoint", "perplexity", "KL to bf16, nats per token", "same first token"), lines)
+        low, high = row["kl_interval"]
+        cells = (f"{row['kl']:.4f} ({low:.4f} to {high:.4f})", f"{row['kl_worst']:.2g}", f"{row['top1']:.1%}")
+        cells = ("", "", "") if row["source"] else cells
+        lines.append((f"{model}{row['arm']}", f"{row['perplexity']:.2f}", *cells))
+    return markdown(("checkpoint", "perplexity", "KL to bf16 (95 %)", "worst token", "same best token"), lines)
+
+
+def answers(path: Path) -> str:
+    """What the demo's checkpoints answer to its first prompt."""
+    lines = []
+    for row in rows(path):
+        model = "" if row["arm"].startswith("healthy") else "planted, "
+        said = " ".join(row["answers"][0].split())
+        lines.append((f"{model}{row['arm']}", "".join(c if c.isascii() and c not in "|<>`*_" else "?" for c in said)))
+    return markdown(("checkpoint", "answer"), lines, words=2)
 
 
 ARMS = {
@@ -318,6 +329,7 @@ def rates(path: Path) -> str:
 
 SHARED = (
     ("demo.json", demo),
+    ("demo.json", answers),
     ("accuracy.json", accuracy),
     ("accuracy.json", plants),
     ("accuracy-vllm.json", accuracy),

@@ -36,8 +36,13 @@ def write(path: Path, rows: list[dict], **more) -> Path:
 
 
 def demo(path: Path) -> Path:
-    arms = ("healthy bf16", "healthy RTN", "bf16", "RTN", "mixed, g = 32", "bi-smooth", "bi-smooth, data-free")
-    return write(path, [{"arm": arm, "kl": 1e-3 * 3**i, **DISTANCE} for i, arm in enumerate(arms)])
+    arms = ("healthy bf16", "healthy RTN", "bf16", "RTN", "bi-smooth", "bi-smooth, data-free")
+    rows = []
+    for i, arm in enumerate(arms):
+        kl, said = 1e-3 * 3**i, {"source": arm.endswith("bf16"), "answers": ["Paris |\n<b>", "so"]}
+        found = {"kl": kl, "kl_interval": [kl / 2, 2 * kl], "kl_worst": 50 * kl, "top1": 0.9, "perplexity": 9.0}
+        rows.append({"arm": arm, **found, **said})
+    return write(path, rows)
 
 
 def of_accuracy(path: Path, bits: bool = True) -> Path:
@@ -365,7 +370,7 @@ def test_tables_of_engines(tmp_path):
 def test_tables_are_of_every_machine_and_model(results):
     found = tables.every(results)
     assert {"kernels of cpu/gemm.json", "kernels of gpu/gemm.json", "rates of cpu/serve-testbed.json"} <= found.keys()
-    assert len(found) == 16
+    assert len(found) == 17
     for table in found.values():
         assert len({line.count(" | ") for line in table.splitlines() if "|--" not in line}) == 1
     assert "CUTLASS" in found["kernels of gpu/gemm.json"] and "CUTLASS" not in found["kernels of cpu/gemm.json"]

@@ -36,21 +36,21 @@ def predict(request: Mapping[str, Any]) -> dict[str, Any]:
 
     windows = np.load(request["windows"])
     folder, parent = Path(request["folder"]), os.getppid()
-    engine = _start(request["model"], windows.shape[1], request["options"])
+    engine = start(request["model"], windows.shape[1], request["options"])
     for number in request["wanted"]:
         while request["ahead"] is not None and len(list(folder.glob("*.npy"))) >= request["ahead"]:
             _end_with(parent)
             time.sleep(_PAUSE)
         _end_with(parent)
         partial = folder / f"{number:06d}.tmp"
-        _window(engine, windows[number].tolist(), partial)
+        window(engine, windows[number].tolist(), partial)
         partial.rename(folder / f"{number:06d}.npy")  # in one step: who waits for it reads all of it
     config = engine.llm_engine.model_config
     dtype = str(config.dtype).removeprefix("torch.")
     return {"dtype": dtype, "quantization": config.quantization, "version": vllm.__version__}
 
 
-def _start(model: str, length: int, options: Mapping[str, Any]) -> Any:
+def start(model: str, length: int, options: Mapping[str, Any]) -> Any:
     """An engine as it serves, but for two things: eager, as compiling takes longer than a score, and without a cache of
     prefixes, as windows have none in common."""
     from vllm import LLM
@@ -67,7 +67,12 @@ def _start(model: str, length: int, options: Mapping[str, Any]) -> Any:
     )
 
 
-def _window(engine: Any, tokens: list[int], path: Path) -> None:
+def window(engine: Any, tokens: list[int], path: Path) -> None:
+    """Write the log-probabilities of a window's tokens but the first, fp32 ``[length - 1, vocab]``.
+
+    Raises:
+        RuntimeError: what was captured is not what vLLM answers.
+    """
     from vllm import SamplingParams
 
     asked = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=1, detokenize=False)
