@@ -121,3 +121,11 @@ def test_a_list_of_python_is_no_pattern(make_checkpoint, tmp_path, given):
 def test_devices_are_those_that_the_help_names(make_checkpoint, tmp_path, device):
     code, message = run("convert", make_checkpoint(), tmp_path / "out", *RTN, "--device", device)
     assert code == 2 and f"--device {device}: not one of cpu, cuda, cuda:1; leave it out" in message, message
+
+
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+def test_data_free_factors_are_said_to_be_guesses(make_checkpoint, tmp_path, dry):
+    source = make_checkpoint()
+    for name, options in {"free": ["--calibration", "none"], "rtn": ["--method", "rtn"], "default": []}.items():
+        code, said = run("convert", source, tmp_path / name, *options, *dry)
+        assert code == 0 and ("data-free factors are guesses" in " ".join(said.split())) == (name == "free"), said

@@ -150,6 +150,7 @@ def preview(console: "Console", plan: "Preview", recipe: "Recipe", then: str | N
     sizes = f"{readable_size(plan.source_bytes)} -> {readable_size(plan.written_bytes)}"
     console.print(f"{sizes}, method {recipe.method}, {by}", markup=False)
     remarks(console, plan.used)
+    _data_free(console, recipe)
     if plan.grouped is None:
         console.print(f"Per-group linears (g = {recipe.group_size}): the weights decide; sizes are without them")
     elif plan.grouped:
@@ -223,6 +224,15 @@ def report_json(report: "Outcome") -> dict[str, Any]:
     }
 
 
+def _data_free(console: "Console", recipe: "Recipe") -> None:
+    """What nobody has compared: without text there is nothing to compare by."""
+    if recipe.smoothing and recipe.calibration is None:
+        console.print(
+            "[yellow]Note:[/yellow] data-free factors are guesses, and can be worse than --method rtn, as they are on "
+            "Qwen2.5-Coder-0.5B: --calibration bundled measures, and needs no text of yours; bismooth score compares."
+        )
+
+
 def _granularity(console: "Console", report: "Outcome") -> None:
     """Which linears got groups, and why; nothing where that was not measured."""
     from rich.markup import escape
@@ -268,6 +278,7 @@ def summary(console: "Console", report: "Outcome") -> None:
     if report.used is not None:
         console.print(f"Calibrated on {report.used.words()}.", markup=False)
     remarks(console, report.used)
+    _data_free(console, recipe)
     _granularity(console, report)
     _left_out(console, report.left_out, report.notes)
     console.print("Mean relative error that is left in a column (healthy is about 0.01), the worst five linears:")
