@@ -30,12 +30,12 @@ class Request:
     Attributes:
         prompt: token ids.
         most: tokens of the answer, at most.
-        stop: text that ends the answer, not part of it; ``None`` for the model's own end only.
+        stop: texts that end the answer, not part of it, beside the model's own end.
     """
 
     prompt: list[int]
     most: int
-    stop: str | None = None
+    stop: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,10 @@ def _answers(model: str, requests: Sequence[Request], order: int, dtype: str) ->
     random.Random(order).shuffle(places)
     outputs = engine.generate(
         [{"prompt_token_ids": requests[place].prompt} for place in places],
-        [SamplingParams(temperature=0, max_tokens=requests[place].most, stop=requests[place].stop) for place in places],
+        [
+            SamplingParams(temperature=0, max_tokens=requests[place].most, stop=list(requests[place].stop))
+            for place in places
+        ],
     )
     answers = {
         place: Answer(output.text, list(output.token_ids), output.finish_reason == "stop")

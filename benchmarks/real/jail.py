@@ -50,7 +50,7 @@ def refuse(event: str, arguments: tuple) -> None:
 
 def main() -> None:
     channel, seconds, memory = map(int, sys.argv[1:4])
-    program = sys.stdin.read()
+    program = sys.stdin.buffer.read().decode()  # whatever the locale
     if sys.argv[4] == "sealed":
         seal()
     limit(seconds, memory)
