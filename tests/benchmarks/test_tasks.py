@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks import real
+from benchmarks import real, tables
 from benchmarks.real import agreement, generate, humaneval, jail, sandbox, tasks
 from benchmarks.real.generate import Answer
 from benchmarks.real.sandbox import FAILED, LATE, PASSED
@@ -257,3 +257,20 @@ def test_the_peer_is_an_arm_only_where_there_is_one():
     names = set(tasks.arms("smollm2-135m", "python"))
     assert names - set(tasks.arms("smollm2-135m", None)) == {"SmoothQuant", "planted SmoothQuant"}
     assert next(iter(tasks.arms("smollm2-135m", None))) == "bf16"
+
+
+def test_tables_compare_with_full_precision(tmp_path):
+    reference, other = [True] * 50 + [False] * 50, [True] * 47 + [False] * 50 + [True] * 3
+    answers = [[Answer("", [1, 2, n], True) for n in numbers] for numbers in ((3, 4), (3, 5))]
+    rows = []
+    for arm, passed, mine in zip(("bf16", "RTN"), (reference, other), answers, strict=True):
+        rows.append({"task": "humaneval", "arm": arm, "cut": 1, **tasks.judged(reference, passed)})
+        figures = vars(agreement.agreement(answers[0], mine))
+        rows.append({"task": "agreement", "arm": arm, "tokens": 3.0, **figures})
+    (tmp_path / "tasks.json").write_text(json.dumps({"rows": rows}))
+    *_, full, rtn = tables.humaneval(tmp_path / "tasks.json").splitlines()
+    low, high = rows[2]["difference_interval"]
+    assert full == "| bf16 | 50.0% |  | 100.0% | 0 | 0 | 1 |"
+    assert rtn == f"| RTN | 50.0% | +0.0 ({100 * low:+.1f} to {100 * high:+.1f}) | 100.0% | 3 | 3 | 1 |"
+    *_, rule, rtn = tables.agreement(tmp_path / "tasks.json").splitlines()
+    assert rule.startswith("|---") and rtn == "| RTN | 2 (2 to 3) | 2 | 50.0% | 3 |"
