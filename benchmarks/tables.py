@@ -329,6 +329,8 @@ SHARED = (
     ("accuracy-vllm.json", accuracy),
     ("accuracy.json", accuracy_targets),
     ("real-*.json", real),
+    ("tasks-*.json", humaneval),
+    ("tasks-*.json", agreement),
 )
 OF_MACHINES = (
     ("gemm.json", kernels),
