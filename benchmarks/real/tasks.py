@@ -258,7 +258,8 @@ def main() -> None:
         console.print(line(rows[-1]), highlight=False, soft_wrap=True)
         if asked.json:
             weights = f"were {MODELS[asked.model].weights} once"
-            record.write(asked.json, rows, weights=weights, computed="bf16, greedy, in vLLM")
+            seconds = round(sum(sum(row["seconds"].values()) for row in rows))  # of answers that were kept, too
+            record.write(asked.json, rows, seconds=seconds, weights=weights, computed="bf16, greedy, in vLLM")
 
     measure(Run(asked.model), {name: known[name] for name in dict.fromkeys(["bf16", *names])}, tasks, done)
 
