@@ -143,6 +143,30 @@ def drafters(path: Path) -> str:
     return markdown(header, lines, words=2)
 
 
+def humaneval(path: Path) -> str:
+    """Functions that pass their tests, by arm, and how many more or fewer than of full precision, in points."""
+    lines = []
+    for row in rows(path):
+        if row["task"] == "humaneval":
+            change, low, high = (100 * share for share in (row["difference"], *row["difference_interval"]))
+            counts = (str(row["gained"]), str(row["lost"]), str(row["cut"]))
+            points = "" if row["arm"] == "bf16" else f"{change:+.1f} ({low:+.1f} to {high:+.1f})"
+            lines.append((row["arm"], f"{row['pass1']:.1%}", points, f"{row['recovery']:.1%}", *counts))
+    header = ("arm", "pass@1", "points to bf16 (95 %)", "recovery", "gained", "lost", "answers cut off")
+    return markdown(header, lines)
+
+
+def agreement(path: Path) -> str:
+    """Tokens that greedy answers have in common with full precision's before the first that differs."""
+    lines = []
+    for row in rows(path):
+        if row["task"] == "agreement" and row["arm"] != "bf16":
+            low, high = row["mean_interval"]
+            mean = f"{row['mean']:.0f} ({low:.0f} to {high:.0f})"
+            lines.append((row["arm"], mean, f"{row['median']:.0f}", f"{row['whole']:.1%}", f"{row['tokens']:.0f}"))
+    return markdown(("arm", "mean (95 %)", "median", "same to the end", "tokens of an answer"), lines)
+
+
 def plants(path: Path) -> str:
     """Planted beds: KL relative to RTN on the healthy bed, by kind of plant: mean over beds and seeds, and range."""
     data = Accuracy(path)
@@ -336,6 +360,8 @@ SHARED = (
     ("accuracy.json", accuracy_targets),
     ("real-*.json", real),
     ("drafters-*.json", drafters),
+    ("tasks-*.json", humaneval),
+    ("tasks-*.json", agreement),
 )
 OF_MACHINES = (
     ("gemm.json", kernels),

