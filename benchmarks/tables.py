@@ -361,7 +361,6 @@ SHARED = (
     ("real-*.json", real),
     ("drafters-*.json", drafters),
     ("tasks-*.json", humaneval),
-    ("tasks-*.json", agreement),
 )
 OF_MACHINES = (
     ("gemm.json", kernels),
