@@ -283,7 +283,7 @@ CHANGES: dict[str, Change] = {
     r"(\d+)(?:, \d+)* would fit": give,
     r"choose one of (\w+)": give,
     r"give a file, (bundled) or none": give,
-    r"(?:give|write) (?:a share|one|3)\D*(\d[\d.]*%?)": give,
+    r"(?:give|write) (?:a share|one|15|nats)\D*(\d[\d.]*%?)": give,
     r"linears are called like|mend it|let it name fewer|leave it out of one|leave that one out": another_pattern,
     r"give the other one too": the_other_one,
     r"leave out --calibration none": calibrated_by_default,
