@@ -197,9 +197,7 @@ def _method(recipe: Recipe) -> str:
         else "estimated from the weights alone, without calibration text (data-free)"
     )
     rule = f"alpha = {recipe.alpha}" if recipe.smoothing == "alpha" else "for the least expected error of the outputs"
-    which = (
-        "whose output error it reduced most, as measured," if recipe.method == "auto" else "that match `group_layers`"
-    )
+    which = "whose cost to the predictions it reduces most," if recipe.method == "auto" else "that match `group_layers`"
     grouped = f" Linears {which} have one scale per group of {size} columns." if size else ""
     rounded = _COMPENSATED if recipe.rounding == "gptq" else ""
     return (
