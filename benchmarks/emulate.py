@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from vllm_w8a8_bismooth import ops
-from vllm_w8a8_bismooth.checkpoint.architectures import ARCHITECTURES
 from vllm_w8a8_bismooth.measure.calibration import separate_experts
+from vllm_w8a8_bismooth.model.architectures import ARCHITECTURES
 
 
 class W8A8Linear(torch.nn.Module):

@@ -8,10 +8,10 @@ from math import inf
 from typing import Any
 
 from vllm_w8a8_bismooth import FORMAT, MARKER, patterns
-from vllm_w8a8_bismooth.checkpoint.architectures import Layer
 from vllm_w8a8_bismooth.checkpoint.layout import Layout
-from vllm_w8a8_bismooth.checkpoint.names import Names
 from vllm_w8a8_bismooth.errors import BismoothError
+from vllm_w8a8_bismooth.model.layers import Layer
+from vllm_w8a8_bismooth.model.names import Names
 
 SMOOTHINGS = ("balanced", "alpha")
 ROUNDINGS = ("nearest", "gptq")

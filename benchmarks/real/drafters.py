@@ -123,7 +123,7 @@ def coarsen(source: Path, destination: Path, bits: int = 4) -> None:
     tensors = {name: checkpoint.read(name) for name in checkpoint.headers}
     for index, layer in enumerate(model.layers):
         for linear in layer.linears:
-            name = f"{model.names.block(index)}{linear}.weight"
+            name = f"{checkpoint.names.block(index)}{linear}.weight"
             weight = tensors[name].float()
             step = weight.abs().amax(dim=1, keepdim=True) / most
             tensors[name] = dequantize_weight((weight / step).round(), step).bfloat16()

@@ -26,8 +26,8 @@ from huggingface_hub import save_torch_state_dict
 from vllm_w8a8_bismooth.checkpoint.companions import companions
 from vllm_w8a8_bismooth.checkpoint.files import CONFIG
 from vllm_w8a8_bismooth.checkpoint.layout import Source
-from vllm_w8a8_bismooth.checkpoint.names import Names
 from vllm_w8a8_bismooth.method.smooth import fold_vector
+from vllm_w8a8_bismooth.model.names import Names
 
 
 def plant(

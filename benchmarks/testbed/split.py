@@ -25,8 +25,8 @@ from huggingface_hub import save_torch_state_dict
 from vllm_w8a8_bismooth.checkpoint.companions import companions
 from vllm_w8a8_bismooth.checkpoint.files import CONFIG
 from vllm_w8a8_bismooth.checkpoint.layout import Source
-from vllm_w8a8_bismooth.checkpoint.names import Names
 from vllm_w8a8_bismooth.measure.text import read_text, tokenize
+from vllm_w8a8_bismooth.model.names import Names
 
 GATE, UP, DOWN = (f"mlp.{name}_proj" for name in ("gate", "up", "down"))
 

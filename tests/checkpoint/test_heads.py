@@ -17,9 +17,10 @@ from tests.support.damage import config, edit_json
 from tests.support.models import MODEL_TYPES
 from tests.support.rename import architecture, bare, edit_tensors, renamed
 from tests.support.sweep import sweep
-from vllm_w8a8_bismooth.checkpoint import classes, heads
-from vllm_w8a8_bismooth.checkpoint.architectures import ARCHITECTURES
-from vllm_w8a8_bismooth.checkpoint.names import Names
+from vllm_w8a8_bismooth.checkpoint import heads
+from vllm_w8a8_bismooth.model import classes
+from vllm_w8a8_bismooth.model.architectures import ARCHITECTURES
+from vllm_w8a8_bismooth.model.names import Names
 from vllm_w8a8_bismooth.verification import verify
 
 HEADS = {

@@ -11,8 +11,8 @@ from tests.support.contents import tensors_of
 from tests.support.damage import config, edit_json
 from tests.support.models import MODEL_TYPES
 from tests.support.rename import architecture, bare, edit_tensors, renamed
-from vllm_w8a8_bismooth.checkpoint import classes
-from vllm_w8a8_bismooth.checkpoint.names import Names, unwrapped
+from vllm_w8a8_bismooth.model import classes
+from vllm_w8a8_bismooth.model.names import Names, unwrapped
 from vllm_w8a8_bismooth.verification import verify
 
 # --- wrappers -------------------------------------------------------------------------------------------------------

@@ -19,7 +19,6 @@ from tests.support.models import MODEL_TYPES, tiny_model, write_checkpoint
 from tests.support.moments import moments
 from tests.support.sweep import sweep
 from vllm_w8a8_bismooth.checkpoint.layout import Source
-from vllm_w8a8_bismooth.checkpoint.names import Names
 from vllm_w8a8_bismooth.checkpoint.reader import Checkpoint
 from vllm_w8a8_bismooth.errors import BismoothError
 from vllm_w8a8_bismooth.measure.calibration import Calibration
@@ -28,6 +27,7 @@ from vllm_w8a8_bismooth.method.moments import Moments
 from vllm_w8a8_bismooth.method.quantize import dequantize_weight
 from vllm_w8a8_bismooth.method.rows import ALONE
 from vllm_w8a8_bismooth.method.smooth import smooth_block
+from vllm_w8a8_bismooth.model.names import Names
 from vllm_w8a8_bismooth.recipe import Recipe
 
 RTN = Recipe.of("rtn")

@@ -14,9 +14,9 @@ from tests.support.command import run
 from tests.support.conversion import convert
 from tests.support.damage import CASES, INDEX, Q, edit_json, edit_shard, index_to, shard_of, truncate
 from tests.support.models import MODEL_TYPES
-from vllm_w8a8_bismooth.checkpoint import architectures
 from vllm_w8a8_bismooth.checkpoint.files import Folder
 from vllm_w8a8_bismooth.conversion.inspect import TENSOR_PARALLEL, survey
+from vllm_w8a8_bismooth.model import architectures
 from vllm_w8a8_bismooth.recipe import Recipe
 
 

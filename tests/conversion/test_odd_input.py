@@ -17,9 +17,9 @@ from tests.support.damage import INDEX, config, edit_json, edit_shard
 from tests.support.effort import calls
 from tests.support.sweep import sweep
 from vllm_w8a8_bismooth.checkpoint.layout import Source
-from vllm_w8a8_bismooth.checkpoint.names import Names
 from vllm_w8a8_bismooth.checkpoint.reader import Checkpoint
 from vllm_w8a8_bismooth.checkpoint.writer import ShardWriter
+from vllm_w8a8_bismooth.model.names import Names
 from vllm_w8a8_bismooth.verification import verify
 
 

@@ -4,13 +4,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_w8a8_bismooth.checkpoint.architectures import ARCHITECTURES, Layer
-from vllm_w8a8_bismooth.checkpoint.names import Names
+from tests.support.models import layer_of
 from vllm_w8a8_bismooth.measure.granularity import choose, estimate
 from vllm_w8a8_bismooth.measure.perturbation import units
 from vllm_w8a8_bismooth.measure.sensitivity import CHANNEL, EXPERTS, GROUP
+from vllm_w8a8_bismooth.model.layers import Layer
+from vllm_w8a8_bismooth.model.names import Names
 
-LLAMA = ARCHITECTURES["llama"].dense
+LLAMA = layer_of("llama")
 UNITS = units(LLAMA)
 SIZES = {"q": 4, "k": 1, "v": 1, "o": 4, "gate": 8, "up": 8, "down": 8}
 WORK = {linear: float(SIZES[linear.partition(".")[2].partition("_")[0]]) for linear in LLAMA.linears}
@@ -126,7 +127,7 @@ def test_what_is_said_can_be_checked():
 
 
 def test_experts_cost_but_get_no_groups():
-    layer = ARCHITECTURES["mixtral"].sparse.expanded(4)
+    layer = layer_of("mixtral", dense=False)
     assert units(layer).keys() == {"self_attn.qkv_proj", "self_attn.o_proj"}
     costs = [{unit: {CHANNEL: 1.0, GROUP: 0.0} for unit in units(layer)} | {EXPERTS: {CHANNEL: 2.0}}]
     found = evidence(costs, layer=layer, work=dict.fromkeys(layer.linears, 1.0))

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from vllm_w8a8_bismooth.checkpoint.layout import Source
-from vllm_w8a8_bismooth.checkpoint.names import Names
 from vllm_w8a8_bismooth.errors import BismoothError
 from vllm_w8a8_bismooth.measure.calibration import Calibration
 from vllm_w8a8_bismooth.measure.perturbation import Variant, measure, quantized, units
@@ -12,6 +11,7 @@ from vllm_w8a8_bismooth.measure.text import read_text, tokenize
 from vllm_w8a8_bismooth.method.balance import by_error
 from vllm_w8a8_bismooth.method.rows import ALONE
 from vllm_w8a8_bismooth.method.smooth import Smoothing, smooth_block
+from vllm_w8a8_bismooth.model.names import Names
 
 slow = pytest.mark.slow
 NOTHING = Variant(weights=False, activations=False)
@@ -29,8 +29,7 @@ class Block:
             self.tensors = {name: source.checkpoint.read(Names().block(i) + name) for name in source.blocks[i]}
             self.hidden = self.calibration.hidden.clone()
             read = self.calibration.advance(i, self.tensors, ALONE)
-        offset = source.architecture.offset
-        self.smoothing = smooth_block(self.tensors, read, self.layer, source.sizes, by_error, offset)
+        self.smoothing = smooth_block(self.tensors, read, self.layer, by_error)
 
     def measure(self, smoothing: Smoothing | None = None, **variants: Variant) -> dict[str, dict[str, float]]:
         smoothing = smoothing or self.smoothing

@@ -12,7 +12,6 @@ from tests.support.command import run
 from tests.support.damage import edit_shard
 from tests.support.models import MODEL_TYPES
 from vllm_w8a8_bismooth.checkpoint.layout import Source
-from vllm_w8a8_bismooth.checkpoint.names import Names
 from vllm_w8a8_bismooth.measure import prior
 from vllm_w8a8_bismooth.measure.calibration import Calibration
 from vllm_w8a8_bismooth.measure.prior import Prior
@@ -20,6 +19,7 @@ from vllm_w8a8_bismooth.method.balance import by_error
 from vllm_w8a8_bismooth.method.moments import ORDER, Moments
 from vllm_w8a8_bismooth.method.rows import ALONE, Threads
 from vllm_w8a8_bismooth.method.smooth import Smoothing, smooth_block
+from vllm_w8a8_bismooth.model.names import Names
 
 CPU = torch.device("cpu")
 
@@ -34,11 +34,8 @@ def of_all_blocks(source: Source, threads: Threads = ALONE) -> list[dict[str, Mo
 
 
 def smoothed(source: Source) -> list[Smoothing]:
-    found, offset = of_all_blocks(source), source.architecture.offset
-    return [
-        smooth_block(block_of(source, i), read, source.layers[i], source.sizes, by_error, offset)
-        for i, read in enumerate(found)
-    ]
+    found = of_all_blocks(source)
+    return [smooth_block(block_of(source, i), read, source.layers[i], by_error) for i, read in enumerate(found)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -46,12 +43,12 @@ def smoothed(source: Source) -> list[Smoothing]:
 def test_every_type_is_told_of(make_checkpoint, model_type, dtype):
     source = Source(make_checkpoint(model_type, dtype))
     for layer, found in zip(source.layers, of_all_blocks(source), strict=True):
-        expected = {site.name for site in layer.sites if site.producer in layer.vectors or site.gate is not None}
+        expected = {site.name for site in layer.sites if site.producer not in layer.linears or site.gate is not None}
         assert found.keys() == expected and len(expected) < len(layer.sites), "all but what v_proj makes"
         for site in layer.sites:
             if site.name in found:
                 linear = next(consumer for consumer in site.consumers if consumer in layer.linears)
-                channels = source.sizes[layer.linears[linear][1]]
+                channels = layer.linears[linear][1]
                 read = found[site.name]
                 for values in (read.largest, read.square, read.high):
                     assert values.shape == (channels,) and values.isfinite().all() and (values >= 0).all()

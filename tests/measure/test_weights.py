@@ -12,12 +12,12 @@ from benchmarks.testbed import PYTHON
 from benchmarks.testbed.plant import plant
 from tests.support.command import run
 from tests.support.damage import edit_shard
-from vllm_w8a8_bismooth.checkpoint.architectures import ARCHITECTURES
+from tests.support.models import layer_of
 from vllm_w8a8_bismooth.measure import weights
 from vllm_w8a8_bismooth.method.quantize import quantize_folded
 from vllm_w8a8_bismooth.method.rows import Fold
 
-LLAMA = ARCHITECTURES["llama"].dense
+LLAMA = layer_of("llama")
 
 
 def error_of(weight: torch.Tensor, group_size: int | None = None) -> float:

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support.models import layer_of
 from tests.support.moments import moments, noise, seeds
-from vllm_w8a8_bismooth.checkpoint.architectures import ARCHITECTURES
 from vllm_w8a8_bismooth.method.balance import by_error, by_range, rule_of
 from vllm_w8a8_bismooth.method.moments import ORDER, Moments
 from vllm_w8a8_bismooth.method.quantize import quantize_weight
@@ -153,7 +153,7 @@ def test_the_recipe_names_the_rule():
     assert rule_of(Recipe.of("bismooth")) is by_error
 
 
-LLAMA = ARCHITECTURES["llama"].dense
+LLAMA = layer_of("llama")
 SIZES = {"hidden": 64, "intermediate": 96, "head": 24}
 
 
@@ -170,7 +170,7 @@ def codes_of(k: float, measured: bool) -> dict[str, torch.Tensor]:
     for seed, name in enumerate(("gate_proj", "up_proj"), 4):
         block[f"mlp.{name}.weight"] = noise(SIZES["intermediate"], hidden, seed) * planted
     read = moments(x * gain / planted) if measured else moments(x * gain).scaled(1 / planted)
-    smoothing = smooth_block(block, {"norm->gate_up": read}, LLAMA, SIZES, by_error)
+    smoothing = smooth_block(block, {"norm->gate_up": read}, LLAMA, by_error)
     codes = {}
     for name in ("mlp.gate_proj", "mlp.up_proj"):
         codes[name] = quantize_weight(smoothing.fold(name).apply(block[f"{name}.weight"]))[0].int()

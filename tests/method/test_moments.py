@@ -6,8 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.moments import CHANNELS, moments, noise, seeds
+from vllm_w8a8_bismooth.method.columns import Columns
 from vllm_w8a8_bismooth.method.moments import ORDER, Moments, typical
 from vllm_w8a8_bismooth.method.rows import Fold, Threads
+from vllm_w8a8_bismooth.model.layers import Site
 
 
 def assert_close(found: Moments, expected: Moments, rtol: float = 1e-6) -> None:
@@ -80,7 +82,9 @@ def test_scaled_is_that_of_scaled_rows_of_the_same_size(seed, other, decades):
 @given(seeds, st.integers(1, 3), st.integers(1, 4), st.integers(1, 5))
 def test_tied_channels_are_summed(seed, heads, repeats, width):
     rows = noise(7, heads * repeats * width, seed, decades=2)
-    found, tied = moments(rows), moments(rows).tied(repeats, width)
+    held = tuple((h * width, width) for h in range(heads) for _ in range(repeats))
+    site = Site("v->o", "v", ("o",), rows=((0, heads * width),), columns=held)
+    found, tied = moments(rows), moments(rows).tied(Columns.of(site))
     for h in range(heads):
         for c in range(width):
             shared = [h * repeats * width + r * width + c for r in range(repeats)]

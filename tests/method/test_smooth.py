@@ -9,13 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from tests.support.models import MODEL_TYPES
+from tests.support.models import MODEL_TYPES, layer_of
 from tests.support.moments import moments, noise
-from vllm_w8a8_bismooth.checkpoint.architectures import ARCHITECTURES
 from vllm_w8a8_bismooth.checkpoint.layout import Source
-from vllm_w8a8_bismooth.checkpoint.names import Names
 from vllm_w8a8_bismooth.method.balance import by_range
-from vllm_w8a8_bismooth.method.smooth import Factors, fold_vector, gather, smooth_block, spread
+from vllm_w8a8_bismooth.method.columns import Columns
+from vllm_w8a8_bismooth.method.smooth import Factors, fold_vector, smooth_block
+from vllm_w8a8_bismooth.model.layers import NONE, Site
+from vllm_w8a8_bismooth.model.names import Names
 
 RULE = partial(by_range, alpha=0.5)  # the fastest; what a fold costs does not depend on it
 STORED = [torch.float32, torch.bfloat16, torch.float16]
@@ -48,9 +49,17 @@ def test_fold_gives_up_where_the_dtype_cannot_hold_the_quotient():
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 8))
 def test_value_heads_are_shared_by_query_heads(kv_heads, repeat, head_dim):
     s = torch.arange(1.0, kv_heads * head_dim + 1)
-    heads = spread(s, repeat, head_dim).view(kv_heads, repeat, head_dim)
-    assert torch.equal(heads, s.view(kv_heads, 1, head_dim).expand(-1, repeat, -1))
-    assert torch.equal(gather(heads.reshape(-1), repeat, head_dim), s)
+    changes = dict(num_key_value_heads=kv_heads, num_attention_heads=kv_heads * repeat, head_dim=head_dim)
+    columns = Columns.of(layer_of("llama", **changes).sites[0])
+    heads = columns.spread(s)
+    assert torch.equal(heads.view(kv_heads, repeat, head_dim), s.view(kv_heads, 1, head_dim).expand(-1, repeat, -1))
+    assert torch.equal(columns.gather(heads, "amax"), s)
+
+
+def test_columns_without_a_channel_are_left_alone():
+    columns = Columns.of(Site("", "up", ("down",), rows=((4, 3),), columns=((1, 2), (NONE, 2), (0, 1))))
+    assert columns.spread(torch.tensor([2.0, 3.0, 4.0])).tolist() == [3, 4, 1, 1, 2]
+    assert columns.gather(torch.tensor([1.0, 2.0, 9.0, 9.0, 5.0]), "sum").tolist() == [5, 1, 2]
 
 
 @given(extents(), st.integers(0, 2**31))
@@ -74,7 +83,7 @@ def smoothed_copy(folder: Path, destination: Path) -> list[Factors]:
         for site in layer.sites:
             channels, seed = block[f"{site.consumers[0]}.weight"].shape[1], len(records) + len(read)
             read[site.name] = moments(noise(8, channels, seed, decades=4))
-        smoothing = smooth_block(block, read, layer, source.sizes, RULE, source.architecture.offset)
+        smoothing = smooth_block(block, read, layer, RULE)
         assert [record.site for record in smoothing.sites] == [site.name for site in layer.sites]
         for name, tensor in block.items():
             fold = smoothing.fold(name.removesuffix(".weight"))
@@ -134,5 +143,5 @@ def test_routing_does_not_change_at_all(make_checkpoint, tmp_path, model_type):
 
 
 def test_sites_without_ranges_stay():
-    smoothing = smooth_block({}, {}, ARCHITECTURES["llama"].dense, {}, RULE)
+    smoothing = smooth_block({}, {}, layer_of("llama"), RULE)
     assert not smoothing.folds and not smoothing.vectors and not smoothing.sites

@@ -225,9 +225,9 @@ def test_factors_hold_the_smoothed_range(make_checkpoint):
     source = Source(make_checkpoint(dtype=torch.float32))
     layer = source.layers[0]
     block = {name: source.checkpoint.read(f"model.layers.0.{name}") for name in source.blocks[0]}
-    behind_norms = [site for site in layer.sites if site.producer in layer.vectors]
+    behind_norms = [site for site in layer.sites if site.producer not in layer.linears]
     read = {site.name: moments(noise(9, 64)) for site in behind_norms}
-    smoothing = smooth_block(block, read, layer, source.sizes, by_error)
+    smoothing = smooth_block(block, read, layer, by_error)
     for found, site in zip(map(asdict, smoothing.sites), behind_norms, strict=True):
         for prefix, fold in (("weight", lambda consumer: Fold()), ("smoothed", smoothing.fold)):
             extent = torch.stack([fold(c).column_extent(block[f"{c}.weight"]) for c in site.consumers]).amax(0)

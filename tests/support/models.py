@@ -4,6 +4,10 @@ from pathlib import Path
 
 import torch
 
+from vllm_w8a8_bismooth.checkpoint.audit import sizes_of
+from vllm_w8a8_bismooth.model.architectures import ARCHITECTURES
+from vllm_w8a8_bismooth.model.layers import Layer
+
 SHARD = "60KB"
 _EXPERTS = dict(
     num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, mlp_only_layers=[0], norm_topk_prob=True
@@ -84,3 +88,11 @@ def write_checkpoint(folder: Path, model: torch.nn.Module, dtype=torch.bfloat16,
     (folder / "extra").mkdir()
     (folder / "extra" / "notes.bin.txt").write_bytes(bytes(range(256)))
     return folder
+
+
+def layer_of(model_type: str, dense: bool = True, **changes) -> Layer:
+    """A block of a tiny model of some type, by the table."""
+    config = tiny_config(model_type, **changes).to_dict()
+    architecture = ARCHITECTURES[model_type]
+    template = architecture.dense if dense else architecture.sparse
+    return template.sized(sizes_of(config, architecture), config, architecture.offset)

@@ -5,13 +5,14 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from vllm_w8a8_bismooth.checkpoint.architectures import ARCHITECTURES, Architecture, Layer
 from vllm_w8a8_bismooth.checkpoint.files import CONFIG
 from vllm_w8a8_bismooth.checkpoint.heads import head_problems
-from vllm_w8a8_bismooth.checkpoint.names import Names
 from vllm_w8a8_bismooth.checkpoint.reader import BUFFER_DTYPES, FLOAT_DTYPES, Header, Headers
 from vllm_w8a8_bismooth.checkpoint.strays import stray_problems, strays
 from vllm_w8a8_bismooth.errors import BismoothError, Problem
+from vllm_w8a8_bismooth.model.architectures import ARCHITECTURES, Architecture, Template
+from vllm_w8a8_bismooth.model.layers import Layer
+from vllm_w8a8_bismooth.model.names import Names
 
 _MTP = ("eh_proj", "enorm", "hnorm", "shared_head", "mtp", "embed_tokens", "token_layernorm", "final_layernorm")
 """What blocks that predict further tokens hold beside an ordinary block's tensors (DeepSeek, GLM, MiMo)."""
@@ -122,12 +123,15 @@ def layers_of(config: Mapping, architecture: Architecture, sizes: Mapping[str, i
     Raises:
         BismoothError: one of those keys is not what it must be.
     """
+
+    def sized(template: Template) -> Layer:
+        return template.sized(sizes, config, architecture.offset)
+
     if architecture.sparse is None:
         assert architecture.dense is not None
-        return [architecture.dense] * blocks
-    sparse = architecture.sparse.expanded(sizes["experts"])
+        return [sized(architecture.dense)] * blocks
     if architecture.dense is None:
-        return [sparse] * blocks
+        return [sized(architecture.sparse)] * blocks
     dense, step = config.get("mlp_only_layers") or [], config.get("decoder_sparse_step", 1)
     if not isinstance(dense, list) or type(step) is not int or step < 1:
         raise BismoothError.of(
@@ -136,21 +140,8 @@ def layers_of(config: Mapping, architecture: Architecture, sizes: Mapping[str, i
             "positive integer",
             "mend them",
         )
-    return [sparse if i not in dense and (i + 1) % step == 0 else architecture.dense for i in range(blocks)]
-
-
-def layer_tensors(layer: Layer, sizes: Mapping[str, int], config: Mapping) -> dict[str, tuple[int, ...]]:
-    """Name inside a block -> shape, for every tensor that such a block must have."""
-    shapes: dict[str, tuple[int, ...]] = {f"{n}.weight": (sizes[size],) for n, size in layer.vectors.items()}
-    for name, (row, column) in layer.routers.items():
-        shapes[f"{name}.weight"] = (sizes[row], sizes[column])
-    for name, (rows, columns) in layer.linears.items():
-        length = sum(sizes[part] for part in rows)
-        shapes[f"{name}.weight"] = (length, sizes[columns])
-        key, silent = layer.biases.get(name, (None, False))
-        if config.get(key, silent):
-            shapes[f"{name}.bias"] = (length,)
-    return shapes
+    kinds = {True: sized(architecture.sparse), False: sized(architecture.dense)}
+    return [kinds[i not in dense and (i + 1) % step == 0] for i in range(blocks)]
 
 
 @dataclass
@@ -171,11 +162,8 @@ class _Promise:
         found.endless = sizes.get("experts", 0) > bound
         if found.endless:
             return found
-        inside: dict[int, dict[str, tuple[int, ...]]] = {}
         for i, layer in enumerate(layers_of(config, architecture, sizes, min(sizes["blocks"], bound))):
-            if id(layer) not in inside:
-                inside[id(layer)] = layer_tensors(layer, sizes, config)
-            found.required |= {names.block(i) + name: shape for name, shape in inside[id(layer)].items()}
+            found.required |= {names.block(i) + name: shape for name, shape in layer.tensors.items()}
             if len(found.required) > 2 * bound:
                 found.endless = True
                 break

@@ -3,13 +3,13 @@
 import json
 from collections.abc import Iterator, Mapping, Sequence
 
-from vllm_w8a8_bismooth.checkpoint.architectures import Architecture
-from vllm_w8a8_bismooth.checkpoint.classes import HEADS, family_of, head_of, implied_by
 from vllm_w8a8_bismooth.checkpoint.companions import MODULES
 from vllm_w8a8_bismooth.checkpoint.files import CONFIG
 from vllm_w8a8_bismooth.checkpoint.reader import FLOAT_DTYPES, Header, Headers
 from vllm_w8a8_bismooth.checkpoint.strays import stray_problems, strays
 from vllm_w8a8_bismooth.errors import Problem
+from vllm_w8a8_bismooth.model.architectures import Architecture
+from vllm_w8a8_bismooth.model.classes import HEADS, family_of, head_of, implied_by
 
 
 def head_problems(checkpoint: Headers, architecture: Architecture, tensors: Mapping[str, Header]) -> Iterator[Problem]:

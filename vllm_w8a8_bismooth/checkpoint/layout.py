@@ -4,13 +4,14 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
-from vllm_w8a8_bismooth.checkpoint.architectures import Architecture, Layer
 from vllm_w8a8_bismooth.checkpoint.audit import architecture_of, audit, check_unquantized, layers_of, sizes_of
 from vllm_w8a8_bismooth.checkpoint.companions import link_problems, module_problems
 from vllm_w8a8_bismooth.checkpoint.files import Folder
-from vllm_w8a8_bismooth.checkpoint.names import Names
 from vllm_w8a8_bismooth.checkpoint.reader import Checkpoint, Headers
 from vllm_w8a8_bismooth.errors import BadSource, BismoothError, Problem
+from vllm_w8a8_bismooth.model.architectures import Architecture
+from vllm_w8a8_bismooth.model.layers import Layer
+from vllm_w8a8_bismooth.model.names import Names
 
 PROBLEMS = 1000
 """How many problems of one checkpoint are listed at most."""
@@ -102,7 +103,7 @@ class Layout:
         share = 1.0
         if linear in self.layers[index].experts and type(chosen) is int:
             share = min(share, chosen / self.sizes["experts"])
-        return share * sum(self.sizes[part] for part in rows) * self.sizes[columns]
+        return share * rows * columns
 
     def block_nbytes(self) -> int:
         """Bytes of the largest block."""

@@ -11,11 +11,11 @@ from typing import Any
 
 from vllm_w8a8_bismooth.checkpoint import companions as beside
 from vllm_w8a8_bismooth.checkpoint import shards
-from vllm_w8a8_bismooth.checkpoint.classes import trunk_of
 from vllm_w8a8_bismooth.checkpoint.companions import MODULES, companions, left_out
 from vllm_w8a8_bismooth.checkpoint.files import CONFIG, INDEX, Checksum, Folder, Place, read_json, sha256
-from vllm_w8a8_bismooth.checkpoint.names import Names, unwrapped
 from vllm_w8a8_bismooth.errors import BadSource, BismoothError, Interrupted, Problem
+from vllm_w8a8_bismooth.model.classes import trunk_of
+from vllm_w8a8_bismooth.model.names import Names, unwrapped
 
 FLOAT_DTYPES = ("BF16", "F16", "F32")
 BUFFER_DTYPES = ("F64", "I64", "I32", "I16", "U8", "BOOL")

@@ -86,11 +86,11 @@ def needs(
 
 def _inputs(source: Layout, index: int) -> list[tuple[int, int]]:
     """Of each site of a block: how many channels K its linears read, and how many rows these have."""
-    layer, sizes = source.layers[index], source.sizes
+    layer = source.layers[index]
     found = []
     for site in layer.sites:
         shapes = [layer.linears[consumer] for consumer in site.consumers if consumer in layer.linears]
-        found.append((sizes[shapes[0][1]], sum(sizes[part] for parts, _ in shapes for part in parts)))
+        found.append((shapes[0][1], sum(rows for rows, _ in shapes)))
     return found
 
 

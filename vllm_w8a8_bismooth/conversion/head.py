@@ -2,8 +2,8 @@
 
 import itertools
 
-from vllm_w8a8_bismooth.checkpoint.architectures import ARCHITECTURES
 from vllm_w8a8_bismooth.checkpoint.reader import Checkpoint, Headers
+from vllm_w8a8_bismooth.model.architectures import ARCHITECTURES
 
 _IGNORED = (
     "vLLM ignores it and takes the embedding; if the head was trained apart, set tie_word_embeddings to false in the "

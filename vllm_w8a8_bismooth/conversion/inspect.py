@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from vllm_w8a8_bismooth import grouping
-from vllm_w8a8_bismooth.checkpoint.architectures import ARCHITECTURES, Architecture
 from vllm_w8a8_bismooth.checkpoint.audit import sizes_of
 from vllm_w8a8_bismooth.checkpoint.files import Folder, free_space
 from vllm_w8a8_bismooth.checkpoint.hub import Repository
@@ -20,6 +19,7 @@ from vllm_w8a8_bismooth.conversion.estimate import Needs, needs
 from vllm_w8a8_bismooth.conversion.proposal import propose
 from vllm_w8a8_bismooth.conversion.rates import measured
 from vllm_w8a8_bismooth.errors import BismoothError, Problem
+from vllm_w8a8_bismooth.model.architectures import ARCHITECTURES, Architecture
 
 TENSOR_PARALLEL = (1, 2, 4, 8, 16)
 
@@ -40,10 +40,9 @@ def parallel_problems(source: Layout, group_size: int | None) -> dict[int, list[
         if kv_heads % ranks and ranks % kv_heads:
             found.append(f"num_key_value_heads = {kv_heads} neither divides the ranks nor is a multiple of them")
         kinds = {id(layer): layer for layer in source.layers}.values()
-        for linear, (_, columns) in sorted(
+        for linear, (_, width) in sorted(
             {n: layer.linears[n] for layer in kinds for n in layer.row_parallel - layer.experts}.items()
         ):
-            width = sizes[columns]
             if width % ranks:
                 found.append(f"{linear}: K = {width} is not a multiple of the ranks")
             elif not grouping.fits(width // ranks, group_size):

@@ -10,7 +10,6 @@ from typing import Any
 from vllm_w8a8_bismooth.checkpoint.files import check_space, disk_errors, free_space
 from vllm_w8a8_bismooth.checkpoint.journal import Journal, clear, readable
 from vllm_w8a8_bismooth.checkpoint.layout import Source
-from vllm_w8a8_bismooth.checkpoint.names import block_of
 from vllm_w8a8_bismooth.checkpoint.writer import NAMES, ShardWriter
 from vllm_w8a8_bismooth.conversion import head
 from vllm_w8a8_bismooth.conversion.destination import Destination, already_converted
@@ -21,6 +20,7 @@ from vllm_w8a8_bismooth.conversion.plan import Plan, full_names, span
 from vllm_w8a8_bismooth.conversion.proposal import name_of
 from vllm_w8a8_bismooth.errors import BismoothError, Interrupted, Problem
 from vllm_w8a8_bismooth.method.rows import Threads
+from vllm_w8a8_bismooth.model.names import block_of
 from vllm_w8a8_bismooth.progress import Progress, silent
 from vllm_w8a8_bismooth.recipe import Recipe
 from vllm_w8a8_bismooth.report import card, record

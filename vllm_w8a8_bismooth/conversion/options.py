@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 from vllm_w8a8_bismooth import grouping
 from vllm_w8a8_bismooth.checkpoint.layout import Layout
-from vllm_w8a8_bismooth.checkpoint.names import block_of
 from vllm_w8a8_bismooth.conversion.plan import full_names
 from vllm_w8a8_bismooth.errors import BismoothError, Problem
+from vllm_w8a8_bismooth.model.names import block_of
 from vllm_w8a8_bismooth.patterns import found_by
 from vllm_w8a8_bismooth.recipe import Recipe, option_of
 
@@ -113,7 +113,7 @@ def check_group_size(source: Layout, recipe: Recipe, grouped: Sequence[set[str]]
     """Raises :class:`BismoothError` if a per-group linear's K is not a multiple of the group size."""
     for i, layer in enumerate(source.layers):
         for linear in sorted(grouped[i]):
-            columns = source.sizes[layer.linears[linear][1]]
+            columns = layer.linears[linear][1]
             if not grouping.fits(columns, recipe.group_size):
                 sizes = ", ".join(map(str, grouping.fitting(columns)))
                 raise BismoothError.of(

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from vllm_w8a8_bismooth import __version__, grouping
-from vllm_w8a8_bismooth.checkpoint.classes import class_of
 from vllm_w8a8_bismooth.checkpoint.files import RECIPE, Folder
 from vllm_w8a8_bismooth.checkpoint.journal import NAMES
 from vllm_w8a8_bismooth.checkpoint.layout import Source
@@ -23,6 +22,7 @@ from vllm_w8a8_bismooth.measure.arithmetic import arithmetic
 from vllm_w8a8_bismooth.measure.logits import predicts_tokens
 from vllm_w8a8_bismooth.measure.text import CalibrationText, sample
 from vllm_w8a8_bismooth.measure.used import Used
+from vllm_w8a8_bismooth.model.classes import class_of
 from vllm_w8a8_bismooth.recipe import GROUP_SIZE, Recipe, names_of_hashes
 from vllm_w8a8_bismooth.report import card
 from vllm_w8a8_bismooth.report.labels import Labels
@@ -194,7 +194,7 @@ def _group_size(recipe: Recipe, source: Source) -> int | None:
     """Columns per scale: what is asked for; with ``auto`` else the largest of the usual sizes that fits all linears."""
     if recipe.method != "auto" or recipe.group_size is not None:
         return recipe.group_size
-    columns = {source.sizes[shape[1]] for layer in source.layers for shape in layer.linears.values()}
+    columns = {shape[1] for layer in source.layers for shape in layer.linears.values()}
     usual = [size for size in reversed(grouping.SIZES) if size <= GROUP_SIZE]
     return next((size for size in usual if all(grouping.fits(k, size) for k in columns)), GROUP_SIZE)
 

@@ -7,9 +7,7 @@ from typing import Any
 
 import torch
 
-from vllm_w8a8_bismooth.checkpoint.architectures import Layer
 from vllm_w8a8_bismooth.checkpoint.blocks import Block, Run, Stage, Walk
-from vllm_w8a8_bismooth.checkpoint.names import block_of
 from vllm_w8a8_bismooth.checkpoint.writer import ShardWriter
 from vllm_w8a8_bismooth.conversion.options import check_group_size
 from vllm_w8a8_bismooth.conversion.plan import Plan
@@ -25,6 +23,8 @@ from vllm_w8a8_bismooth.method.moments import Moments
 from vllm_w8a8_bismooth.method.quantize import quantize_folded
 from vllm_w8a8_bismooth.method.rows import Fold, Threads
 from vllm_w8a8_bismooth.method.smooth import Smoothing, smooth_block
+from vllm_w8a8_bismooth.model.layers import Layer
+from vllm_w8a8_bismooth.model.names import block_of
 
 SAMPLE, GRADIENTS = "sample", "gradients"
 """Kinds of state: some of what a block reads, and how the predictions depend on it."""
@@ -173,9 +173,7 @@ class Stages:
         return walk
 
     def _smooth(self, block: Block, moments: Mapping[str, Moments]) -> Smoothing:
-        source = self._source
-        layer, rule, offset = source.layers[block.index], rule_of(self._recipe), source.architecture.offset
-        return smooth_block(block, moments, layer, source.sizes, rule, offset, self._threads)
+        return smooth_block(block, moments, self._source.layers[block.index], rule_of(self._recipe), self._threads)
 
     def _write(self, block: Block, smoothing: Smoothing, plan: Plan, writer: ShardWriter) -> dict[str, dict[str, Any]]:
         """Fold, quantize and write one block; returns what is to be reported of its linears, by full name."""

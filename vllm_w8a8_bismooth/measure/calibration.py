@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vllm_w8a8_bismooth.checkpoint.architectures import Architecture
 from vllm_w8a8_bismooth.checkpoint.layout import Source
 from vllm_w8a8_bismooth.errors import BismoothError
 from vllm_w8a8_bismooth.measure.arithmetic import arithmetic
@@ -15,6 +14,7 @@ from vllm_w8a8_bismooth.measure.text import refused, transformers_config
 from vllm_w8a8_bismooth.method.compensate import Gram
 from vllm_w8a8_bismooth.method.moments import Moments
 from vllm_w8a8_bismooth.method.rows import Threads
+from vllm_w8a8_bismooth.model.architectures import Architecture
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from vllm_w8a8_bismooth.checkpoint.architectures import Layer
-from vllm_w8a8_bismooth.checkpoint.names import Names
 from vllm_w8a8_bismooth.measure.sensitivity import CHANNEL, EXPERTS, GROUP, measured_units
+from vllm_w8a8_bismooth.model.layers import Layer
+from vllm_w8a8_bismooth.model.names import Names
 
 _SPENT = "but the budget is spent"
 

@@ -4,9 +4,9 @@ from typing import Any
 
 import torch
 
-from vllm_w8a8_bismooth.checkpoint.classes import head_of
 from vllm_w8a8_bismooth.checkpoint.layout import Layout, Source
 from vllm_w8a8_bismooth.measure.text import refused, transformers_config
+from vllm_w8a8_bismooth.model.classes import head_of
 
 _SEED = 0
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch
 
 from vllm_w8a8_bismooth import grouping
-from vllm_w8a8_bismooth.checkpoint.architectures import Layer
 from vllm_w8a8_bismooth.checkpoint.blocks import Run, Stage
 from vllm_w8a8_bismooth.measure.activations import Activations
 from vllm_w8a8_bismooth.measure.calibration import Calibration
@@ -20,6 +19,7 @@ from vllm_w8a8_bismooth.method.balance import Rule
 from vllm_w8a8_bismooth.method.quantize import dequantize_weight, quantize_weight
 from vllm_w8a8_bismooth.method.rows import Fold, Threads
 from vllm_w8a8_bismooth.method.smooth import Smoothing, smooth_block
+from vllm_w8a8_bismooth.model.layers import Layer
 
 SAMPLE = 1024  # tokens of the calibration
 
@@ -84,7 +84,7 @@ def measure(
         for unit, parts in units(layer).items():
             found[unit] = {}
             for name, variant in variants.items():
-                columns = calibration.source.sizes[layer.linears[parts[0]][1]]
+                columns = layer.linears[parts[0]][1]
                 if not grouping.fits(columns, variant.group_size):
                     continue
                 folds = {built(p): smoothing.fold(p) if variant.smoothed else Fold() for p in parts}
@@ -155,8 +155,7 @@ def view(run: Run, tokens: torch.Tensor, rule: Rule) -> dict[str, dict[str, floa
             calibration = activations.calibration(index)
             hidden = sample(calibration)
             moments = activations.read_by(block, threads)
-            layer, offset = source.layers[index], source.architecture.offset
-            smoothing = smooth_block(block, moments, layer, source.sizes, rule, offset, threads)
+            smoothing = smooth_block(block, moments, source.layers[index], rule, threads)
             errors = measure(calibration, index, block, smoothing, hidden, VIEW)
             found |= {block.prefix + unit: by_variant for unit, by_variant in errors.items()}
     return found

@@ -4,12 +4,12 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from vllm_w8a8_bismooth.checkpoint.architectures import Layer, Site
 from vllm_w8a8_bismooth.checkpoint.layout import Source
 from vllm_w8a8_bismooth.errors import BismoothError
+from vllm_w8a8_bismooth.method.columns import Columns, indices
 from vllm_w8a8_bismooth.method.moments import ORDER, Moments
 from vllm_w8a8_bismooth.method.rows import Fold, Threads
-from vllm_w8a8_bismooth.method.smooth import rows_of, spread
+from vllm_w8a8_bismooth.model.layers import Layer, Site
 
 _ROWS, _RUN = 4096, 64  # of the embedding that are looked at, and how many in a row
 _EXTREME = 4.0  # standard deviations of the largest of some 16,000 normal values
@@ -64,18 +64,18 @@ class Prior:
         Raises:
             BismoothError: the weights are so large that fp32 cannot hold what they make.
         """
-        layer, offset = self._source.layers[index], self._source.architecture.offset
-        sites = [site for site in layer.sites if site.producer in layer.vectors]
-        read = {site.producer for site in sites}
-        posts = [v for v, size in layer.vectors.items() if size == "hidden" and v not in read]
+        layer = self._source.layers[index]
+        sites = [site for site in layer.sites if site.producer not in layer.linears]
+        posts = list(layer.posts.items())
         found: dict[str, Moments] = {}
         for half, site in enumerate(sites):
-            gain = tensors[f"{site.producer}.weight"].float() + offset
+            gain = tensors[f"{site.producer}.weight"].float() + site.offset
             rms = (self.hidden / self.hidden.mean().clamp(min=1e-30)).sqrt() * gain.abs()
             found[site.name] = _moments(rms, rms * _normal(ORDER) ** (1 / ORDER))
             written = self._write(layer, site, rms, tensors, found, threads)
             if posts:
-                written = (tensors[f"{posts[half]}.weight"].float() + offset).square()
+                post, offset = posts[half]
+                written = (tensors[f"{post}.weight"].float() + offset).square()
             self.hidden = self.hidden + written
         seen = {"the residual stream": self.hidden} | {f"site {name}": moments.high for name, moments in found.items()}
         for place, sizes in seen.items():
@@ -98,25 +98,21 @@ class Prior:
     ) -> torch.Tensor:
         """Variances that one half of a block adds to the stream; notes the sites inside it in ``found``."""
 
-        def rows(linear: str, columns: torch.Tensor, part: slice = slice(None)) -> torch.Tensor:
-            size = Fold(columns=columns).row_norms(tensors[f"{linear}.weight"][part], threads)
+        def rows(linear: str, columns: torch.Tensor) -> torch.Tensor:
+            size = Fold(columns=columns).row_norms(tensors[f"{linear}.weight"], threads)
             bias = tensors.get(f"{linear}.bias")
-            return size if bias is None else torch.hypot(size, bias[part].float())
+            return size if bias is None else torch.hypot(size, bias.float())
 
         written = torch.zeros_like(self.hidden)
         for site in _inside(layer, behind):
-            start, width = rows_of(site, layer, self._source.sizes)
-            size = rows(site.producer, rms, slice(start, start + width))
+            size = rows(site.producer, rms)[indices(site.rows)]
             if site.gate is not None:
-                gate = rows(site.gate, rms, slice(0, width))
+                gate = rows(site.gate, rms)[: site.channels]
                 size, high = _gated(size, gate, 2), _gated(size, gate, ORDER)
                 found[site.name] = _moments(size, high)
             for consumer in site.consumers:
-                weight = tensors[f"{consumer}.weight"]
-                repeats = weight.shape[1] // width
-                columns = spread(size, repeats, self._source.sizes["head"]) if repeats > 1 else size
                 share = len(layer.experts) / 3 if consumer in layer.experts else 1
-                written += rows(consumer, columns).square() / share
+                written += rows(consumer, Columns.of(site).spread(size)).square() / share
         return written
 
 

@@ -12,11 +12,11 @@ from collections.abc import Mapping
 import torch
 
 from vllm_w8a8_bismooth import grouping
-from vllm_w8a8_bismooth.checkpoint.architectures import Layer
 from vllm_w8a8_bismooth.measure.calibration import Calibration
 from vllm_w8a8_bismooth.measure.perturbation import Variant, quantized, units
 from vllm_w8a8_bismooth.method.rows import Fold
 from vllm_w8a8_bismooth.method.smooth import Smoothing
+from vllm_w8a8_bismooth.model.layers import Layer
 
 DRAWS = 2
 """Tokens that are drawn at each place: with 1024 places, units are told apart where their costs differ by a tenth."""
@@ -68,7 +68,7 @@ def measure(
         Unit -> ``per_channel`` and ``per_group`` -> ``weights`` and ``activations`` -> nats a token, and the gradients
         of what the block reads. Where groups do not divide K, and for experts, there is no ``per_group``.
     """
-    layer, sizes = calibration.source.layers[index], calibration.source.sizes
+    layer = calibration.source.layers[index]
     built = calibration.source.architecture.built
     found: dict[str, dict[str, dict[str, float]]] = {}
     with calibration.lend(index, tensors, torch.float32) as (block, run):
@@ -86,7 +86,7 @@ def measure(
         with torch.no_grad():
             for unit, parts in measured_units(layer).items():
                 folds: dict[str, Fold] = {built(part): smoothing.fold(part) for part in parts}
-                columns = {sizes[layer.linears[part][1]] for part in parts}
+                columns = {layer.linears[part][1] for part in parts}
                 found[unit] = {}
                 for name, ways in variants(group_size).items():
                     if name == GROUP and (unit == EXPERTS or not all(grouping.fits(k, group_size) for k in columns)):

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 import torch
 
 from vllm_w8a8_bismooth import grouping
-from vllm_w8a8_bismooth.checkpoint.architectures import Layer
 from vllm_w8a8_bismooth.checkpoint.blocks import Block, Run, Stage
 from vllm_w8a8_bismooth.method.quantize import quantize_folded
 from vllm_w8a8_bismooth.method.rows import ALONE, Fold, Threads
+from vllm_w8a8_bismooth.model.layers import Layer
 
 VULNERABLE = 0.05
 """Column error above which a linear counts as vulnerable. Gaussian weights measure about 0.01; one column 100 times as

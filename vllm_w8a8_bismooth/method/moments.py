@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from vllm_w8a8_bismooth.method.columns import Columns
+
 ORDER = 8
 """p. Between 6 and 12 makes no difference beyond the noise on three models; 8 is two squarings of a square."""
 
@@ -65,17 +67,10 @@ class Moments:
         f = factor.double()
         return Moments(self.rows, self.largest * factor, self.square * f**2, self.high * f**ORDER)
 
-    def tied(self, repeats: int, width: int) -> "Moments":
-        """Moments of ``K / repeats`` channels, ``repeats`` runs of ``width`` of which become one; see smooth.spread."""
-
-        def folded(values: torch.Tensor) -> torch.Tensor:
-            return values.view(-1, repeats, width)
-
-        return Moments(
-            self.rows,
-            folded(self.largest).amax(dim=1).reshape(-1),
-            *(folded(values).sum(dim=1).reshape(-1) for values in (self.square, self.high)),
-        )
+    def tied(self, columns: Columns) -> "Moments":
+        """Moments of a site's channels, from those of the columns that hold them."""
+        square, high = (columns.gather(values, "sum") for values in (self.square, self.high))
+        return Moments(self.rows, columns.gather(self.largest, "amax"), square, high)
 
     def rms(self) -> torch.Tensor:
         """fp32 ``[K]``, root mean square of each channel. Zeros become the median, so that none is left."""

@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 
 import torch
 
-from vllm_w8a8_bismooth.checkpoint.architectures import Layer, Site
 from vllm_w8a8_bismooth.method.balance import Rule
+from vllm_w8a8_bismooth.method.columns import Columns, indices
 from vllm_w8a8_bismooth.method.moments import Moments
 from vllm_w8a8_bismooth.method.rows import ALONE, Fold, Threads
+from vllm_w8a8_bismooth.model.layers import Layer, Site
 
 
 @dataclass(frozen=True)
@@ -81,26 +82,11 @@ def fold_vector(
     return folded, effective
 
 
-def spread(s: torch.Tensor, heads_per_group: int, head_dim: int) -> torch.Tensor:
-    """Repeat factors of ``[kv_heads * head_dim]`` value channels for the ``[heads * head_dim]`` columns of o_proj.
-
-    In grouped-query attention ``heads_per_group`` query heads read one value head, so their columns share its factor.
-    """
-    return s.view(-1, 1, head_dim).expand(-1, heads_per_group, -1).reshape(-1)
-
-
-def gather(extent: torch.Tensor, heads_per_group: int, head_dim: int) -> torch.Tensor:
-    """The inverse tie of :func:`spread`: largest of the ``heads_per_group`` columns that share a value channel."""
-    return extent.view(-1, heads_per_group, head_dim).amax(dim=1).reshape(-1)
-
-
 def smooth_block(
     block: Mapping[str, torch.Tensor],
     activations: Mapping[str, Moments],
     layer: Layer,
-    sizes: Mapping[str, int],
     rule: Rule,
-    offset: float = 0.0,
     threads: Threads = ALONE,
 ) -> Smoothing:
     """The smoothing of one decoder block; applied, it does not change the block's function.
@@ -109,9 +95,7 @@ def smooth_block(
         block: stored tensors by name inside the block (``self_attn.q_proj.weight``). Not modified.
         activations: site name -> moments of its K input channels over tokens. Sites without an entry are left alone.
         layer: the block's couplings, producers that are linears first (see :class:`Layer`).
-        sizes: the architecture's, by name.
         rule: one of balance.py: moments of what feeds a site and of its weight columns -> factors fp32 ``[K]``.
-        offset: what the architecture's norms add to their stored gains, see :func:`fold_vector`.
         threads: share the weights' rows.
     """
     smoothing = Smoothing()
@@ -120,17 +104,14 @@ def smooth_block(
             continue
         activation = activations[site.name]
         weight = _weight_moments(block, site, layer, smoothing, activation.rms(), threads)
-        start, width = rows_of(site, layer, sizes)
-        heads_per_group = len(activation.largest) // width
-        if heads_per_group > 1:
-            activation, weight = (m.tied(heads_per_group, sizes["head"]) for m in (activation, weight))
+        columns = Columns.of(site)
+        activation, weight = activation.tied(columns), weight.tied(columns)
         s = rule(activation, weight)
         if layer.routers.keys() & set(site.consumers):
             s = s.log2().round().exp2()  # exact in any dtype, so that tokens go to the experts that they went to
-        s = _fold_producer(block, site, layer, smoothing, s, start, offset)
-        columns = spread(s, heads_per_group, sizes["head"]) if heads_per_group > 1 else s
+        s = _fold_producer(block, site, layer, smoothing, s)
         for consumer in site.consumers:
-            smoothing.folds[consumer] = Fold(smoothing.fold(consumer).rows, columns)
+            smoothing.folds[consumer] = Fold(smoothing.fold(consumer).rows, columns.spread(s))
         smoothing.sites.append(_factors_of(site.name, activation.largest, weight.largest, s))
     return smoothing
 
@@ -160,22 +141,27 @@ def _fold_producer(
     layer: Layer,
     smoothing: Smoothing,
     s: torch.Tensor,
-    start: int,
-    offset: float,
 ) -> torch.Tensor:
-    """Divide what feeds a site, from row ``start`` on, by ``s`` ``[n]``; returns the factors that rounding left."""
-    producer, bias, width = f"{site.producer}.weight", f"{site.producer}.bias", len(s)
-    for name in (producer, bias):
-        if name in block and block[name].dim() == 1:
-            stored = block[name]
-            part = stored[start : start + width].float()
-            folded, s = fold_vector(part, s, stored.dtype, offset if name == producer else 0.0)
-            smoothing.vectors[name] = torch.cat([stored[:start], folded, stored[start + width :]])
-    if site.producer in layer.linears:
+    """Divide what feeds a site by ``s`` ``[n]``, to the power that it sees; returns the factors that rounding left."""
+    producer, bias = f"{site.producer}.weight", f"{site.producer}.bias"
+    fed = indices(site.rows).to(s.device)
+    s = s ** (1 / site.power)
+    is_linear = site.producer in layer.linears
+    if not is_linear:
+        gain = block[producer]
+        folded, s = fold_vector(gain[fed].float(), s, gain.dtype, site.offset)
+        smoothing.vectors[producer] = gain.index_copy(0, fed, folded)
+    if bias in block:
+        stored = block[bias]
+        # What rounding leaves of a bias is part of the factor, unless the gain has settled that.
+        folded, settled = fold_vector(stored[fed].float(), s, stored.dtype)
+        smoothing.vectors[bias] = stored.index_copy(0, fed, folded)
+        s = settled if is_linear else s
+    if is_linear:
         rows = torch.ones(len(block[producer]), device=s.device)
-        rows[start : start + width] = s
+        rows[fed] = s
         smoothing.folds[site.producer] = Fold(rows, smoothing.fold(site.producer).columns)
-    return s
+    return s**site.power
 
 
 def _factors_of(site: str, activation: torch.Tensor, weight: torch.Tensor, s: torch.Tensor) -> Factors:
@@ -184,11 +170,3 @@ def _factors_of(site: str, activation: torch.Tensor, weight: torch.Tensor, s: to
     extremes = (float(e) for extent in (activation, weight, s, smoothed) for e in extent.aminmax())
     medians = (float(extent.median()) for extent in (weight, smoothed))
     return Factors(site, *extremes, *medians)
-
-
-def rows_of(site: Site, layer: Layer, sizes: Mapping[str, int]) -> tuple[int, int]:
-    """First row and number of rows of the producer that feed the consumers."""
-    if site.producer in layer.vectors:
-        return 0, sizes[layer.vectors[site.producer]]
-    parts = [sizes[part] for part in layer.linears[site.producer][0]]
-    return sum(parts[: site.part]), parts[site.part]

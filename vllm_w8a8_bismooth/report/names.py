@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable, Sequence
 
-from vllm_w8a8_bismooth.checkpoint.architectures import kind_of
+from vllm_w8a8_bismooth.model.architectures import kind_of
 
 _IN_A_BLOCK = re.compile(r"(?:^|\.)layers\.\d+\.")
 

@@ -23,15 +23,15 @@ from typing import Any
 
 import torch
 
-from vllm_w8a8_bismooth.checkpoint.architectures import Layer, Site
 from vllm_w8a8_bismooth.checkpoint.companions import companions, loaded
 from vllm_w8a8_bismooth.checkpoint.files import CONFIG, RECIPE, read_json, sha256
 from vllm_w8a8_bismooth.checkpoint.layout import Source
 from vllm_w8a8_bismooth.checkpoint.reader import Checkpoint
 from vllm_w8a8_bismooth.errors import BismoothError, Problem
+from vllm_w8a8_bismooth.method.columns import Columns, indices
 from vllm_w8a8_bismooth.method.compensate import REACH
 from vllm_w8a8_bismooth.method.rows import Threads
-from vllm_w8a8_bismooth.method.smooth import gather, rows_of, spread
+from vllm_w8a8_bismooth.model.layers import Layer, Runs, Site
 from vllm_w8a8_bismooth.progress import Progress
 from vllm_w8a8_bismooth.report.card import place_of
 from vllm_w8a8_bismooth.verification.contents import Noted
@@ -117,7 +117,7 @@ class Comparison:
         with Threads() as threads:
             for name in quantized:
                 columns = torch.ones(before[name].shape[1])
-                found = match(threads, self.source.checkpoint, self.result, name, columns, slice(0, 0))
+                found = match(threads, self.source.checkpoint, self.result, name, columns)
                 self.sqnr[name.removesuffix(".weight")] = found.sqnr
 
     def quantized(self, name: str) -> bool:
@@ -173,25 +173,24 @@ class _Block:
         self.all, self.index, self.layer = comparison, index, layer
         self.prefix = comparison.source.names.block(index)
         self.source, self.result = comparison.source.checkpoint, comparison.result
-        self._head = comparison.source.sizes["head"]
         self.linears = [linear for linear in layer.linears if self.prefix + linear in comparison.linears]
         self.claims: dict[str, torch.Tensor] = {}
-        self.free: dict[str, slice] = {}
+        self.free: dict[str, Runs] = {}
         self.matches: dict[str, Match] = {}
         self.cancelled: set[str] = set()
-        self.folded = {f"{site.producer}.weight" for site in layer.sites if site.producer in layer.vectors}
+        self.norms = {site.producer: site for site in layer.sites if site.producer not in layer.linears}
 
     def compare(self, threads: Threads, judge: bool) -> None:
         for site in self.layer.sites:
-            if site.producer in self.layer.vectors:
-                gave = self._norm(f"{self.prefix}{site.producer}.weight")
-                self.claims |= {consumer: gave for consumer in site.consumers if gave is not None}
+            if site.producer in self.norms:
+                gave = self._norm(site)
+                if gave is not None:
+                    self._claim(site, gave)
             else:
-                start, width = rows_of(site, self.layer, self.all.source.sizes)
-                self.free[site.producer] = slice(start, start + width)
+                self.free[site.producer] = tuple(sorted((*self.free.get(site.producer, ()), *site.rows)))
         self._match(threads, [linear for linear in self.linears if linear in self.free])
         for site in self._between_linears():
-            self.claims |= {c: self._spread(1 / self.matches[site.producer].factor, c) for c in site.consumers}
+            self._claim(site, 1 / self._own(site, self.matches[site.producer].factor) ** site.power)
         self._match(threads, [linear for linear in self.linears if linear not in self.free])
         if judge:
             self._judge_linears(threads)
@@ -205,20 +204,22 @@ class _Block:
     def _between_linears(self) -> Iterator[Site]:
         return (site for site in self.layer.sites if site.producer in self.matches)
 
-    def _columns(self, linear: str) -> int:
-        return self.all.source.sizes[self.layer.linears[linear][1]]
+    def _claim(self, site: Site, channels: torch.Tensor) -> None:
+        """Expect that the consumers' columns were multiplied by what the channels show."""
+        columns = Columns.of(site).spread(channels)
+        self.claims |= dict.fromkeys(site.consumers, columns)
 
-    def _spread(self, rows: torch.Tensor, consumer: str) -> torch.Tensor:
-        """One value for each column of the consumer, from one for each row that feeds it."""
-        shared = self._columns(consumer) // len(rows)
-        return spread(rows, shared, self._head) if shared > 1 else rows
+    def _own(self, site: Site, free: torch.Tensor) -> torch.Tensor:
+        """The values of a site's channels, of those of all rows of its producer that may be divided."""
+        rows = indices(self.free[site.producer])
+        return free[torch.searchsorted(rows, indices(site.rows))]
 
-    def _norm(self, name: str) -> torch.Tensor | None:
+    def _norm(self, site: Site) -> torch.Tensor | None:
         """What a norm gave up: old over new gain, 0 where the gain is 0 and the channel silent."""
+        name = f"{self.prefix}{site.producer}.weight"
         if not self.all.both(name):
             return None
-        offset = self.all.source.architecture.offset
-        old, new = (checkpoint.read(name).float() + offset for checkpoint in (self.source, self.result))
+        old, new = (checkpoint.read(name).float() + site.offset for checkpoint in (self.source, self.result))
         dead = (new == 0) & (old != 0)
         if dead.any():
             self.all.fault(name, f"has lost the gain of {int(dead.sum())} channels ({_first(dead)})", _FUNCTION)
@@ -229,8 +230,8 @@ class _Block:
             name = f"{self.prefix}{linear}.weight"
             if self.result.headers[name].dtype != "I8" and not self.all.both(name):
                 continue
-            columns, free = self.claims.get(linear), self.free.get(linear, slice(0, 0))
-            columns = torch.ones(self._columns(linear)) if columns is None else columns
+            columns, free = self.claims.get(linear), self.free.get(linear, ())
+            columns = torch.ones(self.layer.linears[linear][1]) if columns is None else columns
             found = match(threads, self.source, self.result, name, columns, free, self.all.reach)
             self.matches[linear] = found
             self.all.sqnr[self.prefix + linear] = found.sqnr
@@ -251,8 +252,8 @@ class _Block:
         if linear not in self.layer.writers or linear not in self.claims:
             return ""
         name = f"{self.prefix}{linear}.weight"
-        every = slice(0, self.source.headers[name].shape[0])
-        factor = match(threads, self.source, self.result, name, self.claims[linear], every, self.all.reach).factor
+        every = (0, self.source.headers[name].shape[0])
+        factor = match(threads, self.source, self.result, name, self.claims[linear], (every,), self.all.reach).factor
         bad = (factor - 1).abs() > _VISIBLE
         if not bad.any():
             return ""
@@ -261,14 +262,18 @@ class _Block:
 
     def _judge_site(self, site: Site) -> None:
         """What the producer was divided by must be what its consumers were multiplied by."""
-        if site.producer in self.layer.vectors:
+        columns = Columns.of(site)
+        if site.producer in self.norms:
             if site.consumers[0] not in self.claims:
                 return
-            gave = Range(self.claims[site.consumers[0]], self.claims[site.consumers[0]])
+            claimed = columns.gather(self.claims[site.consumers[0]], "amax")
+            gave = Range(claimed, claimed)
         elif site.producer in self.matches:
             rows = self.matches[site.producer].rows
-            gave = Range(1 / rows.high, torch.where(rows.low > 0, 1 / rows.low, inf))
-            self._judge_bias(site, gave)
+            low, high = self._own(site, rows.low), self._own(site, rows.high)
+            divided = Range(1 / high, torch.where(low > 0, 1 / low, inf))
+            self._judge_bias(site, divided)
+            gave = Range(divided.low**site.power, divided.high**site.power)
         else:
             return
         for consumer in site.consumers:
@@ -276,9 +281,7 @@ class _Block:
                 continue
             got, claimed = self.matches[consumer].columns, self.claims[consumer]
             got = Range(*(torch.where(claimed != 0, claimed * bound, bound) for bound in (got.low, got.high)))
-            shared = len(claimed) // len(gave.low)
-            if shared > 1:  # query heads that read one value head
-                got = Range(gather(got.low, shared, self._head), -gather(-got.high, shared, self._head))
+            got = Range(columns.gather(got.low, "amax"), columns.gather(got.high, "amin"))
             bad = gave.misses(got) & (gave.high != 0)
             if bad.any():
                 at = int(bad.nonzero()[0])
@@ -295,7 +298,7 @@ class _Block:
         name = f"{self.prefix}{site.producer}.bias"
         if name not in self.source.headers or not self.all.both(name):
             return
-        divided = self.free[site.producer]
+        divided = indices(site.rows)
         old, new = (checkpoint.read(name).float()[divided] for checkpoint in (self.source, self.result))
         factor = torch.where(new == 0, 1.0, old / new)
         bad = gave.misses(Range(factor, factor)) & (old != 0) | ((old == 0) != (new == 0))
@@ -314,7 +317,11 @@ class _Block:
     def _rest(self, name: str, judge: bool) -> bool:
         """Norms, biases and whatever else passes through; whether it had to be, and is, the same bit for bit."""
         full, module = self.prefix + name, name.removesuffix(".weight").removesuffix(".bias")
-        if self.layer.linear_of(name) or name in self.folded or full not in self.result.headers:
+        if self.layer.linear_of(name) or full not in self.result.headers:
+            return False
+        if module in self.norms:
+            if name == f"{module}.bias":
+                self._norm_bias(full, self.norms[module])
             return False
         if not judge and self.all.quantized(full):
             return False
@@ -341,13 +348,26 @@ class _Block:
                 _FUNCTION,
             )
 
-    def _bias_elsewhere(self, name: str, divided: slice) -> None:
+    def _norm_bias(self, name: str, site: Site) -> None:
+        """A norm's bias is divided like its gain, and rounded once."""
+        if site.consumers[0] not in self.claims or not self.all.both(name):
+            return
+        old, new = (checkpoint.read(name) for checkpoint in (self.source, self.result))
+        gave = Columns.of(site).gather(self.claims[site.consumers[0]], "amax")
+        expected = old.float() / gave
+        slack = expected.abs() * torch.finfo(new.dtype).eps + torch.finfo(new.dtype).smallest_normal
+        bad = ((new.float() - expected).abs() > slack) & (gave != 0)
+        if bad.any():
+            what = f"{int(bad.sum())} of {len(bad)} values ({_first(bad)}) are not the source's over the gain's factor"
+            self.all.fault(name, what, _FUNCTION)
+
+    def _bias_elsewhere(self, name: str, divided: Runs) -> None:
         """Outside the rows that may be divided, a bias stays as it was."""
         if not self.all.both(name):
             return
         old, new = (_bits(checkpoint.read(name)) for checkpoint in (self.source, self.result))
         bad = old != new
-        bad[divided] = False
+        bad[indices(divided)] = False
         if bad.any():
             self.all.fault(name, f"differs from the source's in {int(bad.sum())} values ({_first(bad)})", _SOURCE)
 

@@ -1,5 +1,6 @@
 """How a linear of a converted checkpoint relates to its source: the factors by which it may have been multiplied."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import inf, log10
 
@@ -8,6 +9,7 @@ import torch
 from vllm_w8a8_bismooth.checkpoint.reader import Checkpoint
 from vllm_w8a8_bismooth.method.quantize import dequantize_weight
 from vllm_w8a8_bismooth.method.rows import Threads
+from vllm_w8a8_bismooth.model.layers import Runs
 
 _PIECE = 2**20  # elements worked on at once
 _HALF = 0.5 + 2e-4  # of a step: fp32 rounds the division before the code is
@@ -61,7 +63,7 @@ def match(
     result: Checkpoint,
     name: str,
     columns: torch.Tensor,
-    free: slice,
+    free: Runs = (),
     reach: int = 0,
 ) -> Match:
     """Compare a linear with its source, a few rows a thread in memory at a time.
@@ -71,13 +73,14 @@ def match(
         source, result: the two checkpoints.
         name: of the weight, in both.
         columns: fp32 ``[K]`` factors claimed for the columns; 0 where nothing is known and nothing depends on it.
-        free: the rows that may have been divided by factors yet unknown.
+        free: runs of rows that may have been divided by factors yet unknown, ascending.
         reach: how many steps a code may lie from the nearest.
     """
     rows, width = source.headers[name].shape
     silent = (columns == 0).nonzero().view(-1)
     step = max(1, _PIECE // width)
-    found = Match(Range.unknown(free.stop - free.start), torch.ones(free.stop - free.start), Range.unknown(width), None)
+    unknown = sum(number for _, number in free)
+    found = Match(Range.unknown(unknown), torch.ones(unknown), Range.unknown(width), None)
 
     def compare(start: int) -> tuple[Range, float, float]:
         """Columns' factors, power and error of some rows; the rows' own factors go to their places."""
@@ -92,12 +95,12 @@ def match(
             nothing = inverse.isinf()  # weights of 0 show nothing, but no factor makes anything else of them
             low[nothing], high[nothing] = -inf, inf
             low[(claimed == 0) & (stored.abs() > half)] = inf
-        first, last = (min(max(edge - start, 0), count) for edge in (free.start, free.stop))
-        for fixed in (slice(0, first), slice(last, count)):
+        divided = list(_within(free, start, count))
+        edges = [0, *(edge for mine, _ in divided for edge in (mine.start, mine.stop)), count]
+        for fixed in map(slice, edges[::2], edges[1::2]):
             if fixed.start < fixed.stop:
                 possible.narrow(low[fixed].amax(dim=0), high[fixed].amin(dim=0))
-        if first < last:
-            mine, of = slice(first, last), slice(start + first - free.start, start + last - free.start)
+        for mine, of in divided:
             found.rows.low[of], found.rows.high[of] = low[mine].amax(dim=1), high[mine].amin(dim=1)
             estimate = (stored[mine] * claimed[mine]).sum(dim=1) / claimed[mine].square().sum(dim=1)
             found.factor[of] = torch.where(estimate.isfinite() & (estimate > 0), estimate, 1.0)
@@ -110,6 +113,17 @@ def match(
         power, error = power + more_power, error + more_error
     found.sqnr = 10 * log10(power / error) if error > 0 and power > 0 else None
     return found
+
+
+def _within(runs: Runs, start: int, count: int) -> Iterator[tuple[slice, slice]]:
+    """Of the runs what lies in ``count`` rows from ``start`` on: where there, and where among all indices in runs."""
+    passed = 0
+    for begin, number in runs:
+        first, last = (min(max(edge - start, 0), count) for edge in (begin, begin + number))
+        if first < last:
+            shift = start - begin + passed
+            yield slice(first, last), slice(first + shift, last + shift)
+        passed += number
 
 
 def _stored(result: Checkpoint, name: str, start: int, count: int, reach: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -4,9 +4,9 @@ from collections.abc import Collection, Iterator
 from typing import Any
 
 from vllm_w8a8_bismooth import NAME
-from vllm_w8a8_bismooth.checkpoint.names import Names
 from vllm_w8a8_bismooth.engine import ask
 from vllm_w8a8_bismooth.errors import Problem
+from vllm_w8a8_bismooth.model.names import Names
 from vllm_w8a8_bismooth.verification.structure import Structure
 
 _VLLM = Names()

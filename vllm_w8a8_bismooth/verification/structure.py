@@ -3,12 +3,12 @@
 from collections.abc import Iterator, Sequence
 
 from vllm_w8a8_bismooth import grouping
-from vllm_w8a8_bismooth.checkpoint.architectures import Layer
 from vllm_w8a8_bismooth.checkpoint.audit import architecture_of, audit, layers_of, sizes_of
 from vllm_w8a8_bismooth.checkpoint.companions import module_problems
 from vllm_w8a8_bismooth.checkpoint.files import CONFIG, INDEX, read_json
 from vllm_w8a8_bismooth.checkpoint.reader import FLOAT_DTYPES, Checkpoint, Header
 from vllm_w8a8_bismooth.errors import BismoothError, Problem
+from vllm_w8a8_bismooth.model.layers import Layer
 from vllm_w8a8_bismooth.verification.contents import AGAIN, SCALE
 from vllm_w8a8_bismooth.verification.schemes import KEY, Schemes
 

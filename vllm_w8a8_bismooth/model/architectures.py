@@ -1,19 +1,19 @@
 """What the converter knows of each model type: tensor names and shapes, couplings, fused siblings. Tables, not code."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
-from vllm_w8a8_bismooth.checkpoint.names import block_of
+from vllm_w8a8_bismooth.model.layers import Layer, Runs, Site
+from vllm_w8a8_bismooth.model.names import block_of
 
 
 @dataclass(frozen=True)
-class Site:
-    """A producer whose output channels are its consumers' input columns, so that magnitude can move between them.
+class Coupling:
+    """A :class:`layers.Site` as the table has it.
 
     ``part`` picks the producer's rows where it is several linears stacked (Phi-3's ``qkv_proj``): an index into the
-    row sizes of its :attr:`Layer.linears` entry. ``gate`` is the linear whose first rows, through the activation
-    function, multiply what the producer makes; ``None`` if nothing does.
+    row sizes of its :attr:`Template.linears` entry.
     """
 
     name: str
@@ -24,35 +24,31 @@ class Site:
 
 
 @dataclass(frozen=True)
-class Layer:
-    """Names inside one decoder block; sizes are keys of :func:`audit.sizes_of`. ``{}`` stands for each expert's number.
+class Template:
+    """A :class:`layers.Layer` with sizes by name, see :func:`audit.sizes_of`. ``{}`` stands for each expert's number.
 
-    linears: linear -> (sizes of its stacked rows, columns). All of them become INT8.
+    linears: linear -> (sizes of its stacked rows, columns).
     vectors: one-dimensional tensors that the block has -> length.
-    sites: couplings. Those whose producer is itself a linear come first, because dividing the producer's rows changes
-        the column ranges that the sites behind the norms balance.
-    routers: linear -> (rows, columns) of the linears that keep their dtype. They read what a norm wrote, so its factor
-        goes into their columns, but they have no say in it.
-    fused: what vLLM merges into one linear -> its parts, which must share factor and granularity.
+    sites: couplings.
+    routers: linear -> (rows, columns).
+    fused: as of the layer.
     biases: linear -> the config key that switches its bias on (``None`` if nothing does), and what its absence means.
-    row_parallel: linears that tensor parallelism cuts along their columns.
+    row_parallel: as of the layer.
     """
 
     linears: Mapping[str, tuple[tuple[str, ...], str]]
     vectors: Mapping[str, str]
-    sites: tuple[Site, ...]
+    sites: tuple[Coupling, ...]
     routers: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     biases: Mapping[str, tuple[str | None, bool]] = field(default_factory=dict)
     row_parallel: frozenset[str] = frozenset()
-    experts: frozenset[str] = frozenset()
-    """Linears of experts, which vLLM serves per-channel only. Filled by :meth:`expanded`."""
 
-    def __or__(self, other: "Layer") -> "Layer":
+    def __or__(self, other: "Template") -> "Template":
         """Both halves of a block in one; sites behind linears stay before sites behind norms."""
         sites = (*self.sites, *other.sites)
         linears = {**self.linears, **other.linears}
-        return Layer(
+        return Template(
             linears=linears,
             vectors={**self.vectors, **other.vectors},
             sites=tuple(sorted(sites, key=lambda site: site.producer not in linears)),
@@ -62,52 +58,77 @@ class Layer:
             row_parallel=self.row_parallel | other.row_parallel,
         )
 
-    @property
-    def writers(self) -> set[str]:
-        """What adds to the residual stream: the linears that end in it, and the norms behind them (Gemma's).
+    def sized(self, sizes: Mapping[str, int], config: Mapping, offset: float) -> Layer:
+        """The layer at a model's sizes.
 
-        No site divides their rows or gains, so that whatever reads the stream reads what it read before.
+        Args:
+            sizes: of the model, by name; with ``experts`` if there are any.
+            config: says which biases there are.
+            offset: what the model adds to the stored gains of its norms.
         """
-        divided = {site.producer for site in self.sites}
-        return {linear for linear, (rows, _) in self.linears.items() if rows == ("hidden",)} | {
-            vector for vector, length in self.vectors.items() if length == "hidden" and vector not in divided
-        }
-
-    def linear_of(self, tensor: str) -> str | None:
-        """The linear whose weight a tensor of the block is, ``None`` for anything else (norms, biases, routers)."""
-        linear = tensor.removesuffix(".weight")
-        return linear if linear != tensor and linear in self.linears else None
-
-    def with_siblings(self, names: Iterable[str]) -> set[str]:
-        """Names inside the block, and the siblings that vLLM fuses them with: a fused linear has one granularity."""
-        chosen = set(names)
-        for parts in self.fused.values():
-            if chosen & set(parts):
-                chosen |= set(parts)
-        return chosen
-
-    def expanded(self, experts: int) -> "Layer":
-        """The same layer with every ``{}`` replaced by the numbers of ``experts`` experts."""
+        experts = sizes.get("experts", 1)
 
         def each(names: Iterable[str]) -> Iterator[str]:
             for name in names:
                 yield from (name.format(e) for e in range(experts)) if "{}" in name else (name,)
 
-        sites: list[Site] = []
-        for site in self.sites:
-            private = "{}" in site.producer
-            for e in range(experts if private else 1):
-                consumers = [c.format(e) for c in site.consumers] if private else each(site.consumers)
-                name = f"{site.name}.{e}" if private else site.name
-                producer, gate = site.producer.format(e), site.gate and site.gate.format(e)
-                sites.append(replace(site, name=name, producer=producer, consumers=tuple(consumers), gate=gate))
-        return replace(
-            self,
-            linears={n: shape for template, shape in self.linears.items() for n in each([template])},
-            sites=tuple(sites),
+        tensors: dict[str, tuple[int, ...]] = {f"{n}.weight": (sizes[size],) for n, size in self.vectors.items()}
+        tensors |= {f"{name}.weight": (sizes[row], sizes[column]) for name, (row, column) in self.routers.items()}
+        linears = {}
+        for template, (rows, columns) in self.linears.items():
+            shape = (sum(sizes[part] for part in rows), sizes[columns])
+            key, silent = self.biases.get(template, (None, False))
+            for name in each([template]):
+                linears[name] = shape
+                tensors[f"{name}.weight"] = shape
+                if config.get(key, silent):
+                    tensors[f"{name}.bias"] = shape[:1]
+        divided = {site.producer for site in self.sites}
+        posts = {name: offset for name, size in self.vectors.items() if size == "hidden" and name not in divided}
+        ends = each(name for name, (rows, _) in self.linears.items() if rows == ("hidden",))
+        return Layer(
+            tensors=tensors,
+            linears=linears,
+            sites=tuple(self._sites(sizes, each, offset)),
+            routers=dict.fromkeys(self.routers, "a router or gate, which decides by small differences"),
+            posts=posts,
+            writers=frozenset({*ends, *posts}),
+            fused=self.fused,
             row_parallel=frozenset(each(self.row_parallel)),
             experts=frozenset(each(n for n in self.linears if "{}" in n)),
         )
+
+    def _sites(self, sizes: Mapping[str, int], each: Callable, offset: float) -> Iterator[Site]:
+        for coupling in self.sites:
+            producer, private = coupling.producer, "{}" in coupling.producer
+            is_norm = producer in self.vectors
+            rows = (self.vectors[producer],) if is_norm else self.linears[producer][0]
+            start, width = sum(sizes[part] for part in rows[: coupling.part]), sizes[rows[coupling.part]]
+            site = Site(
+                name=coupling.name,
+                producer=producer,
+                consumers=tuple(coupling.consumers if private else each(coupling.consumers)),
+                rows=((start, width),),
+                columns=self._columns(coupling, sizes, width),
+                gate=coupling.gate,
+                offset=offset if is_norm else 0.0,
+            )
+            if not private:
+                yield site
+                continue
+            for e in range(sizes["experts"]):
+                name, consumers = f"{site.name}.{e}", tuple(c.format(e) for c in site.consumers)
+                gate = site.gate and site.gate.format(e)
+                yield replace(site, name=name, producer=producer.format(e), consumers=consumers, gate=gate)
+
+    def _columns(self, coupling: Coupling, sizes: Mapping[str, int], width: int) -> Runs | None:
+        """In grouped-query attention several query heads read one value head, so their columns share its channels."""
+        consumer = coupling.consumers[0]
+        columns = sizes[self.linears[consumer][1]] if consumer in self.linears else width
+        head, repeats = sizes["head"], columns // width
+        if repeats == 1:
+            return None
+        return tuple((first, head) for first in range(0, width, head) for _ in range(repeats))
 
 
 @dataclass(frozen=True)
@@ -124,8 +145,8 @@ class Architecture:
     expert_linears: what the checkpoint calls an expert's gate, up and down projection.
     """
 
-    dense: Layer | None
-    sparse: Layer | None = None
+    dense: Template | None
+    sparse: Template | None = None
     sizes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     silent: Mapping[str, int] = field(default_factory=dict)
     offset: float = 0.0
@@ -146,9 +167,9 @@ class Architecture:
         return name
 
 
-def _attention(norm: str = "input_layernorm", **more) -> Layer:
+def _attention(norm: str = "input_layernorm", **more) -> Template:
     q, k, v, o = (f"self_attn.{letter}_proj" for letter in "qkvo")
-    return Layer(
+    return Template(
         linears={
             q: (("query",), "hidden"),
             k: (("key",), "hidden"),
@@ -156,7 +177,7 @@ def _attention(norm: str = "input_layernorm", **more) -> Layer:
             o: (("hidden",), "query"),
         },
         vectors={norm: "hidden", **more.pop("vectors", {})},
-        sites=(Site("v->o", v, (o,)), Site("norm->qkv", norm, (q, k, v))),
+        sites=(Coupling("v->o", v, (o,)), Coupling("norm->qkv", norm, (q, k, v))),
         fused={"self_attn.qkv_proj": (q, k, v)},
         row_parallel=frozenset({o}),
         **more,
@@ -170,24 +191,24 @@ def _mlp(
     size: str = "intermediate",
     inner: str = "up->down",
     **more,
-) -> Layer:
+) -> Template:
     gate, up, down = (prefix + name for name in names)
-    return Layer(
+    return Template(
         linears={gate: ((size,), "hidden"), up: ((size,), "hidden"), down: (("hidden",), size)},
         vectors={norm: "hidden"},
-        sites=(Site(inner, up, (down,), gate=gate), Site("norm->gate_up", norm, (gate, up))),
+        sites=(Coupling(inner, up, (down,), gate=gate), Coupling("norm->gate_up", norm, (gate, up))),
         fused={} if "{}" in prefix else {f"{prefix}gate_up_proj": (gate, up)},
         row_parallel=frozenset({down}),
         **more,
     )
 
 
-def _experts(norm: str, routers: Mapping[str, tuple[str, str]], mlps: Layer) -> Layer:
+def _experts(norm: str, routers: Mapping[str, tuple[str, str]], mlps: Template) -> Template:
     """MLPs that read one norm beside routers: a single site behind the norm feeds them all."""
     behind = [site for site in mlps.sites if site.producer == norm]
     consumers = tuple(consumer for site in behind for consumer in site.consumers)
     inner = [site for site in mlps.sites if site.producer != norm]
-    return replace(mlps, sites=(*inner, Site("norm->experts", norm, (*consumers, *routers))), routers=routers)
+    return replace(mlps, sites=(*inner, Coupling("norm->experts", norm, (*consumers, *routers))), routers=routers)
 
 
 _POST = "post_attention_layernorm"
@@ -210,7 +231,7 @@ _GEMMA_SILENT = {"head_dim": 256, "num_key_value_heads": 4}
 _EXPERT_SIZES = {"experts": ("num_experts", "num_local_experts"), "expert": ("moe_intermediate_size",)}
 _ROUTER = {"mlp.gate": ("experts", "hidden")}
 _EXPERTS = _mlp(_POST, "mlp.experts.{}.", size="expert")
-_PHI3 = Layer(
+_PHI3 = Template(
     linears={
         "self_attn.qkv_proj": (("query", "key", "key"), "hidden"),
         "self_attn.o_proj": (("hidden",), "query"),
@@ -219,10 +240,10 @@ _PHI3 = Layer(
     },
     vectors={"input_layernorm": "hidden", _POST: "hidden"},
     sites=(
-        Site("v->o", "self_attn.qkv_proj", ("self_attn.o_proj",), part=2),
-        Site("up->down", "mlp.gate_up_proj", ("mlp.down_proj",), part=1, gate="mlp.gate_up_proj"),
-        Site("norm->qkv", "input_layernorm", ("self_attn.qkv_proj",)),
-        Site("norm->gate_up", _POST, ("mlp.gate_up_proj",)),
+        Coupling("v->o", "self_attn.qkv_proj", ("self_attn.o_proj",), part=2),
+        Coupling("up->down", "mlp.gate_up_proj", ("mlp.down_proj",), part=1, gate="mlp.gate_up_proj"),
+        Coupling("norm->qkv", "input_layernorm", ("self_attn.qkv_proj",)),
+        Coupling("norm->gate_up", _POST, ("mlp.gate_up_proj",)),
     ),
     row_parallel=frozenset({"self_attn.o_proj", "mlp.down_proj"}),
 )

@@ -5,8 +5,8 @@ from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from vllm_w8a8_bismooth.checkpoint.classes import HEADS
 from vllm_w8a8_bismooth.errors import BismoothError
+from vllm_w8a8_bismooth.model.classes import HEADS
 
 _BLOCK = re.compile(r"(?P<trunk>|.*?\.)layers\.(?P<index>0|[1-9]\d*)\.(?P<inside>.+)")
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module"}
