@@ -51,14 +51,14 @@ def load(folder: Path) -> torch.nn.Module:
 
     settings = json.loads((folder / "config.json").read_text())
     settings.pop("quantization_config", None)
-    config, architecture = AutoConfig.for_model(**settings), ARCHITECTURES[settings["model_type"]]
+    config, construction = AutoConfig.for_model(**settings), ARCHITECTURES[settings["model_type"]].construction
     tensors = {}
     for shard in sorted(folder.glob("*.safetensors")):
         for name, tensor in load_file(shard).items():
             block = re.match(r"model\.layers\.\d+\.|", name)[0]
-            tensors[block + architecture.built(name.removeprefix(block))] = tensor
+            tensors[block + construction.built(name.removeprefix(block))] = tensor
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention_of(config))
-    separate_experts(model.model.layers, architecture)
+    separate_experts(model.model.layers, construction.expert_linears)
     for scale in [name for name in tensors if name.endswith(".weight_scale")]:
         linear = scale.removesuffix(".weight_scale")
         parent, _, child = linear.rpartition(".")

@@ -49,7 +49,12 @@ def test_fold_gives_up_where_the_dtype_cannot_hold_the_quotient():
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 8))
 def test_value_heads_are_shared_by_query_heads(kv_heads, repeat, head_dim):
     s = torch.arange(1.0, kv_heads * head_dim + 1)
-    changes = dict(num_key_value_heads=kv_heads, num_attention_heads=kv_heads * repeat, head_dim=head_dim)
+    changes = dict(
+        hidden_size=8 * kv_heads * repeat,
+        num_key_value_heads=kv_heads,
+        num_attention_heads=kv_heads * repeat,
+        head_dim=head_dim,
+    )
     columns = Columns.of(layer_of("llama", **changes).sites[0])
     heads = columns.spread(s)
     assert torch.equal(heads.view(kv_heads, repeat, head_dim), s.view(kv_heads, 1, head_dim).expand(-1, repeat, -1))

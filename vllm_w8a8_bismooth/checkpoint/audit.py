@@ -157,7 +157,9 @@ class _Promise:
         cls, config: Mapping, architecture: Architecture, sizes: Mapping[str, int], names: Names, bound: int
     ) -> "_Promise":
         """Listed up to twice ``bound``, the number in the headers: the config's word for its blocks is not trusted."""
-        found = cls({names.embedding: (sizes["vocab"], sizes["hidden"]), names.norm: (sizes["hidden"],)}, {})
+        found = cls({names.embedding: (sizes["vocab"], sizes["hidden"])}, {})
+        if names.norm is not None:
+            found.required[names.norm] = (sizes["hidden"],)
         found.optional[names.head] = (sizes["vocab"], sizes["hidden"])
         found.endless = sizes.get("experts", 0) > bound
         if found.endless:

@@ -21,7 +21,7 @@ class Layout:
     """What the headers of a checkpoint hold, as a model; nothing more than headers is needed.
 
     Attributes:
-        checkpoint, architecture, sizes, names: see their modules.
+        checkpoint, architecture, construction, sizes, names: see their modules.
         layers: what each block holds.
         blocks: per block, the names inside it, in the order of the files.
         outside: full names of everything else.
@@ -43,6 +43,7 @@ class Layout:
         try:
             check_unquantized(headers.config, {name: header.dtype for name, header in tensors.items()})
             self.architecture: Architecture = architecture_of(headers.config)
+            self.construction = self.architecture.construction
             self.sizes = sizes_of(headers.config, self.architecture)
             if tensors:
                 found = audit(headers, self.architecture, self.sizes, tensors)
@@ -69,6 +70,12 @@ class Layout:
             what = f"{len(beyond)} blocks behind num_hidden_layers" if many else f"block {min(beyond)}"
             does = "which predict further tokens (MTP), stay" if many else "which predicts further tokens (MTP), stays"
             self.notes.append(f"{what}, {does} in the source's dtype")
+
+    def place_of(self, name: str) -> tuple[int, str]:
+        """The block of a tensor or module inside one, and its name there."""
+        place = self.names.inside(name)
+        assert place is not None, name
+        return place
 
     def outside_with(self, blocks: range) -> list[str]:
         """The tensors outside the blocks that go with a range of blocks: all with the first block, else none."""

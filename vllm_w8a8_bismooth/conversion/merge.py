@@ -20,7 +20,6 @@ from vllm_w8a8_bismooth.conversion.plan import Plan, full_names, span
 from vllm_w8a8_bismooth.conversion.proposal import name_of
 from vllm_w8a8_bismooth.errors import BismoothError, Interrupted, Problem
 from vllm_w8a8_bismooth.method.rows import Threads
-from vllm_w8a8_bismooth.model.names import block_of
 from vllm_w8a8_bismooth.progress import Progress, silent
 from vllm_w8a8_bismooth.recipe import Recipe
 from vllm_w8a8_bismooth.report import card, record
@@ -100,7 +99,7 @@ def prepare(folders: Sequence[str | Path], destination: str | Path, labels: Labe
     grouped: list[set[str]] = [set() for _ in source.layers]
     for linear, entry in (item for part in parts for item in part.linears.items()):
         if entry["group_size"] is not None:
-            index, name = block_of(linear)
+            index, name = source.place_of(linear)
             grouped[index].add(name)
     plan = Plan(source, recipe, grouped, ignored_by_name(source, recipe))
     _refuse(line for part in parts for line in _strangers(part, plan))

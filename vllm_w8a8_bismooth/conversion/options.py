@@ -6,7 +6,6 @@ from vllm_w8a8_bismooth import grouping
 from vllm_w8a8_bismooth.checkpoint.layout import Layout
 from vllm_w8a8_bismooth.conversion.plan import full_names
 from vllm_w8a8_bismooth.errors import BismoothError, Problem
-from vllm_w8a8_bismooth.model.names import block_of
 from vllm_w8a8_bismooth.patterns import found_by
 from vllm_w8a8_bismooth.recipe import Recipe, option_of
 
@@ -45,7 +44,7 @@ def _named(source: Layout, field: str, given: Sequence[str]) -> list[set[str]]:
     for pattern in given:
         found = found_by(pattern, names)
         for name in found & linears.keys():
-            index, linear = block_of(name)
+            index, linear = source.place_of(name)
             chosen[index].add(linear)
         if not (found if field == "ignore" else found & linears.keys()):
             problems.append(Problem(f"{option_of(field)} {pattern!r}", "names no linear", remedy))

@@ -24,7 +24,6 @@ from vllm_w8a8_bismooth.method.quantize import quantize_folded
 from vllm_w8a8_bismooth.method.rows import Fold, Threads
 from vllm_w8a8_bismooth.method.smooth import Smoothing, smooth_block
 from vllm_w8a8_bismooth.model.layers import Layer
-from vllm_w8a8_bismooth.model.names import block_of
 
 SAMPLE, GRADIENTS = "sample", "gradients"
 """Kinds of state: some of what a block reads, and how the predictions depend on it."""
@@ -85,7 +84,8 @@ class Stages:
         self._measure(self._run.walk(ANALYZE, self._backwards()))
         chosen: list[list[str]] = [[] for _ in self._source.layers]
         for entry in self.evidence():
-            for index, name in map(block_of, entry.linears if entry.chosen else ()):
+            for full in entry.linears if entry.chosen else ():
+                index, name = self._source.place_of(full)
                 chosen[index].append(name)
         target, reached = self._recipe.target_kl, self.estimate()
         if target is not None and reached is not None and reached > target:

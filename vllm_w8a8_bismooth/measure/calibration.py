@@ -1,7 +1,7 @@
 """Activation ranges from a text file, with one decoder block in memory at a time."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,6 @@ from vllm_w8a8_bismooth.measure.text import refused, transformers_config
 from vllm_w8a8_bismooth.method.compensate import Gram
 from vllm_w8a8_bismooth.method.moments import Moments
 from vllm_w8a8_bismooth.method.rows import Threads
-from vllm_w8a8_bismooth.model.architectures import Architecture
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -50,12 +49,11 @@ class Calibration:
     def __init__(self, source: Source, tokens: torch.Tensor, device: torch.device, correlated: bool = False):
         from transformers import AutoModel
 
-        checkpoint = source.checkpoint
+        checkpoint, build = source.checkpoint, source.construction
         self.source = source
         self.grams: dict[str, Gram] = {}
         self._correlated = correlated
-        # The embedding's rows are read one by one: only those that occur exist.
-        used, compact = tokens.unique(return_inverse=True)
+        used = tokens.unique()  # the embedding's rows are read one by one: only those that occur exist
         dtype = getattr(torch, arithmetic(checkpoint.headers[source.names.embedding].dtype, device.type))
         rows = torch.cat([checkpoint.rows(source.names.embedding, int(i), 1) for i in used]).to(dtype)
         config = transformers_config(checkpoint)
@@ -64,29 +62,27 @@ class Calibration:
             attention = "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
             with torch.device("meta"):
                 model = AutoModel.from_config(config, dtype=dtype, attn_implementation=attention).eval()
-                separate_experts(model.layers, source.architecture)
+                self._blocks = list(model.get_submodule(build.blocks).children())
+                separate_experts(self._blocks, build.expert_linears)
             _materialize_buffers(model)
-            model.embed_tokens.weight = torch.nn.Parameter(rows, requires_grad=False)
-            model.embed_tokens.padding_idx = None  # a number among all rows, of which only some are here
-            model.norm = torch.nn.Identity()
+            embedding = model.get_submodule(build.embedding)
+            embedding.weight = torch.nn.Parameter(rows, requires_grad=False)
+            embedding.padding_idx = None  # a number among all rows, of which only some are here
+            embedding.register_forward_pre_hook(lambda module, ids: torch.searchsorted(used, ids[0]))
+            if build.norm is not None:
+                model.set_submodule(build.norm, torch.nn.Identity())
             model.requires_grad_(False)
-            self._blocks, self._forwards = list(model.layers), [block.forward for block in model.layers]
-            captured: list[dict[str, object]] = []
-
-            def capture(hidden: torch.Tensor, **given: object) -> torch.Tensor:
-                """Stands in for a block's forward: notes what else it is given, and passes the states on."""
-                captured.append(given)
-                return hidden
-
-            for block in self._blocks:
-                block.forward = capture
-            self.hidden = torch.cat(
-                [model(input_ids=window, use_cache=False).last_hidden_state for window in compact.split(1)]
-            ).to(device)
+            self._forwards = [block.forward for block in self._blocks]
+            given = [Given(build.returns_tuples) for _ in self._blocks]
+            for block, stand_in in zip(self._blocks, given, strict=True):
+                block.forward = stand_in
+            for window in tokens.split(1):
+                model(input_ids=window, use_cache=False)
         except Exception as error:
             raise refused(checkpoint, error) from None
+        self.hidden = torch.cat(given[0].hidden).to(device)
         # Masks and positions of one window fit them all: they have one length and no padding.
-        self._arguments = [_each(lambda tensor: tensor.to(device), given) for given in captured[: len(self._blocks)]]
+        self._arguments = [_each(lambda tensor: tensor.to(device), block.arguments) for block in given]
 
     @contextmanager
     def lend(
@@ -105,9 +101,10 @@ class Calibration:
         block = self._blocks[index]
         arguments = _each(lambda t: t.to(dtype) if t.is_floating_point() else t, self._arguments[index])
         try:
-            lent = {name: tensors[self.source.architecture.stored(name)].to(dtype) for name in block.state_dict()}
+            lent = {name: tensors[self.source.construction.stored(name)].to(dtype) for name in block.state_dict()}
             block.load_state_dict(lent, assign=True)
-            yield block, lambda hidden: self._forwards[index](hidden, **arguments)
+            first = 0 if self.source.construction.returns_tuples else ...
+            yield block, lambda hidden: self._forwards[index](hidden, *arguments[0], **arguments[1])[first]
         except Exception as error:
             raise BismoothError.of(
                 self.source.checkpoint.folder,
@@ -133,7 +130,7 @@ class Calibration:
         Raises:
             BismoothError: the forward pass fails or overflows (named by block and site).
         """
-        architecture, prefix = self.source.architecture, self.source.names.block(index)
+        built, prefix = self.source.construction.built, self.source.names.block(index)
         seen: dict[str, Moments] = {}
         self.grams = {}
 
@@ -151,9 +148,7 @@ class Calibration:
         with self.lend(index, tensors, self.hidden.dtype) as (block, run):
             hooks = [
                 # Hook the last consumer: in a mixture, only the router sees every token.
-                block.get_submodule(architecture.built(site.consumers[-1])).register_forward_pre_hook(
-                    recorder(site.name)
-                )
+                block.get_submodule(built(site.consumers[-1])).register_forward_pre_hook(recorder(site.name))
                 for site in self.source.layers[index].sites
             ]
             step = max(1, _CHUNK // self.hidden.shape[1])
@@ -182,11 +177,36 @@ def _unbounded(where: str, meets: str, size: float, place: str) -> BismoothError
     return BismoothError.of(where, f"{meets} the value {size:.3g} {place}: fp32 cannot hold its square", remedy)
 
 
-def separate_experts(layers: Iterable[torch.nn.Module], architecture: Architecture) -> None:
-    """Make every expert of the decoder blocks a module of its own, of linears named as in the checkpoint."""
+class Given:
+    """Stands in for a block's forward: notes what it is given, and passes the hidden states on.
+
+    Args:
+        returns_tuples: as the block does.
+
+    Attributes:
+        hidden: what it was given in each call.
+        arguments: all else, of the first call: those by place, and by name.
+    """
+
+    def __init__(self, returns_tuples: bool):
+        self._returns_tuples = returns_tuples
+        self.hidden: list[torch.Tensor] = []
+        self.arguments: tuple[tuple[Any, ...], dict[str, Any]] = (), {}
+
+    def __call__(self, *places: Any, **names: Any) -> Any:
+        hidden, *others = places if places else (names.pop("hidden_states"),)
+        if not self.hidden:
+            self.arguments = tuple(others), names
+        self.hidden.append(hidden)
+        return (hidden,) if self._returns_tuples else hidden
+
+
+def separate_experts(layers: Iterable[torch.nn.Module], names: Sequence[str]) -> None:
+    """Make every expert of the decoder blocks a module of its own, of linears with the names of the checkpoint."""
     for block in layers:
-        if hasattr(block.mlp, "experts"):
-            block.mlp.experts = _Experts(block.get_submodule("mlp.experts"), architecture.expert_linears)
+        mlp: Any = getattr(block, "mlp", None)
+        if hasattr(mlp, "experts"):
+            mlp.experts = _Experts(mlp.experts, names)
 
 
 class _Experts(torch.nn.Module):
@@ -196,7 +216,7 @@ class _Experts(torch.nn.Module):
     experts ``[T, k]``, their weights ``[T, k]``).
     """
 
-    def __init__(self, stacked: Any, names: tuple[str, str, str]):
+    def __init__(self, stacked: Any, names: Sequence[str]):
         super().__init__()
         for e in range(stacked.num_experts):
             self.add_module(str(e), _Expert(stacked, names))
@@ -211,7 +231,7 @@ class _Experts(torch.nn.Module):
 
 
 class _Expert(torch.nn.Module):
-    def __init__(self, stacked: Any, names: tuple[str, str, str]):
+    def __init__(self, stacked: Any, names: Sequence[str]):
         super().__init__()
         hidden, inner, dtype = stacked.hidden_dim, stacked.intermediate_dim, stacked.down_proj.dtype
         for name, shape in zip(names, ((hidden, inner), (hidden, inner), (inner, hidden)), strict=True):

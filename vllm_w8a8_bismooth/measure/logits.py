@@ -45,15 +45,21 @@ class Logits:
             raise refused(checkpoint, error) from None
 
         def lend(module: torch.nn.Module, name: str) -> torch.nn.Module:
-            weight = checkpoint.read(name).to(device, dtype)
-            module.load_state_dict({"weight": weight}, assign=True)
+            stored = {key: f"{name.removesuffix('weight')}{key}" for key in module.state_dict()}
+            lent = {key: checkpoint.read(full).to(device, dtype) for key, full in stored.items()}
+            module.load_state_dict(lent, assign=True)
             return module.requires_grad_(False)
 
-        self._norm = lend((model.model if self.language else model).norm, names.norm)
+        construction = source.construction
+        decoder = model.get_submodule(construction.decoder.removesuffix(".")) if self.language else model
+        self._norm: torch.nn.Module = torch.nn.Identity()
+        if construction.norm is not None and names.norm is not None:
+            self._norm = lend(decoder.get_submodule(construction.norm), names.norm)
         self._model = model
         if self.language:
-            lend(model.lm_head, names.head if names.head in checkpoint.headers else names.embedding)
-            model.model = _Ending(self._norm)
+            head = names.head if names.head in checkpoint.headers else names.embedding
+            lend(model.get_output_embeddings(), head)
+            model.set_submodule(construction.decoder.removesuffix("."), _Ending(self._norm))
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """fp32 ``[windows, length, vocabulary]`` of ``[windows, length, hidden]``, or the normed hidden states."""

@@ -76,7 +76,7 @@ def measure(
     """
     layer = calibration.source.layers[index]
     found: dict[str, dict[str, float]] = {}
-    built = calibration.source.architecture.built
+    built = calibration.source.construction.built
     with calibration.lend(index, tensors, torch.float32) as (block, run):
         hidden = hidden.float()
         true = run(hidden)

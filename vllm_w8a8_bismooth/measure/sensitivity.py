@@ -69,7 +69,7 @@ def measure(
         of what the block reads. Where groups do not divide K, and for experts, there is no ``per_group``.
     """
     layer = calibration.source.layers[index]
-    built = calibration.source.architecture.built
+    built = calibration.source.construction.built
     found: dict[str, dict[str, dict[str, float]]] = {}
     with calibration.lend(index, tensors, torch.float32) as (block, run):
         hidden = hidden.float()

@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
+from vllm_w8a8_bismooth.model.construction import Construction
 from vllm_w8a8_bismooth.model.layers import Layer, Runs, Site
 from vllm_w8a8_bismooth.model.names import block_of
 
@@ -141,8 +142,7 @@ class Architecture:
     silent: config key -> what its absence means, where that is not derived from the other sizes.
     offset: what the model adds to a norm's stored gain.
     tied: whether the head is the embedding when the config is silent.
-    renamed: beginning of a name in transformers' modules -> in the checkpoint.
-    expert_linears: what the checkpoint calls an expert's gate, up and down projection.
+    construction: how transformers builds it.
     """
 
     dense: Template | None
@@ -151,20 +151,7 @@ class Architecture:
     silent: Mapping[str, int] = field(default_factory=dict)
     offset: float = 0.0
     tied: bool = False
-    renamed: Mapping[str, str] = field(default_factory=dict)
-    expert_linears: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
-
-    def stored(self, name: str) -> str:
-        """What the checkpoint calls a tensor or module of a block that transformers builds under ``name``."""
-        for built, stored in self.renamed.items():
-            name = name.replace(built, stored, 1) if name.startswith(built) else name
-        return name
-
-    def built(self, name: str) -> str:
-        """The inverse of :meth:`stored`."""
-        for built, stored in self.renamed.items():
-            name = name.replace(stored, built, 1) if name.startswith(stored) else name
-        return name
+    construction: Construction = Construction()
 
 
 def _attention(norm: str = "input_layernorm", **more) -> Template:
@@ -266,8 +253,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         ),
         sizes={"experts": ("num_local_experts", "num_experts")},
         silent={"num_key_value_heads": 8},
-        renamed={"mlp.": "block_sparse_moe."},
-        expert_linears=("w1", "w3", "w2"),
+        construction=Construction(renamed={"mlp.": "block_sparse_moe."}, expert_linears=("w1", "w3", "w2")),
     ),
     "phi3": Architecture(_PHI3),
     "qwen2": Architecture(_QWEN2 | _MLP, silent={"num_key_value_heads": 32}),
@@ -297,7 +283,9 @@ ARCHITECTURES: Mapping[str, Architecture] = {
 
 def kind_of(linear: str) -> tuple[str, int]:
     """What a linear is in every block (``q_proj``; all experts as one: ``experts.*.up_proj``), and its block."""
-    block, name = block_of(linear)
+    place = block_of(linear)
+    assert place is not None, linear
+    block, name = place
     for part in ("self_attn.", "mlp.", "block_sparse_moe."):
         name = name.removeprefix(part)
     return re.sub(r"\.\d+\.", ".*.", name), block

@@ -9,6 +9,8 @@ from vllm_w8a8_bismooth.errors import BismoothError
 from vllm_w8a8_bismooth.model.classes import HEADS
 
 _BLOCK = re.compile(r"(?P<trunk>|.*?\.)layers\.(?P<index>0|[1-9]\d*)\.(?P<inside>.+)")
+_INSIDE = re.compile(r"(?P<index>0|[1-9]\d*)\.(?P<inside>.+)")
+_NUMBERED = re.compile(r"(?:.*?\.)?(?P<index>0|[1-9]\d*)\.(?P<inside>.+)")
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module"}
 """What torch.compile, FSDP, activation checkpointing and data parallelism put among the parts of a name."""
 _PEFT = "base_model.model."
@@ -28,9 +30,17 @@ class Names:
     Attributes:
         trunk: what they begin with: ``model.`` in a causal LM, nothing where the bare decoder was saved, as embedding
             models are.
+        stack: what follows in the names of all blocks, before their numbers.
+        table: what follows in the embedding's name.
+        last: what follows in that of the norm behind the last block; ``None`` where there is none.
+        head: the language model's.
     """
 
     trunk: str = "model."
+    stack: str = "layers."
+    table: str = "embed_tokens.weight"
+    last: str | None = "norm.weight"
+    head: str = "lm_head.weight"
 
     @classmethod
     def among(cls, names: Collection[str]) -> "Names":
@@ -46,7 +56,7 @@ class Names:
     @property
     def blocks(self) -> str:
         """What the name of every tensor inside a block begins with."""
-        return f"{self.trunk}layers."
+        return self.trunk + self.stack
 
     def block(self, index: int) -> str:
         """What the names of the tensors inside a block begin with."""
@@ -54,21 +64,17 @@ class Names:
 
     @property
     def embedding(self) -> str:
-        return f"{self.trunk}embed_tokens.weight"
+        return self.trunk + self.table
 
     @property
-    def norm(self) -> str:
+    def norm(self) -> str | None:
         """The norm behind the last block."""
-        return f"{self.trunk}norm.weight"
-
-    @property
-    def head(self) -> str:
-        return "lm_head.weight"
+        return None if self.last is None else self.trunk + self.last
 
     def inside(self, name: str) -> tuple[int, str] | None:
         """The block of a full name, and the name inside it; ``None`` outside the blocks."""
-        match = _BLOCK.fullmatch(name)
-        return (int(match["index"]), match["inside"]) if match and match["trunk"] == self.trunk else None
+        match = _INSIDE.fullmatch(name, len(self.blocks)) if name.startswith(self.blocks) else None
+        return (int(match["index"]), match["inside"]) if match else None
 
 
 def _trunks(names: Collection[str]) -> Counter[str]:
@@ -76,11 +82,10 @@ def _trunks(names: Collection[str]) -> Counter[str]:
     return Counter(match["trunk"] for match in map(_BLOCK.fullmatch, names) if match)
 
 
-def block_of(name: str) -> tuple[int, str]:
-    """The block of a full name inside one, and the name inside it, whatever the trunk."""
-    match = _BLOCK.fullmatch(name)
-    assert match, name
-    return int(match["index"]), match["inside"]
+def block_of(name: str) -> tuple[int, str] | None:
+    """The block of a full name inside one, and the name inside it, whatever its model is: the first number in it."""
+    match = _NUMBERED.fullmatch(name)
+    return (int(match["index"]), match["inside"]) if match else None
 
 
 def unwrapped(names: Collection[str], own: str = "model.") -> tuple[dict[str, str], str | None]:

@@ -1,18 +1,16 @@
 """Names of linears for people: many of them in few words."""
 
-import re
 from collections.abc import Iterable, Sequence
 
 from vllm_w8a8_bismooth.model.architectures import kind_of
-
-_IN_A_BLOCK = re.compile(r"(?:^|\.)layers\.\d+\.")
+from vllm_w8a8_bismooth.model.names import block_of
 
 
 def in_few_words(names: Iterable[str]) -> str:
     """Full names by kind and blocks: ``q_proj, k_proj, v_proj in block 2; down_proj in blocks 0, 3-5; lm_head``."""
     kinds: dict[str, set[int]] = {}
     for name in names:
-        kind, block = kind_of(name) if _IN_A_BLOCK.search(name) else (name, None)
+        kind, block = kind_of(name) if block_of(name) else (name, None)
         kinds.setdefault(kind, set()).update([] if block is None else [block])
     alike: dict[tuple[int, ...], list[str]] = {}
     for kind, blocks in kinds.items():
