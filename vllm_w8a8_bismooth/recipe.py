@@ -251,7 +251,7 @@ def expressions(chosen: Sequence[set[str]], layers: Sequence[Layer], names: Name
 
 def _blocks(names: Names) -> str:
     """A regular expression for what the name of a tensor in any block begins with."""
-    return r".*\.layers" if names.trunk else r"(.*\.)?layers"
+    return (r".*\." if names.trunk else r"(.*\.)?") + re.escape(names.stack)
 
 
 def _of_any_number(module: str) -> str:

@@ -413,8 +413,8 @@ def test_the_decoder_is_where_the_embedding_is():
         "model.layers.0.a",
         "model.embed_tokens.weight",
     ]
-    assert Names.among(names) == Names("model.") and Names.among(names[:3]) == Names("vision.")
-    assert Names.among(["layers.0.a", "embed_tokens.weight"]) == Names("") and Names.among([]) == Names()
+    assert Names.among(names) == Names.behind("model.") and Names.among(names[:3]) == Names.behind("vision.")
+    assert Names.among(["layers.0.a", "embed_tokens.weight"]) == Names.behind("") and Names.among([]) == Names()
 
 
 def test_plain_names_stay():

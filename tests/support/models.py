@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from vllm_w8a8_bismooth.checkpoint.audit import sizes_of
+from vllm_w8a8_bismooth.checkpoint.blueprint import sizes_of
 from vllm_w8a8_bismooth.model.architectures import ARCHITECTURES
 from vllm_w8a8_bismooth.model.layers import Layer
 

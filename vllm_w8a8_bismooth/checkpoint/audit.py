@@ -3,15 +3,13 @@
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
+from vllm_w8a8_bismooth.checkpoint.blueprint import Blueprint, Promise
 from vllm_w8a8_bismooth.checkpoint.files import CONFIG
 from vllm_w8a8_bismooth.checkpoint.heads import head_problems
 from vllm_w8a8_bismooth.checkpoint.reader import BUFFER_DTYPES, FLOAT_DTYPES, Header, Headers
 from vllm_w8a8_bismooth.checkpoint.strays import stray_problems, strays
 from vllm_w8a8_bismooth.errors import BismoothError, Problem
-from vllm_w8a8_bismooth.model.architectures import ARCHITECTURES, Architecture, Template
-from vllm_w8a8_bismooth.model.layers import Layer
 from vllm_w8a8_bismooth.model.names import Names
 
 _MTP = ("eh_proj", "enorm", "hnorm", "shared_head", "mtp", "embed_tokens", "token_layernorm", "final_layernorm")
@@ -23,20 +21,6 @@ _STACKED = (".experts.gate_up_proj", ".experts.down_proj")
 """Endings of tensors that hold all experts of a block."""
 _AS_PUBLISHED = f"give the checkpoint as its publisher stores it, or mend model_type or what else is wrong in {CONFIG}"
 """Not to load and save it: transformers fills what it does not find with random numbers, and only warns."""
-
-
-def architecture_of(config: Mapping) -> Architecture:
-    """The table row for a Hugging Face ``config.json``.
-
-    Raises:
-        BismoothError: unknown ``model_type``.
-    """
-    model_type = config.get("model_type")
-    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
-        raise BismoothError.of(
-            CONFIG, f"model_type = {model_type!r} is not supported", f"known are {', '.join(sorted(ARCHITECTURES))}"
-        )
-    return ARCHITECTURES[model_type]
 
 
 def check_unquantized(config: Mapping, dtypes: Mapping[str, str]) -> None:
@@ -66,118 +50,7 @@ def check_unquantized(config: Mapping, dtypes: Mapping[str, str]) -> None:
         )
 
 
-def sizes_of(config: Mapping, architecture: Architecture) -> dict[str, int]:
-    """Sizes named in :class:`Layer`, plus ``blocks`` and ``vocab``.
-
-    Raises:
-        BismoothError: with every size that is missing, no positive integer, or given twice differently, and heads that
-            do not divide.
-    """
-    problems: list[Problem] = []
-
-    def size(key: str, derived: int | None = None) -> int:
-        value = config.get(key)
-        value = architecture.silent.get(key, derived) if value is None else value
-        if type(value) is int and 0 < value < 2**48:  # products of two can still be printed
-            return value
-        problems.append(Problem(CONFIG, f"{key} = {config.get(key)!r} is no positive integer below 2**48", "mend it"))
-        return 1
-
-    def alias(keys: Sequence[str]) -> int:
-        found = [key for key in keys if key in config] or keys[:1]
-        values = {key: size(key) for key in found}
-        if len(set(values.values())) > 1:
-            problems.append(Problem(CONFIG, f"{values} contradict each other", "remove one of the keys"))
-        return values[found[0]]
-
-    hidden, heads = size("hidden_size"), size("num_attention_heads")
-    kv_heads = size("num_key_value_heads", heads)
-    if heads % kv_heads:
-        what = f"num_attention_heads = {heads} is not a multiple of num_key_value_heads = {kv_heads}"
-        problems.append(Problem(CONFIG, what, "mend it"))
-    head = size("head_dim", 1 if problems else hidden // heads)
-    sizes = {
-        "blocks": size("num_hidden_layers"),
-        "hidden": hidden,
-        "intermediate": size("intermediate_size"),
-        "head": head,
-        "heads": heads,
-        "kv_heads": kv_heads,
-        "query": heads * head,
-        "key": kv_heads * head,
-        "vocab": size("vocab_size"),
-        "one": 1,
-        **{name: alias(keys) for name, keys in architecture.sizes.items()},
-    }
-    if problems:
-        raise BismoothError(*problems)
-    return sizes
-
-
-def layers_of(config: Mapping, architecture: Architecture, sizes: Mapping[str, int], blocks: int) -> list[Layer]:
-    """What each of the first ``blocks`` decoder blocks holds, experts expanded.
-
-    Which blocks of a mixture are dense follows ``mlp_only_layers`` and ``decoder_sparse_step``, as in transformers'
-    Qwen2-MoE.
-
-    Raises:
-        BismoothError: one of those keys is not what it must be.
-    """
-
-    def sized(template: Template) -> Layer:
-        return template.sized(sizes, config, architecture.offset)
-
-    if architecture.sparse is None:
-        assert architecture.dense is not None
-        return [sized(architecture.dense)] * blocks
-    if architecture.dense is None:
-        return [sized(architecture.sparse)] * blocks
-    dense, step = config.get("mlp_only_layers") or [], config.get("decoder_sparse_step", 1)
-    if not isinstance(dense, list) or type(step) is not int or step < 1:
-        raise BismoothError.of(
-            CONFIG,
-            f"mlp_only_layers = {dense!r} and decoder_sparse_step = {step!r} must be a list of block numbers and a "
-            "positive integer",
-            "mend them",
-        )
-    kinds = {True: sized(architecture.sparse), False: sized(architecture.dense)}
-    return [kinds[i not in dense and (i + 1) % step == 0] for i in range(blocks)]
-
-
-@dataclass
-class _Promise:
-    """The tensors that a config implies, name -> shape, and whether they are too many to be listed."""
-
-    required: dict[str, tuple[int, ...]]
-    optional: dict[str, tuple[int, ...]]
-    endless: bool = False
-
-    @classmethod
-    def of(
-        cls, config: Mapping, architecture: Architecture, sizes: Mapping[str, int], names: Names, bound: int
-    ) -> "_Promise":
-        """Listed up to twice ``bound``, the number in the headers: the config's word for its blocks is not trusted."""
-        found = cls({names.embedding: (sizes["vocab"], sizes["hidden"])}, {})
-        if names.norm is not None:
-            found.required[names.norm] = (sizes["hidden"],)
-        found.optional[names.head] = (sizes["vocab"], sizes["hidden"])
-        found.endless = sizes.get("experts", 0) > bound
-        if found.endless:
-            return found
-        for i, layer in enumerate(layers_of(config, architecture, sizes, min(sizes["blocks"], bound))):
-            found.required |= {names.block(i) + name: shape for name, shape in layer.tensors.items()}
-            if len(found.required) > 2 * bound:
-                found.endless = True
-                break
-        return found
-
-
-def audit(
-    checkpoint: Headers,
-    architecture: Architecture,
-    sizes: Mapping[str, int],
-    tensors: Mapping[str, Header],
-) -> Iterator[Problem]:
+def audit(checkpoint: Headers, blueprint: Blueprint, tensors: Mapping[str, Header]) -> Iterator[Problem]:
     """Compare what the config promises with the headers; yields one problem at a time.
 
     Tensors that are ``lost`` are known to be missing: they count as part of the checkpoint and are no further problem.
@@ -188,12 +61,12 @@ def audit(
 
     Args:
         checkpoint: its config and names count.
-        architecture, sizes: what follows from the config.
+        blueprint: what follows from the config.
         tensors: those to be looked at.
     """
-    config, names, lost = checkpoint.config, checkpoint.names, checkpoint.lost
+    config, names, lost = checkpoint.config, blueprint.names, checkpoint.lost
     bound = len(tensors) + len(lost)
-    promise = _Promise.of(config, architecture, sizes, names, bound)
+    promise = Promise.of(blueprint, bound)
     missing = {n: shape for n, shape in promise.required.items() if n not in tensors and n not in lost}
     apart = strays(checkpoint, missing.__contains__) if missing else {}
     yield from stray_problems(checkpoint, apart)
@@ -202,7 +75,7 @@ def audit(
     if not lost and not promise.endless and all(name in missing for name in blocks):
         yield _foreign(config, blocks[0], tensors)
         return
-    kind, strange = config["model_type"], _strange(names, promise, sizes["blocks"], tensors)
+    kind, strange = config["model_type"], _strange(names, promise, blueprint.sizes["blocks"], tensors)
     around = {place[0] for place in map(names.inside, strange) if place and not promise.endless}
     replaced = [name for name in missing if (place := names.inside(name)) and place[0] in around]
     if replaced:
@@ -214,7 +87,7 @@ def audit(
             CONFIG, f"implies many more tensors than the {bound} in the files", "mend it or download the rest"
         )
         return
-    yield from head_problems(checkpoint, architecture, tensors)
+    yield from head_problems(checkpoint, blueprint.tied, tensors)
     beyond: dict[int, list[str]] = {}
     for name, header in tensors.items():
         expected = promise.required.get(name) or promise.optional.get(name)
@@ -226,7 +99,7 @@ def audit(
             if header.shape != expected:
                 what = f"has shape {list(header.shape)}, {CONFIG} implies {list(expected)}"
                 yield Problem(name, what, "mend the one that is wrong")
-        elif place is not None and place[0] >= sizes["blocks"]:
+        elif place is not None and place[0] >= blueprint.sizes["blocks"]:
             beyond.setdefault(place[0], []).append(place[1])
     for name in strange if not replaced else ():
         yield Problem(
@@ -237,19 +110,19 @@ def audit(
         )
     if beyond and not predicts(config, beyond.values()):
         own = {index: inside for index, inside in beyond.items() if not predicts({}, [inside])}
-        if sorted(own) == list(range(sizes["blocks"], max(own) + 1)):
+        if sorted(own) == list(range(blueprint.sizes["blocks"], max(own) + 1)):
             remedy = f"set num_hidden_layers to {max(own) + 1} in {CONFIG} if the model has so many blocks, or remove"
         else:
             remedy = "download the checkpoint again if the model has so many blocks, or remove"
         yield Problem(
             f"{names.block(min(own))}*",
             f"{sum(map(len, own.values()))} tensors belong to no block, because {CONFIG} says num_hidden_layers = "
-            f"{sizes['blocks']}",
+            f"{blueprint.sizes['blocks']}",
             f"{remedy} the tensors if they are left from another model",
         )
 
 
-def _strange(names: Names, promise: _Promise, blocks: int, tensors: Mapping[str, Header]) -> list[str]:
+def _strange(names: Names, promise: Promise, blocks: int, tensors: Mapping[str, Header]) -> list[str]:
     """Tensors inside the blocks that are no part of such a model, and no buffers."""
     found = []
     for name, header in tensors.items():
@@ -306,7 +179,7 @@ def _counted(number: int, thing: str) -> str:
 
 
 def _missing(
-    config: Mapping, names: Names, missing: Mapping[str, tuple[int, ...]], promise: _Promise
+    config: Mapping, names: Names, missing: Mapping[str, tuple[int, ...]], promise: Promise
 ) -> Iterator[Problem]:
     """Tensors that are not there; blocks of which nothing is there are one problem."""
     wanted: Counter[int] = Counter(place[0] for place in map(names.inside, promise.required) if place)

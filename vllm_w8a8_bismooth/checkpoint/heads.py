@@ -8,16 +8,15 @@ from vllm_w8a8_bismooth.checkpoint.files import CONFIG
 from vllm_w8a8_bismooth.checkpoint.reader import FLOAT_DTYPES, Header, Headers
 from vllm_w8a8_bismooth.checkpoint.strays import stray_problems, strays
 from vllm_w8a8_bismooth.errors import Problem
-from vllm_w8a8_bismooth.model.architectures import Architecture
 from vllm_w8a8_bismooth.model.classes import HEADS, family_of, head_of, implied_by
 
 
-def head_problems(checkpoint: Headers, architecture: Architecture, tensors: Mapping[str, Header]) -> Iterator[Problem]:
+def head_problems(checkpoint: Headers, tied: bool, tensors: Mapping[str, Header]) -> Iterator[Problem]:
     """A head that ``architectures`` promises and that is not there.
 
     Args:
         checkpoint: its config and names count.
-        architecture: of its model type.
+        tied: whether the head is the embedding.
         tensors: those to be looked at.
     """
     config, names = checkpoint.config, checkpoint.names
@@ -30,7 +29,7 @@ def head_problems(checkpoint: Headers, architecture: Architecture, tensors: Mapp
     others = [n for n, header in tensors.items() if names.inside(n) is None and header.dtype in FLOAT_DTYPES]
     others = [n for n in others if n not in known and "rotary_emb." not in n]
     heads = [n for n in (*others, *checkpoint.lost) if n.removeprefix(names.trunk).startswith(HEADS)]
-    if kind == "language" and not config.get("tie_word_embeddings", architecture.tied):
+    if kind == "language" and not tied:
         yield from _apart(checkpoint, (names.head,)) or [_no_language_head(checkpoint, tensors, others, heads)]
     # vLLM makes a classifier of a language model's head where the config says so.
     elif kind == "other" and not (config.get("classifier_from_token") or config.get("method")) and not heads:

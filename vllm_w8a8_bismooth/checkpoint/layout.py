@@ -4,12 +4,12 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
-from vllm_w8a8_bismooth.checkpoint.audit import architecture_of, audit, check_unquantized, layers_of, sizes_of
+from vllm_w8a8_bismooth.checkpoint.audit import audit, check_unquantized
+from vllm_w8a8_bismooth.checkpoint.blueprint import Blueprint
 from vllm_w8a8_bismooth.checkpoint.companions import link_problems, module_problems
 from vllm_w8a8_bismooth.checkpoint.files import Folder
 from vllm_w8a8_bismooth.checkpoint.reader import Checkpoint, Headers
 from vllm_w8a8_bismooth.errors import BadSource, BismoothError, Problem
-from vllm_w8a8_bismooth.model.architectures import Architecture
 from vllm_w8a8_bismooth.model.layers import Layer
 from vllm_w8a8_bismooth.model.names import Names
 
@@ -21,7 +21,7 @@ class Layout:
     """What the headers of a checkpoint hold, as a model; nothing more than headers is needed.
 
     Attributes:
-        checkpoint, architecture, construction, sizes, names: see their modules.
+        checkpoint, construction, sizes, names: see their modules.
         layers: what each block holds.
         blocks: per block, the names inside it, in the order of the files.
         outside: full names of everything else.
@@ -42,18 +42,17 @@ class Layout:
         tensors = headers.headers
         try:
             check_unquantized(headers.config, {name: header.dtype for name, header in tensors.items()})
-            self.architecture: Architecture = architecture_of(headers.config)
-            self.construction = self.architecture.construction
-            self.sizes = sizes_of(headers.config, self.architecture)
+            blueprint = Blueprint.of(headers.config, headers.names)
+            self.construction, self.sizes = blueprint.construction, blueprint.sizes
             if tensors:
-                found = audit(headers, self.architecture, self.sizes, tensors)
+                found = audit(headers, blueprint, tensors)
                 self.problems += islice(found, PROBLEMS - len(self.problems))
             self.problems += [*module_problems(headers.place), *link_problems(headers.place)]
         except BismoothError as error:
             raise BadSource(*self.problems, *error.problems) from None
         if max(self.sizes["blocks"], self.sizes.get("experts", 0)) > len(tensors) + len(headers.lost):
             raise BadSource(*self.problems)  # too large to lay out, and no header backs it
-        self.layers: list[Layer] = layers_of(headers.config, self.architecture, self.sizes, self.sizes["blocks"])
+        self.layers: list[Layer] = blueprint.layers(self.sizes["blocks"])
         self.blocks: list[list[str]] = [[] for _ in self.layers]
         self.outside: list[str] = []
         self.notes = [*headers.notes]

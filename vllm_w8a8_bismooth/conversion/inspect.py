@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_w8a8_bismooth import grouping
-from vllm_w8a8_bismooth.checkpoint.audit import sizes_of
+from vllm_w8a8_bismooth.checkpoint.blueprint import Blueprint
 from vllm_w8a8_bismooth.checkpoint.files import Folder, free_space
 from vllm_w8a8_bismooth.checkpoint.hub import Repository
 from vllm_w8a8_bismooth.checkpoint.layout import PROBLEMS, Layout
@@ -19,7 +19,6 @@ from vllm_w8a8_bismooth.conversion.estimate import Needs, needs
 from vllm_w8a8_bismooth.conversion.proposal import propose
 from vllm_w8a8_bismooth.conversion.rates import measured
 from vllm_w8a8_bismooth.errors import BismoothError, Problem
-from vllm_w8a8_bismooth.model.architectures import ARCHITECTURES, Architecture
 
 TENSOR_PARALLEL = (1, 2, 4, 8, 16)
 
@@ -68,7 +67,7 @@ class Survey:
         source: the folder or the repository.
         hub_id, revision: of the repository; ``None`` for folders of unknown origin.
         model_type: as config.json has it.
-        sizes: blocks, hidden, heads, ...; see :func:`audit.sizes_of`.
+        sizes: blocks, hidden, heads, ...; see :func:`blueprint.sizes_of`.
         tied: whether the head is the embedding.
         parameters, source_bytes: numbers stored, and their bytes.
         dtypes: safetensors' name -> what is stored in it, largest first.
@@ -121,13 +120,12 @@ def survey(place: Folder | Repository, calibration_tokens: int, group_size: int)
     headers = Headers(place)
     dtypes = _dtypes(headers)
     model_type = headers.config.get("model_type")
-    architecture = ARCHITECTURES.get(model_type) if isinstance(model_type, str) else None
     result = Survey(
         source=str(place),
         hub_id=place.hub_id,
         revision=place.revision,
         model_type=model_type,
-        sizes=_sizes(headers.config, architecture),
+        sizes=_sizes(headers),
         tied=head.is_tied(headers),
         parameters=sum(dtype.parameters for dtype in dtypes.values()),
         source_bytes=headers.nbytes(),
@@ -156,9 +154,9 @@ def survey(place: Folder | Repository, calibration_tokens: int, group_size: int)
     return result
 
 
-def _sizes(config: Mapping, architecture: Architecture | None) -> Mapping[str, int]:
+def _sizes(headers: Headers) -> Mapping[str, int]:
     try:
-        return sizes_of(config, architecture) if architecture else {}
+        return Blueprint.of(headers.config, headers.names).sizes
     except BismoothError:
         return {}
 

@@ -26,7 +26,7 @@ class Coupling:
 
 @dataclass(frozen=True)
 class Template:
-    """A :class:`layers.Layer` with sizes by name, see :func:`audit.sizes_of`. ``{}`` stands for each expert's number.
+    """A :class:`layers.Layer` with sizes by name, see blueprint.py. ``{}`` stands for each expert's number.
 
     linears: linear -> (sizes of its stacked rows, columns).
     vectors: one-dimensional tensors that the block has -> length.

@@ -28,19 +28,22 @@ class Names:
     """The names around the blocks of a decoder.
 
     Attributes:
-        trunk: what they begin with: ``model.`` in a causal LM, nothing where the bare decoder was saved, as embedding
-            models are.
-        stack: what follows in the names of all blocks, before their numbers.
-        table: what follows in the embedding's name.
-        last: what follows in that of the norm behind the last block; ``None`` where there is none.
+        blocks: what the name of every tensor inside a block begins with, before the block's number.
+        embedding: its tensor.
+        norm: the gain of the norm behind the last block; ``None`` where there is none.
         head: the language model's.
     """
 
-    trunk: str = "model."
-    stack: str = "layers."
-    table: str = "embed_tokens.weight"
-    last: str | None = "norm.weight"
+    blocks: str = "model.layers."
+    embedding: str = "model.embed_tokens.weight"
+    norm: str | None = "model.norm.weight"
     head: str = "lm_head.weight"
+
+    @classmethod
+    def behind(cls, trunk: str) -> "Names":
+        """Those that begin with ``model.`` in a causal LM, and with nothing where the bare decoder was saved, as
+        embedding models are."""
+        return cls(f"{trunk}layers.", f"{trunk}embed_tokens.weight", f"{trunk}norm.weight")
 
     @classmethod
     def among(cls, names: Collection[str]) -> "Names":
@@ -51,25 +54,21 @@ class Names:
         def order(trunk: str) -> tuple:
             return f"{trunk}embed_tokens.weight" not in names, trunk not in _KNOWN, -trunks[trunk], trunk
 
-        return cls(*sorted(trunks, key=order)[:1])
+        return cls.behind(min(trunks, key=order, default="model."))
 
     @property
-    def blocks(self) -> str:
-        """What the name of every tensor inside a block begins with."""
-        return self.trunk + self.stack
+    def stack(self) -> str:
+        """The last part of :attr:`blocks`: ``layers``."""
+        return self.blocks.removesuffix(".").rpartition(".")[2]
+
+    @property
+    def trunk(self) -> str:
+        """What stands before that."""
+        return self.blocks.removesuffix(f"{self.stack}.")
 
     def block(self, index: int) -> str:
         """What the names of the tensors inside a block begin with."""
         return f"{self.blocks}{index}."
-
-    @property
-    def embedding(self) -> str:
-        return self.trunk + self.table
-
-    @property
-    def norm(self) -> str | None:
-        """The norm behind the last block."""
-        return None if self.last is None else self.trunk + self.last
 
     def inside(self, name: str) -> tuple[int, str] | None:
         """The block of a full name, and the name inside it; ``None`` outside the blocks."""

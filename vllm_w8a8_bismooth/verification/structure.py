@@ -3,7 +3,8 @@
 from collections.abc import Iterator, Sequence
 
 from vllm_w8a8_bismooth import grouping
-from vllm_w8a8_bismooth.checkpoint.audit import architecture_of, audit, layers_of, sizes_of
+from vllm_w8a8_bismooth.checkpoint.audit import audit
+from vllm_w8a8_bismooth.checkpoint.blueprint import Blueprint
 from vllm_w8a8_bismooth.checkpoint.companions import module_problems
 from vllm_w8a8_bismooth.checkpoint.files import CONFIG, INDEX, read_json
 from vllm_w8a8_bismooth.checkpoint.reader import FLOAT_DTYPES, Checkpoint, Header
@@ -53,15 +54,14 @@ class Structure:
 
     def _lay_out(self, checkpoint: Checkpoint) -> list[Layer]:
         """What each block should hold, after the audit of names and shapes."""
-        config = checkpoint.config
         tensors = {name: header for name, header in self._headers.items() if not name.endswith(SCALE)}
         try:
-            architecture = architecture_of(config)
-            sizes = sizes_of(config, architecture)
-            self.problems += audit(checkpoint, architecture, sizes, tensors)
+            blueprint = Blueprint.of(checkpoint.config, checkpoint.names)
+            sizes = blueprint.sizes
+            self.problems += audit(checkpoint, blueprint, tensors)
             self.problems += module_problems(checkpoint.place)
             if max(sizes["blocks"], sizes.get("experts", 0)) <= len(tensors):  # else the audit has said so
-                return layers_of(config, architecture, sizes, sizes["blocks"])
+                return blueprint.layers(sizes["blocks"])
         except BismoothError as error:
             self.problems += error.problems
         return []

@@ -1,0 +1,179 @@
+"""What a config.json says of a model, before any tensor is looked at: by the table, or found out."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from vllm_w8a8_bismooth.checkpoint.files import CONFIG
+from vllm_w8a8_bismooth.errors import BismoothError, Problem
+from vllm_w8a8_bismooth.model.architectures import ARCHITECTURES, Architecture, Template
+from vllm_w8a8_bismooth.model.construction import Construction
+from vllm_w8a8_bismooth.model.layers import Layer
+from vllm_w8a8_bismooth.model.names import Names
+
+Shapes = Mapping[str, tuple[int, ...]]
+"""Name -> shape."""
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """A model as its config describes it.
+
+    Attributes:
+        names: of the decoder's parts in the checkpoint.
+        sizes: ``blocks``, ``hidden``, ``heads``, ``kv_heads``, ``vocab`` and others, see :func:`sizes_of`.
+        construction: how transformers builds it.
+        tied: whether the head is the embedding.
+        layers: what each of the first so many blocks holds.
+        outside, optional: tensors outside the blocks that must and that may be there.
+
+    """
+
+    names: Names
+    sizes: Mapping[str, int]
+    construction: Construction
+    tied: bool
+    layers: Callable[[int], list[Layer]]
+    outside: Shapes
+    optional: Shapes
+
+    @classmethod
+    def of(cls, config: Mapping, names: Names) -> "Blueprint":
+        """What follows from a config.
+
+        Args:
+            config: a parsed ``config.json``. It is not trusted.
+            names: as they look in the files.
+
+        Raises:
+            BismoothError: it describes no model that is known.
+        """
+        architecture = architecture_of(config)
+        sizes = sizes_of(config, architecture)
+        outside: dict[str, tuple[int, ...]] = {names.embedding: (sizes["vocab"], sizes["hidden"])}
+        if names.norm is not None:
+            outside[names.norm] = (sizes["hidden"],)
+        return cls(
+            names=names,
+            sizes=sizes,
+            construction=architecture.construction,
+            tied=config.get("tie_word_embeddings", architecture.tied),
+            layers=partial(layers_of, config, architecture, sizes),
+            outside=outside,
+            optional={names.head: outside[names.embedding]},
+        )
+
+
+@dataclass
+class Promise:
+    """The tensors that a config implies, name -> shape, and whether they are too many to be listed."""
+
+    required: dict[str, tuple[int, ...]]
+    optional: dict[str, tuple[int, ...]]
+    endless: bool = False
+
+    @classmethod
+    def of(cls, blueprint: Blueprint, bound: int) -> "Promise":
+        """Listed up to twice ``bound``, the number in the headers: the config's word for its blocks is not trusted."""
+        names = blueprint.names
+        found = cls(dict(blueprint.outside), dict(blueprint.optional), blueprint.sizes.get("experts", 0) > bound)
+        for i, layer in enumerate(() if found.endless else blueprint.layers(bound)):
+            found.required |= {names.block(i) + name: shape for name, shape in layer.tensors.items()}
+            if len(found.required) > 2 * bound:
+                found.endless = True
+                break
+        return found
+
+
+def architecture_of(config: Mapping) -> Architecture:
+    """The table row for a Hugging Face ``config.json``.
+
+    Raises:
+        BismoothError: unknown ``model_type``.
+    """
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
+        raise BismoothError.of(
+            CONFIG, f"model_type = {model_type!r} is not supported", f"known are {', '.join(sorted(ARCHITECTURES))}"
+        )
+    return ARCHITECTURES[model_type]
+
+
+def sizes_of(config: Mapping, architecture: Architecture) -> dict[str, int]:
+    """Sizes named in :class:`Layer`, plus ``blocks`` and ``vocab``.
+
+    Raises:
+        BismoothError: with every size that is missing, no positive integer, or given twice differently, and heads that
+            do not divide.
+    """
+    problems: list[Problem] = []
+
+    def size(key: str, derived: int | None = None) -> int:
+        value = config.get(key)
+        value = architecture.silent.get(key, derived) if value is None else value
+        if type(value) is int and 0 < value < 2**48:  # products of two can still be printed
+            return value
+        problems.append(Problem(CONFIG, f"{key} = {config.get(key)!r} is no positive integer below 2**48", "mend it"))
+        return 1
+
+    def alias(keys: Sequence[str]) -> int:
+        found = [key for key in keys if key in config] or keys[:1]
+        values = {key: size(key) for key in found}
+        if len(set(values.values())) > 1:
+            problems.append(Problem(CONFIG, f"{values} contradict each other", "remove one of the keys"))
+        return values[found[0]]
+
+    hidden, heads = size("hidden_size"), size("num_attention_heads")
+    kv_heads = size("num_key_value_heads", heads)
+    if heads % kv_heads:
+        what = f"num_attention_heads = {heads} is not a multiple of num_key_value_heads = {kv_heads}"
+        problems.append(Problem(CONFIG, what, "mend it"))
+    head = size("head_dim", 1 if problems else hidden // heads)
+    sizes = {
+        "blocks": size("num_hidden_layers"),
+        "hidden": hidden,
+        "intermediate": size("intermediate_size"),
+        "head": head,
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "query": heads * head,
+        "key": kv_heads * head,
+        "vocab": size("vocab_size"),
+        "one": 1,
+        **{name: alias(keys) for name, keys in architecture.sizes.items()},
+    }
+    if problems:
+        raise BismoothError(*problems)
+    return sizes
+
+
+def layers_of(config: Mapping, architecture: Architecture, sizes: Mapping[str, int], bound: int) -> list[Layer]:
+    """What each block holds, experts expanded; of at most ``bound``.
+
+    Which blocks of a mixture are dense follows ``mlp_only_layers`` and ``decoder_sparse_step``, as in transformers'
+    Qwen2-MoE.
+
+    Raises:
+        BismoothError: one of those keys is not what it must be.
+    """
+
+    blocks = min(sizes["blocks"], bound)
+
+    def sized(template: Template) -> Layer:
+        return template.sized(sizes, config, architecture.offset)
+
+    if architecture.sparse is None:
+        assert architecture.dense is not None
+        return [sized(architecture.dense)] * blocks
+    if architecture.dense is None:
+        return [sized(architecture.sparse)] * blocks
+    dense, step = config.get("mlp_only_layers") or [], config.get("decoder_sparse_step", 1)
+    if not isinstance(dense, list) or type(step) is not int or step < 1:
+        raise BismoothError.of(
+            CONFIG,
+            f"mlp_only_layers = {dense!r} and decoder_sparse_step = {step!r} must be a list of block numbers and a "
+            "positive integer",
+            "mend them",
+        )
+    kinds = {True: sized(architecture.sparse), False: sized(architecture.dense)}
+    return [kinds[i not in dense and (i + 1) % step == 0] for i in range(blocks)]
