@@ -4,13 +4,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from vllm_w8a8_bismooth.checkpoint import stacks
 from vllm_w8a8_bismooth.checkpoint.files import CONFIG
+from vllm_w8a8_bismooth.checkpoint.reader import Header
 from vllm_w8a8_bismooth.errors import BismoothError, Problem
-from vllm_w8a8_bismooth.model.architectures import ARCHITECTURES, Architecture, Template
+from vllm_w8a8_bismooth.model.architectures import Architecture, Template, architecture_of
 from vllm_w8a8_bismooth.model.construction import Construction
 from vllm_w8a8_bismooth.model.layers import Layer
 from vllm_w8a8_bismooth.model.names import Names
 
+_HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
 Shapes = Mapping[str, tuple[int, ...]]
 """Name -> shape."""
 
@@ -26,7 +29,7 @@ class Blueprint:
         tied: whether the head is the embedding.
         layers: what each of the first so many blocks holds.
         outside, optional: tensors outside the blocks that must and that may be there.
-
+        unproven: why no site is known, so that only methods without smoothing do; ``None`` where sites are known.
     """
 
     names: Names
@@ -36,19 +39,67 @@ class Blueprint:
     layers: Callable[[int], list[Layer]]
     outside: Shapes
     optional: Shapes
+    unproven: BismoothError | None = None
 
     @classmethod
-    def of(cls, config: Mapping, names: Names) -> "Blueprint":
-        """What follows from a config.
+    def of(cls, config: Mapping, names: Names, tensors: Mapping[str, Header]) -> "Blueprint":
+        """What follows from a config, or where it says nothing, from the tensors.
 
         Args:
             config: a parsed ``config.json``. It is not trusted.
-            names: as they look in the files.
+            names: as they look in the files, of a type in the table.
+            tensors: in the files.
 
         Raises:
-            BismoothError: it describes no model that is known.
+            BismoothError: it describes no model.
         """
-        architecture = architecture_of(config)
+        model_type = config.get("model_type")
+        if not isinstance(model_type, str):
+            what = f"model_type = {model_type!r} names no type of model"
+            raise BismoothError.of(CONFIG, what, "give the folder of a Hugging Face checkpoint")
+        if architecture := architecture_of(config):
+            return cls.tabled(config, names, architecture)
+        return cls.guessed(config, tensors, BismoothError.of(CONFIG, "unknown", "none"))
+
+    @classmethod
+    def guessed(cls, config: Mapping, tensors: Mapping[str, Header], unproven: BismoothError) -> "Blueprint":
+        """By the names and shapes of the tensors alone.
+
+        Args:
+            unproven: why nothing else is known.
+        """
+        names = stacks.names_among(tensors)
+        layers = stacks.layers_among(tensors, names)
+        vocabulary, hidden = tensors[names.embedding].shape
+        known = {key: value for key, value in config.items() if type(value) is int and 0 < value < 2**48}
+        heads = next((known[key] for key in _HEADS if key in known), 1)
+        inside = {name: header.shape for name, header in tensors.items() if not names.inside(name)}
+        widths = [max(shape) for layer in layers for shape in layer.linears.values()]
+        return cls(
+            names=names,
+            sizes={
+                "blocks": len(layers),
+                "hidden": hidden,
+                "intermediate": max(widths, default=hidden),
+                "heads": heads,
+                "kv_heads": known.get("num_key_value_heads", heads),
+                "vocab": vocabulary,
+            },
+            construction=Construction(),
+            tied=names.head not in tensors,
+            layers=lambda bound: layers,
+            outside={name: shape for name, shape in inside.items() if name != names.head},
+            optional={names.head: (vocabulary, hidden)},
+            unproven=unproven,
+        )
+
+    @classmethod
+    def tabled(cls, config: Mapping, names: Names, architecture: Architecture) -> "Blueprint":
+        """By a row of the table.
+
+        Raises:
+            BismoothError: see :func:`sizes_of`.
+        """
         sizes = sizes_of(config, architecture)
         outside: dict[str, tuple[int, ...]] = {names.embedding: (sizes["vocab"], sizes["hidden"])}
         if names.norm is not None:
@@ -83,20 +134,6 @@ class Promise:
                 found.endless = True
                 break
         return found
-
-
-def architecture_of(config: Mapping) -> Architecture:
-    """The table row for a Hugging Face ``config.json``.
-
-    Raises:
-        BismoothError: unknown ``model_type``.
-    """
-    model_type = config.get("model_type")
-    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
-        raise BismoothError.of(
-            CONFIG, f"model_type = {model_type!r} is not supported", f"known are {', '.join(sorted(ARCHITECTURES))}"
-        )
-    return ARCHITECTURES[model_type]
 
 
 def sizes_of(config: Mapping, architecture: Architecture) -> dict[str, int]:

@@ -11,7 +11,6 @@ from vllm_w8a8_bismooth.checkpoint.files import Folder
 from vllm_w8a8_bismooth.checkpoint.reader import Checkpoint, Headers
 from vllm_w8a8_bismooth.errors import BadSource, BismoothError, Problem
 from vllm_w8a8_bismooth.model.layers import Layer
-from vllm_w8a8_bismooth.model.names import Names
 
 PROBLEMS = 1000
 """How many problems of one checkpoint are listed at most."""
@@ -21,7 +20,7 @@ class Layout:
     """What the headers of a checkpoint hold, as a model; nothing more than headers is needed.
 
     Attributes:
-        checkpoint, construction, sizes, names: see their modules.
+        checkpoint, construction, sizes, names, unproven: see their modules.
         layers: what each block holds.
         blocks: per block, the names inside it, in the order of the files.
         outside: full names of everything else.
@@ -38,12 +37,12 @@ class Layout:
         self.problems: list[Problem] = list(islice(headers.problems, PROBLEMS))
         if not headers.config and self.problems:  # config.json is one of them
             raise BadSource(*self.problems)
-        self.names: Names = headers.names
         tensors = headers.headers
         try:
             check_unquantized(headers.config, {name: header.dtype for name, header in tensors.items()})
-            blueprint = Blueprint.of(headers.config, headers.names)
-            self.construction, self.sizes = blueprint.construction, blueprint.sizes
+            blueprint = Blueprint.of(headers.config, headers.names, tensors)
+            self.names = headers.names = blueprint.names
+            self.construction, self.sizes, self.unproven = blueprint.construction, blueprint.sizes, blueprint.unproven
             if tensors:
                 found = audit(headers, blueprint, tensors)
                 self.problems += islice(found, PROBLEMS - len(self.problems))

@@ -14,6 +14,7 @@ from vllm_w8a8_bismooth.checkpoint import shards
 from vllm_w8a8_bismooth.checkpoint.companions import MODULES, companions, left_out
 from vllm_w8a8_bismooth.checkpoint.files import CONFIG, INDEX, Checksum, Folder, Place, read_json, sha256
 from vllm_w8a8_bismooth.errors import BadSource, BismoothError, Interrupted, Problem
+from vllm_w8a8_bismooth.model.architectures import architecture_of
 from vllm_w8a8_bismooth.model.classes import trunk_of
 from vllm_w8a8_bismooth.model.names import Names, unwrapped
 
@@ -110,7 +111,8 @@ class Headers:
 
     def _unwrap(self) -> None:
         try:
-            plain, note = unwrapped([*self.headers, *self.lost], trunk_of(self.config))
+            own = trunk_of(self.config) if architecture_of(self.config) else None
+            plain, note = unwrapped([*self.headers, *self.lost], own)
         except BismoothError as error:
             self.problems += error.problems
             return

@@ -3,7 +3,7 @@
 import itertools
 
 from vllm_w8a8_bismooth.checkpoint.reader import Checkpoint, Headers
-from vllm_w8a8_bismooth.model.architectures import ARCHITECTURES
+from vllm_w8a8_bismooth.model.architectures import architecture_of
 
 _IGNORED = (
     "vLLM ignores it and takes the embedding; if the head was trained apart, set tie_word_embeddings to false in the "
@@ -13,8 +13,7 @@ _IGNORED = (
 
 def is_tied(headers: Headers) -> bool | None:
     """Whether the config makes the embedding the head; ``None`` if it leaves that to a model type that is unknown."""
-    model_type = headers.config.get("model_type")
-    architecture = ARCHITECTURES.get(model_type) if isinstance(model_type, str) else None
+    architecture = architecture_of(headers.config)
     return headers.config.get("tie_word_embeddings", architecture.tied if architecture else None)
 
 

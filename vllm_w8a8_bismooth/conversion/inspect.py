@@ -156,7 +156,7 @@ def survey(place: Folder | Repository, calibration_tokens: int, group_size: int)
 
 def _sizes(headers: Headers) -> Mapping[str, int]:
     try:
-        return Blueprint.of(headers.config, headers.names).sizes
+        return Blueprint.of(headers.config, headers.names, headers.headers).sizes
     except BismoothError:
         return {}
 

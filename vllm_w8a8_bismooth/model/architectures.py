@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from vllm_w8a8_bismooth.model.construction import Construction
+from vllm_w8a8_bismooth.model.floats import ROUTER
 from vllm_w8a8_bismooth.model.layers import Layer, Runs, Site
 from vllm_w8a8_bismooth.model.names import block_of
 
@@ -91,7 +92,7 @@ class Template:
             tensors=tensors,
             linears=linears,
             sites=tuple(self._sites(sizes, each, offset)),
-            routers=dict.fromkeys(self.routers, "a router or gate, which decides by small differences"),
+            routers=dict.fromkeys(self.routers, ROUTER),
             posts=posts,
             writers=frozenset({*ends, *posts}),
             fused=self.fused,
@@ -279,6 +280,12 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         silent={"num_key_value_heads": 4},
     ),
 }
+
+
+def architecture_of(config: Mapping) -> Architecture | None:
+    """The row of the table for a ``config.json``, which is not trusted; ``None`` if there is none."""
+    model_type = config.get("model_type")
+    return ARCHITECTURES.get(model_type) if isinstance(model_type, str) else None
 
 
 def kind_of(linear: str) -> tuple[str, int]:

@@ -87,7 +87,7 @@ def block_of(name: str) -> tuple[int, str] | None:
     return (int(match["index"]), match["inside"]) if match else None
 
 
-def unwrapped(names: Collection[str], own: str = "model.") -> tuple[dict[str, str], str | None]:
+def unwrapped(names: Collection[str], own: str | None = "model.") -> tuple[dict[str, str], str | None]:
     """Names as they are without what wrappers added, which no reader of checkpoints knows, and with what it looks for.
 
     Taken away are the parts that torch.compile, FSDP and data parallelism add, wherever they stand, and any other
@@ -96,7 +96,8 @@ def unwrapped(names: Collection[str], own: str = "model.") -> tuple[dict[str, st
 
     Args:
         names: of all tensors.
-        own: what the class has before its decoder's names, see :func:`classes.trunk_of`.
+        own: what the class has before its decoder's names, see :func:`classes.trunk_of`; ``None`` if that is not
+            known, and then only what wrappers add inside the names is taken away.
 
     Returns:
         Name -> name in the result, and a note on what was taken away or added, ``None`` if nothing was.
@@ -113,14 +114,9 @@ def unwrapped(names: Collection[str], own: str = "model.") -> tuple[dict[str, st
         )
     plain = {name: ".".join(part for part in name.split(".") if part not in _WRAPPERS) for name in names}
     taken = sorted({part for name in names for part in name.split(".") if part in _WRAPPERS})
-    trunk = Names.among(plain.values()).trunk
-    known = next((end for end in (own, "model.") if end and f".{trunk}".endswith(f".{end}")), None)
-    around = trunk.removesuffix(known) if known else trunk
-    around = _PEFT if trunk.startswith(_PEFT) else around
-    instead = "model." if around == trunk != _PEFT and trunk.endswith("model.") else ""  # language_model.
-    if around and not all(name.startswith(around) for name in plain.values()):
-        _check_alone(plain.values())
-        instead = (own or "model.") if around == trunk else ""
+    around, instead = "", ""
+    if own is not None:
+        around, instead = _around(plain.values(), own)
     if around:
         plain = {
             name: instead + short.removeprefix(around) if short.startswith(around) else short
@@ -128,7 +124,7 @@ def unwrapped(names: Collection[str], own: str = "model.") -> tuple[dict[str, st
         }
         taken.append(around)
     if not taken:
-        return _led(plain, own)
+        return _led(plain, own or "")
     back: dict[str, str] = {}
     for name, short in plain.items():
         if (other := back.setdefault(short, name)) != name:
@@ -136,8 +132,25 @@ def unwrapped(names: Collection[str], own: str = "model.") -> tuple[dict[str, st
             raise BismoothError.of(name, f"and {other} are both {short} without {' and '.join(taken)}", remedy)
     what = " and ".join(repr(part) for part in taken)
     note = f"the tensors' names hold {what}, which a wrapper left; they are read and written without"
-    plain, more = _led(plain, own)
+    plain, more = _led(plain, own or "")
     return plain, f"{note}; {more}" if more else note
+
+
+def _around(names: Collection[str], own: str) -> tuple[str, str]:
+    """What all names of a decoder begin with although its class does not call them so, and what they should have.
+
+    Raises:
+        BismoothError: there are several models.
+    """
+    trunk = Names.among(names).trunk
+    known = next((end for end in (own, "model.") if end and f".{trunk}".endswith(f".{end}")), None)
+    around = trunk.removesuffix(known) if known else trunk
+    around = _PEFT if trunk.startswith(_PEFT) else around
+    instead = "model." if around == trunk != _PEFT and trunk.endswith("model.") else ""  # language_model.
+    if around and not all(name.startswith(around) for name in names):
+        _check_alone(names)
+        instead = (own or "model.") if around == trunk else ""
+    return around, instead
 
 
 def _led(plain: dict[str, str], own: str) -> tuple[dict[str, str], str | None]:

@@ -56,7 +56,8 @@ class Structure:
         """What each block should hold, after the audit of names and shapes."""
         tensors = {name: header for name, header in self._headers.items() if not name.endswith(SCALE)}
         try:
-            blueprint = Blueprint.of(checkpoint.config, checkpoint.names)
+            blueprint = Blueprint.of(checkpoint.config, checkpoint.names, tensors)
+            checkpoint.names = blueprint.names
             sizes = blueprint.sizes
             self.problems += audit(checkpoint, blueprint, tensors)
             self.problems += module_problems(checkpoint.place)
