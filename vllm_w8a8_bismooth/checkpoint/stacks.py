@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from vllm_w8a8_bismooth.checkpoint.reader import FLOAT_DTYPES, Header
 from vllm_w8a8_bismooth.errors import BismoothError
 from vllm_w8a8_bismooth.model.floats import reason_for
+from vllm_w8a8_bismooth.model.fusions import fused_among
 from vllm_w8a8_bismooth.model.layers import Layer
 from vllm_w8a8_bismooth.model.names import Names
 
@@ -82,6 +83,7 @@ def _layer(tensors: Mapping[str, Header]) -> Layer:
         linears=linears,
         sites=(),
         routers=routers,
+        fused=fused_among(linears),
         experts=frozenset(name for name in linears if _EXPERT.search(name)),
     )
 
