@@ -10,6 +10,7 @@ from typing import Any
 from vllm_w8a8_bismooth import FORMAT, MARKER, patterns
 from vllm_w8a8_bismooth.checkpoint.layout import Layout
 from vllm_w8a8_bismooth.errors import BismoothError
+from vllm_w8a8_bismooth.model.fusions import fused_among
 from vllm_w8a8_bismooth.model.layers import Layer
 from vllm_w8a8_bismooth.model.names import Names
 
@@ -254,6 +255,20 @@ def _blocks(names: Names) -> str:
     return (r".*\." if names.trunk else r"(.*\.)?") + re.escape(names.stack)
 
 
+def _towers(outside: Sequence[str], names: Names) -> list[str]:
+    """Parts beside the decoder that have blocks of their own, as for images or sound, of all modules outside it.
+
+    vLLM calls what is in them otherwise, and merges some of it; their own names it keeps.
+    """
+    return sorted({_part(module, names) for module in outside if re.search(r"\.\d+\.", module)})
+
+
+def _part(module: str, names: Names) -> str:
+    """The first part of a module's name by which it differs from the decoder's."""
+    parts, trunk = module.split("."), names.blocks.split(".")
+    return next(part for i, part in enumerate(parts) if trunk[i : i + 1] != [part] or i == len(parts) - 1)
+
+
 def _of_any_number(module: str) -> str:
     """A module's name, or an expression for all whose names differ from it in numbers alone."""
     parts = module.split(".")
@@ -267,10 +282,12 @@ def float_modules(source: Layout, ignored: Sequence[set[str]]) -> list[str]:
 
     vLLM quantizes what is not named here, also the head of a classifier, and blocks that predict further tokens.
     """
-    routers = sorted({router for layer in source.layers for router in layer.routers})
+    kinds = {id(layer): layer for layer in source.layers}.values()
+    routers = sorted({name for layer in kinds for name in (*layer.routers, *fused_among(layer.routers))})
     places = {module: source.names.inside(module) for module in source.floats()}
     beyond = sorted({place[0] for place in places.values() if place})
-    heads = [module for module, place in places.items() if place is None]
+    towers = _towers([module for module, place in places.items() if place is None], source.names)
+    heads = [module for module, place in places.items() if place is None and _part(module, source.names) not in towers]
     outside = sorted({_of_any_number(module) for module in heads} - {"lm_head"})
     if any(module.rpartition(".")[2].isdigit() for module in heads):
         outside.append("re:^$")  # vLLM gives the parts of a reward model's head no names
@@ -279,6 +296,7 @@ def float_modules(source: Layout, ignored: Sequence[set[str]]) -> list[str]:
     return [
         "lm_head",
         *outside,
+        *(rf"re:(.*\.)?{re.escape(tower)}\..*" for tower in towers),
         *(rf"re:{_blocks(source.names)}\.\d+\.{re.escape(router)}$" for router in routers),
         *expressions(ignored, source.layers, source.names),
     ]

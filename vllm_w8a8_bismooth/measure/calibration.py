@@ -71,6 +71,8 @@ class Calibration:
             embedding.register_forward_pre_hook(lambda module, ids: torch.searchsorted(used, ids[0]))
             if build.norm is not None:
                 model.set_submodule(build.norm, torch.nn.Identity())
+            read = {path: checkpoint.read(name).to(dtype) for path, name in build.outside.items()}
+            model.load_state_dict(read, strict=False, assign=True)
             model.requires_grad_(False)
             self._forwards = [block.forward for block in self._blocks]
             given = [Given(build.returns_tuples) for _ in self._blocks]

@@ -12,6 +12,7 @@ class Construction:
         decoder: what the paths of modules begin with where the decoder is part of a model with a head.
         blocks, embedding: paths of the list of blocks and of the embedding in the decoder.
         norm: that of the norm behind the last block; ``None`` where there is none.
+        outside: parameter of the decoder outside its blocks -> tensor of the checkpoint, but for embedding and norm.
         returns_tuples: whether a block returns its hidden states in a tuple.
         renamed: beginning of a name inside a block of transformers' -> in the checkpoint.
         expert_linears: what the checkpoint calls an expert's gate, up and down projection.
@@ -21,6 +22,7 @@ class Construction:
     blocks: str = "layers"
     embedding: str = "embed_tokens"
     norm: str | None = "norm"
+    outside: Mapping[str, str] = field(default_factory=dict)
     returns_tuples: bool = False
     renamed: Mapping[str, str] = field(default_factory=dict)
     expert_linears: Sequence[str] = ("gate_proj", "up_proj", "down_proj")
