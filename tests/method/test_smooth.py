@@ -1,24 +1,17 @@
-import shutil
-from functools import partial
-from pathlib import Path
-
 import pytest
 import torch
-from huggingface_hub import save_torch_state_dict
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
+from tests.support.folding import RULE, smoothed_copy
 from tests.support.models import MODEL_TYPES, layer_of
-from tests.support.moments import moments, noise
 from vllm_w8a8_bismooth.checkpoint.layout import Source
-from vllm_w8a8_bismooth.method.balance import by_range
 from vllm_w8a8_bismooth.method.columns import Columns
-from vllm_w8a8_bismooth.method.smooth import Factors, fold_vector, smooth_block
+from vllm_w8a8_bismooth.method.smooth import fold_vector, smooth_block
 from vllm_w8a8_bismooth.model.layers import NONE, Site
 from vllm_w8a8_bismooth.model.names import Names
 
-RULE = partial(by_range, alpha=0.5)  # the fastest; what a fold costs does not depend on it
 STORED = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -75,34 +68,6 @@ def test_fold_is_exact_for_norms_that_store_their_gain_less_one(magnitude, seed)
     assert effective.isfinite().all() and (effective > 0).sum() >= 47
     gain = (folded.double() + 1) * effective.double()
     torch.testing.assert_close(gain, vector.double() + 1, rtol=2.0**-22, atol=0)
-
-
-def smoothed_copy(folder: Path, destination: Path) -> list[Factors]:
-    """The checkpoint with every site smoothed for random activations over four decades, and nothing quantized."""
-    source, records = Source(folder), []
-    tensors = {name: source.checkpoint.read(name) for name in source.outside}
-    for index, layer in enumerate(source.layers):
-        prefix = Names().block(index)
-        block = {name: source.checkpoint.read(prefix + name) for name in source.blocks[index]}
-        read = {}
-        for site in layer.sites:
-            channels, seed = block[f"{site.consumers[0]}.weight"].shape[1], len(records) + len(read)
-            read[site.name] = moments(noise(8, channels, seed, decades=4))
-        smoothing = smooth_block(block, read, layer, RULE)
-        assert [record.site for record in smoothing.sites] == [site.name for site in layer.sites]
-        for name, tensor in block.items():
-            fold = smoothing.fold(name.removesuffix(".weight"))
-            # fp32, because rounding to the storage dtype is not part of what is tested
-            new = fold.apply(tensor.float()) if fold else smoothing.vectors.get(name, tensor)
-            tensors[prefix + name] = new
-            touched = name.endswith(".weight") and (
-                layer.linear_of(name) or name.removesuffix(".weight") in layer.routers
-            )
-            assert not touched or not torch.equal(new.float(), tensor.float()), name
-        records += smoothing.sites
-    shutil.copytree(folder, destination, ignore=shutil.ignore_patterns("*.safetensors*"))
-    save_torch_state_dict(tensors, destination)
-    return records
 
 
 CHANGES = {

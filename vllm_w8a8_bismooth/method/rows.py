@@ -118,6 +118,14 @@ class Fold:
         """Whether it does anything."""
         return self.rows is not None or self.columns is not None
 
+    def __mul__(self, other: "Fold") -> "Fold":
+        """Both, one after the other."""
+        rows, columns = (
+            mine if its is None else its if mine is None else mine * its
+            for mine, its in ((self.rows, other.rows), (self.columns, other.columns))
+        )
+        return Fold(rows, columns)
+
     def apply(self, weight: torch.Tensor, threads: Threads = ALONE) -> torch.Tensor:
         """The whole folded weight, in its own dtype."""
         folded = torch.empty_like(weight)

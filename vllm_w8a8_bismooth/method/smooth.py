@@ -56,6 +56,10 @@ class Smoothing:
     def fold(self, linear: str) -> Fold:
         return self.folds.get(linear, Fold())
 
+    def add(self, linear: str, fold: Fold) -> None:
+        """One more fold of a weight, beside those of other sites."""
+        self.folds[linear] = self.fold(linear) * fold
+
 
 def fold_vector(
     vector: torch.Tensor, s: torch.Tensor, dtype: torch.dtype, offset: float = 0.0
@@ -111,7 +115,7 @@ def smooth_block(
             s = s.log2().round().exp2()  # exact in any dtype, so that tokens go to the experts that they went to
         s = _fold_producer(block, site, layer, smoothing, s)
         for consumer in site.consumers:
-            smoothing.folds[consumer] = Fold(smoothing.fold(consumer).rows, columns.spread(s))
+            smoothing.add(consumer, Fold(columns=columns.spread(s)))
         smoothing.sites.append(_factors_of(site.name, activation.largest, weight.largest, s))
     return smoothing
 
@@ -158,9 +162,7 @@ def _fold_producer(
         smoothing.vectors[bias] = stored.index_copy(0, fed, folded)
         s = settled if is_linear else s
     if is_linear:
-        rows = torch.ones(len(block[producer]), device=s.device)
-        rows[fed] = s
-        smoothing.folds[site.producer] = Fold(rows, smoothing.fold(site.producer).columns)
+        smoothing.add(site.producer, Fold(rows=torch.ones(len(block[producer]), device=s.device).index_copy(0, fed, s)))
     return s**site.power
 
 

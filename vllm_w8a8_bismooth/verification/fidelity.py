@@ -207,7 +207,9 @@ class _Block:
     def _claim(self, site: Site, channels: torch.Tensor) -> None:
         """Expect that the consumers' columns were multiplied by what the channels show."""
         columns = Columns.of(site).spread(channels)
-        self.claims |= dict.fromkeys(site.consumers, columns)
+        for consumer in site.consumers:
+            claimed = self.claims.get(consumer)
+            self.claims[consumer] = columns if claimed is None else claimed * columns
 
     def _own(self, site: Site, free: torch.Tensor) -> torch.Tensor:
         """The values of a site's channels, of those of all rows of its producer that may be divided."""
