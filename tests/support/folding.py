@@ -4,6 +4,7 @@ import shutil
 from functools import partial
 from pathlib import Path
 
+import torch
 from huggingface_hub import save_torch_state_dict
 
 from tests.support.moments import moments, noise
