@@ -56,9 +56,9 @@ def load(folder: Path) -> torch.nn.Module:
     for shard in sorted(folder.glob("*.safetensors")):
         for name, tensor in load_file(shard).items():
             block = re.match(r"model\.layers\.\d+\.|", name)[0]
-            tensors[block + construction.built(name.removeprefix(block))] = tensor
+            tensors[block + construction.built(0, name.removeprefix(block))] = tensor
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention_of(config))
-    separate_experts(model.model.layers, construction.expert_linears)
+    separate_experts(model.model.layers, construction)
     for scale in [name for name in tensors if name.endswith(".weight_scale")]:
         linear = scale.removesuffix(".weight_scale")
         parent, _, child = linear.rpartition(".")

@@ -75,7 +75,7 @@ def _factors(width: int, channels: int, k: float, generator: torch.Generator) ->
 def _plant_norm(tensors, healthy, k, blocks, channels, generator) -> None:
     for block in blocks:
         for site in healthy.layers[block].sites:
-            if site.producer not in healthy.layers[block].vectors:
+            if site.producer in healthy.layers[block].linears:
                 continue
             norm = f"{Names().block(block)}{site.producer}.weight"
             factors = _factors(tensors[norm].shape[0], channels, k, generator)
@@ -87,13 +87,13 @@ def _plant_norm(tensors, healthy, k, blocks, channels, generator) -> None:
 
 def _plant_residual(tensors, healthy, k, blocks, channels, generator) -> None:
     factors = _factors(tensors[Names().norm].shape[0], channels, k, generator)
-    linears = healthy.layers[0].linears
+    layer = healthy.layers[0]
+    readers = {consumer for site in layer.sites if site.producer not in layer.linears for consumer in site.consumers}
     for name, tensor in tensors.items():
         linear = re.sub(r"model\.layers\.\d+\.|\.weight$", "", name)
-        rows, columns = linears.get(linear, ((), ""))
-        if columns == "hidden" or name == Names().head:
+        if linear in readers or name == Names().head:
             tensors[name] = _scaled(tensor, factors)
-        elif rows == ("hidden",):
+        elif linear in layer.writers:
             tensors[name] = _scaled(tensor, 1 / factors.unsqueeze(1))
         elif name == Names().embedding:
             tensors[name] = _scaled(tensor, 1 / factors)

@@ -100,7 +100,7 @@ def test_smoothing_helps_where_a_channel_is_large(make_checkpoint, calibration_t
     for letter in "qkv":
         block.tensors[f"self_attn.{letter}_proj.weight"] = block.tensors[f"self_attn.{letter}_proj.weight"] * size
     read = block.calibration.advance(block.index, block.tensors, ALONE)
-    smoothing = smooth_block(block.tensors, read, block.layer, block.source.sizes, by_error)
+    smoothing = smooth_block(block.tensors, read, block.layer, by_error)
     found = block.measure(smoothing, plain=Variant(smoothed=False), smoothed=Variant())["self_attn.qkv_proj"]
     assert found["smoothed"] < found["plain"] / 50
 

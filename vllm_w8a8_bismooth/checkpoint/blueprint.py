@@ -9,7 +9,7 @@ from vllm_w8a8_bismooth.checkpoint.files import CONFIG
 from vllm_w8a8_bismooth.checkpoint.reader import Header
 from vllm_w8a8_bismooth.errors import BismoothError, Problem
 from vllm_w8a8_bismooth.model.architectures import Architecture, Template, architecture_of
-from vllm_w8a8_bismooth.model.construction import Construction
+from vllm_w8a8_bismooth.model.construction import Construction, Renamed
 from vllm_w8a8_bismooth.model.layers import Layer
 from vllm_w8a8_bismooth.model.names import Names
 
@@ -85,7 +85,7 @@ class Blueprint:
                 "kv_heads": known.get("num_key_value_heads", heads),
                 "vocab": vocabulary,
             },
-            construction=Construction(),
+            construction=Renamed(),
             tied=names.head not in tensors,
             layers=lambda bound: layers,
             outside={name: shape for name, shape in inside.items() if name != names.head},

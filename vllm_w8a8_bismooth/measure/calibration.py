@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +15,7 @@ from vllm_w8a8_bismooth.measure.text import refused, transformers_config
 from vllm_w8a8_bismooth.method.compensate import Gram
 from vllm_w8a8_bismooth.method.moments import Moments
 from vllm_w8a8_bismooth.method.rows import Threads
+from vllm_w8a8_bismooth.model.construction import Construction, Part
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -63,7 +65,7 @@ class Calibration:
             with torch.device("meta"):
                 model = AutoModel.from_config(config, dtype=dtype, attn_implementation=attention).eval()
                 self._blocks = list(model.get_submodule(build.blocks).children())
-                separate_experts(self._blocks, build.expert_linears)
+                separate_experts(self._blocks, build)
             _materialize_buffers(model)
             embedding = model.get_submodule(build.embedding)
             embedding.weight = torch.nn.Parameter(rows, requires_grad=False)
@@ -103,9 +105,11 @@ class Calibration:
         block = self._blocks[index]
         arguments = _each(lambda t: t.to(dtype) if t.is_floating_point() else t, self._arguments[index])
         try:
-            lent = {name: tensors[self.source.construction.stored(name)].to(dtype) for name in block.state_dict()}
+            build = self.source.construction
+            parts = {name: build.parts(index, name) for name in block.state_dict()}
+            lent = {name: _joined(tensors, pieces).to(dtype) for name, pieces in parts.items()}
             block.load_state_dict(lent, assign=True)
-            first = 0 if self.source.construction.returns_tuples else ...
+            first = 0 if build.returns_tuples else ...
             yield block, lambda hidden: self._forwards[index](hidden, *arguments[0], **arguments[1])[first]
         except Exception as error:
             raise BismoothError.of(
@@ -132,7 +136,7 @@ class Calibration:
         Raises:
             BismoothError: the forward pass fails or overflows (named by block and site).
         """
-        built, prefix = self.source.construction.built, self.source.names.block(index)
+        built, prefix = partial(self.source.construction.built, index), self.source.names.block(index)
         seen: dict[str, Moments] = {}
         self.grams = {}
 
@@ -203,12 +207,24 @@ class Given:
         return (hidden,) if self._returns_tuples else hidden
 
 
-def separate_experts(layers: Iterable[torch.nn.Module], names: Sequence[str]) -> None:
+def _joined(tensors: Mapping[str, torch.Tensor], parts: Sequence[Part]) -> torch.Tensor:
+    """A parameter, from what is stored of it."""
+    pieces = []
+    for part in parts:
+        stored = tensors[part.tensor]
+        stored = stored.transpose(-1, -2) if part.transposed else stored
+        pieces.append(stored if part.into is None else stored[part.start : part.start + part.into[1]])
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+
+def separate_experts(blocks: Iterable[torch.nn.Module], construction: Construction) -> None:
     """Make every expert of the decoder blocks a module of its own, of linears with the names of the checkpoint."""
-    for block in layers:
-        mlp: Any = getattr(block, "mlp", None)
-        if hasattr(mlp, "experts"):
-            mlp.experts = _Experts(mlp.experts, names)
+    for index, block in enumerate(blocks):
+        mixture = construction.experts(index)
+        if mixture is None or not any(name == mixture.module for name, _ in block.named_modules()):
+            continue
+        gate, up, down = (linear.rpartition(".")[2] for linear in mixture.linears)
+        block.set_submodule(mixture.module, _Experts(block.get_submodule(mixture.module), (gate, up, down)))
 
 
 class _Experts(torch.nn.Module):

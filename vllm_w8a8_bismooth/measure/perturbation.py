@@ -8,6 +8,7 @@ later blocks get to see: an error of a linear that hardly adds to the stream doe
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -76,7 +77,7 @@ def measure(
     """
     layer = calibration.source.layers[index]
     found: dict[str, dict[str, float]] = {}
-    built = calibration.source.construction.built
+    built = partial(calibration.source.construction.built, index)
     with calibration.lend(index, tensors, torch.float32) as (block, run):
         hidden = hidden.float()
         true = run(hidden)

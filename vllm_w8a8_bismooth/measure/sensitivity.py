@@ -8,6 +8,7 @@ linears add up, because rounding errors of different tokens and linears have not
 """
 
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 
@@ -69,7 +70,7 @@ def measure(
         of what the block reads. Where groups do not divide K, and for experts, there is no ``per_group``.
     """
     layer = calibration.source.layers[index]
-    built = calibration.source.construction.built
+    built = partial(calibration.source.construction.built, index)
     found: dict[str, dict[str, dict[str, float]]] = {}
     with calibration.lend(index, tensors, torch.float32) as (block, run):
         hidden = hidden.float()

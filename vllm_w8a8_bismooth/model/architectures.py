@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
-from vllm_w8a8_bismooth.model.construction import Construction
+from vllm_w8a8_bismooth.model.construction import Construction, Experts, Renamed
 from vllm_w8a8_bismooth.model.floats import ROUTER
 from vllm_w8a8_bismooth.model.layers import Layer, Runs, Site
 from vllm_w8a8_bismooth.model.names import block_of
@@ -152,7 +152,7 @@ class Architecture:
     silent: Mapping[str, int] = field(default_factory=dict)
     offset: float = 0.0
     tied: bool = False
-    construction: Construction = Construction()
+    construction: Construction = Renamed()
 
 
 def _attention(norm: str = "input_layernorm", **more) -> Template:
@@ -197,6 +197,11 @@ def _experts(norm: str, routers: Mapping[str, tuple[str, str]], mlps: Template) 
     consumers = tuple(consumer for site in behind for consumer in site.consumers)
     inner = [site for site in mlps.sites if site.producer != norm]
     return replace(mlps, sites=(*inner, Coupling("norm->experts", norm, (*consumers, *routers))), routers=routers)
+
+
+def _mixture(prefix: str, names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")) -> Experts:
+    gate, up, down = (prefix + name for name in names)
+    return Experts("mlp.experts", (gate, up, down))
 
 
 _POST = "post_attention_layernorm"
@@ -254,7 +259,9 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         ),
         sizes={"experts": ("num_local_experts", "num_experts")},
         silent={"num_key_value_heads": 8},
-        construction=Construction(renamed={"mlp.": "block_sparse_moe."}, expert_linears=("w1", "w3", "w2")),
+        construction=Renamed(
+            renamed={"mlp.": "block_sparse_moe."}, mixture=_mixture("block_sparse_moe.experts.{}.", ("w1", "w3", "w2"))
+        ),
     ),
     "phi3": Architecture(_PHI3),
     "qwen2": Architecture(_QWEN2 | _MLP, silent={"num_key_value_heads": 32}),
@@ -266,6 +273,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             {**_ROUTER, "mlp.shared_expert_gate": ("one", "hidden")},
             _EXPERTS | _mlp(_POST, "mlp.shared_expert.", size="shared", inner="shared up->down"),
         ),
+        construction=Renamed(mixture=_mixture("mlp.experts.{}.")),
         sizes={
             **_EXPERT_SIZES,
             "shared": ("shared_expert_intermediate_size",),
@@ -276,6 +284,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "qwen3_moe": Architecture(
         _QWEN3 | _MLP,
         _QWEN3 | _experts(_POST, _ROUTER, _EXPERTS),
+        construction=Renamed(mixture=_mixture("mlp.experts.{}.")),
         sizes=_EXPERT_SIZES,
         silent={"num_key_value_heads": 4},
     ),

@@ -5,6 +5,36 @@ from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
+class Part:
+    """A piece of a parameter, and where the checkpoint has it.
+
+    Attributes:
+        tensor: name inside the block; ``{}`` stands for the number of the expert, which is the parameter's first index.
+        into: (start, length) of the parameter's (or its slice's) rows that it is; ``None`` for all of it.
+        start: the first of the tensor's rows that are meant.
+        transposed: whether the tensor's axes are the parameter's in reverse.
+    """
+
+    tensor: str
+    into: tuple[int, int] | None = None
+    start: int = 0
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Where a block has its experts.
+
+    Attributes:
+        module: path of the module with the stacked weights.
+        linears: what the checkpoint calls the gate, up and down projection of one, with ``{}`` for its number.
+    """
+
+    module: str
+    linears: tuple[str, str, str]
+
+
+@dataclass(frozen=True)
 class Construction:
     """Where transformers keeps what the checkpoint stores.
 
@@ -14,8 +44,6 @@ class Construction:
         norm: that of the norm behind the last block; ``None`` where there is none.
         outside: parameter of the decoder outside its blocks -> tensor of the checkpoint, but for embedding and norm.
         returns_tuples: whether a block returns its hidden states in a tuple.
-        renamed: beginning of a name inside a block of transformers' -> in the checkpoint.
-        expert_linears: what the checkpoint calls an expert's gate, up and down projection.
     """
 
     decoder: str = "model."
@@ -24,17 +52,90 @@ class Construction:
     norm: str | None = "norm"
     outside: Mapping[str, str] = field(default_factory=dict)
     returns_tuples: bool = False
+
+    def parts(self, index: int, parameter: str) -> Sequence[Part]:
+        """What the checkpoint has of a parameter of block ``index``."""
+        raise NotImplementedError
+
+    def built(self, index: int, linear: str) -> str:
+        """Path in block ``index`` of the module that the checkpoint calls so; experts are modules of their own."""
+        raise NotImplementedError
+
+    def experts(self, index: int) -> Experts | None:
+        """Where block ``index`` has experts, if it has any."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Renamed(Construction):
+    """Modules with the names of the checkpoint, but for what they begin with.
+
+    Attributes:
+        renamed: beginning of a name inside a block of transformers' -> in the checkpoint.
+        mixture: of blocks that have experts.
+    """
+
     renamed: Mapping[str, str] = field(default_factory=dict)
-    expert_linears: Sequence[str] = ("gate_proj", "up_proj", "down_proj")
+    mixture: Experts | None = None
 
-    def stored(self, name: str) -> str:
-        """What the checkpoint calls a tensor or module of a block that transformers builds under ``name``."""
+    def parts(self, index: int, parameter: str) -> Sequence[Part]:
         for built, stored in self.renamed.items():
-            name = name.replace(built, stored, 1) if name.startswith(built) else name
-        return name
+            parameter = parameter.replace(built, stored, 1) if parameter.startswith(built) else parameter
+        return (Part(parameter),)
 
-    def built(self, name: str) -> str:
-        """The inverse of :meth:`stored`."""
+    def built(self, index: int, linear: str) -> str:
         for built, stored in self.renamed.items():
-            name = name.replace(stored, built, 1) if name.startswith(stored) else name
-        return name
+            linear = linear.replace(stored, built, 1) if linear.startswith(stored) else linear
+        return linear
+
+    def experts(self, index: int) -> Experts | None:
+        return self.mixture
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Blocks of one kind, as they were found out.
+
+    Attributes:
+        parameters: of the block -> what the checkpoint has of them.
+        mixture: where its experts are; ``None`` without any.
+    """
+
+    parameters: Mapping[str, tuple[Part, ...]]
+    mixture: Experts | None = None
+
+
+@dataclass(frozen=True)
+class Found(Construction):
+    """Modules whose names were found out, block by block.
+
+    Attributes:
+        kinds: of blocks.
+        kind: the number of that of each block.
+    """
+
+    kinds: tuple[Kind, ...] = ()
+    kind: tuple[int, ...] = ()
+
+    def parts(self, index: int, parameter: str) -> Sequence[Part]:
+        kind = self.kinds[self.kind[index]]
+        if parameter in kind.parameters:
+            return kind.parameters[parameter]
+        assert kind.mixture is not None, parameter
+        number, leaf = parameter.removeprefix(f"{kind.mixture.module}.").removesuffix(".weight").split(".")
+        (template,) = (name for name in kind.mixture.linears if name.endswith(f".{leaf}"))
+        return (Part(f"{template.format(number)}.weight"),)
+
+    def built(self, index: int, linear: str) -> str:
+        kind = self.kinds[self.kind[index]]
+        if kind.mixture is not None:
+            for template in kind.mixture.linears:
+                before, after = template.split("{}")
+                if linear.startswith(before) and linear.endswith(after):
+                    return f"{kind.mixture.module}.{linear[len(before) : len(linear) - len(after)]}{after}"
+        stored = f"{linear}.weight"
+        (name,) = (name for name, parts in kind.parameters.items() if [part.tensor for part in parts] == [stored])
+        return name.removesuffix(".weight")
+
+    def experts(self, index: int) -> Experts | None:
+        return self.kinds[self.kind[index]].mixture

@@ -322,45 +322,31 @@ class _Block:
         if self.layer.linear_of(name) or full not in self.result.headers:
             return False
         if module in self.norms:
-            if name == f"{module}.bias":
-                self._norm_bias(full, self.norms[module])
+            site = self.norms[module]
+            if name == f"{module}.bias" and site.consumers[0] in self.claims:
+                gave = Columns.of(site).gather(self.claims[site.consumers[0]], "amax")
+                self._rounded(full, torch.where(gave == 0, 0, 1 / gave), "values")
             return False
         if not judge and self.all.quantized(full):
             return False
         if module in self.layer.routers and module in self.claims:
-            self._router(full, self.claims[module])
+            self._rounded(full, self.claims[module], "columns")
         elif name == f"{module}.bias" and module in self.free:
             self._bias_elsewhere(full, self.free[module])
         else:
             return self.all.equal(full)
         return False
 
-    def _router(self, name: str, columns: torch.Tensor) -> None:
-        """A router keeps its dtype; its columns take the norm's factor and are rounded once."""
+    def _rounded(self, name: str, factors: torch.Tensor, kind: str) -> None:
+        """What keeps its dtype, a router's columns or a norm's bias, takes the norm's factor and is rounded once."""
         if not self.all.both(name):
             return
         old, new = (checkpoint.read(name) for checkpoint in (self.source, self.result))
-        expected = old.float() * columns
+        expected = old.float() * factors
         slack = expected.abs() * torch.finfo(new.dtype).eps + torch.finfo(new.dtype).smallest_normal
-        bad = ((new.float() - expected).abs() > slack).any(dim=0) & (columns != 0)
+        bad = ((new.float() - expected).abs() > slack).reshape(-1, len(factors)).any(dim=0) & (factors != 0)
         if bad.any():
-            self.all.fault(
-                name,
-                f"{int(bad.sum())} of {len(bad)} columns ({_first(bad)}) are not the source's times the norm's factor",
-                _FUNCTION,
-            )
-
-    def _norm_bias(self, name: str, site: Site) -> None:
-        """A norm's bias is divided like its gain, and rounded once."""
-        if site.consumers[0] not in self.claims or not self.all.both(name):
-            return
-        old, new = (checkpoint.read(name) for checkpoint in (self.source, self.result))
-        gave = Columns.of(site).gather(self.claims[site.consumers[0]], "amax")
-        expected = old.float() / gave
-        slack = expected.abs() * torch.finfo(new.dtype).eps + torch.finfo(new.dtype).smallest_normal
-        bad = ((new.float() - expected).abs() > slack) & (gave != 0)
-        if bad.any():
-            what = f"{int(bad.sum())} of {len(bad)} values ({_first(bad)}) are not the source's over the gain's factor"
+            what = f"{int(bad.sum())} of {len(bad)} {kind} ({_first(bad)}) are not the source's times the norm's factor"
             self.all.fault(name, what, _FUNCTION)
 
     def _bias_elsewhere(self, name: str, divided: Runs) -> None:
