@@ -66,5 +66,9 @@ class BadSource(BismoothError):
     elsewhere = "; bismooth inspect lists them"
 
 
+class UnknownModel(BismoothError):
+    """A type of model that transformers does not have: it can be converted without smoothing."""
+
+
 class Interrupted(BismoothError):
     """The machine stood in the way (a full disk, a lost permission). What was done is kept; the next run resumes."""

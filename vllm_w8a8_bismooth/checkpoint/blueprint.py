@@ -3,8 +3,9 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
-from vllm_w8a8_bismooth.checkpoint import stacks
+from vllm_w8a8_bismooth.checkpoint import findings, stacks
 from vllm_w8a8_bismooth.checkpoint.files import CONFIG
 from vllm_w8a8_bismooth.checkpoint.reader import Header
 from vllm_w8a8_bismooth.errors import BismoothError, Problem
@@ -13,7 +14,9 @@ from vllm_w8a8_bismooth.model.construction import Construction, Renamed
 from vllm_w8a8_bismooth.model.layers import Layer
 from vllm_w8a8_bismooth.model.names import Names
 
-_HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
+if TYPE_CHECKING:
+    from vllm_w8a8_bismooth.discovery.record import Discovery
+
 Shapes = Mapping[str, tuple[int, ...]]
 """Name -> shape."""
 
@@ -59,7 +62,31 @@ class Blueprint:
             raise BismoothError.of(CONFIG, what, "give the folder of a Hugging Face checkpoint")
         if architecture := architecture_of(config):
             return cls.tabled(config, names, architecture)
-        return cls.guessed(config, tensors, BismoothError.of(CONFIG, "unknown", "none"))
+        from vllm_w8a8_bismooth.discovery.discover import discover  # which imports torch and transformers
+
+        try:
+            found = discover(config)
+        except BismoothError as error:
+            return cls.guessed(config, tensors, error)
+        return cls.discovered(config, found)
+
+    @classmethod
+    def discovered(cls, config: Mapping, found: "Discovery") -> "Blueprint":
+        """By what was found out about such models."""
+        names = Names(found.names.blocks, found.names.embedding, found.names.norm, found.names.head or "lm_head.weight")
+        outside = dict(found.outside)
+        vocabulary, hidden = outside[names.embedding]
+        head = outside.pop(names.head, (vocabulary, hidden))
+        layers = findings.layers_of(found)
+        return cls(
+            names=names,
+            sizes=findings.sizes_of(found, config, layers),
+            construction=findings.construction_of(found),
+            tied=found.names.tied,
+            layers=lambda bound: layers,
+            outside=outside if found.names.tied else outside | {names.head: head},
+            optional={names.head: head} if found.names.tied else {},
+        )
 
     @classmethod
     def guessed(cls, config: Mapping, tensors: Mapping[str, Header], unproven: BismoothError) -> "Blueprint":
@@ -72,7 +99,7 @@ class Blueprint:
         layers = stacks.layers_among(tensors, names)
         vocabulary, hidden = tensors[names.embedding].shape
         known = {key: value for key, value in config.items() if type(value) is int and 0 < value < 2**48}
-        heads = next((known[key] for key in _HEADS if key in known), 1)
+        heads = next((known[key] for key in findings.HEADS if key in known), 1)
         inside = {name: header.shape for name, header in tensors.items() if not names.inside(name)}
         widths = [max(shape) for layer in layers for shape in layer.linears.values()]
         return cls(

@@ -17,7 +17,7 @@ from vllm_w8a8_bismooth.conversion.destination import Destination, already_a_par
 from vllm_w8a8_bismooth.conversion.options import chosen_by_name, ignored_by_name
 from vllm_w8a8_bismooth.conversion.plan import blocks_of, span
 from vllm_w8a8_bismooth.conversion.proposal import name_of
-from vllm_w8a8_bismooth.errors import BismoothError
+from vllm_w8a8_bismooth.errors import BismoothError, UnknownModel
 from vllm_w8a8_bismooth.measure.arithmetic import arithmetic
 from vllm_w8a8_bismooth.measure.logits import predicts_tokens
 from vllm_w8a8_bismooth.measure.text import CalibrationText, sample
@@ -117,6 +117,8 @@ def prepare(
         if (place.path / name).exists():
             raise BismoothError.of(place.path / name, f"our own {name} would take its place in the copy", "rename it")
     part = None if blocks is None else blocks_of(blocks, len(source.layers))
+    if source.unproven is not None and recipe.smoothing is not None:
+        recipe, text = _unsmoothed(recipe, source), None
     recipe = replace(
         recipe,
         calibration=text.sha256 if text is not None else None,
@@ -174,6 +176,26 @@ def prepare(
         reused=reused,
         labels=labels,
     )
+
+
+def _unsmoothed(recipe: Recipe, source: Source) -> Recipe:
+    """The recipe for a model of which no site is known; notes that it is another one than was asked for.
+
+    Raises:
+        BismoothError: transformers has such models, but not this one.
+    """
+    error = source.unproven
+    assert error is not None
+    if not isinstance(error, UnknownModel):
+        raise error
+    grouped = recipe.group_layers is not None
+    method = "mixed" if grouped else "rtn"
+    choices = {"group_size": recipe.group_size, "group_layers": recipe.group_layers} if grouped else {}
+    source.notes.append(
+        f"{error.problems[0].what}: its linears were found by names and shapes, and become INT8 without smoothing and "
+        f"calibration (--method {method}), which outlier columns can make useless"
+    )
+    return Recipe.of(method, ignore=recipe.ignore, **choices)
 
 
 def _rounding(recipe: Recipe, text: CalibrationText | None) -> str | None:

@@ -1,7 +1,10 @@
 """How transformers builds the model of a checkpoint: where its parts are, and what they are called there."""
 
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+
+_EXPERT = re.compile(r"(?<=experts\.)\d+(?=\.)")
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,10 @@ class Found(Construction):
         kind = self.kinds[self.kind[index]]
         if parameter in kind.parameters:
             return kind.parameters[parameter]
+        if match := _EXPERT.search(parameter):  # experts that are modules of their own in transformers, too
+            parts = kind.parameters.get(_EXPERT.sub("{}", parameter, count=1))
+            if parts is not None:
+                return [replace(part, tensor=part.tensor.format(match[0])) for part in parts]
         assert kind.mixture is not None, parameter
         number, leaf = parameter.removeprefix(f"{kind.mixture.module}.").removesuffix(".weight").split(".")
         (template,) = (name for name in kind.mixture.linears if name.endswith(f".{leaf}"))
@@ -134,6 +141,10 @@ class Found(Construction):
                 if linear.startswith(before) and linear.endswith(after):
                     return f"{kind.mixture.module}.{linear[len(before) : len(linear) - len(after)]}{after}"
         stored = f"{linear}.weight"
+        if match := _EXPERT.search(linear):
+            stored = _EXPERT.sub("{}", stored, count=1)
+            (name,) = (name for name, parts in kind.parameters.items() if [part.tensor for part in parts] == [stored])
+            return name.removesuffix(".weight").format(match[0])
         (name,) = (name for name, parts in kind.parameters.items() if [part.tensor for part in parts] == [stored])
         return name.removesuffix(".weight")
 

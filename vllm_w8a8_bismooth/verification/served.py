@@ -9,8 +9,10 @@ from vllm_w8a8_bismooth.errors import Problem
 from vllm_w8a8_bismooth.model.names import Names
 from vllm_w8a8_bismooth.verification.structure import Structure
 
-_VLLM = Names()
-"""vLLM's own, which are those of a causal LM for the bare decoder too."""
+
+def _in_vllm(names: Names) -> Names:
+    """vLLM's own names, which are those of a causal LM for the bare decoder too."""
+    return names if names.trunk else Names()
 
 
 def problems(config: dict[str, Any], marked: bool, structure: Structure) -> list[Problem]:
@@ -25,11 +27,12 @@ def problems(config: dict[str, Any], marked: bool, structure: Structure) -> list
         Silent: vLLM gives no answer.
     """
     linears, layers = structure.linears, structure.layers
-    head = _VLLM.head.removesuffix(".weight")
+    names = _in_vllm(structure.names)
+    head = names.head.removesuffix(".weight")
     # A head that is not stored is the embedding, which is float. Others may have made head and routers INT8.
     in_float = {head} - linears.keys()
     for i, layer in enumerate(layers):
-        in_float |= {_VLLM.block(i) + n for n in layer.routers if structure.names.block(i) + n not in linears}
+        in_float |= {names.block(i) + n for n in layer.routers if structure.names.block(i) + n not in linears}
     quantized = {name: linears[stored] for name, stored in _names(structure, linears)}
     answers = ask(
         "probe",
@@ -47,12 +50,13 @@ def problems(config: dict[str, Any], marked: bool, structure: Structure) -> list
 
 def _names(structure: Structure, linears: Collection[str]) -> Iterator[tuple[str, str]]:
     """Linears by the names that they have in vLLM, and by their own; of experts, the first, as vLLM asks it."""
+    names = _in_vllm(structure.names)
     for i, layer in enumerate(structure.layers):
         block = structure.names.block(i)
         name_of = {part: fused for fused, parts in layer.fused.items() for part in parts}
         for linear in layer.linears:
             if (linear not in layer.experts or ".experts.0." in linear) and block + linear in linears:
-                yield _VLLM.block(i) + name_of.get(linear, linear), block + linear
+                yield names.block(i) + name_of.get(linear, linear), block + linear
 
 
 def _last(name: str) -> str:

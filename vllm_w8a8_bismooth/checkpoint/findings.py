@@ -1,0 +1,124 @@
+"""What discovery found of a model, in the terms of the converter."""
+
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from vllm_w8a8_bismooth.model.construction import Construction, Experts, Found, Kind, Part
+from vllm_w8a8_bismooth.model.fusions import fused_among
+from vllm_w8a8_bismooth.model.layers import Layer, Site
+
+if TYPE_CHECKING:
+    from vllm_w8a8_bismooth.discovery import record
+
+_GATE = re.compile(r"(^|[._])(gate|w1|wi_0|c_fc_0|linear_1)([._]|$)")
+"""Names of linears whose output goes through the activation function, and multiplies another's."""
+
+
+def layers_of(found: "record.Discovery") -> list[Layer]:
+    """What each block holds."""
+    kinds = [_layer(layer) for layer in found.layers]
+    return [kinds[kind] for kind in found.blocks]
+
+
+def _layer(layer: "record.Layer") -> Layer:
+    norms = {site.producer: site.offset for site in layer.sites if site.producer not in layer.linears}
+    offset = next(iter(norms.values()), 0.0)
+    order = [*(name for name in layer.linears if name in layer.experts), *layer.linears, *layer.floats]
+    return Layer(
+        tensors=layer.tensors,
+        linears=layer.linears,
+        sites=tuple(_site(site, layer, order) for site in layer.sites),
+        routers=layer.floats,
+        posts={name: offset for name in layer.vectors if name in layer.writers and name not in norms},
+        writers=layer.writers,
+        fused=fused_among(layer.linears),
+        row_parallel=layer.writers & layer.linears.keys(),
+        experts=layer.experts,
+    )
+
+
+def _site(site: "record.Site", layer: "record.Layer", order: list[str]) -> Site:
+    """The last consumer must see every token: of experts and a router, the router."""
+    rows = layer.linears[site.producer][0] if site.producer in layer.linears else layer.vectors[site.producer]
+    return Site(
+        name=site.name,
+        producer=site.producer,
+        consumers=tuple(sorted(site.consumers, key=order.index)),
+        rows=site.rows or ((0, rows),),
+        columns=site.columns,
+        gate=_gate_of(site, layer),
+        offset=site.offset,
+        power=site.power,
+    )
+
+
+def _gate_of(site: "record.Site", layer: "record.Layer") -> str | None:
+    """The linear that opens what a linear makes: by its name, and its shape."""
+    if site.producer not in layer.linears:
+        return None
+    rows, columns = layer.linears[site.producer]
+    if site.rows == ((rows // 2, rows // 2),):
+        return site.producer
+    parent = site.producer.rpartition(".")[0]
+    return next(
+        (
+            name
+            for name, shape in layer.linears.items()
+            if shape == (rows, columns) and name.rpartition(".")[0] == parent and name != site.producer
+            if _GATE.search(name.rpartition(".")[2]) or _GATE.search(name)
+        ),
+        None,
+    )
+
+
+def construction_of(found: "record.Discovery") -> Construction:
+    """How transformers builds it."""
+    base, modules = found.modules.base, found.modules
+    return Found(
+        decoder=base,
+        blocks=modules.blocks.removeprefix(base),
+        embedding=modules.embedding.removeprefix(base),
+        norm=modules.norm and modules.norm.removeprefix(base),
+        outside={name.removeprefix(base): tensor for name, tensor in modules.outside.items()},
+        returns_tuples=modules.returns_tuples,
+        kinds=tuple(_kind(stored) for stored in found.stored),
+        kind=found.blocks,
+    )
+
+
+def _kind(stored: "record.Stored") -> Kind:
+    parameters = {
+        name: tuple(Part(part.tensor, part.into, part.start, part.transposed) for part in parts)
+        for name, parts in stored.parameters.items()
+    }
+    return Kind(parameters, _mixture(parameters))
+
+
+def _mixture(parameters: Mapping[str, tuple[Part, ...]]) -> Experts | None:
+    """Stacked experts of which the checkpoint has each one's gate, up and down projection."""
+    for name, parts in parameters.items():
+        down = parameters.get(f"{name.rpartition('.')[0]}.down_proj", ())
+        linears = tuple(part.tensor.removesuffix(".weight") for part in (*parts, *down))
+        if name.endswith(".gate_up_proj") and len(linears) == 3 and all("{}" in linear for linear in linears):
+            gate, up, last = linears
+            return Experts(name.rpartition(".")[0], (gate, up, last))
+    return None
+
+
+def sizes_of(found: "record.Discovery", config: Mapping, layers: list[Layer]) -> dict[str, int]:
+    """Blueprint's sizes: ``blocks``, ``hidden``, ``intermediate``, ``heads``, ``kv_heads``, ``vocab``, ``experts``."""
+    text = next((config[key] for key in ("text_config", "llm_config") if isinstance(config.get(key), dict)), config)
+    known = {key: value for key, value in text.items() if type(value) is int and 0 < value < 2**48}
+    assert found.names.embedding is not None
+    vocabulary, hidden = found.outside[found.names.embedding]
+    heads = next((known[key] for key in HEADS if key in known), 1)
+    kv_heads = next((known[key] for key in ("num_key_value_heads", "num_kv_heads") if key in known), heads)
+    widths = [max(shape) for layer in layers for shape in layer.linears.values()]
+    sizes = {"blocks": len(layers), "hidden": hidden, "heads": heads, "kv_heads": kv_heads, "vocab": vocabulary}
+    sizes["intermediate"] = max(widths, default=hidden)
+    return sizes | ({"experts": max(found.experts)} if any(found.experts) else {})
+
+
+HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
+"""Keys under which configs have the number of query heads."""
