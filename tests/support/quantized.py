@@ -92,9 +92,7 @@ def quantize(weight: torch.Tensor, format: Format) -> tuple[torch.Tensor, torch.
     rows, columns = weight.shape
     high, wide = format.block((rows, columns))
     codes, numbers = torch.empty(rows, columns, dtype=torch.float8_e4m3fn), torch.empty(rows, columns)
-    grid = [
-        [(slice(i, i + high), slice(j, j + wide)) for j in range(0, columns, wide)] for i in range(0, rows, high)
-    ]
+    grid = [[(slice(i, i + high), slice(j, j + wide)) for j in range(0, columns, wide)] for i in range(0, rows, high)]
     scales = torch.tensor([[float(weight[place].abs().max()) / 448 for place in line] for line in grid])
     scales = scales.to(format.scales)
     for line, of_line in zip(grid, scales.float(), strict=True):

@@ -6,8 +6,8 @@ scales of its inputs and of the KV cache, which mean nothing once it is float.
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Protocol, TypeVar
 
 from vllm_w8a8_bismooth.checkpoint.encodings import GROUP, Encoding, Fp8, Mxfp4
 from vllm_w8a8_bismooth.checkpoint.files import CONFIG
@@ -30,13 +30,21 @@ Block = tuple[int, int]
 
 
 class Shaped(Protocol):
-    """What counts of a stored tensor: its shape, and its dtype as safetensors names it."""
+    """What counts of a tensor's header, a dataclass: shape, dtype as safetensors names it, bytes."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
 
     @property
     def shape(self) -> tuple[int, ...]: ...
 
     @property
     def dtype(self) -> str: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+
+Tensor = TypeVar("Tensor", bound=Shaped)
 
 
 @dataclass
@@ -75,6 +83,7 @@ class Weights:
                 blocks = known(says)
             except ValueError as error:
                 found.problems.append(Problem(CONFIG, f"{key}: {error}", "mend it"))
+                found.lost |= {name for name in stored if stored[name].dtype == FP8}
                 continue
             if blocks is not None:
                 find(found, blocks, stored, lost)
@@ -84,7 +93,24 @@ class Weights:
 
     def __bool__(self) -> bool:
         """Whether the checkpoint is in such a format, however damaged."""
-        return bool(self.encodings or self.problems)
+        return bool(self.encodings or self.lost or self.problems)
+
+    def shown(self, stored: Mapping[str, Tensor], dtype: str, size: int) -> dict[str, Tensor]:
+        """The tensors as others see them, in the order of the files: each weight is where its codes are.
+
+        Args:
+            stored: the tensors in the files.
+            dtype, size: of the weights, as safetensors names it, and in bytes.
+        """
+        names = {encoding.codes: name for name, encoding in self.encodings.items()}
+        found = {}
+        for name, header in stored.items():
+            if (weight := names.get(name)) is not None:
+                shape = self.encodings[weight].shape
+                found[weight] = replace(header, shape=shape, dtype=dtype, nbytes=size * math.prod(shape))
+            elif name not in self.hidden and name not in self.lost:
+                found[name] = header
+        return found
 
     def words(self) -> str | None:
         """How they are stored; ``None`` if there are none."""
@@ -103,7 +129,8 @@ class Weights:
 
 def _find_fp8(found: Weights, blocks: Sequence[Block], stored: Mapping[str, Shaped], lost: Collection[str]) -> None:
     """Matrices in FP8 that have ``weight_scale_inv`` or ``weight_scale`` beside them."""
-    bare = []
+    bare: list[str] = []
+    unfit: dict[str, str] = {}
     for name, codes in stored.items():
         if codes.dtype != FP8 or not name.endswith(_WEIGHT):
             continue
@@ -112,15 +139,15 @@ def _find_fp8(found: Weights, blocks: Sequence[Block], stored: Mapping[str, Shap
         if scales is None:
             bare += [] if any(other in lost for other in beside) else [name]
             found.lost.add(name)
-            continue
-        found.hidden.add(scales)
-        if problem := _unfit(name, codes.shape, stored[scales], blocks):
-            found.fault([scales], problem)
+        elif problem := _unfit(name, codes.shape, stored[scales], blocks):
+            unfit[scales] = problem
+            found.hidden.add(scales)
             found.lost.add(name)
         else:
             block = _shared_by(codes.shape, blocks)[stored[scales].shape]
             found.add(name, Fp8(name, scales, codes.shape, block))
     found.fault(bare, f"has dtype {FP8}, and neither {' nor '.join('weight' + end for end in _SCALES)} is beside it")
+    found.fault([*unfit], next(iter(unfit.values()), ""))
     _find_stray_scales(found, stored, lost)
 
 
@@ -148,7 +175,8 @@ def _unfit(name: str, shape: tuple[int, ...], scales: Shaped, blocks: Sequence[B
 
 def _find_stray_scales(found: Weights, stored: Mapping[str, Shaped], lost: Collection[str]) -> None:
     """Scales whose weights are absent, or float: some of the files are another checkpoint's."""
-    alone, untrue = [], []
+    alone: list[str] = []
+    untrue: dict[str, str] = {}
     for name in stored:
         weight = next((name.removesuffix(end) for end in _SCALES if name.endswith(_WEIGHT + end)), None)
         if weight is None or name in found.hidden:
@@ -157,11 +185,9 @@ def _find_stray_scales(found: Weights, stored: Mapping[str, Shaped], lost: Colle
         if weight not in stored:
             alone += [] if weight in lost else [name]
         elif stored[weight].dtype in _FLOATS:
-            untrue.append(weight)
+            untrue[weight] = f"has dtype {stored[weight].dtype}, and a scale is beside it, as beside weights in {FP8}"
     found.fault(alone, "is the scale of a weight that is not there")
-    if untrue:
-        what = f"has dtype {stored[untrue[0]].dtype}, and a scale is beside it, as beside weights in {FP8}"
-        found.fault(untrue, what)
+    found.fault([*untrue], next(iter(untrue.values()), ""))
 
 
 def _find_mxfp4(found: Weights, _: Sequence[Block], stored: Mapping[str, Shaped], lost: Collection[str]) -> None:

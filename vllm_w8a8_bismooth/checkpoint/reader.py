@@ -139,14 +139,7 @@ class Headers:
             return
         exact = "float32" in (self.config.get("dtype"), self.config.get("torch_dtype"))
         dtype, size = ("F32", 4) if exact else ("BF16", 2)
-        names = {encoding.codes: name for name, encoding in weights.encodings.items()}
-        self.headers = {}
-        for stored, header in self.stored.items():
-            if (name := names.get(stored)) is not None:
-                shape = weights.encodings[name].shape
-                self.headers[name] = Header(header.file, shape, dtype, header.offset, size * math.prod(shape))
-            elif stored not in weights.hidden and stored not in weights.lost:
-                self.headers[stored] = header
+        self.headers = weights.shown(self.stored, dtype, size)
         self.problems += weights.problems
         self.lost |= weights.lost
         self.config = {key: value for key, value in self.config.items() if key not in KEYS}
@@ -208,7 +201,10 @@ class Headers:
         for dtype, names in others.items():
             more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
             what = f"has dtype {dtype} in {self.headers[names[0]].file}{more}: already quantized or not a weight"
-            self._fault(names[0], what, f"give a checkpoint in {', '.join(accepted)}")
+            remedy = f"give a checkpoint in {', '.join(accepted)}"
+            if dtype == FP8 and not any(map(self.config.get, KEYS)):
+                remedy += f", or mend {CONFIG}, which has no {KEYS[0]} that says how they are to be read"
+            self._fault(names[0], what, remedy)
 
     def _fault(self, where: object, what: str, remedy: str) -> None:
         self.problems.append(Problem(str(where), what, remedy))
