@@ -95,11 +95,16 @@ class Layout:
             raise BadSource(replace(first, where=f"{self.checkpoint.place}: {first.where}"), *others)
 
     def nbytes(self, blocks: range | None = None) -> int:
-        """Bytes of all tensors, or of a part with these blocks."""
-        headers = self.checkpoint.headers
+        """Bytes of all tensors in memory, or of a part with these blocks."""
+        return sum(self.checkpoint.headers[name].nbytes for name in self._part(blocks))
+
+    def stored_nbytes(self, blocks: range | None = None) -> int:
+        """The same as the files have them, which is less where weights are stored in FP8 or FP4."""
+        return sum(map(self.checkpoint.stored_nbytes, self._part(blocks)))
+
+    def _part(self, blocks: range | None) -> list[str]:
         blocks = range(len(self.blocks)) if blocks is None else blocks
-        names = [*self.outside_with(blocks), *(self.names.block(i) + n for i in blocks for n in self.blocks[i])]
-        return sum(headers[name].nbytes for name in names)
+        return [*self.outside_with(blocks), *(self.names.block(i) + n for i in blocks for n in self.blocks[i])]
 
     def work(self, index: int, linear: str) -> float:
         """Multiplications of a linear of a block for a token; an expert's are shared out over all tokens."""

@@ -12,7 +12,9 @@ from typing import Any
 from vllm_w8a8_bismooth.checkpoint import companions as beside
 from vllm_w8a8_bismooth.checkpoint import shards
 from vllm_w8a8_bismooth.checkpoint.companions import MODULES, companions, left_out
+from vllm_w8a8_bismooth.checkpoint.encodings import Encoding, decode_into
 from vllm_w8a8_bismooth.checkpoint.files import CONFIG, INDEX, Checksum, Folder, Place, read_json, sha256
+from vllm_w8a8_bismooth.checkpoint.formats import FP8, KEYS, Weights
 from vllm_w8a8_bismooth.errors import BadSource, BismoothError, Interrupted, Problem
 from vllm_w8a8_bismooth.model.architectures import architecture_of
 from vllm_w8a8_bismooth.model.classes import trunk_of
@@ -23,7 +25,7 @@ BUFFER_DTYPES = ("F64", "I64", "I32", "I16", "U8", "BOOL")
 """Of tensors that are no weights (masks, positions, counters), which pass through; see :func:`is_buffer`."""
 # safetensors' name -> torch's; I8 is what we write.
 _DTYPES = {
-    "BF16": "bfloat16", "F16": "float16", "F32": "float32", "I8": "int8",
+    "BF16": "bfloat16", "F16": "float16", "F32": "float32", "I8": "int8", FP8: "float8_e4m3fn",
     "F64": "float64", "I64": "int64", "I32": "int32", "I16": "int16", "U8": "uint8", "BOOL": "bool",
 }  # fmt: skip
 _PACKED = {"weight", "qweight", "qzeros", "g_idx", "weight_packed", "weight_shape", "weight_zero_point"}
@@ -60,10 +62,15 @@ class Headers:
 
     Attributes:
         place: where its files are.
-        config: the parsed ``config.json``; empty if that cannot be read.
+        config: the parsed ``config.json``; empty if that cannot be read. What it says of weights in FP8 or FP4, which
+            are float to everybody else, is not in it.
         files: the shards.
         headers: tensor name -> :class:`Header`, in the order of the files, of every dtype. Names are without what
-            wrappers added to them, see :func:`names.unwrapped`.
+            wrappers added to them, see :func:`names.unwrapped`. Weights in FP8 and FP4 are float here: in F32 if the
+            config gives the model that dtype, else in BF16.
+        stored: the same as the files have it, but for the names.
+        encodings: name of a weight that is stored in FP8 or FP4 -> how.
+        quantized: how these are stored, in words; ``None`` if there are none.
         names: what the parts of the decoder are called.
         renamed: what was taken from the names or added to them; ``None`` if nothing was.
         unlike: see :class:`shards.Shards`.
@@ -84,6 +91,9 @@ class Headers:
         self.files: list[str] = []
         self.headers: dict[str, Header] = {}
         self.problems: list[Problem] = []
+        self.stored: dict[str, Header] = {}
+        self.encodings: Mapping[str, Encoding] = {}
+        self.quantized: str | None = None
         self.names, self.lost, self.notes = Names(), set(), []
         self.apart: set[str] = set()
         self.renamed: str | None = None
@@ -106,6 +116,10 @@ class Headers:
             for file, answer in zip(self.files, pool.map(self._read_header, self.files), strict=True):
                 self._add(file, answer, promised[file], found.weight_map)
         self._unwrap()
+        self.stored = self.headers
+        weights = Weights.of(self.config, self.stored, self.lost)
+        self.encodings, self.quantized = weights.encodings, weights.words()
+        self._decode(weights)
         self.names = Names.among(self.headers)
         self._check_dtypes(dtypes)
 
@@ -120,6 +134,17 @@ class Headers:
         self.lost = {plain[name] for name in self.lost}
         self.renamed = note
         self.notes += [note] if note else []
+
+    def _decode(self, weights: Weights) -> None:
+        """Put each weight that is stored in FP8 or FP4 in the place of what it is stored in."""
+        if not weights:
+            return
+        exact = "float32" in (self.config.get("dtype"), self.config.get("torch_dtype"))
+        dtype, size = ("F32", 4) if exact else ("BF16", 2)
+        self.headers = weights.shown(self.stored, dtype, size)
+        self.problems += weights.problems
+        self.lost |= weights.lost
+        self.config = {key: value for key, value in self.config.items() if key not in KEYS}
 
     def _read_header(self, file: str) -> tuple[int, dict[str, Any]] | BismoothError:
         try:
@@ -178,14 +203,23 @@ class Headers:
         for dtype, names in others.items():
             more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
             what = f"has dtype {dtype} in {self.headers[names[0]].file}{more}: already quantized or not a weight"
-            self._fault(names[0], what, f"give a checkpoint in {', '.join(accepted)}")
+            remedy = f"give a checkpoint in {', '.join(accepted)}"
+            if dtype == FP8 and not any(map(self.config.get, KEYS)):
+                remedy += f", or mend {CONFIG}, which has no {KEYS[0]} that says how they are to be read"
+            self._fault(names[0], what, remedy)
 
     def _fault(self, where: object, what: str, remedy: str) -> None:
         self.problems.append(Problem(str(where), what, remedy))
 
     def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(header.nbytes for header in self.headers.values())
+        """Bytes of all tensors, as the files have them."""
+        return sum(header.nbytes for header in self.stored.values())
+
+    def stored_nbytes(self, name: str) -> int:
+        """Bytes that the files have for a tensor."""
+        encoding = self.encodings.get(name)
+        parts = [name] if encoding is None else [encoding.codes, encoding.scales]
+        return sum(self.stored[part].nbytes for part in parts)
 
     def companion_nbytes(self) -> int:
         """Bytes of the files that are copied with them."""
@@ -234,11 +268,11 @@ class Checkpoint(Headers):
             raise BadSource(*self.problems)
 
     def read(self, name: str, digest=None, into=None):
-        """One tensor, in its stored dtype.
+        """One tensor, in the dtype that :attr:`headers` has for it.
 
         Args:
             name: of the tensor.
-            digest: a hashlib object to feed with its bytes.
+            digest: a hashlib object to feed with its bytes, of float values if it is stored in FP8 or FP4.
             into: a uint8 tensor of the same number of bytes, to read into instead of new memory.
 
         Raises:
@@ -258,16 +292,39 @@ class Checkpoint(Headers):
             yield self._read(name, first, (min(step, size - first),), digest)
 
     def _read(self, name: str, first: int, shape: Sequence[int], digest=None, into=None):
-        """Elements from ``first`` on, of a given shape.
+        """Elements from ``first`` on, of a given shape."""
+        import torch
+
+        header = self.headers[name]
+        dtype = torch_dtype(header.dtype)
+        tensor = torch.empty(shape, dtype=dtype) if into is None else into.view(dtype).view(shape)
+        if name in self.encodings:
+            decode_into(tensor.view(-1), self.encodings[name], self._fetch, first)
+        else:
+            self._read_into(tensor, name, header, first)
+        if digest is not None:
+            digest.update(_bytes_of(tensor))
+        if not is_buffer(name, header.dtype):
+            _refuse_infinite(tensor, name, header, first)
+        return tensor
+
+    def _fetch(self, name: str, first: int, shape: Sequence[int]):
+        """Elements of a stored tensor, from ``first`` on, in their stored dtype."""
+        import torch
+
+        header = self.stored[name]
+        tensor = torch.empty(shape, dtype=torch_dtype(header.dtype))
+        self._read_into(tensor, name, header, first)
+        if header.dtype in FLOAT_DTYPES:
+            _refuse_infinite(tensor, name, header, first)
+        return tensor
+
+    def _read_into(self, tensor, name: str, header: Header, first: int) -> None:
+        """Fill a tensor with stored elements from ``first`` on.
 
         Not by mapping: a file that shrinks would kill the process, and mapped pages count as its memory.
         """
-        import torch
-
-        header, path = self.headers[name], self.folder / self.headers[name].file
-        dtype = torch_dtype(header.dtype)
-        tensor = torch.empty(shape, dtype=dtype) if into is None else into.view(dtype).view(shape)
-        view = tensor.view(-1).view(torch.uint8).numpy().data
+        view, path = _bytes_of(tensor), self.folder / header.file
         try:
             with open(path, "rb", buffering=0) as file:
                 done = 0
@@ -279,25 +336,12 @@ class Checkpoint(Headers):
         except OSError as error:
             what = f"tensor {name} can no longer be read ({error})"
             raise Interrupted.of(path, what, "leave the files at rest and run the same command again") from None
-        if digest is not None:
-            digest.update(view)
-        if (
-            tensor.numel()
-            and not is_buffer(name, header.dtype)
-            and not all(bound.isfinite() for bound in tensor.aminmax())
-        ):
-            bad = (~tensor.view(-1).isfinite()).nonzero().view(-1)
-            place = [int(i) for i in torch.unravel_index(first + bad[0], header.shape)]
-            found = f"{tensor.view(-1)[bad[0]].item()} at {place} ({len(bad)} such values)"
-            remedy = "download the shard again or repair the model"
-            raise BismoothError.of(name, f"holds {found} in {header.file}", remedy)
-        return tensor
 
     def signature(self) -> dict[str, list[int]]:
         """Size in bytes and modification time in ns of every file that a conversion reads."""
         files = {
             Path(CONFIG),
-            *(Path(header.file) for header in self.headers.values()),
+            *(Path(header.file) for header in self.stored.values()),
             *map(Path, companions(self.place)),
         }
         if (self.folder / INDEX).exists():
@@ -333,3 +377,21 @@ class Checkpoint(Headers):
         for file in (CONFIG, *companions(self.place)):
             whole.update(f"{file} {sha256(self.folder / file)}\n".encode(errors="surrogateescape"))
         return whole.hexdigest()
+
+
+def _bytes_of(tensor) -> memoryview:
+    import torch
+
+    return tensor.view(-1).view(torch.uint8).numpy().data
+
+
+def _refuse_infinite(tensor, name: str, header: Header, first: int) -> None:
+    """Raises :class:`BismoothError` if elements of a tensor, from number ``first`` on, are not all finite."""
+    import torch
+
+    if not tensor.numel() or all(bound.isfinite() for bound in tensor.aminmax()):
+        return
+    bad = (~tensor.view(-1).isfinite()).nonzero().view(-1)
+    place = [int(i) for i in torch.unravel_index(first + bad[0], header.shape)]
+    found = f"{tensor.view(-1)[bad[0]].item()} at {place} ({len(bad)} such values)"
+    raise BismoothError.of(name, f"holds {found} in {header.file}", "download the shard again or repair the model")

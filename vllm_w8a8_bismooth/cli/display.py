@@ -96,6 +96,7 @@ def inspection(console: "Console", found: "inspect.Survey", source: str) -> None
         console.print(f"  {name:<13} {text}")
     if found.per_channel:
         _tensor_parallel(console, found)
+    _quantized(console, found.quantized)
     _left_out(console, found.left_out, found.notes)
     if found.problems:
         console.print(f"[red]{len(found.problems)} problem{'s' if len(found.problems) > 1 else ''}[/red]:")
@@ -150,6 +151,7 @@ def preview(console: "Console", plan: "Preview", recipe: "Recipe", then: str | N
     sizes = f"{readable_size(plan.source_bytes)} -> {readable_size(plan.written_bytes)}"
     console.print(f"{sizes}, method {recipe.method}, {by}", markup=False)
     remarks(console, plan.used)
+    _quantized(console, plan.quantized)
     _data_free(console, recipe)
     if plan.grouped is None:
         console.print(f"Per-group linears (g = {recipe.group_size}): the weights decide; sizes are without them")
@@ -211,6 +213,7 @@ def report_json(report: "Outcome") -> dict[str, Any]:
         "labels": asdict(report.labels),
         "source_bytes": report.source_bytes,
         "written_bytes": report.written_bytes,
+        "source_quantized": report.quantized,
         "calibration": report.calibration(),
         "vulnerable": report.vulnerable(),
         "linears": report.linears,
@@ -222,6 +225,15 @@ def report_json(report: "Outcome") -> dict[str, Any]:
         "estimated_kl": report.estimated_kl,
         "granularity": [asdict(entry) for entry in report.granularity],
     }
+
+
+def _quantized(console: "Console", how: str | None) -> None:
+    """What it means that the source is not the original."""
+    if how:
+        console.print(
+            f"[yellow]Warning:[/yellow] the source's weights are quantized already ({how}). They are made float again, "
+            "and INT8 adds its own error to theirs: convert the original in BF16, if there is one."
+        )
 
 
 def _data_free(console: "Console", recipe: "Recipe") -> None:
@@ -278,6 +290,7 @@ def summary(console: "Console", report: "Outcome") -> None:
     if report.used is not None:
         console.print(f"Calibrated on {report.used.words()}.", markup=False)
     remarks(console, report.used)
+    _quantized(console, report.quantized)
     _data_free(console, recipe)
     _granularity(console, report)
     _left_out(console, report.left_out, report.notes)

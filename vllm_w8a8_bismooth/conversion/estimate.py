@@ -65,7 +65,8 @@ def needs(
                 written += (elements + math.prod(header.shape[:1]) * _ROW_BYTES) * converted
     memory, state = _BASE_MEMORY + source.block_nbytes() + AHEAD, 0
     passed = source.nbytes(carried) if carried else 0
-    seconds, read = (source.nbytes(blocks) + _CARRIED * passed) / rates.rounding, source.nbytes(blocks) + passed
+    seconds = (source.nbytes(blocks) + _CARRIED * passed) / rates.rounding
+    read = source.stored_nbytes(blocks) + (source.stored_nbytes(carried) if carried else 0)
     if calibration_tokens is not None:
         state = item * calibration_tokens * source.sizes["hidden"]
         memory += state + item * 3 * 1024 * source.sizes["intermediate"]
@@ -77,11 +78,11 @@ def needs(
         memory += _compensation_nbytes(source)
     if measured_tokens:
         memory += 2 * source.block_nbytes()
-        read += 2 * source.nbytes()  # forwards, and backwards
+        read += 2 * source.stored_nbytes()  # forwards, and backwards
         seconds += 2 * source.nbytes() / rates.rounding + 2 * work * measured_tokens / rates.precise
     disk = written + source.checkpoint.companion_nbytes() + 2 * state
     # The source is read while blocks are worked on.
-    return Needs(source.nbytes(blocks), written, int(memory), disk, max(seconds, read / rates.reading))
+    return Needs(source.stored_nbytes(blocks), written, int(memory), disk, max(seconds, read / rates.reading))
 
 
 def _inputs(source: Layout, index: int) -> list[tuple[int, int]]:

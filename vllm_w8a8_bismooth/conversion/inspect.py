@@ -69,8 +69,9 @@ class Survey:
         model_type: as config.json has it.
         sizes: blocks, hidden, heads, ...; see :func:`blueprint.sizes_of`.
         tied: whether the head is the embedding.
-        parameters, source_bytes: numbers stored, and their bytes.
+        parameters, source_bytes: numbers in the tensors, and bytes in the files.
         dtypes: safetensors' name -> what is stored in it, largest first.
+        quantized: how weights are stored in FP8 or FP4; ``None`` if they are not.
         needs: of a ``data-free`` and of a ``calibrated`` conversion on this machine.
         calibration_tokens: of the latter.
         memory_bytes: of this machine.
@@ -100,6 +101,7 @@ class Survey:
     needs: dict[str, Needs] = field(default_factory=dict)
     per_channel: dict[int, list[str]] = field(default_factory=dict)
     per_group: dict[int, list[str]] = field(default_factory=dict)
+    quantized: str | None = None
     problems: list[Problem] = field(default_factory=list)
     left_out: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -127,7 +129,7 @@ def survey(place: Folder | Repository, calibration_tokens: int, group_size: int)
         model_type=model_type,
         sizes=_sizes(headers),
         tied=head.is_tied(headers),
-        parameters=sum(dtype.parameters for dtype in dtypes.values()),
+        parameters=sum(math.prod(header.shape) for header in headers.headers.values()),
         source_bytes=headers.nbytes(),
         dtypes=dtypes,
         calibration_tokens=calibration_tokens,
@@ -135,6 +137,7 @@ def survey(place: Folder | Repository, calibration_tokens: int, group_size: int)
         memory_bytes=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
         free_bytes=free_space(Path()),
         proposal=propose(place),
+        quantized=headers.quantized,
     )
     try:
         layout = Layout(headers)
@@ -163,7 +166,7 @@ def _sizes(headers: Headers) -> Mapping[str, int]:
 
 def _dtypes(headers: Headers) -> dict[str, Dtype]:
     found: dict[str, Dtype] = {}
-    for header in headers.headers.values():
+    for header in headers.stored.values():
         known = found.get(header.dtype, Dtype())
         found[header.dtype] = Dtype(
             known.tensors + 1, known.parameters + math.prod(header.shape), known.nbytes + header.nbytes

@@ -128,7 +128,11 @@ def merge(ready: Merger, progress: Progress = silent) -> Outcome:
     """
     source, plan, destination = ready.source, ready.plan, ready.destination
     outcome = Outcome(
-        destination, source.nbytes(), blocks=len(source.layers), notes=source.notes + head.notes(source.checkpoint)
+        destination,
+        source.stored_nbytes(),
+        blocks=len(source.layers),
+        quantized=source.checkpoint.quantized,
+        notes=source.notes + head.notes(source.checkpoint),
     )
     outcome.already_float = already_float(source, ready.recipe)
     if ready.reused:

@@ -198,13 +198,13 @@ class _Outline(Folder):
 
 def outline_of(source: Source) -> dict[str, Any]:
     """A checkpoint but for the values of its tensors: SHA-256 of its ``files``, and the ``headers`` of the tensors in
-    their order, with offsets that only hold sizes."""
+    their order, as they are stored, with offsets that only hold sizes."""
     place = source.checkpoint.place
     return {
         "files": {path.as_posix(): sha256(place.path / path) for path in (Path(CONFIG), *map(Path, companions(place)))},
         "headers": {
             name: {"dtype": header.dtype, "shape": list(header.shape), "data_offsets": [0, header.nbytes]}
-            for name, header in source.checkpoint.headers.items()
+            for name, header in source.checkpoint.stored.items()
         },
     }
 

@@ -71,7 +71,8 @@ def convert(ready: Preparation, progress: Progress = silent) -> Outcome:
 def _outcome(ready: Preparation) -> Outcome:
     """What is known of an outcome from the source and the options alone."""
     source = ready.source
-    outcome = Outcome(ready.destination, source.nbytes(ready.part), part=ready.part, blocks=len(source.layers))
+    outcome = Outcome(ready.destination, source.stored_nbytes(ready.part), part=ready.part, blocks=len(source.layers))
+    outcome.quantized = source.checkpoint.quantized
     outcome.left_out, outcome.notes = source.checkpoint.left_out(), [*source.notes]
     if source.outside_with(ready.blocks):
         outcome.notes += head.notes_with_values(source.checkpoint)

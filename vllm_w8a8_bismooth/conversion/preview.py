@@ -28,7 +28,8 @@ class Preview:
         destination: the folder to be.
         reused: it already holds the result; then what follows is empty, but for the card.
         relabelled: what the card of a reused one would be drawn up anew to say; ``None`` if it stays as it is.
-        source_bytes, written_bytes: sizes of all tensors.
+        source_bytes, written_bytes: sizes of all tensors, as they are stored.
+        quantized: how the source stores weights in FP8 or FP4; ``None`` if it does not.
         shards: file -> bytes of its tensors.
         grouped: full names of per-group linears; ``None`` if the weights decide, and sizes are those of none.
         ignored: full names of linears that stay in float.
@@ -48,6 +49,7 @@ class Preview:
     relabelled: Labels | None = None
     source_bytes: int = 0
     written_bytes: int = 0
+    quantized: str | None = None
     shards: dict[str, int] | None = None
     grouped: list[str] | None = None
     ignored: list[str] | None = None
@@ -100,7 +102,8 @@ def preview(ready: Preparation) -> Preview:
     return Preview(
         destination=ready.destination,
         reused=False,
-        source_bytes=source.nbytes(ready.part),
+        source_bytes=source.stored_nbytes(ready.part),
+        quantized=source.checkpoint.quantized,
         written_bytes=written,
         shards=shards,
         grouped=None if grouped is None else full_names(ready.within(grouped), ready.source.names),

@@ -147,6 +147,7 @@ def draw_up(folder: Path, labels: Labels) -> str:
         model=f"[{name}](https://huggingface.co/{name})" if base_model else name,
         version=provenance["vllm_w8a8_bismooth"],
         original=f"\nThe original's own card is [{ORIGINAL_CARD}]({ORIGINAL_CARD}).\n" if original.is_file() else "",
+        quantized=_quantized(report.get("source_quantized")),
         method=_method(recipe) + _calibration(report) + (_EXEMPT if recipe.ignore else ""),
         recipe=json.dumps(asdict(recipe), indent=2),
         linears=len(linears),
@@ -182,6 +183,11 @@ def _terms(found: Mapping[str, Any], given: str | None, written: str | None) -> 
 def _plain(name: str) -> str:
     """A name that Markdown cannot take for anything else."""
     return re.sub(r"[^\w./ -]", "_", name, flags=re.ASCII)[:128]
+
+
+def _quantized(how: str | None) -> str:
+    """What is to be said of an original that is not in float."""
+    return f"\nThe original's weights are {how}. They were made float, and then INT8.\n" if how else ""
 
 
 def _method(recipe: Recipe) -> str:
@@ -287,7 +293,7 @@ _BODY = """\
 {model}, converted by `bismooth` {version} for [vLLM](https://docs.vllm.ai): {linears} linears of its decoder blocks
 hold 8-bit integer weights and get 8-bit integer activations, which are quantized while serving; everything else keeps
 its dtype. The format is compressed-tensors `int-quantized`.
-{original}
+{quantized}{original}
 ## Serve
 
 ```

@@ -19,7 +19,8 @@ class Outcome:
         destination: the written folder.
         estimated_kl: to the source, in nats a token, as the evidence for granularity lets expect; ``None`` without any.
         granularity: what spoke for and against per-group scales, if that was measured.
-        source_bytes, written_bytes: sizes of all tensors.
+        source_bytes, written_bytes: sizes of all tensors, as they are stored.
+        quantized: how the source stores weights in FP8 or FP4; ``None`` if it does not.
         linears: full linear name -> ``group_size`` (``None`` = per-channel), ``column_error`` and ``sqnr`` in dB of
             what was written.
         ignored: full names of the linears that were left in float.
@@ -43,6 +44,7 @@ class Outcome:
     destination: Path
     source_bytes: int = 0
     written_bytes: int = 0
+    quantized: str | None = None
     linears: dict[str, dict[str, Any]] = field(default_factory=dict)
     ignored: list[str] = field(default_factory=list)
     already_float: list[str] = field(default_factory=list)

@@ -16,6 +16,7 @@ def write(folder: Path, outcome: Outcome) -> None:
     report = {
         "source_bytes": outcome.source_bytes,
         "written_bytes": outcome.written_bytes,
+        "source_quantized": outcome.quantized,
         "calibration": outcome.calibration(),
         "vulnerable": outcome.vulnerable(),
         "linears": outcome.linears,
