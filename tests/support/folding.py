@@ -34,9 +34,9 @@ def smoothed_copy(folder: Path, destination: Path) -> list[Factors]:
             # fp32, because rounding to the storage dtype is not part of what is tested
             new = fold.apply(tensor.float()) if fold else smoothing.vectors.get(name, tensor)
             tensors[prefix + name] = new
-            touched = name.endswith(".weight") and (
-                layer.linear_of(name) or name.removesuffix(".weight") in layer.routers
-            )
+            matrices = layer.linears.keys() | layer.routers.keys()
+            sites = {name for site in layer.sites for name in (site.producer, *site.consumers)}
+            touched = tensor.dim() > 1 and name.removesuffix(".weight") in matrices & sites
             assert not touched or not torch.equal(new.float(), tensor.float()), name
         records += smoothing.sites
     shutil.copytree(folder, destination, ignore=shutil.ignore_patterns("*.safetensors*"))
