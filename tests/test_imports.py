@@ -10,7 +10,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = "vllm_w8a8_bismooth"
 OFFLINE = (
-    "errors", "progress", "grouping", "patterns", "shell", "model", "checkpoint", "recipe", "method", "measure",
+    "errors", "progress", "grouping", "patterns", "shell", "model", "discovery", "checkpoint", "recipe", "method",
+    "measure", "report", "conversion", "engine", "verification", "scoring", "publication", "given", "api", "doctor",
+    "cli", "__main__",
     "report", "conversion", "engine", "verification", "scoring", "publication", "given", "api", "doctor", "cli",
     "__main__",
 )  # fmt: skip

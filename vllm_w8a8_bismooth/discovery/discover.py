@@ -1,0 +1,71 @@
+"""The smoothing sites of a config's model, and all names and shapes, without its weights; kept between calls."""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vllm_w8a8_bismooth.discovery.find import find
+from vllm_w8a8_bismooth.discovery.record import Discovery
+from vllm_w8a8_bismooth.progress import Progress, silent
+
+_IRRELEVANT = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "architectures", "quantization_config")
+"""Entries of a config that change nothing of what is found."""
+
+
+def discover(config: Mapping[str, Any], trust_remote_code: bool = False, progress: Progress = silent) -> Discovery:
+    """What is known of the models with a config: kinds of blocks, sites, what becomes INT8, names in the checkpoint.
+
+    A small model of the same class is built from the config, with random weights, and every magnitude that can move
+    between two of its tensors is found by trying, and proven by equality in fp64. The same config gives the same record
+    every time. It is kept in the user's cache (``$XDG_CACHE_HOME/bismooth/discovery``), for the same versions of
+    transformers and of this room.
+
+    Args:
+        config: of ``config.json``.
+        trust_remote_code: whether code that the config names may run.
+        progress: called after each block, with the stage ``discover``.
+
+    Raises:
+        BismoothError: transformers does not know the type, or no small model of it can be built and run.
+    """
+    kept = _folder() / f"{_key(config)}.json"
+    try:
+        return Discovery.from_json(json.loads(kept.read_text()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass  # not there, or not of this form: it is found again
+    found = find(config, trust_remote_code, progress)
+    _keep(kept, json.dumps(found.to_json()))
+    return found
+
+
+def _folder() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "bismooth" / "discovery"
+
+
+def _key(config: Mapping[str, Any]) -> str:
+    """A hash of the config, the version of transformers, and the sources of this room."""
+    import torch
+    import transformers
+
+    relevant = {key: value for key, value in config.items() if key not in _IRRELEVANT}
+    digest = hashlib.sha256(json.dumps(relevant, sort_keys=True, default=str).encode())
+    digest.update(f"{transformers.__version__} {torch.__version__}".encode())
+    for source in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(source.read_bytes())
+    return digest.hexdigest()
+
+
+def _keep(path: Path, text: str) -> None:
+    """Write a file at once or not at all; a cache that cannot be written is none."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+            file.write(text)
+        os.replace(file.name, path)
+    except OSError:
+        return

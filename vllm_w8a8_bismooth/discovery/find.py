@@ -1,0 +1,266 @@
+"""Finds the smoothing sites of a config's model, without its weights."""
+
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from vllm_w8a8_bismooth.discovery import instance, storage, widths
+from vllm_w8a8_bismooth.discovery.assembly import Assembly
+from vllm_w8a8_bismooth.discovery.block import SAME, Tie
+from vllm_w8a8_bismooth.discovery.proof import LENGTHS, SEEDS, Failure, Sample, kind_of, prove, resized
+from vllm_w8a8_bismooth.discovery.record import Discovery, Layer, Modules, Names, Proof, Stored
+from vllm_w8a8_bismooth.discovery.writers import writers_of
+from vllm_w8a8_bismooth.progress import Progress, silent
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+_MOST = 24_000_000
+"""Parameters of a small model."""
+_EXPERTS = 4
+
+
+def find(config: Mapping[str, Any], trust_remote_code: bool = False, progress: Progress = silent) -> Discovery:
+    """See :func:`discover.discover`, which keeps what this finds."""
+    started, threads = time.monotonic(), torch.get_num_threads()
+    instance.check_bounds(config)
+    torch.set_num_threads(1)  # the products are so small that sharing them out takes twenty times as long
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            return _Search(instance.config_of(config, trust_remote_code)).run(progress, started)
+    finally:
+        torch.set_num_threads(threads)
+
+
+class _Search:
+    """One search: the real model without storage, a small one, and a second small one."""
+
+    def __init__(self, config: "PretrainedConfig"):
+        self.config = config
+        try:
+            self.real = instance.build(config, "meta")
+            self.shapes = storage.shapes(self.real)
+        except Exception as error:
+            raise instance.refused(f"transformers builds no model of it ({instance.explained(error)})") from None
+        given = config.to_dict()
+        counts = [n for _, key, value in widths.walk(given) if widths.is_experts(key) for n in widths.numbers(value)]
+        self.many = max(counts, default=0)
+        self.few = min([_EXPERTS, *counts])
+
+    def samples(self) -> list[tuple[int, Sample]]:
+        """At most two small models with what their widths were divided by, the smaller first.
+
+        Raises:
+            BismoothError: none can be built and run.
+        """
+        found: list[tuple[int, Sample]] = []
+        failed = []
+        for factor in widths.factors(self.config.to_dict()):
+            if found and found[0][0] % factor:
+                continue
+            for blocks in (None, self._prefix()):
+                try:
+                    model = instance.small(self.config, factor, max(1, self.few), blocks, _MOST)
+                    found.append((factor, Sample(model)))
+                    break
+                except Exception as error:
+                    failed.append(f"widths divided by {factor}: {instance.explained(error)}")
+            if len(found) == 2 or (found and factor == 1):
+                return found
+        if not found:
+            raise instance.refused(f"no small model of its class runs ({failed[0]})")
+        return found
+
+    def _prefix(self) -> int:
+        """As few first blocks as hold every kind, at least two."""
+        kinds = self._kinds_of_real()
+        return max(2, 1 + max((kinds.index(kind) for kind in set(kinds)), default=1))
+
+    def _kinds_of_real(self) -> list[tuple]:
+        """What the config and the shapes tell the blocks apart by."""
+        lists = [n for n, m in self.real.named_modules() if isinstance(m, torch.nn.ModuleList)]
+        sizes = {n: sum(p.numel() for p in self.real.get_submodule(n).parameters()) for n in lists}
+        outer = [n for n in lists if not any(n.startswith(f"{o}.") for o in lists)]
+        text = self.config.get_text_config()
+        path = max(
+            (n for n in outer if len(self.real.get_submodule(n)) == text.num_hidden_layers), key=sizes.__getitem__
+        )
+        blocks = list(self.real.get_submodule(path).children())
+        given = [v for _, _, v in widths.walk(text.to_dict()) if isinstance(v, list | str) and len(v) == len(blocks)]
+        return [
+            (
+                type(b).__qualname__,
+                tuple((n, tuple(p.shape)) for n, p in b.named_parameters()),
+                str([g[i] for g in given]),
+            )
+            for i, b in enumerate(blocks)
+        ]
+
+    def run(self, progress: Progress, started: float) -> Discovery:
+        samples = self.samples()
+        factor, sample = samples[0]
+        found = sample.search(progress)
+        left, failures = prove(sample, found)
+        resized_change = None
+        if len(samples) > 1:
+            left, resized_change = _at_another_size(sample, samples[1][1], left, failures)
+        dropped = {
+            f"{block.name.rpartition('.')[2]}: {failure.tie.producer}": failure.why
+            for block, some in zip(sample.blocks, failures, strict=True)
+            for failure in some
+        }
+        names, modules, regions = self._surroundings(sample)
+        kinds: dict[tuple[str, int, str], int] = {}
+        layers: list[Layer] = []
+        experts: list[int] = []
+        stored: list[Stored] = []
+        chosen: list[int] = []
+        writers: dict[tuple, set[str]] = {}
+        for index, block in enumerate(sample.blocks):
+            inside = {
+                n[len(prefix) :]: s
+                for prefix in [f"{names.blocks}{index}."]
+                for n, s in self.shapes.items()
+                if n.startswith(prefix)
+            }
+            assembly = Assembly(block, regions[index], inside, (self.few, self.many))
+            kind = kind_of(block)
+            if kind not in writers:
+                writers[kind] = writers_of(block)
+            layer, unfit = assembly.layer(left[index], writers[kind])
+            dropped |= {f"{index}: {producer}": why for producer, why in unfit.items()}
+            where = assembly.stored()
+            key = (repr(layer), assembly.experts, repr(where))
+            if key not in kinds:
+                kinds[key] = len(layers)
+                layers.append(layer)
+                stored.append(where)
+                experts.append(assembly.experts)
+            chosen.append(kinds[key])
+        real = self._kinds_of_real() if len(chosen) < self._blocks(names) else []
+        chosen += [chosen[real.index(kind)] for kind in real[len(chosen) :]]
+        inside_blocks = tuple(f"{names.blocks}{i}." for i in range(len(chosen)))
+        return Discovery(
+            model_type=self.config.model_type,
+            templates=tuple(layers),
+            experts=tuple(experts),
+            blocks=tuple(chosen),
+            names=names,
+            modules=modules,
+            stored=tuple(stored),
+            outside={n: s for n, s in sorted(self.shapes.items()) if not n.startswith(inside_blocks)},
+            proof=Proof(
+                factors=tuple(f for f, _ in samples),
+                blocks=len(sample.blocks),
+                output=max((b.change(ties) for b, ties in zip(sample.blocks, left, strict=True)), default=0.0),
+                large=_large(sample, left),
+                logits=sample.logits_change(
+                    [(b, t) for b, ties in zip(sample.blocks, left, strict=True) for t in ties]
+                ),
+                resized=resized_change,
+                seeds=SEEDS,
+                lengths=LENGTHS,
+                dropped=dict(sorted(dropped.items())),
+                unseen=tuple(sorted({name for block in sample.blocks for name in block.unseen})),
+            ),
+            seconds=time.monotonic() - started,
+        )
+
+    def _blocks(self, names: Names) -> int:
+        inside = [n[len(names.blocks) :].split(".")[0] for n in self.shapes if n.startswith(names.blocks)]
+        return 1 + max(int(index) for index in inside if index.isdigit())
+
+    def _surroundings(self, sample: Sample) -> tuple[Names, Modules, list[dict[str, list[storage.Region]]]]:
+        """Names and modules around the blocks, and where the checkpoint has what is in each block."""
+        model: Any = sample.model
+        everything = storage.regions(model)
+        of = {region.parameter: tensor for tensor, found in everything.items() for region in found}
+        inside: list[dict[str, list[storage.Region]]] = []
+        prefix = ""
+        for block in sample.blocks:
+            own = f"{block.name}."
+            index = block.name.rpartition(".")[2]
+            held = {t: f for t, f in everything.items() if f and all(r.parameter.startswith(own) for r in f)}
+            prefix = _prefix_of(list(held), index)
+            begin = f"{prefix}{index}."
+            inside.append(
+                {t[len(begin) :]: [_inner(r, own, begin) for r in f] for t, f in held.items() if t.startswith(begin)}
+            )
+        embedding = next(n for n, m in model.named_modules() if m is model.get_input_embeddings())
+        out = model.get_output_embeddings()
+        head = next((n for n, m in model.named_modules() if out is not None and m is out), None)
+        norm = _last_norm(sample)
+        tied = out is not None and out.weight is model.get_input_embeddings().weight
+        names = Names(
+            blocks=prefix,
+            embedding=of.get(f"{embedding}.weight"),
+            norm=of.get(f"{norm}.weight") if norm else None,
+            head=None if tied or head is None else of.get(f"{head}.weight"),
+            tied=tied,
+        )
+        base = f"{model.base_model_prefix}." if hasattr(model, model.base_model_prefix) else ""
+        return names, Modules(base, sample.path, embedding, norm, head), inside
+
+
+def _prefix_of(tensors: list[str], index: str) -> str:
+    """What the names of a block's tensors begin with before its number."""
+    split = [name.split(".") for name in tensors]
+    depth = next(d for d in range(len(split[0])) if all(len(s) > d and s[d] == index for s in split))
+    return "".join(f"{part}." for part in split[0][:depth])
+
+
+def _inner(region: storage.Region, own: str, begin: str) -> storage.Region:
+    return storage.Region(
+        region.parameter[len(own) :],
+        region.expert,
+        region.rows,
+        region.tensor[len(begin) :],
+        region.start,
+        region.transposed,
+    )
+
+
+def _last_norm(sample: Sample) -> str | None:
+    """The norm outside the blocks that runs last."""
+    ran: list[str] = []
+    hooks = [
+        module.register_forward_hook(lambda m, a, o, n=name: ran.append(n))
+        for name, module in sample.model.named_modules()
+        if "norm" in type(module).__name__.lower() and not name.startswith(f"{sample.path}.")
+    ]
+    try:
+        sample.logits_change([], slice(1))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return ran[-1] if ran else None
+
+
+def _at_another_size(
+    sample: Sample, other: Sample, left: list[list[Tie]], failures: list[list]
+) -> tuple[list[list[Tie]], float]:
+    """The sites that hold, enlarged, in the second model too, and the largest change there."""
+    names = {block.name: block for block in other.blocks}
+    verdicts: dict[tuple, list[Tie]] = {}
+    kept, largest = [], 0.0
+    for index, (block, ties) in enumerate(zip(sample.blocks, left, strict=True)):
+        key = (kind_of(block), tuple(map(repr, ties)))
+        if key not in verdicts and block.name in names:
+            larger = names[block.name]
+            enlarged = [(tie, resized(block, larger, tie)) for tie in ties]
+            good = [(tie, more) for tie, more in enlarged if more is not None and larger.change([more]) < SAME]
+            largest = max(largest, larger.change([more for _, more in good]))
+            verdicts[key] = [tie for tie, _ in good]
+        good_ties = verdicts.get(key, ties)
+        failures[index] += [
+            Failure(t, "its rows and columns do not grow with the widths") for t in ties if t not in good_ties
+        ]
+        kept.append([tie for tie in ties if tie in good_ties])
+    return kept, largest
+
+
+def _large(sample: Sample, left: list[list[Tie]]) -> float:
+    with sample.large() as blocks:
+        return max((block.change(ties) for block, ties in zip(blocks, left, strict=True)), default=0.0)

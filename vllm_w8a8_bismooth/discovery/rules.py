@@ -1,0 +1,51 @@
+"""Which matrices of a block stay in float, and why: what vLLM does not multiply in INT8, or what would gain nothing."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+_MULTIPLE = 16
+"""Of columns, that INT8 kernels ask for."""
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A tensor of two and more axes.
+
+    Attributes:
+        name: inside the block, ``{}`` for an expert's number.
+        shape: as stored, at real size.
+        rows, columns: of the product at real size; 0 if none was seen.
+        counted: whether its rows are a number of things (experts, heads, one) and not a width.
+        owner: name of the module's class.
+        beside: names that stand beside it in its module, and beside the module.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    rows: int
+    columns: int
+    counted: bool
+    owner: str
+    beside: frozenset[str]
+
+
+_RULES: tuple[tuple[Callable[[Matrix], bool], str], ...] = (
+    (lambda m: len(m.shape) > 2 and "expert" in m.name.lower() or (len(m.shape) > 2 and m.rows > 0),
+     "experts stored as one tensor"),
+    (lambda m: not m.rows and (len(m.shape) > 2 or "conv" in m.owner.lower()), "a convolution"),
+    (lambda m: m.name.endswith("bias"), "biases of experts"),
+    (lambda m: not m.rows and bool(re.search(r"A_log|(^|\.)[AD]$", m.name)), "a state-space parameter"),
+    (lambda m: not m.rows, "nothing was seen to be multiplied with it"),
+    (lambda m: m.counted, "a router or gate: one row for each expert or head"),
+    (lambda m: {"x_proj", "dt_proj"} <= m.beside, "a Mamba-1 mixer, which vLLM does not quantize"),
+    (lambda m: bool(re.search(r"indexer\.(wk|weights_proj|k_proj)\b", m.name)), "an indexer, which vLLM keeps so"),
+    (lambda m: "per_layer" in m.name, "per-layer embeddings, which vLLM keeps in float"),
+    (lambda m: m.columns % _MULTIPLE > 0, f"its columns are no multiple of {_MULTIPLE}"),
+    (lambda m: min(m.rows, m.columns) < _MULTIPLE, "it is tiny"),
+)  # fmt: skip
+
+
+def reason(matrix: Matrix) -> str | None:
+    """Why a matrix stays in float; ``None`` if it becomes INT8."""
+    return next((why for applies, why in _RULES if applies(matrix)), None)

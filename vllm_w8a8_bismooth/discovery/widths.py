@@ -1,0 +1,170 @@
+"""A smaller config of the same class: every width divided by one factor, every count kept but those of the experts."""
+
+import copy
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+_WIDTH = re.compile(
+    r"\w*_(size|dim|dims|rank|width)(_mlp|_per_layer_input)?|n_embd|d_model|n_inner|dim|d_(ff|kv|head|inner|state)|"
+    r"mamba_(d_ssm|d_head|d_state|headdim)|kv_channels|dim_model_base|rotary_dim|\w*head_dim\w*"
+)
+"""Keys whose numbers become sides of matrices, in all spellings of transformers' configs."""
+_NO_WIDTH = re.compile(
+    r".*(vocab|window|chunk|patch|image|kernel|batch|tensor_parallel|group|block_size|cache|conv_L|sample|pretraining_tp)"
+    r".*|max_.*|num_.*"
+)
+_EXPERTS = re.compile(r"(moe_)?(num|n)_(local_|routed_)?experts|moe_num_experts|num_moe_experts")
+_CHOSEN = re.compile(r"\w*experts?_per_tok(en)?|moe_(top)?k|moe_top_k|top_k_experts|num_selected_experts|moe_topk")
+_GROUPS = re.compile(r"n_group|topk_group|num_expert_group|n_expert_groups?|n_limited_groups")
+_BLOCKS = re.compile(r"num_hidden_layers|n_layers?|num_layers|depth|num_decoder_layers|encoder_layers|decoder_layers")
+_LENGTHS = re.compile(
+    r"sliding_window(_size)?|attention_chunk_size|index_topk|(mamba_)?chunk_size|local_attention_window"
+)
+"""Numbers of tokens, made so small that they matter in a short text."""
+_POSITIONS = re.compile(
+    r"max_position_embeddings|n_positions|n_ctx|max_seq(uence)?_len(gth)?|seq_length|model_max_length|max_sequence_length"
+)
+_TEXT = re.compile(r"(text|llm|language|decoder)_config")
+_UNUSED = ("transformers_version", "architectures", "dtype", "torch_dtype", "id2label", "label2id")
+_ROTARY_LISTS = ("short_factor", "long_factor")
+"""A number for each pair of a head's channels."""
+
+_NARROWEST = 4
+VOCABULARY = 256
+RESERVED = 8
+"""The first tokens: those that a config names (padding, images) are among them, and no text has them."""
+_WINDOW, _POSITIONS_KEPT, _ORIGINAL = 16, 256, 128
+
+
+def is_tower(key: str, value: object) -> bool:
+    """Whether a part of a config is of something beside the language model: a vision tower, an audio encoder."""
+    return (
+        isinstance(value, dict) and key.endswith("_config") and not _TEXT.fullmatch(key) and "vocab_size" not in value
+    )
+
+
+def numbers(value: object) -> list[int]:
+    """The integers that stand for one thing: one, or one a block."""
+    items: list[Any] = value if isinstance(value, list) else [value]
+    return items if items and all(type(item) is int and item > 0 for item in items) else []
+
+
+def walk(config: Mapping, inside: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], str, Any]]:
+    """Every entry of a config's language model, also of the configs inside it: (where, key, value)."""
+    for key, value in config.items():
+        if not isinstance(key, str):  # labels of a classifier
+            continue
+        if isinstance(value, dict) and not is_tower(key, value):
+            yield from walk(value, (*inside, key))
+        elif isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+            for index, item in enumerate(value):
+                yield from walk(item, (*inside, key, str(index)))
+        else:
+            yield inside, key, value
+
+
+def is_width(key: str, value: object) -> bool:
+    return bool(_WIDTH.fullmatch(key)) and not _NO_WIDTH.fullmatch(key) and bool(numbers(value))
+
+
+def is_experts(key: str) -> bool:
+    """Whether a key's number is how many experts a mixture has."""
+    return bool(_EXPERTS.fullmatch(key))
+
+
+def factors(config: Mapping) -> list[int]:
+    """What the widths can be divided by, largest first; 1 is the last.
+
+    All widths are divided, and none is left below four, where a norm of so few channels knows only signs. Only if
+    nothing divides them all are the hidden size's divisors tried: a width that stands in the way is then kept.
+    """
+    widths = [number for _, key, value in walk(config) if is_width(key, value) for number in numbers(value)]
+    widths += [hidden // heads for hidden, heads in _heads(config) if hidden % heads == 0]
+    widths = widths or [1]
+    common, most = math.gcd(*widths), min(widths) // _NARROWEST
+    found = [f for f in range(most, 1, -1) if common % f == 0]
+    if not found:
+        hidden = max((size for size, _ in _heads(config)), default=1)
+        found = [f for f in (64, 32, 16, 8, 4, 2) if hidden % f == 0]
+    return [*found, 1]
+
+
+def _heads(config: Mapping) -> Iterator[tuple[int, int]]:
+    """(hidden size, heads) of the parts of a config that do not say how wide a head is."""
+    for part in (
+        config,
+        *(value for key, value in config.items() if isinstance(value, dict) and not is_tower(key, value)),
+    ):
+        hidden = next((part[k] for k in ("hidden_size", "n_embd", "d_model") if type(part.get(k)) is int), None)
+        heads = next((part[k] for k in ("num_attention_heads", "n_head", "n_heads") if type(part.get(k)) is int), None)
+        if hidden and heads:
+            yield hidden, heads
+
+
+def shrunk(config: Mapping, factor: int, experts: int, blocks: int | None = None) -> dict[str, Any]:
+    """The config with its widths divided by ``factor``.
+
+    Args:
+        config: of transformers' own keys, not modified.
+        factor: see :func:`factors`. Widths that it does not divide are kept.
+        experts: of each mixture, all of them chosen for every token, in one group.
+        blocks: only the first so many; ``None`` for all.
+
+    Returns:
+        A config whose models are small in memory: few tokens, short windows; towers for images and sound have a
+        single block.
+    """
+    out: dict[str, Any] = {}
+    total = next((config[key] for key in config if _BLOCKS.fullmatch(key) and type(config[key]) is int), None)
+    for key, value in config.items():
+        if not isinstance(key, str) or key in _UNUSED:
+            continue
+        if is_tower(key, value):
+            out[key] = {k: 1 if _BLOCKS.fullmatch(k) and type(v) is int else copy.deepcopy(v) for k, v in value.items()}
+        elif isinstance(value, dict):
+            out[key] = shrunk(value, factor, experts, blocks)
+        elif isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+            out[key] = [shrunk(item, factor, experts) for item in value[: blocks if len(value) == total else None]]
+        else:
+            out[key] = _entry(key, value, factor, experts)
+            if blocks and total and isinstance(value, list | str) and len(value) == total:
+                out[key] = out[key][:blocks]
+            elif blocks and _BLOCKS.fullmatch(key) and type(value) is int:
+                out[key] = min(blocks, value)
+    return out
+
+
+def _entry(key: str, value: Any, factor: int, experts: int) -> Any:
+    """One entry of :func:`shrunk`."""
+    found = numbers(value)
+    if key.endswith(("token_id", "token_index", "token_ids")):
+        changed = None if value is None else [1] if isinstance(value, list) else 1
+    elif key in _ROTARY_LISTS and isinstance(value, list):
+        changed = value[:: factor if len(value) % factor == 0 else 1]
+    elif key == "mrope_section" and found:
+        parts = [number // factor for number in found]
+        changed = [parts[0] + sum(found) // factor - sum(parts), *parts[1:]]
+    elif not found:
+        changed = copy.deepcopy(value)
+    else:
+        change = next((change for pattern, change in _CHANGES if pattern.fullmatch(key)), None)
+        if change is None and is_width(key, value):
+            changed = [n // factor if n % factor == 0 else n for n in found]
+        else:
+            changed = [change(n, experts) if change else n for n in found]
+        changed = changed if isinstance(value, list) else changed[0]
+    return changed
+
+
+_CHANGES = (
+    (_EXPERTS, lambda number, experts: min(number, experts)),
+    (_CHOSEN, lambda number, experts: experts),
+    (_GROUPS, lambda number, experts: 1),
+    (_LENGTHS, lambda number, experts: min(number, _WINDOW)),
+    (_POSITIONS, lambda number, experts: min(number, _POSITIONS_KEPT)),
+    (re.compile("original_max_position_embeddings"), lambda number, experts: min(number, _ORIGINAL)),
+    (re.compile(r"\w*vocab_size\w*"), lambda number, experts: min(number, VOCABULARY)),
+)
+"""Key -> what becomes of its number; every other number is kept."""
