@@ -13,8 +13,6 @@ OFFLINE = (
     "errors", "progress", "grouping", "patterns", "shell", "model", "discovery", "checkpoint", "recipe", "method",
     "measure", "report", "conversion", "engine", "verification", "scoring", "publication", "given", "api", "doctor",
     "cli", "__main__",
-    "report", "conversion", "engine", "verification", "scoring", "publication", "given", "api", "doctor", "cli",
-    "__main__",
 )  # fmt: skip
 """Rooms and single modules of the offline half; each may import those before it."""
 MORE = {"doctor": {"ops"}}

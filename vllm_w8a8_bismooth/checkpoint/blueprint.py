@@ -73,7 +73,9 @@ class Blueprint:
     @classmethod
     def discovered(cls, config: Mapping, found: "Discovery") -> "Blueprint":
         """By what was found out about such models."""
-        names = Names(found.names.blocks, str(found.names.embedding), found.names.norm, found.names.head or "lm_head.weight")
+        names = Names(
+            found.names.blocks, str(found.names.embedding), found.names.norm, found.names.head or "lm_head.weight"
+        )
         outside = dict(found.outside)
         vocabulary, hidden = outside[names.embedding]
         head = outside.pop(names.head, (vocabulary, hidden))

@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from vllm_w8a8_bismooth.model.configs import text_of
 from vllm_w8a8_bismooth.model.construction import Construction, Experts, Found, Kind, Part
 from vllm_w8a8_bismooth.model.fusions import fused_among
 from vllm_w8a8_bismooth.model.layers import Layer, Site
@@ -108,8 +109,7 @@ def _mixture(parameters: Mapping[str, tuple[Part, ...]]) -> Experts | None:
 
 def sizes_of(found: "record.Discovery", config: Mapping, layers: list[Layer]) -> dict[str, int]:
     """Blueprint's sizes: ``blocks``, ``hidden``, ``intermediate``, ``heads``, ``kv_heads``, ``vocab``, ``experts``."""
-    text = next((config[key] for key in ("text_config", "llm_config") if isinstance(config.get(key), dict)), config)
-    known = {key: value for key, value in text.items() if type(value) is int and 0 < value < 2**48}
+    known = {key: value for key, value in text_of(config).items() if type(value) is int and 0 < value < 2**48}
     assert found.names.embedding is not None
     vocabulary, hidden = found.outside[found.names.embedding]
     heads = next((known[key] for key in HEADS if key in known), 1)

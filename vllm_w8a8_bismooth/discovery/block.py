@@ -92,6 +92,11 @@ class Block:
         output = torch.cat([tensor.double().flatten() for tensor in _tensors(out) if tensor.is_floating_point()])
         return output, {unit: torch.cat(rows) for unit, rows in watch.seen.items()}
 
+    def returned(self) -> object:
+        """What its module returns, as it returns it."""
+        with Watch({}):
+            return self.module(*self._args, **self._kwargs)
+
     @contextmanager
     def kept(self, names: Collection[str] | None = None) -> Iterator[None]:
         """Whatever the context's body changes in these parameters (all, if ``None``) is taken back."""

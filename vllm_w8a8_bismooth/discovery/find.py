@@ -201,7 +201,16 @@ class _Search:
             tied=tied,
         )
         base = f"{model.base_model_prefix}." if hasattr(model, model.base_model_prefix) else ""
-        return names, Modules(base, sample.path, embedding, norm, head), inside
+        beside = tuple(f"{path}." for path in (sample.path, embedding, norm, head))
+        outside = {
+            region.parameter: tensor
+            for tensor, found in everything.items()
+            for region in found
+            if len(found) == 1 and not region.transposed and not region.parameter.startswith(beside)
+            if not any(part.isdigit() for part in region.parameter.split("."))  # of the blocks of a tower
+        }
+        tuples = isinstance(sample.blocks[0].returned(), tuple)
+        return names, Modules(base, sample.path, embedding, norm, head, outside, tuples), inside
 
 
 def _prefix_of(tensors: list[str], index: str) -> str:

@@ -10,6 +10,7 @@ import torch
 from vllm_w8a8_bismooth.discovery import widths
 from vllm_w8a8_bismooth.discovery.watch import Watch
 from vllm_w8a8_bismooth.errors import BismoothError
+from vllm_w8a8_bismooth.model.configs import decoded
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -58,7 +59,7 @@ def config_of(config: Mapping, trust_remote_code: bool = False) -> "PretrainedCo
     """
     from transformers import AutoConfig
 
-    entries = {k: v for k, v in config.items() if k not in ("model_type", "quantization_config", "auto_map")}
+    entries = {k: decoded(v) for k, v in config.items() if k not in ("model_type", "quantization_config", "auto_map")}
     try:
         return AutoConfig.for_model(config["model_type"], **entries)
     except Exception as error:

@@ -164,6 +164,8 @@ class Modules:
         base: what they begin with, and the bare decoder's (``AutoModel``) do not: ``model.``; may be empty.
         blocks, embedding, norm: the list of blocks, the embedding, the norm behind the last block (``None``: none).
         head: the last linear; ``None`` if there is none.
+        outside: parameters and buffers outside the blocks, but for embedding, norm and head -> the checkpoint's tensor.
+        returns_tuples: whether a block returns its hidden states in a tuple.
     """
 
     base: str
@@ -171,6 +173,8 @@ class Modules:
     embedding: str
     norm: str | None
     head: str | None
+    outside: Mapping[str, str] = field(default_factory=dict)
+    returns_tuples: bool = False
 
 
 @dataclass(frozen=True)
@@ -253,7 +257,7 @@ class Discovery:
             experts=tuple(value["experts"]),
             blocks=tuple(value["blocks"]),
             names=Names(**_complete(Names, value["names"])),
-            modules=Modules(**_complete(Modules, value["modules"])),
+            modules=_modules(value["modules"]),
             stored=tuple(_stored(stored) for stored in value["stored"]),
             outside={name: tuple(shape) for name, shape in value.get("outside", {}).items()},
             proof=_proof(value["proof"]),
@@ -301,6 +305,11 @@ def _layer(value: Mapping[str, Any]) -> Layer:
         experts=frozenset(value.get("experts", ())),
         writers=frozenset(value.get("writers", ())),
     )
+
+
+def _modules(value: Mapping[str, Any]) -> Modules:
+    own = {"outside": dict(value.get("outside", {})), "returns_tuples": value.get("returns_tuples", False)}
+    return Modules(**{**_complete(Modules, value), **own})
 
 
 def _stored(value: Mapping[str, Any]) -> Stored:

@@ -165,6 +165,6 @@ _CHANGES = (
     (_LENGTHS, lambda number, experts: min(number, _WINDOW)),
     (_POSITIONS, lambda number, experts: min(number, _POSITIONS_KEPT)),
     (re.compile("original_max_position_embeddings"), lambda number, experts: min(number, _ORIGINAL)),
-    (re.compile(r"\w*vocab_size\w*"), lambda number, experts: min(number, VOCABULARY)),
+    (re.compile(r"\w*vocab_size\w*"), lambda number, experts: VOCABULARY),
 )
 """Key -> what becomes of its number; every other number is kept."""

@@ -61,7 +61,9 @@ class Calibration:
         config = transformers_config(checkpoint)
         try:
             # sdpa would drop the soft cap on attention logits without a word
-            attention = "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
+            capped = getattr(config, "attn_logit_softcapping", None)
+            plain = capped or not AutoModel._model_mapping[type(config)]._supports_sdpa
+            attention = "eager" if plain else "sdpa"
             with torch.device("meta"):
                 model = AutoModel.from_config(config, dtype=dtype, attn_implementation=attention).eval()
                 self._blocks = list(model.get_submodule(build.blocks).children())

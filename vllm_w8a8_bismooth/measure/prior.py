@@ -65,16 +65,21 @@ class Prior:
             BismoothError: the weights are so large that fp32 cannot hold what they make.
         """
         layer = self._source.layers[index]
-        sites = [site for site in layer.sites if site.producer not in layer.linears]
-        posts = list(layer.posts.items())
+        norms = [site for site in layer.sites if site.producer not in layer.linears]
+        halves = [site for site in norms if site.channels == len(self.hidden)]
+        posts = list(layer.posts.items()) if len(layer.posts) == len(halves) else []
         found: dict[str, Moments] = {}
-        for half, site in enumerate(sites):
+        for site in norms:
             gain = tensors[f"{site.producer}.weight"].float() + site.offset
-            rms = (self.hidden / self.hidden.mean().clamp(min=1e-30)).sqrt() * gain.abs()
+            rms = gain.abs()
+            if site in halves:
+                rms = (self.hidden / self.hidden.mean().clamp(min=1e-30)).sqrt() * rms
+            bias = tensors.get(f"{site.producer}.bias")
+            rms = Columns.of(site).spread(rms if bias is None else torch.hypot(rms, bias.float()))
             found[site.name] = _moments(rms, rms * _normal(ORDER) ** (1 / ORDER))
             written = self._write(layer, site, rms, tensors, found, threads)
-            if posts:
-                post, offset = posts[half]
+            if posts and site in halves:
+                post, offset = posts[halves.index(site)]
                 written = (tensors[f"{post}.weight"].float() + offset).square()
             self.hidden = self.hidden + written
         seen = {"the residual stream": self.hidden} | {f"site {name}": moments.high for name, moments in found.items()}
@@ -104,13 +109,15 @@ class Prior:
             return size if bias is None else torch.hypot(size, bias.float())
 
         written = torch.zeros_like(self.hidden)
+        for consumer in (name for name in behind.consumers if name in layer.writers):
+            written += rows(consumer, rms).square()
         for site in _inside(layer, behind):
             size = rows(site.producer, rms)[indices(site.rows)]
             if site.gate is not None:
                 gate = rows(site.gate, rms)[: site.channels]
                 size, high = _gated(size, gate, 2), _gated(size, gate, ORDER)
                 found[site.name] = _moments(size, high)
-            for consumer in site.consumers:
+            for consumer in (name for name in site.consumers if name in layer.writers):
                 share = len(layer.experts) / 3 if consumer in layer.experts else 1
                 written += rows(consumer, Columns.of(site).spread(size)).square() / share
         return written

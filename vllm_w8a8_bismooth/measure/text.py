@@ -5,7 +5,6 @@ import math
 from array import array
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -20,6 +19,7 @@ from vllm_w8a8_bismooth.measure.corpus import PLAIN, Corpus
 from vllm_w8a8_bismooth.measure.documents import ACCEPTED, Chat, Unusable, document
 from vllm_w8a8_bismooth.measure.json_rows import LONGEST
 from vllm_w8a8_bismooth.measure.used import Used
+from vllm_w8a8_bismooth.model.configs import decoded, positions_of
 
 WINDOW = 512
 _PIECE = 2**12  # characters tokenized at once
@@ -214,9 +214,7 @@ def sample(text: CalibrationText, checkpoint: Checkpoint, budget: int, window: i
     if not ids:
         what = "the checkpoint's tokenizer makes no tokens of it"
         raise BismoothError.of(text.name, what, "use --calibration none")
-    longest = checkpoint.config.get("max_position_embeddings")
-    longest = longest if isinstance(longest, int) and longest > 0 else window
-    whole = min(window, longest, budget, len(ids) + len(lead))
+    whole = min(window, positions_of(checkpoint.config) or window, budget, len(ids) + len(lead))
     lead = lead[: whole - 1]  # a window of one token has no room for it
     length = whole - len(lead)
     starts = range(0, len(ids) - length + 1, length)
@@ -338,7 +336,7 @@ def transformers_config(checkpoint: Checkpoint):
 
     # Without a classifier's labels, for each of which transformers would make up a name.
     # A copy to the bottom: transformers changes what is inside, and the config is written as it was read.
-    settings = deepcopy({key: value for key, value in checkpoint.config.items() if key != "num_labels"})
+    settings = decoded({key: value for key, value in checkpoint.config.items() if key != "num_labels"})
     try:
         return AutoConfig.for_model(**settings)
     except Exception as error:  # its validation raises many types

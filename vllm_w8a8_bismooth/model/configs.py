@@ -1,0 +1,30 @@
+"""What a config.json says, in Python's numbers, and where in it a language model's own part is."""
+
+from collections.abc import Mapping
+from typing import Any
+
+_FLOAT = "__float__"
+"""The key under which transformers writes infinities and NaN, which JSON does not have."""
+_TEXT = ("text_config", "llm_config", "language_config", "thinker_config")
+_POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length", "n_ctx")
+
+
+def decoded(value: Any) -> Any:
+    """A deep copy of a parsed config, with the numbers that JSON does not have."""
+    if isinstance(value, dict):
+        if value.keys() == {_FLOAT} and isinstance(value[_FLOAT], str):
+            return float(value[_FLOAT]) if value[_FLOAT] in ("Infinity", "-Infinity", "NaN") else value
+        return {key: decoded(item) for key, item in value.items()}
+    return [decoded(item) for item in value] if isinstance(value, list) else value
+
+
+def text_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part that is of the language model, where others have theirs beside it."""
+    return next((config[key] for key in _TEXT if isinstance(config.get(key), dict)), config)
+
+
+def positions_of(config: Mapping[str, Any]) -> int | None:
+    """How many positions the model has; ``None`` if it does not say."""
+    text = text_of(config)
+    found = (text[key] for key in _POSITIONS if type(text.get(key)) is int and text[key] > 0)
+    return next(found, None)
