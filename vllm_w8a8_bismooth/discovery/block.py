@@ -88,7 +88,7 @@ class Block:
     def run(self) -> tuple[torch.Tensor, dict[Unit, torch.Tensor]]:
         """What it returns now, and the inputs of its matrices."""
         with Watch(self.parameters) as watch:
-            out = self.module(*self._args, **self._kwargs)
+            out = self.module(*_copied(self._args), **_copied(self._kwargs))
         output = torch.cat([tensor.double().flatten() for tensor in _tensors(out) if tensor.is_floating_point()])
         return output, {unit: torch.cat(rows) for unit, rows in watch.seen.items()}
 
@@ -203,6 +203,13 @@ def _tensors(value: object) -> list[torch.Tensor]:
     return [tensor for item in items for tensor in _tensors(item)] if isinstance(items, tuple | list) else []
 
 
+def _copied(value: Any) -> Any:
+    """Nested arguments with containers of their own: blocks that share keys and values put them into one."""
+    if type(value) is dict:
+        return {key: _copied(item) for key, item in value.items()}
+    return type(value)(map(_copied, value)) if type(value) in (tuple, list) else value
+
+
 def capture(
     model: torch.nn.Module, run: Callable[[], torch.Tensor], lists: Collection[str], generator: torch.Generator
 ) -> tuple[torch.Tensor, list[Block]]:
@@ -211,7 +218,7 @@ def capture(
 
     def note(name: str) -> Callable:
         def hook(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
-            calls.setdefault(name, (module, args, kwargs))
+            calls.setdefault(name, (module, _copied(args), _copied(kwargs)))
 
         return hook
 

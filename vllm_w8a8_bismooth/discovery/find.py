@@ -17,8 +17,8 @@ from vllm_w8a8_bismooth.progress import Progress, silent
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-_MOST = 24_000_000
-"""Parameters of a small model."""
+_MOST, _MOST_OF_FEW = 24_000_000, 64_000_000
+"""Parameters of a small model with all blocks, and of one with as few as hold every kind."""
 _EXPERTS = 4
 
 
@@ -60,9 +60,9 @@ class _Search:
         for factor in widths.factors(self.config.to_dict()):
             if found and found[0][0] % factor:
                 continue
-            for blocks in (None, self._prefix()):
+            for blocks, most in ((None, _MOST), (self._prefix(), _MOST_OF_FEW)):
                 try:
-                    model = instance.small(self.config, factor, max(1, self.few), blocks, _MOST)
+                    model = instance.small(self.config, factor, max(1, self.few), blocks, most)
                     found.append((factor, Sample(model)))
                     break
                 except Exception as error:
@@ -70,7 +70,7 @@ class _Search:
             if len(found) == 2 or (found and factor == 1):
                 return found
         if not found:
-            raise instance.refused(f"no small model of its class runs ({failed[0]})")
+            raise instance.refused(f"no small model of its class runs ({failed[-1]})")
         return found
 
     def _prefix(self) -> int:

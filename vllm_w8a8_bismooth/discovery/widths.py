@@ -81,26 +81,26 @@ def factors(config: Mapping) -> list[int]:
     nothing divides them all are the hidden size's divisors tried: a width that stands in the way is then kept.
     """
     widths = [number for _, key, value in walk(config) if is_width(key, value) for number in numbers(value)]
-    widths += [hidden // heads for hidden, heads in _heads(config) if hidden % heads == 0]
+    widths += [hidden // heads for hidden, heads, said in _heads(config) if not said and hidden % heads == 0]
     widths = widths or [1]
     common, most = math.gcd(*widths), min(widths) // _NARROWEST
     found = [f for f in range(most, 1, -1) if common % f == 0]
     if not found:
-        hidden = max((size for size, _ in _heads(config)), default=1)
+        hidden = max((size for size, _, _ in _heads(config)), default=1)
         found = [f for f in (64, 32, 16, 8, 4, 2) if hidden % f == 0]
     return [*found, 1]
 
 
-def _heads(config: Mapping) -> Iterator[tuple[int, int]]:
-    """(hidden size, heads) of the parts of a config that do not say how wide a head is."""
-    for part in (
-        config,
-        *(value for key, value in config.items() if isinstance(value, dict) and not is_tower(key, value)),
-    ):
-        hidden = next((part[k] for k in ("hidden_size", "n_embd", "d_model") if type(part.get(k)) is int), None)
-        heads = next((part[k] for k in ("num_attention_heads", "n_head", "n_heads") if type(part.get(k)) is int), None)
+def _heads(config: Mapping) -> Iterator[tuple[int, int, bool]]:
+    """Hidden size, heads, and whether the width of a head is said, of each part of a config."""
+    inner = [value for key, value in config.items() if isinstance(value, dict) and not is_tower(key, value)]
+    for part in (config, *inner):
+        hidden, heads = (
+            next((part[key] for key in keys if type(part.get(key)) is int and part[key] > 0), None)
+            for keys in (("hidden_size", "n_embd", "d_model"), ("num_attention_heads", "n_head", "n_heads"))
+        )
         if hidden and heads:
-            yield hidden, heads
+            yield hidden, heads, any("head_dim" in key and value for key, value in part.items() if isinstance(key, str))
 
 
 def shrunk(config: Mapping, factor: int, experts: int, blocks: int | None = None) -> dict[str, Any]:
