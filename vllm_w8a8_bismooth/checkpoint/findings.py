@@ -25,6 +25,8 @@ def layers_of(found: "record.Discovery") -> list[Layer]:
 def _layer(layer: "record.Layer") -> Layer:
     norms = {site.producer: site.offset for site in layer.sites if site.producer not in layer.linears}
     offset = next(iter(norms.values()), 0.0)
+    # A norm may stand between what ends a half of the block and the stream.
+    fed = {name for site in layer.sites if site.producer in layer.linears for name in site.consumers}
     order = [*(name for name in layer.linears if name in layer.experts), *layer.linears, *layer.floats]
     return Layer(
         tensors=layer.tensors,
@@ -34,7 +36,7 @@ def _layer(layer: "record.Layer") -> Layer:
         posts={name: offset for name in layer.vectors if name in layer.writers and name not in norms},
         writers=layer.writers,
         fused=fused_among(layer.linears),
-        row_parallel=layer.writers & layer.linears.keys(),
+        row_parallel=frozenset((layer.writers | fed) & layer.linears.keys()),
         experts=layer.experts,
     )
 
