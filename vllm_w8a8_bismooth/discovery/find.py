@@ -2,34 +2,33 @@
 
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from vllm_w8a8_bismooth.discovery import instance, storage, widths
 from vllm_w8a8_bismooth.discovery.assembly import Assembly
 from vllm_w8a8_bismooth.discovery.block import SAME, Tie
+from vllm_w8a8_bismooth.discovery.origin import Origin, explained, refused
 from vllm_w8a8_bismooth.discovery.proof import LENGTHS, SEEDS, Failure, Sample, kind_of, prove, resized
 from vllm_w8a8_bismooth.discovery.record import Discovery, Layer, Modules, Names, Proof, Stored
 from vllm_w8a8_bismooth.discovery.writers import writers_of
 from vllm_w8a8_bismooth.progress import Progress, silent
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
 
 _MOST, _MOST_OF_FEW = 24_000_000, 64_000_000
 """Parameters of a small model with all blocks, and of one with as few as hold every kind."""
 _EXPERTS = 4
 
 
-def find(config: Mapping[str, Any], trust_remote_code: bool = False, progress: Progress = silent) -> Discovery:
+def find(config: Mapping[str, Any], code: Path | None = None, progress: Progress = silent) -> Discovery:
     """See :func:`discover.discover`, which keeps what this finds."""
     started, threads = time.monotonic(), torch.get_num_threads()
-    instance.check_bounds(config)
     torch.set_num_threads(1)  # the products are so small that sharing them out takes twenty times as long
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            return _Search(instance.config_of(config, trust_remote_code)).run(progress, started)
+            return _Search(Origin(config, code)).run(progress, started)
     finally:
         torch.set_num_threads(threads)
 
@@ -37,13 +36,14 @@ def find(config: Mapping[str, Any], trust_remote_code: bool = False, progress: P
 class _Search:
     """One search: the real model without storage, a small one, and a second small one."""
 
-    def __init__(self, config: "PretrainedConfig"):
+    def __init__(self, origin: Origin):
+        self.origin, config = origin, origin.config
         self.config = config
         try:
-            self.real = instance.build(config, "meta")
+            self.real = origin.build(config, "meta")
             self.shapes = storage.shapes(self.real)
         except Exception as error:
-            raise instance.refused(f"transformers builds no model of it ({instance.explained(error)})") from None
+            raise refused(f"transformers builds no model of it ({explained(error)})") from None
         given = config.to_dict()
         counts = [n for _, key, value in widths.walk(given) if widths.is_experts(key) for n in widths.numbers(value)]
         self.many = max(counts, default=0)
@@ -62,23 +62,24 @@ class _Search:
                 continue
             for blocks, most in ((None, _MOST), (self._prefix(), _MOST_OF_FEW)):
                 try:
-                    model = instance.small(self.config, factor, max(1, self.few), blocks, most)
+                    model = instance.small(self.origin, factor, max(1, self.few), blocks, most)
                     found.append((factor, Sample(model)))
                     break
                 except Exception as error:
-                    failed.append(f"widths divided by {factor}: {instance.explained(error)}")
+                    failed.append(f"widths divided by {factor}: {explained(error)}")
             if len(found) == 2 or (found and factor == 1):
                 return found
         if not found:
-            raise instance.refused(f"no small model of its class runs ({failed[-1]})")
+            raise refused(f"no small model of its class runs ({failed[-1]})")
         return found
 
     def _prefix(self) -> int:
         """As few first blocks as hold every kind, at least two."""
-        kinds = self._kinds_of_real()
+        kinds = self._kinds
         return max(2, 1 + max((kinds.index(kind) for kind in set(kinds)), default=1))
 
-    def _kinds_of_real(self) -> list[tuple]:
+    @cached_property
+    def _kinds(self) -> list[tuple]:
         """What the config and the shapes tell the blocks apart by."""
         lists = [n for n, m in self.real.named_modules() if isinstance(m, torch.nn.ModuleList)]
         sizes = {n: sum(p.numel() for p in self.real.get_submodule(n).parameters()) for n in lists}
@@ -139,7 +140,7 @@ class _Search:
                 stored.append(where)
                 experts.append(assembly.experts)
             chosen.append(kinds[key])
-        real = self._kinds_of_real() if len(chosen) < self._blocks(names) else []
+        real = self._kinds if len(chosen) < self._blocks(names) else []
         chosen += [chosen[real.index(kind)] for kind in real[len(chosen) :]]
         inside_blocks = tuple(f"{names.blocks}{i}." for i in range(len(chosen)))
         return Discovery(
