@@ -5,10 +5,11 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 
 from vllm_w8a8_bismooth.discovery.block import Block, Tie
-from vllm_w8a8_bismooth.discovery.record import Layer, Part, Runs, Site, Stored, runs
+from vllm_w8a8_bismooth.discovery.record import Layer, Part, Runs, Site, Stored, each, runs
 from vllm_w8a8_bismooth.discovery.rules import Matrix, reason
 from vllm_w8a8_bismooth.discovery.storage import Region
 from vllm_w8a8_bismooth.discovery.titles import titled
+from vllm_w8a8_bismooth.discovery.watch import Unit
 
 _EXPERT = re.compile(r"(?<=experts\.)\d+(?=\.)")
 
@@ -159,6 +160,60 @@ class Assembly:
             raise Unfit(f"its sizes are {sorted(found)} times those of the model that was searched")
         return ratio
 
+    def ties(self, site: Site) -> list[Tie]:
+        """The inverse of :meth:`site`: a tie, or several where experts are modules of their own.
+
+        Raises:
+            Unfit: it is not a site as :meth:`site` makes them.
+        """
+        if unknown := [name for name in (site.producer, *site.consumers) if not self._small.get(self._tensor(name))]:
+            raise Unfit(f"{unknown[0]} is no part of such a block")
+        if not_matrices := [name for name in site.consumers if len(self._small[self._tensor(name)]) < 2]:
+            raise Unfit(f"{not_matrices[0]} is no matrix")
+        ratio, every = self._ratio(site.producer, site.consumers), self._rows_of(site.producer)
+        rows = list(range(every)) if site.rows is None else _reduced(site.rows, ratio, every)
+        channels = None if site.columns is None else _reduced(site.columns, ratio, self._widest)
+        found: dict[str, Tie] = {}
+        for e in range(self._few) if "{}" in site.producer else [None]:
+            parameter, own = self._own_rows(_numbered(self._tensor(site.producer), e), rows)
+            consumers = dict(found[parameter].consumers) if parameter in found else {}
+            for name in site.consumers:
+                numbers = range(self._few) if "{}" in name and e is None else [e]
+                for unit in (unit for n in numbers for unit in self._units(_numbered(self._tensor(name), n))):
+                    held = list(range(len(own))) if channels is None else channels
+                    if len(held) != self._block.matrix(unit).shape[1] or max(held, default=0) >= len(own):
+                        raise Unfit(f"its rows are not as many as {name} has columns for")
+                    consumers[unit] = tuple((own[channel], column) for column, channel in enumerate(held))
+            found[parameter] = Tie(parameter, tuple(sorted(own)), consumers, site.offset, site.power)
+        for tie in found.values():
+            if unnamed(self.site(tie)) != unnamed(site):
+                raise Unfit("it is not written as such a site must be: all consumers, rows in their order")
+        return list(found.values())
+
+    @property
+    def _widest(self) -> int:
+        return max((max(shape) for shape in self._small.values() if len(shape) > 1), default=0)
+
+    def _own_rows(self, tensor: str, rows: list[int]) -> tuple[str, list[int]]:
+        """The parameter that has these rows of a tensor of the small model, and which of its rows they are."""
+        for region in self._regions.get(tensor, []):
+            count = region.rows[1]
+            if self._block.axes.get(region.parameter, 1) != 1:  # rows lie along the other axis, and are never cut
+                return region.parameter, rows
+            if rows and region.start <= min(rows) and max(rows) < region.start + count:
+                return region.parameter, [row - region.start + region.rows[0] for row in rows]
+        raise Unfit(f"the model has no parameter with these rows of {_plain(tensor)}")
+
+    def _units(self, tensor: str) -> list[Unit]:
+        """The matrices of the small model that a tensor is a part of."""
+        found = []
+        for region in self._regions.get(tensor, []):
+            if region.parameter not in self._block.axes:
+                raise Unfit(f"nothing was seen to be multiplied with {_plain(tensor)}")
+            units = self._block.units(region.parameter)
+            found += [unit for unit in units if region.expert in (None, unit.expert)]
+        return found
+
     # -- everything else
 
     def layer(self, ties: Iterable[Tie], writers: Collection[str]) -> tuple[Layer, dict[str, str]]:
@@ -261,6 +316,33 @@ class Assembly:
         ratio = self.real[name][axis] // self._small[name][axis]
         first, count = region.rows
         return Part(name, (first * ratio, count * ratio), region.start * ratio, region.transposed)
+
+
+def _numbered(name: str, expert: int | None) -> str:
+    return name if expert is None else name.replace("{}", str(expert))
+
+
+def unnamed(site: Site | None) -> Site | None:
+    """Without its name, and with its consumers and runs in one order."""
+    if site is None:
+        return None
+    columns = None if site.columns is None else runs(each(site.columns))
+    rows = None if site.rows is None else runs(each(site.rows))
+    return replace(site, name="", consumers=tuple(sorted(site.consumers)), rows=rows, columns=columns)
+
+
+def _reduced(given: Runs, ratio: int, most: int) -> list[int]:
+    """The inverse of :func:`_enlarged`, with indices below ``most`` and no more than ``most`` of them.
+
+    Raises:
+        Unfit: they are others.
+    """
+    if sum(length for _, length in given) > most * ratio or any(
+        start < 0 or length <= 0 or start % ratio or length % ratio or start + length > most * ratio
+        for start, length in given
+    ):
+        raise Unfit(f"its rows or columns are not whole multiples of {ratio}, or beyond the sizes of its tensors")
+    return [index for start, length in given for index in range(start // ratio, (start + length) // ratio)]
 
 
 def _plain(name: str) -> str:

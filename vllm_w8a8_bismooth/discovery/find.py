@@ -11,6 +11,7 @@ import torch
 from vllm_w8a8_bismooth.discovery import instance, storage, widths
 from vllm_w8a8_bismooth.discovery.assembly import Assembly
 from vllm_w8a8_bismooth.discovery.block import SAME, Tie
+from vllm_w8a8_bismooth.discovery.given import check_alike, check_left, ties_given
 from vllm_w8a8_bismooth.discovery.origin import Origin, explained, refused
 from vllm_w8a8_bismooth.discovery.proof import LENGTHS, SEEDS, Failure, Sample, kind_of, prove, resized
 from vllm_w8a8_bismooth.discovery.record import Discovery, Layer, Modules, Names, Proof, Stored
@@ -22,13 +23,18 @@ _MOST, _MOST_OF_FEW = 24_000_000, 64_000_000
 _EXPERTS = 4
 
 
-def find(config: Mapping[str, Any], code: Path | None = None, progress: Progress = silent) -> Discovery:
+def find(
+    config: Mapping[str, Any],
+    code: Path | None = None,
+    progress: Progress = silent,
+    given: Discovery | None = None,
+) -> Discovery:
     """See :func:`discover.discover`, which keeps what this finds."""
     started, threads = time.monotonic(), torch.get_num_threads()
     torch.set_num_threads(1)  # the products are so small that sharing them out takes twenty times as long
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            return _Search(Origin(config, code)).run(progress, started)
+            return _Search(Origin(config, code)).run(progress, started, given)
     finally:
         torch.set_num_threads(threads)
 
@@ -99,34 +105,33 @@ class _Search:
             for i, b in enumerate(blocks)
         ]
 
-    def run(self, progress: Progress, started: float) -> Discovery:
+    def run(self, progress: Progress, started: float, given: Discovery | None) -> Discovery:
         samples = self.samples()
         factor, sample = samples[0]
-        found = sample.search(progress)
+        names, modules, regions = self._surroundings(sample)
+        assemblies = [
+            Assembly(block, regions[index], self._inside(names, index), (self.few, self.many))
+            for index, block in enumerate(sample.blocks)
+        ]
+        found = sample.search(progress) if given is None else ties_given(given, assemblies, sample)
         left, failures = prove(sample, found)
         resized_change = None
         if len(samples) > 1:
             left, resized_change = _at_another_size(sample, samples[1][1], left, failures)
+        if given is not None:
+            check_left(sample, failures)
         dropped = {
             f"{block.name.rpartition('.')[2]}: {failure.tie.producer}": failure.why
             for block, some in zip(sample.blocks, failures, strict=True)
             for failure in some
         }
-        names, modules, regions = self._surroundings(sample)
         kinds: dict[tuple[str, int, str], int] = {}
         layers: list[Layer] = []
         experts: list[int] = []
         stored: list[Stored] = []
         chosen: list[int] = []
         writers: dict[tuple, set[str]] = {}
-        for index, block in enumerate(sample.blocks):
-            inside = {
-                n[len(prefix) :]: s
-                for prefix in [f"{names.blocks}{index}."]
-                for n, s in self.shapes.items()
-                if n.startswith(prefix)
-            }
-            assembly = Assembly(block, regions[index], inside, (self.few, self.many))
+        for index, (block, assembly) in enumerate(zip(sample.blocks, assemblies, strict=True)):
             kind = kind_of(block)
             if kind not in writers:
                 writers[kind] = writers_of(block)
@@ -143,7 +148,7 @@ class _Search:
         real = self._kinds if len(chosen) < self._blocks(names) else []
         chosen += [chosen[real.index(kind)] for kind in real[len(chosen) :]]
         inside_blocks = tuple(f"{names.blocks}{i}." for i in range(len(chosen)))
-        return Discovery(
+        result = Discovery(
             model_type=self.config.model_type,
             templates=tuple(layers),
             experts=tuple(experts),
@@ -168,6 +173,14 @@ class _Search:
             ),
             seconds=time.monotonic() - started,
         )
+        if given is not None:
+            check_alike(given, result)
+        return result
+
+    def _inside(self, names: Names, index: int) -> dict[str, tuple[int, ...]]:
+        """The tensors of a block of the real model, by name inside it -> shape."""
+        begin = f"{names.blocks}{index}."
+        return {name[len(begin) :]: shape for name, shape in self.shapes.items() if name.startswith(begin)}
 
     def _blocks(self, names: Names) -> int:
         inside = [n[len(names.blocks) :].split(".")[0] for n in self.shapes if n.startswith(names.blocks)]
