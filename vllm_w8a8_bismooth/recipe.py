@@ -71,6 +71,7 @@ class Recipe:
         ignore: patterns of linears that keep the source's dtype; ``None`` is none.
         source: fingerprint of the source checkpoint, once it is open.
         calibration: SHA-256 of the calibration file; ``None`` is data-free.
+        sites: SHA-256 of the record of sites that was given; ``None`` if they are known or found out.
 
     Raises:
         BismoothError: a value is out of range, or an option does not go with the method.
@@ -89,6 +90,7 @@ class Recipe:
     ignore: tuple[str, ...] | None = None
     source: str | None = None
     calibration: str | None = None
+    sites: str | None = None
 
     @classmethod
     def of(cls, method: str, **given: Any) -> "Recipe":

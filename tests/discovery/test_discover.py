@@ -11,7 +11,7 @@ from vllm_w8a8_bismooth.discovery.discover import discover
 from vllm_w8a8_bismooth.discovery.find import find
 from vllm_w8a8_bismooth.discovery.origin import MOST_BLOCKS, MOST_EXPERTS
 from vllm_w8a8_bismooth.discovery.record import Discovery
-from vllm_w8a8_bismooth.errors import BismoothError
+from vllm_w8a8_bismooth.errors import BismoothError, UnknownModel, Unproven
 
 
 @pytest.fixture(autouse=True)
@@ -68,26 +68,28 @@ def test_json_has_experts_once():
 
 
 @pytest.mark.parametrize(
-    ("changes", "what"),
+    ("kind", "changes", "what"),
     [
-        (dict(num_hidden_layers=MOST_BLOCKS + 1), "num_hidden_layers"),
-        (dict(num_hidden_layers=10**12), "num_hidden_layers"),
-        (dict(num_experts=MOST_EXPERTS + 1), "num_experts"),
-        (dict(hidden_size=2**40), "hidden_size"),
-        (dict(num_attention_heads=2**30), "num_attention_heads"),
-        (dict(layer_types=["full_attention"] * 10**5), "layer_types"),
-        (dict(text_config=dict(num_hidden_layers=10**9)), "num_hidden_layers"),
-        (dict(model_type="no-such-model"), "no-such-model"),
-        (dict(model_type=None), "transformers refuses it"),
-        (dict(hidden_size=-1), "transformers refuses it"),
-        (dict(hidden_act="no-such-function"), "no-such-function"),
-        (dict(num_attention_heads=0), "refuses|builds no model|runs"),
+        (BismoothError, dict(num_hidden_layers=MOST_BLOCKS + 1), "num_hidden_layers"),
+        (BismoothError, dict(num_hidden_layers=10**12), "num_hidden_layers"),
+        (BismoothError, dict(num_experts=MOST_EXPERTS + 1), "num_experts"),
+        (BismoothError, dict(hidden_size=2**40), "hidden_size"),
+        (BismoothError, dict(num_attention_heads=2**30), "num_attention_heads"),
+        (BismoothError, dict(layer_types=["full_attention"] * 10**5), "layer_types"),
+        (BismoothError, dict(text_config=dict(num_hidden_layers=10**9)), "num_hidden_layers"),
+        (UnknownModel, dict(model_type="no-such-model"), "no-such-model"),
+        (UnknownModel, dict(model_type=None), "model_type = None is unknown"),
+        (BismoothError, dict(text_config=json.loads('{"a":' * 40 + "0" + "}" * 40)), "nested more than 32 deep"),
+        (Unproven, dict(hidden_size=-1), "transformers refuses it"),
+        (Unproven, dict(hidden_act="no-such-function"), "no-such-function"),
+        (Unproven, dict(num_attention_heads=0), "refuses|builds no model|runs"),
     ],
 )
-def test_configs_of_which_no_model_is_made_are_refused(config, changes, what):
+def test_configs_of_which_no_model_is_made_are_refused(config, kind, changes, what):
     with pytest.raises(BismoothError, match=what) as caught:
         discover({**config, **changes})
-    assert "--method rtn" in str(caught.value)
+    assert type(caught.value) is kind
+    assert ("--method rtn" in str(caught.value)) is issubclass(kind, Unproven), "absurd ones are converted in no way"
 
 
 CONFIGURATION = """

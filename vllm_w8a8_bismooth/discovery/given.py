@@ -1,7 +1,6 @@
 """A record that somebody gives, perhaps edited: read without trust, and proven as what is found out is."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from vllm_w8a8_bismooth.discovery.assembly import Assembly, Unfit, unnamed
@@ -68,9 +67,9 @@ def check_alike(given: Discovery, found: Discovery) -> None:
     are called and their order are free."""
     for key in ("model_type", "names", "modules", "outside"):
         if getattr(given, key) != getattr(found, key):
-            mine, right = getattr(given, key), getattr(found, key)
-            unlike = _unlike(mine, right) if isinstance(mine, Mapping) else iter([f"is {mine}, and must be {right}"])
-            raise _of_another(key, next(unlike))
+            said, right = getattr(given, key), getattr(found, key)
+            is_mapping = isinstance(said, Mapping)
+            raise _of_another(key, next(_unlike(said, right)) if is_mapping else f"is {said}, and must be {right}")
     if len(given.blocks) != len(found.blocks):
         raise _of_another("blocks", f"has {len(given.blocks)}, and the model {len(found.blocks)}")
     for index, (mine, kind) in enumerate(zip(given.blocks, found.blocks, strict=True)):

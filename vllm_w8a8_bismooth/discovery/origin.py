@@ -54,7 +54,8 @@ def check_bounds(config: Mapping) -> None:
         elif type(value) is int:
             bound = (MOST_EXPERTS if "expert" in key else MOST_BLOCKS) if _COUNT.fullmatch(key) else WIDEST
             if value > bound and (_COUNT.fullmatch(key) or widths.is_width(key, value) or "heads" in key):
-                refuse(f"{key} = {value if value < 2**64 else 'a larger number'} is beyond what any model has (up to {bound})")
+                shown = value if value < 2**64 else "a larger number"
+                refuse(f"{key} = {shown} is beyond what any model has (up to {bound})")
 
 
 class Origin:
@@ -66,6 +67,7 @@ class Origin:
 
     Attributes:
         config: transformers' own object, with the defaults of its class.
+        own: the class of its causal language model, where that is code of the model's own; else ``None``.
 
     Raises:
         BismoothError: the config is of no model.
@@ -79,14 +81,14 @@ class Origin:
         named = named if isinstance(named, dict) else {}
         apart = ("model_type", "quantization_config", "auto_map")
         entries = {key: decoded(value) for key, value in given.items() if key not in apart}
-        self._model_class: Any = None
-        own = code is not None and "AutoConfig" in named
-        if not own and not is_known(given.get("model_type")):
+        self.own: Any = None
+        has_own = code is not None and "AutoConfig" in named
+        if not has_own and not is_known(given.get("model_type")):
             raise _unknown(given, bool(named) and code is None)
         try:
-            if code is not None and own:
+            if code is not None and has_own:
                 self.config: PretrainedConfig = _loaded(named["AutoConfig"], code)(**entries)
-                self._model_class = _loaded(named["AutoModelForCausalLM"], code)
+                self.own = _loaded(named["AutoModelForCausalLM"], code)
             else:
                 self.config = _known(given["model_type"], entries)
         except Exception as error:
@@ -99,8 +101,7 @@ class Origin:
             Exception: whatever its class raises.
         """
         with _quiet(), torch.device(device):
-            own = self._model_class
-            make = own._from_config if own is not None else _auto_for(config).from_config
+            make = self.own._from_config if self.own is not None else _auto_for(config).from_config
             model = make(config, attn_implementation="eager", dtype=torch.float32)
         if hasattr(model, "set_experts_implementation"):
             model.set_experts_implementation("eager")

@@ -10,6 +10,7 @@ import torch
 
 from vllm_w8a8_bismooth.checkpoint.layout import Source
 from vllm_w8a8_bismooth.errors import BismoothError
+from vllm_w8a8_bismooth.measure import own
 from vllm_w8a8_bismooth.measure.arithmetic import arithmetic
 from vllm_w8a8_bismooth.measure.text import refused, transformers_config
 from vllm_w8a8_bismooth.method.compensate import Gram
@@ -49,8 +50,6 @@ class Calibration:
 
     @torch.no_grad()
     def __init__(self, source: Source, tokens: torch.Tensor, device: torch.device, correlated: bool = False):
-        from transformers import AutoModel
-
         checkpoint, build = source.checkpoint, source.construction
         self.source = source
         self.grams: dict[str, Gram] = {}
@@ -60,15 +59,12 @@ class Calibration:
         rows = torch.cat([checkpoint.rows(source.names.embedding, int(i), 1) for i in used]).to(dtype)
         config = transformers_config(checkpoint)
         try:
-            # sdpa would drop the soft cap on attention logits without a word
-            capped = getattr(config, "attn_logit_softcapping", None)
-            plain = capped or not AutoModel._model_mapping[type(config)]._supports_sdpa
-            attention = "eager" if plain else "sdpa"
+            model = own.decoder(checkpoint, dtype, build.decoder.removesuffix("."))
+            if model is None:
+                model = _decoder(config, dtype)
+            self._blocks = list(model.get_submodule(build.blocks).children())
             with torch.device("meta"):
-                model = AutoModel.from_config(config, dtype=dtype, attn_implementation=attention).eval()
-                self._blocks = list(model.get_submodule(build.blocks).children())
                 separate_experts(self._blocks, build)
-            _materialize_buffers(model)
             embedding = model.get_submodule(build.embedding)
             embedding.weight = torch.nn.Parameter(rows, requires_grad=False)
             embedding.padding_idx = None  # a number among all rows, of which only some are here
@@ -261,6 +257,19 @@ class _Expert(torch.nn.Module):
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         gate, up, down = self.children()
         return down(self._activation(gate(hidden)) * up(hidden))
+
+
+def _decoder(config: Any, dtype: torch.dtype) -> "PreTrainedModel":
+    """transformers' bare decoder; parameters without storage."""
+    from transformers import AutoModel
+
+    # sdpa would drop the soft cap on attention logits without a word
+    capped = getattr(config, "attn_logit_softcapping", None)
+    plain = capped or not AutoModel._model_mapping[type(config)]._supports_sdpa
+    with torch.device("meta"):
+        model = AutoModel.from_config(config, dtype=dtype, attn_implementation="eager" if plain else "sdpa").eval()
+    _materialize_buffers(model)
+    return model
 
 
 def _materialize_buffers(model: "PreTrainedModel") -> None:
