@@ -9,8 +9,12 @@ from vllm_w8a8_bismooth.errors import BismoothError, refuse_empty
 from vllm_w8a8_bismooth.progress import Progress, silent
 
 if TYPE_CHECKING:
+    from vllm_w8a8_bismooth.checkpoint.basis import Means
     from vllm_w8a8_bismooth.checkpoint.files import Folder
+    from vllm_w8a8_bismooth.discovery.record import Discovery
     from vllm_w8a8_bismooth.measure.text import CalibrationText
+
+_LARGEST_RECORD = 2**24
 
 
 def text(method: str, calibration: str | Path | Sequence[str | Path] | None) -> "CalibrationText | None":
@@ -52,11 +56,40 @@ def calibration_files(argument: str, named: Sequence[str | Path]) -> list[str | 
     return files
 
 
-def fetched(source: str | Path) -> "Folder":
+def fetched(source: str | Path, means: "Means | None" = None) -> "Folder":
     from vllm_w8a8_bismooth.checkpoint import hub
+    from vllm_w8a8_bismooth.checkpoint.basis import Means
     from vllm_w8a8_bismooth.checkpoint.files import Folder
 
-    return hub.fetch(source) if isinstance(source, str) else Folder(path("source", source))
+    return hub.fetch(source, means or Means()) if isinstance(source, str) else Folder(path("source", source))
+
+
+def means(sites: str | Path | None, trust_remote_code: bool, progress: Progress = silent) -> "Means":
+    """By what a model may be known: a record in a file, its own code.
+
+    Raises:
+        BismoothError: the file holds no record.
+    """
+    from vllm_w8a8_bismooth.checkpoint.basis import Means
+
+    if not isinstance(trust_remote_code, bool):
+        raise TypeError(f"trust_remote_code must be True or False, not {trust_remote_code!r}")
+    return Means(None if sites is None else _record(path("sites", sites)), None, trust_remote_code, progress)
+
+
+def _record(file: Path) -> "Discovery":
+    from vllm_w8a8_bismooth.checkpoint.files import read_json
+    from vllm_w8a8_bismooth.discovery.reading import read
+
+    remedy = "give what bismooth sites --json prints for this model, edited or not"
+    if file.is_file() and file.stat().st_size > _LARGEST_RECORD:
+        raise BismoothError.of(f"--sites {file}", f"larger than {_LARGEST_RECORD >> 20} MiB", remedy)
+    try:
+        return read(read_json(file))
+    except ValueError as error:
+        raise BismoothError.of(f"--sites {file}", f"holds no record of sites: {error}", remedy) from None
+    except BismoothError as error:
+        raise BismoothError.of(f"--sites {file}", error.problems[0].what, remedy) from None
 
 
 def at_hand(source: str | Path) -> "Folder":

@@ -110,7 +110,7 @@ class Survey:
     quantized: str | None = None
     known_by: str | None = None
     kinds: list[Kind] = field(default_factory=list)
-    unproven: Problem | None = None
+    unproven: str | None = None
     problems: list[Problem] = field(default_factory=list)
     left_out: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -157,7 +157,7 @@ def survey(place: Folder | Repository, calibration_tokens: int, group_size: int,
     result.problems, result.sizes = layout.problems, layout.sizes
     result.known_by, result.kinds = layout.known_by, kinds_of(layout.layers)
     if layout.unproven is not None:
-        result.unproven = layout.unproven.problems[0]
+        result.unproven = layout.unproven.problems[0].what
     try:
         result.left_out, result.notes = headers.left_out(), layout.notes + head.notes(headers)
     except BismoothError as error:
