@@ -21,7 +21,6 @@ if TYPE_CHECKING:  # torch comes with most of them, and inspect does without
     from vllm_w8a8_bismooth.conversion.sites import Sites
     from vllm_w8a8_bismooth.report.outcome import Outcome
     from vllm_w8a8_bismooth.scoring.result import Score
-    from vllm_w8a8_bismooth.scoring.score import Preparation as ScorePreparation
     from vllm_w8a8_bismooth.verification import Verification
 
 
@@ -323,50 +322,8 @@ def score(
     from vllm_w8a8_bismooth.scoring import score as room
 
     watch = given.progress(progress)
-    ready = prepare_score(folder, against, text, tokens, window, dtype, tensor_parallel_size, write_card)
+    ready = given.prepare_score(folder, against, text, tokens, window, dtype, tensor_parallel_size, write_card)
     return room.run(ready, watch)
-
-
-def prepare_score(
-    folder: str | Path,
-    against: str | Path | None = None,
-    text: str | Path | Sequence[str | Path] | None = None,
-    tokens: int = 8192,
-    window: int = 512,
-    dtype: str = "auto",
-    tensor_parallel_size: int = 1,
-    write_card: bool = False,
-) -> "ScorePreparation":
-    """All that :func:`score` does before its first engine.
-
-    Args:
-        folder, against, text, tokens, window, dtype, tensor_parallel_size, write_card: see :func:`score`.
-
-    Raises:
-        BismoothError: see :func:`score`.
-        TypeError: an argument is of another kind than it should be.
-    """
-    place = given.path("folder", folder)
-    numbers_given = {"tokens": tokens, "window": window, "tensor_parallel_size": tensor_parallel_size}
-    for name, value in numbers_given.items():
-        if not isinstance(value, numbers.Integral) or isinstance(value, bool):
-            raise TypeError(f"{name} must be an integer, not {value!r}")
-    if not isinstance(write_card, bool):
-        raise TypeError(f"write_card must be True or False, not {write_card!r}")
-    if not isinstance(dtype, str):
-        raise TypeError(f"dtype must be a text, not {dtype!r}")
-    files = [] if text is None else list(text) if isinstance(text, list | tuple) else [text]
-    if not files:
-        remedy = "give text like what the model will read, but not what it was calibrated on: --text FILE"
-        raise BismoothError.of("score", "needs a text for the model to predict", remedy)
-    paths = [given.path("text", file, "give a file") for file in files]
-
-    from vllm_w8a8_bismooth.scoring import score as room
-    from vllm_w8a8_bismooth.scoring.tokens import read
-
-    content = read(paths)
-    source = None if against is None else given.fetched(against)
-    return room.prepare(place, source, content, int(tokens), int(window), dtype, int(tensor_parallel_size), write_card)
 
 
 def prepare(

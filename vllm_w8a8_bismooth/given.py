@@ -1,5 +1,6 @@
 """What the functions of :mod:`api` are given, checked, and made into what the rooms take."""
 
+import numbers
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from vllm_w8a8_bismooth.checkpoint.files import Folder
     from vllm_w8a8_bismooth.discovery.record import Discovery
     from vllm_w8a8_bismooth.measure.text import CalibrationText
+    from vllm_w8a8_bismooth.scoring.score import Preparation
 
 _LARGEST_RECORD = 2**24
 
@@ -121,3 +123,45 @@ def progress(progress: Progress | None) -> Progress:
     if progress is not None and not callable(progress):
         raise TypeError(f"progress must be a function of stage, done, total and written, not {progress!r}")
     return progress or silent
+
+
+def prepare_score(
+    folder: str | Path,
+    against: str | Path | None = None,
+    text: str | Path | Sequence[str | Path] | None = None,
+    tokens: int = 8192,
+    window: int = 512,
+    dtype: str = "auto",
+    tensor_parallel_size: int = 1,
+    write_card: bool = False,
+) -> "Preparation":
+    """All that :func:`api.score` does before its first engine.
+
+    Args:
+        folder, against, text, tokens, window, dtype, tensor_parallel_size, write_card: see :func:`api.score`.
+
+    Raises:
+        BismoothError: see :func:`api.score`.
+        TypeError: an argument is of another kind than it should be.
+    """
+    place = path("folder", folder)
+    numbers_given = {"tokens": tokens, "window": window, "tensor_parallel_size": tensor_parallel_size}
+    for name, value in numbers_given.items():
+        if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+            raise TypeError(f"{name} must be an integer, not {value!r}")
+    if not isinstance(write_card, bool):
+        raise TypeError(f"write_card must be True or False, not {write_card!r}")
+    if not isinstance(dtype, str):
+        raise TypeError(f"dtype must be a text, not {dtype!r}")
+    files = [] if text is None else list(text) if isinstance(text, list | tuple) else [text]
+    if not files:
+        remedy = "give text like what the model will read, but not what it was calibrated on: --text FILE"
+        raise BismoothError.of("score", "needs a text for the model to predict", remedy)
+    paths = [path("text", file, "give a file") for file in files]
+
+    from vllm_w8a8_bismooth.scoring import score as room
+    from vllm_w8a8_bismooth.scoring.tokens import read
+
+    content = read(paths)
+    source = None if against is None else fetched(against)
+    return room.prepare(place, source, content, int(tokens), int(window), dtype, int(tensor_parallel_size), write_card)

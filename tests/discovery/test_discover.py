@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import own
 from tests.support.models import tiny_config
 from vllm_w8a8_bismooth.discovery import discover as module
 from vllm_w8a8_bismooth.discovery.discover import discover
@@ -92,75 +93,10 @@ def test_configs_of_which_no_model_is_made_are_refused(config, kind, changes, wh
     assert ("--method rtn" in str(caught.value)) is issubclass(kind, Unproven), "absurd ones are converted in no way"
 
 
-CONFIGURATION = """
-from transformers import PretrainedConfig
-
-class OwnConfig(PretrainedConfig):
-    model_type = "own"
-
-    def __init__(self, hidden_size=64, intermediate_size=96, num_hidden_layers=2, vocab_size=160, **rest):
-        self.hidden_size, self.intermediate_size = hidden_size, intermediate_size
-        self.num_hidden_layers, self.vocab_size = num_hidden_layers, vocab_size
-        super().__init__(**rest)
-"""
-MODELING = """
-import torch
-from torch import nn
-from transformers import PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutput
-
-from .configuration_own import OwnConfig
-
-class OwnBlock(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.ln = nn.LayerNorm(config.hidden_size)
-        self.wi = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.wo = nn.Linear(config.intermediate_size, config.hidden_size)
-
-    def forward(self, x):
-        return x + self.wo(self.wi(self.ln(x)).relu())
-
-class OwnModel(PreTrainedModel):
-    config_class = OwnConfig
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.wte = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.stack = nn.ModuleList([OwnBlock(config) for _ in range(config.num_hidden_layers)])
-        self.ln = nn.LayerNorm(config.hidden_size)
-        self.out = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
-
-    def get_input_embeddings(self):
-        return self.wte
-
-    def get_output_embeddings(self):
-        return self.out
-
-    def forward(self, input_ids, use_cache=False):
-        x = self.wte(input_ids)
-        for block in self.stack:
-            x = block(x)
-        return CausalLMOutput(logits=self.out(self.ln(x)))
-"""
-
-
 def test_a_models_own_code_runs_only_if_it_may(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     folder = tmp_path / "model"
-    folder.mkdir()
-    (folder / "configuration_own.py").write_text(CONFIGURATION)
-    (folder / "modeling_own.py").write_text(MODELING)
-    config = dict(
-        model_type="own",
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=3,
-        vocab_size=160,
-        auto_map={"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnModel"},
-    )
-    (folder / "config.json").write_text(json.dumps(config))
+    config = own.write_code(folder, num_hidden_layers=3)
     with pytest.raises(BismoothError, match="--trust-remote-code"):
         discover(config)
     found = discover(config, code=folder)

@@ -1,5 +1,6 @@
 """How a model's blocks, and the sites in them, are shown to people."""
 
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -13,11 +14,13 @@ _WIDE = 160
 
 def show(console: "Console", found: Sequence["Kind"]) -> None:
     """What the blocks of each kind hold, and their sites."""
+    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
     from vllm_w8a8_bismooth.model.kinds import in_words
 
+    wide = Console(width=None if sys.stdout.isatty() else _WIDE, emoji=False)
     for kind in found:
         experts = f", {kind.experts} experts" if kind.experts else ""
         console.print(f"[bold]{_blocks(kind.blocks)}[/bold]{experts}")
@@ -38,7 +41,7 @@ def show(console: "Console", found: Sequence["Kind"]) -> None:
             rows = kind.linears[site.producer][0] if site.producer in kind.linears else None
             cells = (site.name, site.producer, ", ".join(site.consumers), in_words(site, rows))
             table.add_row(*map(escape, cells))
-        console.print(table, width=None if console.is_terminal else _WIDE)
+        wide.print(table)
 
 
 def counted(number: int, thing: str) -> str:
