@@ -32,7 +32,7 @@ def _layer(layer: "record.Layer") -> Layer:
     return Layer(
         tensors=layer.tensors,
         linears=layer.linears,
-        sites=tuple(_site(site, layer, order) for site in layer.sites),
+        sites=tuple(_site(site, layer, order) for site in layer.sites if _folds_matrices(site, layer)),
         routers=layer.floats,
         posts={name: offset for name in layer.vectors if name in layer.writers and name not in norms},
         writers=layer.writers,
@@ -40,6 +40,13 @@ def _layer(layer: "record.Layer") -> Layer:
         row_parallel=frozenset((layer.writers | fed) & layer.linears.keys()),
         experts=layer.experts,
     )
+
+
+def _folds_matrices(site: "record.Site", layer: "record.Layer") -> bool:
+    """Whether all that a site's factor goes into are matrices, and no stacks of them."""
+    return all(
+        len(layer.tensors[f"{name}.weight"]) == 2 for name in site.consumers if f"{name}.weight" in layer.tensors
+    ) and all(name in layer.linears or f"{name}.weight" in layer.tensors for name in site.consumers)
 
 
 def _site(site: "record.Site", layer: "record.Layer", order: list[str]) -> Site:
