@@ -10,9 +10,8 @@ import torch
 
 from vllm_w8a8_bismooth.discovery import instance, storage, widths
 from vllm_w8a8_bismooth.discovery.assembly import Assembly
-from vllm_w8a8_bismooth.discovery.block import SAME, Tie
 from vllm_w8a8_bismooth.discovery.origin import Origin, explained, refused
-from vllm_w8a8_bismooth.discovery.proof import LENGTHS, SEEDS, Failure, Sample, kind_of, prove, resized
+from vllm_w8a8_bismooth.discovery.proof import LENGTHS, SEEDS, Sample, kind_of, prove
 from vllm_w8a8_bismooth.discovery.record import Discovery, Layer, Modules, Names, Proof, Stored
 from vllm_w8a8_bismooth.discovery.writers import writers_of
 from vllm_w8a8_bismooth.progress import Progress, silent
@@ -60,7 +59,8 @@ class _Search:
         for factor in widths.factors(self.config.to_dict()):
             if found and found[0][0] % factor:
                 continue
-            for blocks, most in ((None, _MOST), (self._prefix(), _MOST_OF_FEW)):
+            depths = [(None, _MOST), (self._prefix(), _MOST_OF_FEW)]
+            for blocks, most in reversed(depths) if found else depths:
                 try:
                     model = instance.small(self.origin, factor, max(1, self.few), blocks, most)
                     found.append((factor, Sample(model)))
@@ -101,15 +101,11 @@ class _Search:
 
     def run(self, progress: Progress, started: float) -> Discovery:
         samples = self.samples()
-        factor, sample = samples[0]
-        found = sample.search(progress)
-        left, failures = prove(sample, found)
-        resized_change = None
-        if len(samples) > 1:
-            left, resized_change = _at_another_size(sample, samples[1][1], left, failures)
+        sample = samples[0][1]
+        proven = prove(sample, sample.search(progress), samples[1][1] if len(samples) > 1 else None)
         dropped = {
             f"{block.name.rpartition('.')[2]}: {failure.tie.producer}": failure.why
-            for block, some in zip(sample.blocks, failures, strict=True)
+            for block, some in zip(sample.blocks, proven.failures, strict=True)
             for failure in some
         }
         names, modules, regions = self._surroundings(sample)
@@ -130,7 +126,7 @@ class _Search:
             kind = kind_of(block)
             if kind not in writers:
                 writers[kind] = writers_of(block)
-            layer, unfit = assembly.layer(left[index], writers[kind])
+            layer, unfit = assembly.layer(proven.left[index], writers[kind])
             dropped |= {f"{index}: {producer}": why for producer, why in unfit.items()}
             where = assembly.stored()
             key = (repr(layer), assembly.experts, repr(where))
@@ -155,12 +151,10 @@ class _Search:
             proof=Proof(
                 factors=tuple(f for f, _ in samples),
                 blocks=len(sample.blocks),
-                output=max((b.change(ties) for b, ties in zip(sample.blocks, left, strict=True)), default=0.0),
-                large=_large(sample, left),
-                logits=sample.logits_change(
-                    [(b, t) for b, ties in zip(sample.blocks, left, strict=True) for t in ties]
-                ),
-                resized=resized_change,
+                output=proven.output,
+                large=proven.large,
+                logits=proven.logits,
+                resized=proven.resized,
                 seeds=SEEDS,
                 lengths=LENGTHS,
                 dropped=dict(sorted(dropped.items())),
@@ -232,36 +226,8 @@ def _last_norm(sample: Sample) -> str | None:
         if "norm" in type(module).__name__.lower() and not name.startswith(f"{sample.path}.")
     ]
     try:
-        sample.logits_change([], slice(1))
+        sample.logits_change([], 1)
     finally:
         for hook in hooks:
             hook.remove()
     return ran[-1] if ran else None
-
-
-def _at_another_size(
-    sample: Sample, other: Sample, left: list[list[Tie]], failures: list[list]
-) -> tuple[list[list[Tie]], float]:
-    """The sites that hold, enlarged, in the second model too, and the largest change there."""
-    names = {block.name: block for block in other.blocks}
-    verdicts: dict[tuple, list[Tie]] = {}
-    kept, largest = [], 0.0
-    for index, (block, ties) in enumerate(zip(sample.blocks, left, strict=True)):
-        key = (kind_of(block), tuple(map(repr, ties)))
-        if key not in verdicts and block.name in names:
-            larger = names[block.name]
-            enlarged = [(tie, resized(block, larger, tie)) for tie in ties]
-            good = [(tie, more) for tie, more in enlarged if more is not None and larger.change([more]) < SAME]
-            largest = max(largest, larger.change([more for _, more in good]))
-            verdicts[key] = [tie for tie, _ in good]
-        good_ties = verdicts.get(key, ties)
-        failures[index] += [
-            Failure(t, "its rows and columns do not grow with the widths") for t in ties if t not in good_ties
-        ]
-        kept.append([tie for tie in ties if tie in good_ties])
-    return kept, largest
-
-
-def _large(sample: Sample, left: list[list[Tie]]) -> float:
-    with sample.large() as blocks:
-        return max((block.change(ties) for block, ties in zip(blocks, left, strict=True)), default=0.0)
