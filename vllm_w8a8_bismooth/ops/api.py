@@ -172,6 +172,7 @@ def experts(
     w2: torch.Tensor,
     w2_scale: torch.Tensor,
     activation: str,
+    group_size: int | None = None,
 ) -> torch.Tensor:
     """See :func:`mixture.experts`.
 
@@ -180,11 +181,17 @@ def experts(
     Raises:
         ValueError: the shapes do not fit together, or the activation is unknown.
     """
-    (count, width, _), inner = w2_scale.shape, w13_scale.shape[1] // 2
-    if x.dim() != 2 or x.shape[1] != width or w13_scale.shape != (count, 2 * inner, 1) or w2_scale.shape[2] != 1:
+    (count, width, w2_groups), (_, rows, w13_groups) = w2_scale.shape, w13_scale.shape
+    inner = rows // 2
+    fits = x.dim() == 2 and x.shape[1] == width and len(w13_scale) == count and rows == 2 * inner
+    for channels, groups in ((width, w13_groups), (inner, w2_groups)):
+        fits = fits and groups > 0 and channels % groups == 0
+        fits = fits and group_size in (None, channels // groups)
+    if not fits:
         raise ValueError(
-            f"x {list(x.shape)}, w13_scale {list(w13_scale.shape)}, w2_scale {list(w2_scale.shape)}: "
-            "expected [T, H], [E, 2 I, 1], [E, H, 1]"
+            f"x {list(x.shape)}, w13_scale {list(w13_scale.shape)}, w2_scale {list(w2_scale.shape)}, group_size = "
+            f"{group_size}: expected [T, H], [E, 2 I, G], [E, H, G], with G = 1, or H and I multiples of it, and groups "
+            "of activations as wide as those of weights"
         )
     if chosen.dim() != 2 or chosen.shape != shares.shape or chosen.shape[0] != x.shape[0]:
         raise ValueError(
@@ -192,4 +199,4 @@ def experts(
         )
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation = {activation!r} is unknown; expected one of {', '.join(ACTIVATIONS)}")
-    return torch.ops.w8a8_bismooth.experts(x, shares, chosen, w13, w13_scale, w2, w2_scale, activation)
+    return torch.ops.w8a8_bismooth.experts(x, shares, chosen, w13, w13_scale, w2, w2_scale, activation, group_size)

@@ -26,7 +26,7 @@ _LIBRARY.define(
 )
 _LIBRARY.define(
     "experts(Tensor x, Tensor shares, Tensor chosen, Tensor w13, Tensor w13_scale, Tensor w2, Tensor w2_scale, "
-    "str activation) -> Tensor"
+    "str activation, int? group_size=None) -> Tensor"
 )
 _LIBRARY.impl("experts", mixture.experts, "CompositeExplicitAutograd")
 for _op in ("quantize_activations", "rms_norm_quantize", "silu_mul_quantize", "scaled_mm"):
