@@ -3,14 +3,14 @@
 import torch
 
 from vllm_w8a8_bismooth import grouping
-from vllm_w8a8_bismooth.ops import schema  # noqa: F401  registers the ops that this module calls
+from vllm_w8a8_bismooth.ops import kernels  # registers the ops that this module calls
 from vllm_w8a8_bismooth.ops.mixture import ACTIVATIONS
 from vllm_w8a8_bismooth.ops.reference import Quantized
 
 
 def has_kernel(device_type: str, op: str = "scaled_mm") -> bool:
-    """Whether a compiled kernel, rather than the reference, does ``op`` on this device (``cpu``, ``cuda``)."""
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"w8a8_bismooth::{op}", device_type.upper())
+    """Whether a compiled kernel does ``op`` on this kind of device (``cpu``, ``cuda``); see :func:`kernels.server`."""
+    return kernels.server(device_type, op) == kernels.COMPILED
 
 
 def cpu_level() -> str:
@@ -19,14 +19,20 @@ def cpu_level() -> str:
 
 
 def unsupported(rows: int, columns: int, group_size: int | None, device: torch.device) -> str:
-    """Why the device's compiled kernel does not take a weight, or ``""``.
+    """Why the device's kernel, compiled or Triton's, does not take a weight, or ``""``.
 
     Args:
         rows, columns: N and K of the weight.
         group_size: columns that share a weight scale; ``None`` is per-channel.
         device: where the weight is.
     """
-    if device.type != "cuda":
+    server = kernels.server(device.type)
+    if server == kernels.TRITON:
+        from vllm_w8a8_bismooth.ops.triton import tiles
+
+        with torch.accelerator.device_index(device.index):
+            return tiles.unsupported(columns)
+    if server == kernels.REFERENCE or device.type != "cuda":
         return ""
     major, minor = torch.cuda.get_device_capability(device)
     return torch.ops.w8a8_bismooth.gemm_unsupported(rows, columns, group_size, 10 * major + minor)
@@ -190,8 +196,8 @@ def experts(
     if not fits:
         raise ValueError(
             f"x {list(x.shape)}, w13_scale {list(w13_scale.shape)}, w2_scale {list(w2_scale.shape)}, group_size = "
-            f"{group_size}: expected [T, H], [E, 2 I, G], [E, H, G], with G = 1, or H and I multiples of it, and groups "
-            "of activations as wide as those of weights"
+            f"{group_size}: expected [T, H], [E, 2 I, G], [E, H, G], with G dividing H and I, and groups of "
+            "activations as wide as those of weights"
         )
     if chosen.dim() != 2 or chosen.shape != shares.shape or chosen.shape[0] != x.shape[0]:
         raise ValueError(

@@ -118,7 +118,7 @@ def experts(
     if not out.numel() or not chosen.numel():
         return out.zero_()
     per_expert = -(-chosen.numel() // count)
-    pairs = Sorted.of(chosen, count, tiles.choose(per_expert, w13_scale.shape[1]).tokens)
+    pairs = Sorted.of(chosen, count, tiles.choose(per_expert, *w13_scale.shape[1:]).tokens)
     codes, scale = torch.ops.w8a8_bismooth.quantize_activations(x, group_size)
     inner = _multiply(codes, scale, pairs.readers, w13, w13_scale, pairs, per_expert, x.dtype)
     codes, scale = ACTIVATIONS[activation](inner, group_size)
@@ -154,13 +154,12 @@ def _multiply(
     (count, n, groups), k = b_scale.shape, a.shape[1]
     if reason := tiles.unsupported(k):
         raise ValueError(reason)
-    width = None if groups == 1 else k // groups
-    chosen = tiles.choose(per_expert, n)
+    chosen = tiles.choose(per_expert, n, groups)
     out = a.new_empty((len(readers), n), dtype=out_dtype)
     _products[(len(pairs.owners) * triton.cdiv(n, chosen.weights),)](
         a, *a.stride(), a_scale, *a_scale.stride(), readers,
         b, *b.stride(), b_scale, *b_scale.stride(),
-        out, pairs.owners, pairs.before, pairs.starts, count, n, k, width, a_scale.shape[1] > 1,
-        **chosen.launch(k, width),
+        out, pairs.owners, pairs.before, pairs.starts, count, n, k,
+        **chosen.launch(k, groups, a_scale.shape[1]),
     )  # fmt: skip
     return out

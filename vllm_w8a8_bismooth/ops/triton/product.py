@@ -12,7 +12,10 @@ from vllm_w8a8_bismooth.ops.triton import tiles
 
 
 @triton.jit
-def _sums(a_at, a_step, b_at, b_step, width, TILE_T: tl.constexpr, TILE_W: tl.constexpr, TILE_K: tl.constexpr, WHOLE: tl.constexpr):
+def _sums(
+    a_at, a_step, b_at, b_step, width,
+    TILE_T: tl.constexpr, TILE_W: tl.constexpr, TILE_K: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
     """int32 ``[TILE_W, TILE_T]``, the products of weights and tokens over ``width`` columns from ``b_at``, ``a_at``."""
     columns = tl.arange(0, TILE_K)
     sums = tl.zeros((TILE_W, TILE_T), tl.int32)
@@ -116,12 +119,11 @@ def scaled_mm(
     out = a.new_empty((m, n), dtype=out_dtype)
     if not out.numel():
         return out
-    width = None if groups == 1 else k // groups
-    chosen = tiles.choose(m, n)
+    chosen = tiles.choose(m, n, groups)
     grid = (triton.cdiv(m, chosen.tokens) * triton.cdiv(n, chosen.weights),)
     _product[grid](
         a, *a.stride(), a_scale, *a_scale.stride(), b, *b.stride(), b_scale, *b_scale.stride(),
-        None if bias is None else bias.contiguous(), out, m, n, k, width, a_scale.shape[1] > 1,
-        **chosen.launch(k, width),
+        None if bias is None else bias.contiguous(), out, m, n, k,
+        **chosen.launch(k, groups, a_scale.shape[1]),
     )  # fmt: skip
     return out

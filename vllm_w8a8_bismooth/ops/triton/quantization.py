@@ -12,7 +12,7 @@ import triton.language as tl
 from vllm_w8a8_bismooth.ops import reference
 from vllm_w8a8_bismooth.ops.reference import Quantized
 
-PIECE = 16384
+PIECE = 4096
 """The most channels that a program holds."""
 HELD = 2048
 """Channels that a program of narrow units holds."""
@@ -44,17 +44,21 @@ def _silu(x):
 
 
 @triton.jit
-def _values(SOURCE: tl.constexpr, x_at, step, gain_at, inverse_rms, half, mask):
-    """fp32 ``[UNITS, PIECE]``: what is quantized, rounded to x's dtype."""
-    x = tl.load(x_at, mask=mask, other=0)
+def _values(
+    x, x_row, x_column, gain, inverse_rms, rows, columns, mask, channels,
+    SOURCE: tl.constexpr,
+):  # fmt: skip
+    """fp32, shaped as ``columns``: what is quantized there, rounded to x's dtype."""
+    at = x + rows[:, None] * x_row + columns * x_column
+    value = tl.load(at, mask=mask, other=0).to(tl.float32)
     if SOURCE == SILU_MUL:
-        up = tl.load(x_at + half * step, mask=mask, other=0)
-        return (_silu(x.to(tl.float32)).to(x.dtype).to(tl.float32) * up.to(tl.float32)).to(x.dtype).to(tl.float32)
+        up = tl.load(at + channels * x_column, mask=mask, other=0).to(tl.float32)
+        value = _silu(value).to(x.dtype.element_ty).to(tl.float32) * up
     elif SOURCE == RMS_NORM:
-        gain = tl.load(gain_at, mask=mask, other=0).to(tl.float32)
-        return (x.to(tl.float32) * inverse_rms[:, None] * gain).to(x.dtype).to(tl.float32)
-    else:
-        return x.to(tl.float32)
+        value = (
+            value * tl.load(inverse_rms + rows)[:, None] * tl.load(gain + columns, mask=mask, other=0).to(tl.float32)
+        )
+    return value.to(x.dtype.element_ty).to(tl.float32)
 
 
 @triton.jit
@@ -63,48 +67,56 @@ def _quantize(
     SOURCE: tl.constexpr, WIDTH: tl.constexpr, UNITS: tl.constexpr, PIECE: tl.constexpr,
 ):  # fmt: skip
     unit = tl.program_id(0) * UNITS + tl.arange(0, UNITS)
-    row, first = (unit // groups).to(tl.int64), unit % groups * WIDTH
-    there = (unit < units)[:, None]
-    column = tl.arange(0, PIECE)[None, :]
-    inverse_rms_of = tl.load(inverse_rms + row, mask=unit < units, other=0) if SOURCE == RMS_NORM else None
+    there = unit < units
+    rows, first = (tl.minimum(unit, units - 1) // groups).to(tl.int64), unit % groups * WIDTH
     # Magnitudes as bits, which are ordered like the numbers, with NaN above infinity.
     largest = tl.zeros((UNITS,), tl.int32)
     for start in range(0, WIDTH, PIECE):
-        at = first[:, None] + start + column
-        mask = there & (start + column < WIDTH)
-        value = _values(SOURCE, x + row[:, None] * x_row + at * x_column, x_column, gain + at, inverse_rms_of, channels, mask)
+        inside = start + tl.arange(0, PIECE)[None, :]
+        mask = there[:, None] & (inside < WIDTH)
+        columns = first[:, None] + inside
+        value = _values(x, x_row, x_column, gain, inverse_rms, rows, columns, mask, channels, SOURCE)
         largest = tl.maximum(largest, tl.max(value.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1))
     amax = largest.to(tl.float32, bitcast=True)
     inverse = tl.div_rn(127.0, amax)
     inverse = tl.where(inverse < float("inf"), inverse, 0.0)
     for start in range(0, WIDTH, PIECE):
-        at = first[:, None] + start + column
-        mask = there & (start + column < WIDTH)
-        value = _values(SOURCE, x + row[:, None] * x_row + at * x_column, x_column, gain + at, inverse_rms_of, channels, mask)
-        # Rounds half to even, and has the code in the low byte.
-        rounded = value * inverse[:, None] + 12582912.0
-        tl.store(codes + row[:, None] * channels + at, rounded.to(tl.int32, bitcast=True).to(tl.int8), mask=mask)
-    tl.store(scales + unit, tl.div_rn(amax, 127.0), mask=unit < units)
+        inside = start + tl.arange(0, PIECE)[None, :]
+        mask = there[:, None] & (inside < WIDTH)
+        columns = first[:, None] + inside
+        value = _values(x, x_row, x_column, gain, inverse_rms, rows, columns, mask, channels, SOURCE)
+        rounded = value * inverse[:, None] + ROUNDER  # half to even; the code is its low byte
+        tl.store(codes + rows[:, None] * channels + columns, rounded.to(tl.int32, bitcast=True).to(tl.int8), mask=mask)
+    tl.store(scales + unit, tl.div_rn(amax, 127.0), mask=there)
+
+
+@triton.jit
+def _tree_sum(x, LEVELS: tl.constexpr):
+    """fp32 ``[1]``, the sum of ``2^LEVELS`` numbers as in the reference: neighbours are added until one is left."""
+    for level in tl.static_range(LEVELS):
+        x = tl.sum(tl.reshape(x, (1 << (LEVELS - 1 - level), 2)), axis=1)
+    return x
 
 
 @triton.jit
 def _inverse_rms(
-    x, x_row, x_column, residual, residual_row, residual_column, out, channels, epsilon, LEVELS: tl.constexpr
-):
-    """``1 / rms`` of rows of ``x``, or of ``x + residual``, which becomes that sum."""
-    row, column = tl.program_id(0).to(tl.int64), tl.arange(0, 1 << LEVELS)
-    z = tl.load(x + row * x_row + column * x_column, mask=column < channels, other=0)
-    if residual is not None:
-        at = residual + row * residual_row + column * residual_column
-        added = tl.load(at, mask=column < channels, other=0)
-        z = (added.to(tl.float32) + z.to(tl.float32)).to(z.dtype)
-        tl.store(at, z, mask=column < channels)
-    wide = z.to(tl.float32)
-    sums = wide * wide
-    # The reference's tree: neighbours are added until one is left.
-    for level in tl.static_range(LEVELS):
-        sums = tl.sum(tl.reshape(sums, (1 << (LEVELS - 1 - level), 2)), axis=1)
-    mean = tl.div_rn(sums, channels.to(tl.float32))
+    x, x_row, x_column, residual, residual_row, residual_column, out, channels, epsilon,
+    PIECE_LEVELS: tl.constexpr, LEVELS: tl.constexpr,
+):  # fmt: skip
+    """``1 / rms`` of rows of ``x``, or of ``x + residual``, which becomes that sum: ``2^LEVELS`` pieces of the tree."""
+    row, pieces = tl.program_id(0).to(tl.int64), tl.arange(0, 1 << LEVELS)
+    sums = tl.zeros((1 << LEVELS,), tl.float32)
+    for piece in range(1 << LEVELS):
+        column = (piece << PIECE_LEVELS) + tl.arange(0, 1 << PIECE_LEVELS)
+        z = tl.load(x + row * x_row + column * x_column, mask=column < channels, other=0)
+        if residual is not None:
+            at = residual + row * residual_row + column * residual_column
+            added = tl.load(at, mask=column < channels, other=0)
+            z = (added.to(tl.float32) + z.to(tl.float32)).to(z.dtype)
+            tl.store(at, z, mask=column < channels)
+        wide = z.to(tl.float32)
+        sums = tl.where(pieces == piece, _tree_sum(wide * wide, PIECE_LEVELS), sums)
+    mean = tl.div_rn(_tree_sum(sums, LEVELS), channels.to(tl.float32))
     tl.store(out + row + tl.arange(0, 1), tl.div_rn(1.0, tl.sqrt_rn(mean + epsilon)))
 
 
@@ -126,9 +138,19 @@ def rms_norm_quantize(
     inverse = x.new_empty(tokens, dtype=torch.float32)
     if tokens:
         levels = (channels - 1).bit_length()
+        of_piece = min(levels, PIECE.bit_length() - 1)
         strides = (0, 0) if residual is None else residual.stride()
         _inverse_rms[(tokens,)](
-            x, *x.stride(), residual, *strides, inverse, channels, epsilon, levels, **_options(1 << levels)
+            x,
+            *x.stride(),
+            residual,
+            *strides,
+            inverse,
+            channels,
+            epsilon,
+            of_piece,
+            levels - of_piece,
+            **_options(1 << of_piece),
         )
     summed = x if residual is None else residual
     return _launch(RMS_NORM.value, summed, channels, group_size, weight.contiguous(), inverse)

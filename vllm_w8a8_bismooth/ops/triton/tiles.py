@@ -13,6 +13,7 @@ from typing import Any
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
+
 @dataclass(frozen=True)
 class Tile:
     """What one program of a product computes.
@@ -30,14 +31,18 @@ class Tile:
     warps: int
     stages: int
 
-    def launch(self, k: int, width: int | None) -> dict[str, Any]:
-        """Keyword arguments of a launch, for K columns or groups of ``width``."""
-        shared = width or k
-        columns = self.columns
-        if width:
-            while columns > 32 and shared % columns:
-                columns //= 2
+    def fits(self, groups: int, lanes: int) -> bool:
+        """Whether a warp of so many lanes has the registers: groups need a second accumulator."""
+        return self.tokens * self.weights <= (64 if groups == 1 else 32) * self.warps * lanes
+
+    def launch(self, k: int, groups: int, a_groups: int) -> dict[str, Any]:
+        """Keyword arguments of a launch, for K columns in so many groups of weights and of activations."""
+        shared, columns = k // groups, self.columns
+        while groups > 1 and columns > 32 and shared % columns:
+            columns //= 2
         return {
+            "WIDTH": None if groups == 1 else shared,
+            "A_GROUPED": a_groups > 1,
             "TILE_T": self.tokens,
             "TILE_W": self.weights,
             "TILE_K": columns,
@@ -57,29 +62,32 @@ TILES: Mapping[str, Sequence[Tile]] = {
         Tile(32, 128, 128, 4, 3),
         Tile(64, 64, 128, 4, 3),
         Tile(64, 128, 128, 8, 3),
+        Tile(128, 64, 64, 8, 4),
         Tile(128, 128, 64, 8, 4),
     ),
-    # NVIDIA Hopper: wgmma
+    # NVIDIA Hopper: wgmma, of 64 weights at least
     "wgmma": (
         Tile(16, 64, 128, 4, 6),
         Tile(16, 128, 128, 4, 5),
         Tile(32, 64, 128, 4, 5),
         Tile(32, 128, 128, 4, 5),
         Tile(64, 64, 128, 4, 5),
-        Tile(64, 128, 128, 4, 5),
+        Tile(64, 128, 128, 8, 5),
+        Tile(128, 64, 128, 8, 4),
         Tile(128, 128, 128, 8, 4),
     ),
-    # NVIDIA Blackwell of data centres: tcgen05
+    # NVIDIA Blackwell of data centres: tcgen05, of 64 weights at least
     "tcgen05": (
         Tile(16, 64, 128, 4, 6),
         Tile(16, 128, 128, 4, 5),
         Tile(32, 64, 128, 4, 5),
         Tile(32, 128, 128, 4, 5),
         Tile(64, 64, 128, 4, 5),
-        Tile(64, 128, 128, 4, 5),
+        Tile(64, 128, 128, 8, 5),
+        Tile(128, 64, 128, 8, 4),
         Tile(128, 128, 128, 8, 4),
     ),
-    # AMD Instinct: MFMA; 64 KiB of shared memory
+    # AMD Instinct: MFMA; 64 lanes, and 64 KiB of shared memory
     "mfma": (
         Tile(16, 64, 128, 4, 2),
         Tile(32, 64, 128, 4, 2),
@@ -93,6 +101,7 @@ TILES: Mapping[str, Sequence[Tile]] = {
         Tile(32, 64, 64, 4, 2),
         Tile(64, 64, 64, 4, 2),
         Tile(64, 128, 64, 8, 2),
+        Tile(128, 64, 64, 8, 2),
         Tile(128, 128, 64, 8, 2),
     ),
     # Intel XPU: DPAS
@@ -103,7 +112,7 @@ TILES: Mapping[str, Sequence[Tile]] = {
         Tile(128, 128, 64, 16, 2),
     ),
 }
-"""Family -> its tiles, of at most 64 sums a thread: a group takes as many registers once more."""
+"""Family -> its tiles. Every number of tokens has one that groups fit, see :meth:`Tile.fits`."""
 
 
 @dataclass(frozen=True)
@@ -112,10 +121,12 @@ class Device:
 
     Attributes:
         family: a key of :data:`TILES`.
+        lanes: threads of a warp.
         processors: programs that run at once, one each.
     """
 
     family: str
+    lanes: int
     processors: int
 
 
@@ -132,7 +143,7 @@ FAMILIES: Mapping[tuple[str, str], str] = {
     ("hip", "gfx12"): "wmma",
     ("xpu", ""): "dpas",
 }
-"""Triton's name of a backend, and how the architecture begins (90: 9.0) -> key of :data:`TILES`; the first that fits."""
+"""Triton's name of a backend and how the architecture begins (90: 9.0) -> key of :data:`TILES`; the first that fits."""
 
 
 def family(backend: str, architecture: object) -> str | None:
@@ -169,18 +180,20 @@ def _device(index: int) -> Device:
     target = driver.active.get_current_target()
     found = family(target.backend, target.arch)
     assert found is not None  # see unsupported
-    return Device(found, driver.active.utils.get_device_properties(index)["multiprocessor_count"])
+    processors = driver.active.utils.get_device_properties(index)["multiprocessor_count"]
+    return Device(found, target.warp_size, processors)
 
 
-def choose(m: int, n: int) -> Tile:
+def choose(m: int, n: int, groups: int) -> Tile:
     """The tile for M tokens and N weight rows on the current device.
 
-    As many tokens as there are, if a tile is so large, whatever N is; and as many weights as leave each processor one.
+    As many tokens as there are, if a tile is so large, whatever N and the groups; and as many weights as fit, and leave
+    each processor a tile.
     """
     device = _device(driver.active.get_current_device())
-    table = TILES[device.family]
-    tokens = min((tile.tokens for tile in table if tile.tokens >= m), default=max(tile.tokens for tile in table))
-    narrow, *wider = sorted((tile for tile in table if tile.tokens == tokens), key=lambda tile: tile.weights)
+    fitting = [tile for tile in TILES[device.family] if tile.fits(groups, device.lanes)]
+    tokens = min((tile.tokens for tile in fitting if tile.tokens >= m), default=max(tile.tokens for tile in fitting))
+    narrow, *wider = sorted((tile for tile in fitting if tile.tokens == tokens), key=lambda tile: tile.weights)
     for tile in reversed(wider):
         if -(-m // tokens) * -(-n // tile.weights) >= device.processors:
             return tile
