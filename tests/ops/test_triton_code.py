@@ -1,4 +1,4 @@
-"""What Triton makes of our kernels for devices that are not here: the right instruction, no spills. None of it was run."""
+"""What Triton makes of our kernels for devices that are not here: the right instruction, no spills. Nothing ran."""
 
 import re
 

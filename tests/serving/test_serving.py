@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +17,8 @@ from tests.support.workers.engine import PROMPTS, ask_each
 from vllm_w8a8_bismooth import ops
 from vllm_w8a8_bismooth.method.quantize import quantize_weight
 from vllm_w8a8_bismooth.recipe import Recipe
+from vllm_w8a8_bismooth.serving import servers
+from vllm_w8a8_bismooth.serving.servers import Platform
 
 PER_CHANNEL = 4 * 6 - 2
 """Linears of ours in the bi-smoothed checkpoint: of six blocks, all but the two that are left in float."""
@@ -87,13 +90,12 @@ def test_schemes():
 def test_who_serves_per_channel_linears(monkeypatch, device, capability, server, stock):
     from vllm import platforms
 
-    from vllm_w8a8_bismooth.serving import servers
     from vllm_w8a8_bismooth.serving.scheme import W8A8Scheme
 
     platform = SimpleNamespace(
         device_type=device,
         is_cuda=lambda: device == "cuda" and capability is not None,
-        get_device_capability=lambda: DeviceCapability(*divmod(capability or 94, 10)),
+        get_device_capability=lambda: SimpleNamespace(to_int=lambda: capability or 94),
     )
     monkeypatch.setattr(platforms, "current_platform", platform)
     monkeypatch.setattr(servers, "server", lambda *_: server)
