@@ -254,7 +254,11 @@ def test_without_results_there_are_no_figures(tmp_path):
     for reason in ("no bits per weight, measure them again", "it has nothing yet", "no rows of a server under load"):
         assert sum(reason in line for line in lines) == 1
     assert not (tmp_path / "figures").exists()
-    assert tables.every(tmp_path / "results" / "machine").keys() == {"minutes of all files"}
+    assert tables.every(tmp_path / "results" / "machine").keys() == {
+        "minutes of all files",
+        "layers of all platforms",
+        "proofs of all kernels",
+    }
 
 
 # N, K, bytes of a number, TOPS at most, GB/s. 1000 x 1000 of a byte: 1e6 + 4000 bytes, and 1000 + 2000 + 4 a token.

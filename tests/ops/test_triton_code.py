@@ -64,6 +64,11 @@ def test_quantizations(targets, target):
         assert not re.search(r"cvt\.(?!rn\b|rni\b)\w+\.(?:bf16|f16)\w*\.f32", code.listing), code.kernel
 
 
+def test_experts_ask_no_device_for_numbers(targets):
+    """So a CUDA graph can hold them."""
+    assert targets("sort_without_values") == [(14,), (14,), (5,), (4,), (4,)]
+
+
 def test_devices_without_products_are_named(targets):
     assert targets("unsupported", "sm_90") == targets("unsupported", "gfx942") == ""
     message = "Triton has no INT8 product for compute capability 7.5; 8.0 (Ampere) is the first"

@@ -130,10 +130,9 @@ class W8A8Scheme(CompressedTensorsScheme):
             replace_parameter(layer, "input_scale", largest)
         rows, columns = weight.shape
         if reason := ops.unsupported(rows, columns, group_size=self.weight_group_size, device=weight.device):
-            raise ValueError(
-                f"{getattr(layer, 'prefix', 'linear')}: {reason}; use a smaller tensor parallel size, or install "
-                "without the CUDA kernels (BISMOOTH_CUDA=0)"
-            )
+            compiled = "use a smaller tensor parallel size, or install without the CUDA kernels (BISMOOTH_CUDA=0)"
+            remedy = compiled if ops.has_kernel(device) else "convert the model per-channel"
+            raise ValueError(f"{getattr(layer, 'prefix', 'linear')}: {reason}; {remedy}")
         if device == "cpu" and ops.has_kernel(device):
             packed = ops.pack_weight(weight, self.weight_group_size)
             replace_parameter(layer, "weight", torch.nn.Parameter(packed, requires_grad=False))

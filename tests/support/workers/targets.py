@@ -160,6 +160,12 @@ def products(target: str, first: int, last: int) -> list[Code]:
     return found
 
 
+def sort_without_values() -> list[tuple[int, ...]]:
+    """The shapes of experts' list of places, made of a tensor that has no values: asking for one would fail."""
+    pairs = experts.Sorted.of(torch.empty(7, 2, dtype=torch.int32, device="meta"), 4, 16)
+    return [tuple(getattr(pairs, name).shape) for name in ("readers", "places", "starts", "owners", "before")]
+
+
 def quantizations(target: str) -> list[Code]:
     """All three, of rows as models have them, and the sum over experts."""
     return list(_quantizations(target))
