@@ -90,6 +90,8 @@ def test_sums_that_may_overflow_are_refused(run):
     a, one = torch.zeros(1, 1 << 17, dtype=torch.int8), torch.ones(1, 1)
     with pytest.raises(ValueError, match="K = 131072 is not below 131072"):
         run("scaled_mm", a, a, one, one, torch.float32)
+    reason = run("unsupported", 4096, 1 << 17, 128, torch.device("cpu"))
+    assert reason.startswith("K = 131072") and run("unsupported", 4100, 4104, None, torch.device("cpu")) == ""
 
 
 @pytest.mark.parametrize("group", [None, 64])

@@ -16,7 +16,7 @@ from triton.runtime import driver
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from vllm_w8a8_bismooth import ops
-from vllm_w8a8_bismooth.ops import schema
+from vllm_w8a8_bismooth.ops import kernels, schema
 from vllm_w8a8_bismooth.ops.triton import OPERATIONS, tiles
 
 
@@ -52,6 +52,7 @@ def _exact_cast(self: InterpreterBuilder, source: TensorHandle, to: tl.dtype) ->
 InterpreterBuilder.cast_impl = _exact_cast
 for _name, _operation in OPERATIONS.items():
     schema.LIBRARY.impl(_name, _operation, "CPU", allow_override=True)
+    kernels._SERVERS["cpu", _name] = kernels.TRITON
 driver.set_active(Driver("cuda", 90, 32))
 
 
