@@ -119,10 +119,15 @@ def table() -> dict[str, int]:
     return {target: len(tiles.TILES[name]) for target in TARGETS if (name := family(target))}
 
 
-def tokens(target: str) -> list[set[int]]:
-    """The sizes of tiles, in tokens, per-channel and with groups."""
-    lanes = TARGETS[target][2]
-    return [{t.tokens for t in tiles.TILES[family(target)] if t.fits(groups, lanes)} for groups in (1, 2)]
+LANES = {"mma": 32, "wgmma": 32, "tcgen05": 32, "mfma": 64, "wmma": 32, "dpas": 16}
+
+
+def tokens() -> dict[str, list[set[int]]]:
+    """Family -> the sizes of its tiles, in tokens, per-channel and with groups."""
+    return {
+        name: [{tile.tokens for tile in table if tile.fits(groups, LANES[name])} for groups in (1, 2)]
+        for name, table in tiles.TILES.items()
+    }
 
 
 def choices(target: str, cases: list[tuple[int, int, int]]) -> list[tuple[int, int]]:

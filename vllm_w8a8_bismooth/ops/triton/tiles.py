@@ -104,12 +104,14 @@ TILES: Mapping[str, Sequence[Tile]] = {
         Tile(128, 64, 64, 8, 2),
         Tile(128, 128, 64, 8, 2),
     ),
-    # Intel XPU: DPAS
+    # Intel XPU: DPAS; 16 lanes
     "dpas": (
         Tile(16, 64, 64, 4, 2),
         Tile(32, 64, 64, 4, 2),
-        Tile(64, 128, 64, 8, 2),
-        Tile(128, 128, 64, 16, 2),
+        Tile(64, 64, 64, 8, 2),
+        Tile(64, 128, 64, 16, 2),
+        Tile(128, 64, 64, 16, 2),
+        Tile(128, 128, 64, 32, 2),
     ),
 }
 """Family -> its tiles. Every number of tokens has one that groups fit, see :meth:`Tile.fits`."""
