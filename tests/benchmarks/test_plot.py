@@ -374,7 +374,7 @@ def test_tables_of_engines(tmp_path):
 def test_tables_are_of_every_machine_and_model(results):
     found = tables.every(results)
     assert {"kernels of cpu/gemm.json", "kernels of gpu/gemm.json", "rates of cpu/serve-testbed.json"} <= found.keys()
-    assert len(found) == 17
+    assert len(found) == 19
     for table in found.values():
         assert len({line.count(" | ") for line in table.splitlines() if "|--" not in line}) == 1
     assert "CUTLASS" in found["kernels of gpu/gemm.json"] and "CUTLASS" not in found["kernels of cpu/gemm.json"]

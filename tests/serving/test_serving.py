@@ -90,8 +90,6 @@ def test_schemes():
 def test_who_serves_per_channel_linears(monkeypatch, device, capability, server, stock):
     from vllm import platforms
 
-    from vllm_w8a8_bismooth.serving.scheme import W8A8Scheme
-
     platform = SimpleNamespace(
         device_type=device,
         is_cuda=lambda: device == "cuda" and capability is not None,
@@ -101,12 +99,15 @@ def test_who_serves_per_channel_linears(monkeypatch, device, capability, server,
     monkeypatch.setattr(servers, "server", lambda *_: server)
     found = servers.per_channel(servers.here())
     assert (found.kernel == servers.STOCK) == (stock is not None) and (stock or "") in found.reason
-    config = config_class().from_config(
-        STOCK | {"config_groups": {"g": {"targets": ["Linear"], "weights": W8A8, "input_activations": TOKEN}}}
-    )
-    if stock is None:
-        linear = torch.nn.Linear(1, 1, device="meta")
-        assert isinstance(config.get_scheme(linear, "model.layers.0.mlp.down_proj"), W8A8Scheme)
+
+
+@pytest.mark.parametrize(("capability", "name"), [(90, "CompressedTensorsW8A8Int8"), (100, "W8A8Scheme")])
+def test_the_rule_chooses_the_scheme(monkeypatch, capability, name):
+    monkeypatch.setattr(servers, "here", lambda: Platform("cuda", "triton", "triton", capability))
+    groups = {"g": {"targets": ["Linear"], "weights": W8A8, "input_activations": TOKEN}}
+    config = config_class().from_config(STOCK | {"config_groups": groups})
+    scheme = config.get_scheme(torch.nn.Linear(1, 1, device="meta"), "model.layers.0.mlp.down_proj")
+    assert type(scheme).__name__ == name
 
 
 CPU = Platform("cpu", "compiled", "reference")
