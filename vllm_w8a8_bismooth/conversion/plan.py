@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm_w8a8_bismooth import __version__, grouping
+from vllm_w8a8_bismooth.checkpoint.elements import torch_dtype
 from vllm_w8a8_bismooth.checkpoint.layout import Layout
-from vllm_w8a8_bismooth.checkpoint.reader import torch_dtype
 from vllm_w8a8_bismooth.errors import BismoothError
 from vllm_w8a8_bismooth.model.names import Names
 from vllm_w8a8_bismooth.recipe import Recipe, quantization_config
