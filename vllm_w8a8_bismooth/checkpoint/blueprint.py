@@ -1,6 +1,7 @@
 """What a config.json says of a model, before any tensor is looked at: by the table, or found out."""
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -68,26 +69,35 @@ class Blueprint:
             found = discover(config)
         except BismoothError as error:
             return cls.guessed(config, tensors, error)
-        return cls.discovered(config, found)
+        return cls.discovered(config, found, tensors)
 
     @classmethod
-    def discovered(cls, config: Mapping, found: "Discovery") -> "Blueprint":
-        """By what was found out about such models."""
+    def discovered(cls, config: Mapping, found: "Discovery", tensors: Iterable[str] = ()) -> "Blueprint":
+        """By what was found out about such models.
+
+        Args:
+            config: as it was asked about.
+            found: the answer.
+            tensors: in the files, where the decoder may have another trunk than its class gives it: GPT-2's has none.
+        """
         names = Names(
             found.names.blocks, str(found.names.embedding), found.names.norm, found.names.head or "lm_head.weight"
         )
-        outside = dict(found.outside)
-        vocabulary, hidden = outside[names.embedding]
-        head = outside.pop(names.head, (vocabulary, hidden))
-        layers = findings.layers_of(found)
+        moved = _moved(names, tensors)
+        around = {moved(name): shape for name, shape in found.outside.items()}
+        layers, construction = findings.layers_of(found), findings.construction_of(found, moved)
+        norm = None if names.norm is None else moved(names.norm)
+        names = Names(moved(names.blocks), moved(names.embedding), norm, names.head)
+        needed = {names.embedding, names.norm, *construction.outside.values()}
+        vocabulary, hidden = around[names.embedding]
         return cls(
             names=names,
             sizes=findings.sizes_of(found, config, layers),
-            construction=findings.construction_of(found),
+            construction=construction,
             tied=found.names.tied,
             layers=lambda bound: layers,
-            outside=outside if found.names.tied else outside | {names.head: head},
-            optional={names.head: head} if found.names.tied else {},
+            outside={name: shape for name, shape in around.items() if name in needed},
+            optional={names.head: (vocabulary, hidden)} | {n: shape for n, shape in around.items() if n not in needed},
         )
 
     @classmethod
@@ -142,6 +152,16 @@ class Blueprint:
             outside=outside,
             optional={names.head: outside[names.embedding]},
         )
+
+
+def _moved(names: Names, tensors: Iterable[str]) -> Callable[[str], str]:
+    """What tensors are called in files whose blocks stand behind another trunk than the model's class has them."""
+    tensors = list(tensors)
+    stacks_there = {m[0] for m in map(re.compile(rf"(?:.*\.)?{re.escape(names.stack)}\.(?=0\.)").match, tensors) if m}
+    if names.blocks in stacks_there or len(stacks_there) != 1:
+        return lambda name: name
+    old, new = names.trunk, stacks_there.pop().removesuffix(f"{names.stack}.")
+    return lambda name: new + name.removeprefix(old) if name.startswith(old) else name
 
 
 @dataclass

@@ -1,11 +1,12 @@
 """What discovery found of a model, in the terms of the converter."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from vllm_w8a8_bismooth.model.configs import text_of
 from vllm_w8a8_bismooth.model.construction import Construction, Experts, Found, Kind, Part
+from vllm_w8a8_bismooth.model.floats import TOWER
 from vllm_w8a8_bismooth.model.fusions import fused_among
 from vllm_w8a8_bismooth.model.layers import Layer, Site
 
@@ -31,7 +32,7 @@ def _layer(layer: "record.Layer") -> Layer:
     return Layer(
         tensors=layer.tensors,
         linears=layer.linears,
-        sites=tuple(_site(site, layer, order) for site in layer.sites),
+        sites=tuple(_site(site, layer, order) for site in layer.sites if _folds_matrices(site, layer)),
         routers=layer.floats,
         posts={name: offset for name in layer.vectors if name in layer.writers and name not in norms},
         writers=layer.writers,
@@ -39,6 +40,13 @@ def _layer(layer: "record.Layer") -> Layer:
         row_parallel=frozenset((layer.writers | fed) & layer.linears.keys()),
         experts=layer.experts,
     )
+
+
+def _folds_matrices(site: "record.Site", layer: "record.Layer") -> bool:
+    """Whether all that a site's factor goes into are matrices, and no stacks of them."""
+    return all(
+        len(layer.tensors[f"{name}.weight"]) == 2 for name in site.consumers if f"{name}.weight" in layer.tensors
+    ) and all(name in layer.linears or f"{name}.weight" in layer.tensors for name in site.consumers)
 
 
 def _site(site: "record.Site", layer: "record.Layer", order: list[str]) -> Site:
@@ -75,19 +83,24 @@ def _gate_of(site: "record.Site", layer: "record.Layer") -> str | None:
     )
 
 
-def construction_of(found: "record.Discovery") -> Construction:
-    """How transformers builds it."""
+def construction_of(found: "record.Discovery", moved: Callable[[str], str]) -> Construction:
+    """How transformers builds it; ``moved`` is what the files call a tensor outside the blocks."""
     base, modules = found.modules.base, found.modules
     return Found(
         decoder=base,
         blocks=modules.blocks.removeprefix(base),
         embedding=modules.embedding.removeprefix(base),
         norm=modules.norm and modules.norm.removeprefix(base),
-        outside={name.removeprefix(base): tensor for name, tensor in modules.outside.items()},
+        outside={name.removeprefix(base): moved(tensor) for name, tensor in modules.outside.items() if _is_text(name)},
         returns_tuples=modules.returns_tuples,
         kinds=tuple(_kind(stored) for stored in found.stored),
         kind=found.blocks,
     )
+
+
+def _is_text(parameter: str) -> bool:
+    """Whether a parameter outside the blocks may have a part in what the decoder makes of text."""
+    return not TOWER.search(parameter)
 
 
 def _kind(stored: "record.Stored") -> Kind:

@@ -270,8 +270,8 @@ def _materialize_buffers(model: "PreTrainedModel") -> None:
         buffers = list(module.named_buffers(recurse=False))
         for name, buffer in buffers:
             module._buffers[name] = torch.empty_like(buffer, device="cpu")
-        if buffers:
-            model._init_weights(module)
+    for module in model.modules():  # also of those without, which may fill what is inside them
+        model._init_weights(module)
 
 
 def _each(change: Callable[[torch.Tensor], torch.Tensor], value):
