@@ -2,13 +2,14 @@
 
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from vllm_w8a8_bismooth.model.configs import text_of
 from vllm_w8a8_bismooth.model.construction import Construction, Experts, Found, Kind, Part
 from vllm_w8a8_bismooth.model.floats import TOWER
 from vllm_w8a8_bismooth.model.fusions import fused_among
-from vllm_w8a8_bismooth.model.layers import Layer, Site
+from vllm_w8a8_bismooth.model.layers import Layer, Site, View
 
 if TYPE_CHECKING:
     from vllm_w8a8_bismooth.discovery import record
@@ -19,8 +20,21 @@ _GATE = re.compile(r"(^|[._])(gate|w1|wi_0|c_fc_0|linear_1)([._]|$)")
 
 def layers_of(found: "record.Discovery") -> list[Layer]:
     """What each block holds."""
-    kinds = [_layer(layer) for layer in found.layers]
+    each = zip(found.layers, found.stored, found.experts, strict=True)
+    kinds = [replace(_layer(layer), views=_views(stored, experts)) for layer, stored, experts in each]
     return [kinds[kind] for kind in found.blocks]
+
+
+def _views(stored: "record.Stored", experts: int) -> dict[str, View]:
+    """Matrices that are parts of other tensors, or transposed, expert by expert."""
+    found = {}
+    for template, view in stored.views.items():
+        _, height, width = (1, *view.whole)[-3:]
+        shape = (view.rows[1], height if view.transposed else width)
+        for e in range(experts) if "{}" in template else (None,):
+            name = template if e is None else template.format(e)
+            found[name] = View(view.tensor, view.whole, shape, e, view.rows[0], view.transposed)
+    return found
 
 
 def _layer(layer: "record.Layer") -> Layer:

@@ -139,16 +139,19 @@ class Headers:
         self.lost |= weights.lost
         self.config = {key: value for key, value in self.config.items() if key not in KEYS}
 
-    def show(self, views: Mapping[str, View]) -> None:
+    def show(self, views: Mapping[str, View]) -> list[Problem]:
         """Put matrices in the place of the tensors that they are parts of, where these are there.
 
         Args:
             views: full name of a matrix -> where it may be, with the tensor's full name.
+
+        Returns:
+            Tensors of which the matrices cannot be parts.
         """
         shown = Shown.of(self.headers, views, self.lost)
         self.headers, self.views = shown.headers, shown.views
-        self.problems += shown.problems
         self.lost |= shown.lost
+        return shown.problems
 
     @property
     def turned(self) -> set[str]:

@@ -47,7 +47,8 @@ class Shown:
             views: matrices that may be parts of them, with full names.
             lost: tensors that are known to be missing.
         """
-        found, parts = cls(), {}
+        found = cls()
+        parts: dict[str, list[str]] = {}
         for name, view in views.items():
             parts.setdefault(view.tensor, []).append(name)
         found.lost |= {name for tensor in lost for name in parts.get(tensor, ())}

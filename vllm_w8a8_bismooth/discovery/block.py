@@ -62,6 +62,7 @@ class Block:
         output: everything that it returns, fp64 ``[n]``.
         inputs: matrix -> what it is multiplied with, fp64 ``[tokens, K]``.
         axes: parameter that something is multiplied with -> axis of the matrix that is summed over.
+        biases: parameter that something is multiplied with -> what is added to the product.
         unseen: parameters of two and more axes that nothing was multiplied with, though they look like matrices.
     """
 
@@ -83,7 +84,7 @@ class Block:
             and not _STILL.search(name)
             and (name not in self.axes or (p.ndim > 2 and experts[name] < p.shape[0]))
         ]
-        self._biases = {name: bias for name in self.axes if (bias := self._bias_of(name))}
+        self.biases = {name: bias for name in self.axes if (bias := self._bias_of(name))}
 
     def run(self) -> tuple[torch.Tensor, dict[Unit, torch.Tensor]]:
         """What it returns now, and the inputs of its matrices."""
@@ -123,7 +124,7 @@ class Block:
         """Whether a parameter may be what a norm multiplies its channels with: a vector, and nothing's bias."""
         vector = self.parameters[name].ndim == 1 and self.parameters[name].numel() > 1
         beside = name.endswith("bias") and f"{name[:-4]}weight" in self.parameters
-        return vector and not beside and name not in self._biases.values()
+        return vector and not beside and name not in self.biases.values()
 
     def random(self, *shape: int) -> torch.Tensor:
         """Factors between 0.6 and 1.6, fp64."""
@@ -136,7 +137,7 @@ class Block:
 
     def _beside(self, name: str) -> str:
         """The name that a producer's bias would have."""
-        return self._biases.get(name) or re.sub(r"weight$", "bias", name)
+        return self.biases.get(name) or re.sub(r"weight$", "bias", name)
 
     def scale_gain(self, name: str, s: torch.Tensor, offset: float) -> None:
         """Multiply a gain, and its bias, by ``s`` ``[channels]``."""
@@ -147,7 +148,7 @@ class Block:
 
     def scale_rows(self, name: str, rows: list[int], s: torch.Tensor) -> None:
         """Multiply rows of a matrix, and of its bias, by ``s`` ``[experts or 1, rows]``."""
-        bias = self._biases.get(name)
+        bias = self.biases.get(name)
         for index, unit in enumerate(self.units(name)):
             self.matrix(unit)[rows] *= s[index][:, None]
             if bias:

@@ -125,11 +125,11 @@ class _Search:
                 for n, s in self.shapes.items()
                 if n.startswith(prefix)
             }
-            assembly = Assembly(block, regions[index], inside, (self.few, self.many))
+            assembly = Assembly(block, regions[index], inside, (self.few, self.many), left[index])
             kind = kind_of(block)
             if kind not in writers:
                 writers[kind] = writers_of(block)
-            layer, unfit = assembly.layer(left[index], writers[kind])
+            layer, unfit = assembly.layer(writers[kind])
             dropped |= {f"{index}: {producer}": why for producer, why in unfit.items()}
             where = assembly.stored()
             key = (repr(layer), assembly.experts, repr(where))

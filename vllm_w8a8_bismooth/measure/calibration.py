@@ -214,9 +214,9 @@ def _joined(tensors: Mapping[str, torch.Tensor], parts: Sequence[Part]) -> torch
     pieces = []
     for part in parts:
         stored = tensors[part.tensor]
-        stored = stored.transpose(-1, -2) if part.transposed else stored
-        pieces.append(stored if part.into is None else stored[part.start : part.start + part.into[1]])
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        rows = stored if part.into is None else stored[part.start : part.start + part.into[1]]
+        pieces.append(rows.mT if part.transposed else rows)
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1 if parts[0].transposed else 0)
 
 
 def separate_experts(blocks: Iterable[torch.nn.Module], construction: Construction) -> None:
