@@ -62,7 +62,6 @@ class Block:
         output: everything that it returns, fp64 ``[n]``.
         inputs: matrix -> what it is multiplied with, fp64 ``[tokens, K]``.
         axes: parameter that something is multiplied with -> axis of the matrix that is summed over.
-        biases: parameter that something is multiplied with -> what is added to the product.
         unseen: parameters of two and more axes that nothing was multiplied with, though they look like matrices.
     """
 
@@ -71,6 +70,7 @@ class Block:
     ):
         self.name, self.module, self._args, self._kwargs = name, module, args, kwargs
         self.generator = generator
+        self._undo: list[tuple[torch.Tensor, Any, torch.Tensor]] | None = None
         self.parameters = dict(module.named_parameters())
         self.output, self.inputs = self.run()
         self.axes = {unit.name: unit.columns for unit in self.inputs}
@@ -84,12 +84,16 @@ class Block:
             and not _STILL.search(name)
             and (name not in self.axes or (p.ndim > 2 and experts[name] < p.shape[0]))
         ]
-        self.biases = {name: bias for name in self.axes if (bias := self._bias_of(name))}
+        self._biases = {name: bias for name in self.axes if (bias := self._find_bias(name))}
+
+    def call(self) -> object:
+        """What the module returns, given what the model gave it."""
+        return self.module(*_copied(self._args), **_copied(self._kwargs))
 
     def run(self) -> tuple[torch.Tensor, dict[Unit, torch.Tensor]]:
         """What it returns now, and the inputs of its matrices."""
         with Watch(self.parameters) as watch:
-            out = self.module(*_copied(self._args), **_copied(self._kwargs))
+            out = self.call()
         output = torch.cat([tensor.double().flatten() for tensor in _tensors(out) if tensor.is_floating_point()])
         return output, {unit: torch.cat(rows) for unit, rows in watch.seen.items()}
 
@@ -99,20 +103,34 @@ class Block:
             return self.module(*self._args, **self._kwargs)
 
     @contextmanager
-    def kept(self, names: Collection[str] | None = None) -> Iterator[None]:
-        """Whatever the context's body changes in these parameters (all, if ``None``) is taken back."""
-        saved = {name: self.parameters[name].detach().clone() for name in names or self.parameters}
+    def kept(self) -> Iterator[None]:
+        """Whatever is put into parameters while the context lasts is taken back, exactly."""
+        undo, self._undo = self._undo, []
         try:
             yield
         finally:
-            for name, value in saved.items():
-                self.parameters[name].data.copy_(value)
+            for tensor, index, value in reversed(self._undo):
+                tensor[index] = value
+            self._undo = undo
+
+    def put(self, tensor: torch.Tensor, index: Any, value: torch.Tensor) -> None:
+        """Write a part of a parameter, or of a view of one."""
+        if self._undo is not None:
+            self._undo.append((tensor, index, tensor[index].clone()))
+        tensor[index] = value
+
+    def _scale(self, tensor: torch.Tensor, index: Any, factors: torch.Tensor) -> None:
+        self.put(tensor, index, tensor[index] * factors)
 
     def matrix(self, unit: Unit) -> torch.Tensor:
         """A view of the matrix as ``[rows, columns]``, whichever way it is stored."""
         whole = self.parameters[unit.name].data
         one = whole if unit.expert is None else whole[unit.expert]
         return one if unit.columns == 1 else one.T
+
+    def bias_of(self, name: str) -> str | None:
+        """What is added to what a matrix makes."""
+        return self._biases.get(name)
 
     def units(self, name: str) -> list[Unit]:
         """The matrices that a parameter consists of."""
@@ -124,7 +142,7 @@ class Block:
         """Whether a parameter may be what a norm multiplies its channels with: a vector, and nothing's bias."""
         vector = self.parameters[name].ndim == 1 and self.parameters[name].numel() > 1
         beside = name.endswith("bias") and f"{name[:-4]}weight" in self.parameters
-        return vector and not beside and name not in self.biases.values()
+        return vector and not beside and name not in self._biases.values()
 
     def random(self, *shape: int) -> torch.Tensor:
         """Factors between 0.6 and 1.6, fp64."""
@@ -137,26 +155,29 @@ class Block:
 
     def _beside(self, name: str) -> str:
         """The name that a producer's bias would have."""
-        return self.biases.get(name) or re.sub(r"weight$", "bias", name)
+        return self._biases.get(name) or re.sub(r"weight$", "bias", name)
 
     def scale_gain(self, name: str, s: torch.Tensor, offset: float) -> None:
         """Multiply a gain, and its bias, by ``s`` ``[channels]``."""
-        self.parameters[name].data.add_(offset).mul_(s).sub_(offset)
+        gain, every = self.parameters[name].data, slice(None)
+        self.put(gain, every, (gain + offset) * s - offset)
         bias = self._beside(name)
         if bias != name and bias in self.parameters:
-            self.parameters[bias].data.mul_(s)
+            self._scale(self.parameters[bias].data, every, s)
 
     def scale_rows(self, name: str, rows: list[int], s: torch.Tensor) -> None:
         """Multiply rows of a matrix, and of its bias, by ``s`` ``[experts or 1, rows]``."""
-        bias = self.biases.get(name)
+        bias = self._biases.get(name)
         for index, unit in enumerate(self.units(name)):
-            self.matrix(unit)[rows] *= s[index][:, None]
+            self._scale(self.matrix(unit), rows, s[index][:, None])
             if bias:
                 vector = self.parameters[bias].data
-                (vector if vector.ndim == 1 else vector[index])[rows] *= s[index]
+                self._scale(vector if vector.ndim == 1 else vector[index], rows, s[index])
 
-    def divide_columns(self, unit: Unit, factors: torch.Tensor) -> None:
-        self.matrix(unit).div_(factors)
+    def scale_columns(self, unit: Unit, factors: torch.Tensor) -> None:
+        """Multiply columns of a matrix by ``factors`` ``[K]``."""
+        columns = (factors != 1).nonzero()[:, 0]
+        self._scale(self.matrix(unit), (slice(None), columns), factors[columns])
 
     def fold(self, tie: Tie, skip: str | None = None) -> None:
         """Fold fresh random factors in, one for each row; ``skip`` leaves a consumer out."""
@@ -171,20 +192,17 @@ class Block:
         for unit, pairs in tie.consumers.items():
             if unit.name != skip:
                 factors = torch.ones(self.matrix(unit).shape[1], dtype=torch.float64)
-                factors[[column for _, column in pairs]] = s[[row for row, _ in pairs]] ** tie.power
-                self.divide_columns(unit, factors)
+                factors[[column for _, column in pairs]] = s[[row for row, _ in pairs]] ** -tie.power
+                self.scale_columns(unit, factors)
 
     def change(self, ties: Collection[Tie], skip: str | None = None) -> float:
         """How far folds at all these sites at once move the output."""
-        touched = {name for tie in ties for name in self.touched(tie)}
-        if not touched:
-            return 0.0
-        with self.kept(touched):
+        with self.kept():
             for tie in ties:
                 self.fold(tie, skip)
             return differ(self.run()[0], self.output)
 
-    def _bias_of(self, name: str) -> str | None:
+    def _find_bias(self, name: str) -> str | None:
         """What is added to what this matrix makes: found by owner, shape and name."""
         whole, (owner, _, leaf) = self.parameters[name], name.rpartition(".")
         axis = self.axes[name] + whole.ndim - 2

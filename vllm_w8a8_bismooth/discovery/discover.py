@@ -16,7 +16,7 @@ _IRRELEVANT = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", 
 """Entries of a config that change nothing of what is found."""
 
 
-def discover(config: Mapping[str, Any], trust_remote_code: bool = False, progress: Progress = silent) -> Discovery:
+def discover(config: Mapping[str, Any], code: Path | None = None, progress: Progress = silent) -> Discovery:
     """What is known of the models with a config: kinds of blocks, sites, what becomes INT8, names in the checkpoint.
 
     A small model of the same class is built from the config, with random weights, and every magnitude that can move
@@ -26,18 +26,19 @@ def discover(config: Mapping[str, Any], trust_remote_code: bool = False, progres
 
     Args:
         config: of ``config.json``.
-        trust_remote_code: whether code that the config names may run.
+        code: folder of the code that the config names (``auto_map``), if it may run; it then is a part of what
+            the record is kept by.
         progress: called after each block, with the stage ``discover``.
 
     Raises:
         BismoothError: transformers does not know the type, or no small model of it can be built and run.
     """
-    kept = _folder() / f"{_key(config)}.json"
+    kept = _folder() / f"{_key(config, code)}.json"
     try:
         return Discovery.from_json(json.loads(kept.read_text()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass  # not there, or not of this form: it is found again
-    found = find(config, trust_remote_code, progress)
+    found = find(config, code, progress)
     _keep(kept, json.dumps(found.to_json()))
     return found
 
@@ -47,15 +48,15 @@ def _folder() -> Path:
     return Path(base) / "bismooth" / "discovery"
 
 
-def _key(config: Mapping[str, Any]) -> str:
-    """A hash of the config, the version of transformers, and the sources of this room."""
+def _key(config: Mapping[str, Any], code: Path | None) -> str:
+    """A hash of the config, the model's own code, the versions of transformers and torch, and this room's sources."""
     import torch
     import transformers
 
     relevant = {key: value for key, value in config.items() if key not in _IRRELEVANT}
     digest = hashlib.sha256(json.dumps(relevant, sort_keys=True, default=str).encode())
     digest.update(f"{transformers.__version__} {torch.__version__}".encode())
-    for source in sorted(Path(__file__).parent.glob("*.py")):
+    for source in (*sorted(Path(__file__).parent.glob("*.py")), *(sorted(code.glob("*.py")) if code else ())):
         digest.update(source.read_bytes())
     return digest.hexdigest()
 

@@ -2,34 +2,32 @@
 
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from vllm_w8a8_bismooth.discovery import instance, storage, widths
 from vllm_w8a8_bismooth.discovery.assembly import Assembly
-from vllm_w8a8_bismooth.discovery.block import SAME, Tie
-from vllm_w8a8_bismooth.discovery.proof import LENGTHS, SEEDS, Failure, Sample, kind_of, prove, resized
+from vllm_w8a8_bismooth.discovery.origin import Origin, explained, refused
+from vllm_w8a8_bismooth.discovery.proof import LENGTHS, SEEDS, Sample, kind_of, prove
 from vllm_w8a8_bismooth.discovery.record import Discovery, Layer, Modules, Names, Proof, Stored
 from vllm_w8a8_bismooth.discovery.writers import writers_of
 from vllm_w8a8_bismooth.progress import Progress, silent
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
 
 _MOST, _MOST_OF_FEW = 24_000_000, 64_000_000
 """Parameters of a small model with all blocks, and of one with as few as hold every kind."""
 _EXPERTS = 4
 
 
-def find(config: Mapping[str, Any], trust_remote_code: bool = False, progress: Progress = silent) -> Discovery:
+def find(config: Mapping[str, Any], code: Path | None = None, progress: Progress = silent) -> Discovery:
     """See :func:`discover.discover`, which keeps what this finds."""
     started, threads = time.monotonic(), torch.get_num_threads()
-    instance.check_bounds(config)
     torch.set_num_threads(1)  # the products are so small that sharing them out takes twenty times as long
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            return _Search(instance.config_of(config, trust_remote_code)).run(progress, started)
+            return _Search(Origin(config, code)).run(progress, started)
     finally:
         torch.set_num_threads(threads)
 
@@ -37,13 +35,14 @@ def find(config: Mapping[str, Any], trust_remote_code: bool = False, progress: P
 class _Search:
     """One search: the real model without storage, a small one, and a second small one."""
 
-    def __init__(self, config: "PretrainedConfig"):
+    def __init__(self, origin: Origin):
+        self.origin, config = origin, origin.config
         self.config = config
         try:
-            self.real = instance.build(config, "meta")
+            self.real = origin.build(config, "meta")
             self.shapes = storage.shapes(self.real)
         except Exception as error:
-            raise instance.refused(f"transformers builds no model of it ({instance.explained(error)})") from None
+            raise refused(f"transformers builds no model of it ({explained(error)})") from None
         given = config.to_dict()
         counts = [n for _, key, value in widths.walk(given) if widths.is_experts(key) for n in widths.numbers(value)]
         self.many = max(counts, default=0)
@@ -60,25 +59,27 @@ class _Search:
         for factor in widths.factors(self.config.to_dict()):
             if found and found[0][0] % factor:
                 continue
-            for blocks, most in ((None, _MOST), (self._prefix(), _MOST_OF_FEW)):
+            depths = [(None, _MOST), (self._prefix(), _MOST_OF_FEW)]
+            for blocks, most in reversed(depths) if found else depths:
                 try:
-                    model = instance.small(self.config, factor, max(1, self.few), blocks, most)
+                    model = instance.small(self.origin, factor, max(1, self.few), blocks, most)
                     found.append((factor, Sample(model)))
                     break
                 except Exception as error:
-                    failed.append(f"widths divided by {factor}: {instance.explained(error)}")
+                    failed.append(f"widths divided by {factor}: {explained(error)}")
             if len(found) == 2 or (found and factor == 1):
                 return found
         if not found:
-            raise instance.refused(f"no small model of its class runs ({failed[-1]})")
+            raise refused(f"no small model of its class runs ({failed[-1]})")
         return found
 
     def _prefix(self) -> int:
         """As few first blocks as hold every kind, at least two."""
-        kinds = self._kinds_of_real()
+        kinds = self._kinds
         return max(2, 1 + max((kinds.index(kind) for kind in set(kinds)), default=1))
 
-    def _kinds_of_real(self) -> list[tuple]:
+    @cached_property
+    def _kinds(self) -> list[tuple]:
         """What the config and the shapes tell the blocks apart by."""
         lists = [n for n, m in self.real.named_modules() if isinstance(m, torch.nn.ModuleList)]
         sizes = {n: sum(p.numel() for p in self.real.get_submodule(n).parameters()) for n in lists}
@@ -100,15 +101,11 @@ class _Search:
 
     def run(self, progress: Progress, started: float) -> Discovery:
         samples = self.samples()
-        factor, sample = samples[0]
-        found = sample.search(progress)
-        left, failures = prove(sample, found)
-        resized_change = None
-        if len(samples) > 1:
-            left, resized_change = _at_another_size(sample, samples[1][1], left, failures)
+        sample = samples[0][1]
+        proven = prove(sample, sample.search(progress), samples[1][1] if len(samples) > 1 else None)
         dropped = {
             f"{block.name.rpartition('.')[2]}: {failure.tie.producer}": failure.why
-            for block, some in zip(sample.blocks, failures, strict=True)
+            for block, some in zip(sample.blocks, proven.failures, strict=True)
             for failure in some
         }
         names, modules, regions = self._surroundings(sample)
@@ -125,7 +122,7 @@ class _Search:
                 for n, s in self.shapes.items()
                 if n.startswith(prefix)
             }
-            assembly = Assembly(block, regions[index], inside, (self.few, self.many), left[index])
+            assembly = Assembly(block, regions[index], inside, (self.few, self.many), proven.left[index])
             kind = kind_of(block)
             if kind not in writers:
                 writers[kind] = writers_of(block)
@@ -139,7 +136,7 @@ class _Search:
                 stored.append(where)
                 experts.append(assembly.experts)
             chosen.append(kinds[key])
-        real = self._kinds_of_real() if len(chosen) < self._blocks(names) else []
+        real = self._kinds if len(chosen) < self._blocks(names) else []
         chosen += [chosen[real.index(kind)] for kind in real[len(chosen) :]]
         inside_blocks = tuple(f"{names.blocks}{i}." for i in range(len(chosen)))
         return Discovery(
@@ -154,12 +151,10 @@ class _Search:
             proof=Proof(
                 factors=tuple(f for f, _ in samples),
                 blocks=len(sample.blocks),
-                output=max((b.change(ties) for b, ties in zip(sample.blocks, left, strict=True)), default=0.0),
-                large=_large(sample, left),
-                logits=sample.logits_change(
-                    [(b, t) for b, ties in zip(sample.blocks, left, strict=True) for t in ties]
-                ),
-                resized=resized_change,
+                output=proven.output,
+                large=proven.large,
+                logits=proven.logits,
+                resized=proven.resized,
                 seeds=SEEDS,
                 lengths=LENGTHS,
                 dropped=dict(sorted(dropped.items())),
@@ -240,36 +235,8 @@ def _last_norm(sample: Sample) -> str | None:
         if "norm" in type(module).__name__.lower() and not name.startswith(f"{sample.path}.")
     ]
     try:
-        sample.logits_change([], slice(1))
+        sample.logits_change([], 1)
     finally:
         for hook in hooks:
             hook.remove()
     return ran[-1] if ran else None
-
-
-def _at_another_size(
-    sample: Sample, other: Sample, left: list[list[Tie]], failures: list[list]
-) -> tuple[list[list[Tie]], float]:
-    """The sites that hold, enlarged, in the second model too, and the largest change there."""
-    names = {block.name: block for block in other.blocks}
-    verdicts: dict[tuple, list[Tie]] = {}
-    kept, largest = [], 0.0
-    for index, (block, ties) in enumerate(zip(sample.blocks, left, strict=True)):
-        key = (kind_of(block), tuple(map(repr, ties)))
-        if key not in verdicts and block.name in names:
-            larger = names[block.name]
-            enlarged = [(tie, resized(block, larger, tie)) for tie in ties]
-            good = [(tie, more) for tie, more in enlarged if more is not None and larger.change([more]) < SAME]
-            largest = max(largest, larger.change([more for _, more in good]))
-            verdicts[key] = [tie for tie, _ in good]
-        good_ties = verdicts.get(key, ties)
-        failures[index] += [
-            Failure(t, "its rows and columns do not grow with the widths") for t in ties if t not in good_ties
-        ]
-        kept.append([tie for tie in ties if tie in good_ties])
-    return kept, largest
-
-
-def _large(sample: Sample, left: list[list[Tie]]) -> float:
-    with sample.large() as blocks:
-        return max((block.change(ties) for block, ties in zip(blocks, left, strict=True)), default=0.0)

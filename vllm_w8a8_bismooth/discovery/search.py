@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from vllm_w8a8_bismooth.discovery.block import SAME, Block, Tie, differ
+from vllm_w8a8_bismooth.discovery.elasticity import Elasticity
 from vllm_w8a8_bismooth.discovery.watch import Unit
 
 _EXACT = 1e-9
@@ -18,9 +19,9 @@ _POWERS = (1.0, 2.0)
 """relu(s x) is s relu(x), and relu(s x) ** 2 is s ** 2 relu(x) ** 2."""
 _OFFSETS = (0.0, 1.0)
 _WAVES = 6
-_PROBES = 24
-"""Rows that are tried one by one, evenly, and as many at random, before a matrix is given up as a producer; also the
-last, where a single head's values may be."""
+_PROBES = 48
+"""Rows that are tried, evenly, where derivatives point to none."""
+_MOST_ROWS = 64
 _SMALL = 1e-3
 """Of a column's largest input; smaller ones are sums that cancelled, and their ratios are inexact."""
 
@@ -36,15 +37,49 @@ def ties_of(block: Block, hints: Sequence[Tie] = ()) -> list[Tie]:
         hints: those of other blocks; where all of one producer's hold here too, they are not searched for again.
     """
     found: list[Tie] = []
+    pointers = Pointers(block)
     for name in block.parameters:
         known = [tie for tie in hints if tie.producer == name and _fits(block, tie)]
         if known and block.change(known) < SAME and all(_is_complete(block, tie) for tie in known):
             found += known
         elif name in block.axes:
-            found += _rows(block, name)
+            found += _rows(block, name, pointers)
         elif block.is_gain(name):
             found += _gain(block, name)
     return found
+
+
+class Pointers:
+    """Rows at which the sites of a block are looked for.
+
+    Args:
+        block: as it was captured.
+    """
+
+    def __init__(self, block: Block):
+        self._block = block
+        self._found: dict[tuple[Unit, int], set[tuple[str, int]]] = {}
+        try:
+            self._elasticity: Elasticity | None = Elasticity(block)
+            for unit in block.inputs:
+                for column in {0, block.inputs[unit].shape[1] // 2}:
+                    self.at(unit, column)
+        except RuntimeError:  # something in it cannot be differentiated: all rows are looked at
+            self._elasticity = None
+
+    def of(self, name: str, count: int) -> list[int]:
+        """Rows of a matrix that columns at the begin or in the middle of others' inputs are proportional to."""
+        if self._elasticity is None:
+            return list(range(0, count, max(1, count // _PROBES)))
+        return sorted({row for rows in self._found.values() for other, row in rows if other == name})
+
+    def at(self, unit: Unit, column: int) -> set[tuple[str, int]]:
+        """(matrix, row) that a column is proportional to."""
+        if self._elasticity is None:
+            return set()
+        if (unit, column) not in self._found:
+            self._found[unit, column] = self._elasticity.rows(unit, column)
+        return self._found[unit, column]
 
 
 def _fits(block: Block, tie: Tie) -> bool:
@@ -59,7 +94,7 @@ def _fits(block: Block, tie: Tie) -> bool:
 
 def _is_complete(block: Block, tie: Tie) -> bool:
     """Whether all matrices that read what the producer makes are among its consumers: no other input changes."""
-    with block.kept(block.touched(tie)):
+    with block.kept():
         block.fold(tie)
         _, now = block.run()
         return all(differ(x, block.inputs[unit]) < _EXACT for unit, x in now.items() if unit not in tie.consumers)
@@ -89,7 +124,7 @@ def _follow(
             return None
         for unit, (factors, pairs, _) in new.items():
             found[unit] = [(labels[which], column) for which, column in pairs]
-            block.divide_columns(unit, factors)
+            block.scale_columns(unit, 1 / factors)
     return None
 
 
@@ -149,27 +184,37 @@ def _attempt(block: Block, name: str, rows: Sequence[int]) -> Tie | None:
     return Tie(name, tuple(sorted(rows)), consumers, 0.0, found[1]) if own else None
 
 
-def _rows(block: Block, name: str) -> list[Tie]:
+def _rows(block: Block, name: str, pointers: Pointers) -> list[Tie]:
     """The sites behind a matrix's rows.
 
-    Of some rows that pass alone, the longest run around each is found, and the period in which such runs return (the
-    values of each head). Should that leave columns of the consumers without a factor, every row is tried. Rows that
+    Around each row that is pointed to, the longest run that passes is found, and the period in which such runs return
+    (the values of each head). Columns of the consumers that are left without a factor point to further rows. Rows that
     pass alone and not together are several sites, of which a fold may use one (LFM2: B, C and x).
     """
     count = block.matrix(block.units(name)[0]).shape[0]
-    if whole := _attempt(block, name, range(count)):
+    todo, found, seen = pointers.of(name, count), list[Tie](), set[int]()
+    if todo and (whole := _attempt(block, name, range(count))):
         return [whole]
-    chance = torch.randint(count, (_PROBES,), generator=block.generator).tolist()
-    probes = sorted({i * count // _PROBES for i in range(_PROBES)} | {count - 1} | set(chance))
-    passed = [row for row in probes if _attempt(block, name, [row])]
-    found: list[Tie] = []
-    for row in passed:
-        if not any(row in tie.rows for tie in found) and (tie := _around(block, name, row, count)):
-            found.append(tie)
-    found = _joined(block, name, found)
-    if all(_covers(block, tie) for tie in found):
-        return found
-    return _joined(block, name, _halved(block, name, count))
+    while todo and len(seen) < _MOST_ROWS:
+        row = todo.pop(0)
+        seen.add(row)
+        if any(row in tie.rows for tie in found) or not _attempt(block, name, [row]):
+            continue
+        if tie := _around(block, name, row, count):
+            found = _joined(block, name, [*found, tie])
+            more = {r for unit, column in _uncovered(block, found) for n, r in pointers.at(unit, column) if n == name}
+            todo += sorted(more - seen)
+    return found
+
+
+def _uncovered(block: Block, ties: Sequence[Tie]) -> list[tuple[Unit, int]]:
+    """Of each consumer, the first column that takes no factor, if there is one."""
+    taken: dict[Unit, set[int]] = {}
+    for tie in ties:
+        for unit, column in tie.columns:
+            taken.setdefault(unit, set()).add(column)
+    every = {unit: set(range(block.inputs[unit].shape[1])) for unit in taken}
+    return [(unit, min(left)) for unit in taken if (left := every[unit] - taken[unit])]
 
 
 def _around(block: Block, name: str, row: int, count: int) -> Tie | None:
@@ -195,19 +240,6 @@ def _furthest(passes: Callable[[int], bool], most: int) -> int:
     return low
 
 
-def _halved(block: Block, name: str, count: int) -> list[Tie]:
-    """The sites of all ranges that pass: ranges are halved until they do or are single rows."""
-    passed: list[Tie] = []
-    todo = [list(range(count))]
-    while todo:
-        rows = todo.pop()
-        if tie := _attempt(block, name, rows):
-            passed.append(tie)
-        elif len(rows) > 1:
-            todo += [rows[len(rows) // 2 :], rows[: len(rows) // 2]]
-    return passed
-
-
 def _joined(block: Block, name: str, ties: Sequence[Tie]) -> list[Tie]:
     """The same rows in as few sites as pass together."""
     if len(ties) > 1 and (whole := _attempt(block, name, sorted(row for tie in ties for row in tie.rows))):
@@ -221,8 +253,3 @@ def _joined(block: Block, name: str, ties: Sequence[Tie]) -> list[Tie]:
         else:
             found.append(tie)
     return found
-
-
-def _covers(block: Block, tie: Tie) -> bool:
-    """Whether every column of the consumers takes a factor."""
-    return all(len(pairs) == block.matrix(unit).shape[1] for unit, pairs in tie.consumers.items())

@@ -37,7 +37,11 @@ def own_state(model: "PreTrainedModel") -> dict[str, torch.Tensor]:
     found: dict[str, torch.Tensor] = {}
     seen: set[int] = set()
     ignored = set(model._keys_to_ignore_on_save or ())
-    tied = set(getattr(model, "all_tied_weights_keys", None) or ()) if model.config.tie_word_embeddings else set()
+    tied = (
+        set(getattr(model, "all_tied_weights_keys", None) or ())
+        if getattr(model.config, "tie_word_embeddings", False)
+        else set()
+    )
     for late in (False, True):
         for name, tensor in model.state_dict(keep_vars=True).items():
             if name not in ignored and (name in tied) is late and id(tensor) not in seen:

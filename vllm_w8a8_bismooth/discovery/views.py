@@ -98,7 +98,7 @@ def _reason(block: Block, region: Region, ties: Iterable[Tie]) -> str | None:
     parts = parts_of(region.tensor)
     if not parts:
         return "experts stored as one tensor, which vLLM loads only as that"
-    if region.parameter in block.biases:
+    if block.bias_of(region.parameter):
         return "experts stored as one tensor, with biases, which vLLM serves in INT8 neither"
     rows = block.parameters[region.parameter].shape[2 - block.axes[region.parameter]]
     later = tuple(range(rows // 2, rows))

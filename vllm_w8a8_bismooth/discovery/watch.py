@@ -41,13 +41,15 @@ class Watch(TorchFunctionMode):
 
     Args:
         parameters: those of interest, by name. fp64.
+        differentiable: keep how the inputs came about, for derivatives.
 
     Attributes:
         seen: matrix -> its inputs, fp64 ``[tokens, K]`` each.
     """
 
-    def __init__(self, parameters: Mapping[str, torch.Tensor]):
+    def __init__(self, parameters: Mapping[str, torch.Tensor], differentiable: bool = False):
         super().__init__()
+        self._differentiable = differentiable
         self._owner = {p.untyped_storage().data_ptr(): (n, p) for n, p in parameters.items() if p.ndim > 1}
         self.seen: dict[Unit, list[torch.Tensor]] = defaultdict(list)
 
@@ -89,7 +91,8 @@ class Watch(TorchFunctionMode):
         else:
             slices = [(expert, inputs[expert]) for expert in range(whole.shape[0])]
         for expert, rows in slices:
-            self.seen[Unit(name, expert, columns)].append(rows.detach().reshape(-1, rows.shape[-1]).clone())
+            flat = rows.reshape(-1, rows.shape[-1])
+            self.seen[Unit(name, expert, columns)].append(flat if self._differentiable else flat.detach().clone())
         return True
 
 

@@ -25,8 +25,8 @@ def _matrix_writes(block: Block, name: str) -> bool:
     if unit is None:
         return False
     made = block.inputs[unit] @ block.matrix(unit).T
-    with block.kept([name]):
-        block.matrix(unit).mul_(_HUGE)
+    with block.kept():
+        block.put(block.matrix(unit), slice(None), block.matrix(unit) * _HUGE)
         now, _ = block.run()
     return _is_written(block, now, made)
 

@@ -1,0 +1,136 @@
+"""The class of transformers that a config asks for: its own config object, and models of it."""
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from vllm_w8a8_bismooth.discovery import widths
+from vllm_w8a8_bismooth.errors import BismoothError
+from vllm_w8a8_bismooth.model.configs import decoded
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+MOST_BLOCKS, MOST_EXPERTS, WIDEST = 1024, 2048, 2**24
+"""A config.json is not trusted: more is refused before anything is built."""
+_COUNT = re.compile(r"\w*(layers?|depth|blocks)|\w*experts")
+_MOST_ITEMS = 2**14
+_ELSEWHERE = ("model_type", "quantization_config", "auto_map")
+_REMEDY = "mend config.json, or convert with --method rtn, which does not run the model"
+
+
+def refused(what: str) -> BismoothError:
+    """The error of a config of which no model can be made."""
+    return BismoothError.of("config.json", what, _REMEDY)
+
+
+def explained(error: BaseException) -> str:
+    """An exception in one line."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:200]}"
+
+
+def check_bounds(config: Mapping) -> None:
+    """Raises :class:`BismoothError` for a config whose model would have absurdly many parts, or absurdly wide ones."""
+    stack: list[tuple[str, Any]] = list(config.items())
+    while stack:
+        key, value = stack.pop()
+        if isinstance(value, dict):
+            stack += value.items()
+        elif isinstance(value, list):
+            if len(value) > _MOST_ITEMS and "token" not in key:
+                raise refused(f"{key} has {len(value)} entries, more than a model has parts")
+            stack += ((key, item) for item in value)
+        elif type(value) is int:
+            bound = (MOST_EXPERTS if "expert" in key else MOST_BLOCKS) if _COUNT.fullmatch(key) else WIDEST
+            if value > bound and (_COUNT.fullmatch(key) or widths.is_width(key, value) or "heads" in key):
+                raise refused(f"{key} = {value} is beyond what is built (up to {bound})")
+
+
+class Origin:
+    """The class of a config's models.
+
+    Args:
+        given: of ``config.json``.
+        code: folder of the code that it names; ``None`` if none may run.
+
+    Attributes:
+        config: transformers' own object, with the defaults of its class.
+
+    Raises:
+        BismoothError: transformers does not know the type, refuses the config, or would need code that may not run.
+    """
+
+    def __init__(self, given: Mapping[str, Any], code: Path | None = None):
+        check_bounds(given)
+        named = given.get("auto_map")
+        named = named if isinstance(named, dict) else {}
+        entries = {k: decoded(v) for k, v in given.items() if k not in _ELSEWHERE}
+        self._model_class: Any = None
+        try:
+            if code is not None and "AutoConfig" in named:
+                self.config: PretrainedConfig = _loaded(named["AutoConfig"], code)(**entries)
+                self._model_class = _loaded(named["AutoModelForCausalLM"], code)
+            else:
+                self.config = _known(given["model_type"], entries)
+        except Exception as error:
+            if named and code is None:
+                kind = given.get("model_type")
+                what = f"model_type = {kind!r} is code of the model's own, which does not run unless it is trusted"
+                remedy = "give --trust-remote-code if you trust it, or convert with --method rtn"
+                raise BismoothError.of("config.json", what, remedy) from None
+            raise refused(f"transformers refuses it ({explained(error)})") from None
+
+    def build(self, config: "PretrainedConfig", device: str = "cpu") -> "PreTrainedModel":
+        """The causal language model of a config, whatever else belongs to it, in fp32.
+
+        Raises:
+            Exception: whatever its class raises.
+        """
+        with _quiet(), torch.device(device):
+            own = self._model_class
+            make = own._from_config if own is not None else _auto_for(config).from_config
+            model = make(config, attn_implementation="eager", dtype=torch.float32)
+        if hasattr(model, "set_experts_implementation"):
+            model.set_experts_implementation("eager")
+        return model.eval().requires_grad_(False)
+
+
+def _known(model_type: str, entries: Mapping[str, Any]) -> "PretrainedConfig":
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(model_type, **entries)
+
+
+def _loaded(reference: str, code: Path) -> Any:
+    """A class from a model's own code. A reference to another repository on a hub is not followed."""
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    return get_class_from_dynamic_module(reference.rpartition("--")[2], str(code), local_files_only=True)
+
+
+def _auto_for(config: "PretrainedConfig") -> Any:
+    """transformers' class that knows which class builds a language model of a config."""
+    import transformers
+
+    text, towers = transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText
+    autos = [text, towers, getattr(transformers, "AutoModelForMultimodalLM", towers)]
+    if any(widths.is_tower(key, value) for key, value in config.to_dict().items()):
+        autos = [*autos[1:], text]
+    return next((auto for auto in autos if type(config) in auto._model_mapping), text)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
