@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 _GATE = re.compile(r"(^|[._])(gate|w1|wi_0|c_fc_0|linear_1)([._]|$)")
 """Names of linears whose output goes through the activation function, and multiplies another's."""
 
+_INNER = {"gate_up_proj": 2, "up_proj": 1}
+"""Last part of a parameter's name in transformers' stacked experts -> how many linears of each expert it holds."""
+
 
 def layers_of(found: "record.Discovery") -> list[Layer]:
     """What each block holds."""
@@ -124,13 +127,13 @@ def _kind(stored: "record.Stored") -> Kind:
 
 
 def _mixture(parameters: Mapping[str, tuple[Part, ...]]) -> Experts | None:
-    """Stacked experts of which the checkpoint has each one's gate, up and down projection."""
+    """Stacked experts of which the checkpoint has each one's gate (if there is one), up and down projection."""
     for name, parts in parameters.items():
-        down = parameters.get(f"{name.rpartition('.')[0]}.down_proj", ())
+        module, _, leaf = name.rpartition(".")
+        down = parameters.get(f"{module}.down_proj", ())
         linears = tuple(part.tensor.removesuffix(".weight") for part in (*parts, *down))
-        if name.endswith(".gate_up_proj") and len(linears) == 3 and all("{}" in linear for linear in linears):
-            gate, up, last = linears
-            return Experts(name.rpartition(".")[0], (gate, up, last))
+        if len(linears) == _INNER.get(leaf, 0) + 1 and all("{}" in linear for linear in linears) and "{}" not in name:
+            return Experts(module, linears)
     return None
 
 

@@ -62,7 +62,7 @@ def convert(ready: Preparation, progress: Progress = silent) -> Outcome:
         for index, record in walk.records.items():
             outcome.linears |= record["linears"]
             outcome.sites[index] = record["sites"]
-        outcome.resumed = walk.resumed
+        outcome.resumed, outcome.notes = walk.resumed, outcome.notes + outcome.unread()
         outcome.granularity, outcome.estimated_kl = stages.evidence(), stages.estimate()
         _finish(journal.partial, ready, plan, outcome, checksums | walk.checksums)
         journal.commit()

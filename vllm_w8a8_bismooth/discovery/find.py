@@ -195,7 +195,7 @@ class _Search:
             head=None if tied or head is None else of.get(f"{head}.weight"),
             tied=tied,
         )
-        base = f"{model.base_model_prefix}." if hasattr(model, model.base_model_prefix) else ""
+        base = _base_of(model)
         beside = tuple(f"{path}." for path in (sample.path, embedding, norm, head))
         outside = {
             region.parameter: tensor
@@ -206,6 +206,14 @@ class _Search:
         }
         tuples = isinstance(sample.blocks[0].returned(), tuple)
         return names, Modules(base, sample.path, embedding, norm, head, outside, tuples), inside
+
+
+def _base_of(model: Any) -> str:
+    """What the paths of the bare decoder's modules begin with in a causal language model."""
+    if hasattr(model, model.base_model_prefix):
+        return f"{model.base_model_prefix}."
+    decoder = model.get_decoder()  # Llama 4 names another prefix than it has
+    return next((f"{name}." for name, module in model.named_modules() if name and module is decoder), "")
 
 
 def _prefix_of(tensors: list[str], index: str) -> str:

@@ -31,11 +31,12 @@ class Experts:
 
     Attributes:
         module: path of the module with the stacked weights.
-        linears: what the checkpoint calls the gate, up and down projection of one, with ``{}`` for its number.
+        linears: what the checkpoint calls the gate (if there is one), up and down projection of one, with ``{}`` for
+            its number.
     """
 
     module: str
-    linears: tuple[str, str, str]
+    linears: tuple[str, ...]
 
 
 @dataclass(frozen=True)

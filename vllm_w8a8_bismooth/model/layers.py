@@ -1,8 +1,10 @@
 """What one decoder block holds: tensors, linears that become INT8, and where magnitude can move between them."""
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+_EXPERT = re.compile(r"\.experts?\.(\d+)\.")
 Runs = tuple[tuple[int, int], ...]
 """Indices as (first, number) of consecutive ones."""
 NONE = -1
@@ -104,6 +106,11 @@ class Layer:
         """The linear whose weight a tensor of the block is, ``None`` for anything else (norms, biases, routers)."""
         linear = tensor.removesuffix(".weight")
         return linear if linear != tensor and linear in self.linears else None
+
+    def expert_of(self, linear: str) -> int | None:
+        """The number of the expert that a linear belongs to, ``None`` for others."""
+        match = _EXPERT.search(f".{linear}") if linear in self.experts else None
+        return int(match[1]) if match else None
 
     def with_siblings(self, names: Iterable[str]) -> set[str]:
         """Names inside the block, and the siblings that vLLM fuses them with: a fused linear has one granularity."""
