@@ -1,9 +1,13 @@
-"""Tensors as a checkpoint's files have them, from those that its reader shows."""
+"""Tensors as a checkpoint's files have them, from those that its reader shows; and the other way."""
 
+import shutil
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
+from vllm_w8a8_bismooth.checkpoint.layout import Source
 from vllm_w8a8_bismooth.checkpoint.reader import Checkpoint
 
 
@@ -18,3 +22,12 @@ def as_stored(checkpoint: Checkpoint, tensors: Mapping[str, torch.Tensor]) -> di
         rows[view.start : view.start + len(matrix)] = matrix
     assert not any(tensor.is_floating_point() and tensor.isnan().any() for tensor in found.values())
     return found
+
+
+def store_apart(folder: Path, destination: Path) -> Path:
+    """The same model with every matrix under its own name, as it is shown."""
+    checkpoint = Source(folder).checkpoint
+    shutil.copytree(folder, destination, ignore=shutil.ignore_patterns("*.safetensors*"))
+    tensors = {name: checkpoint.read(name).clone() for name in checkpoint.headers}
+    save_file(tensors, destination / "model.safetensors", {"format": "pt"})
+    return destination

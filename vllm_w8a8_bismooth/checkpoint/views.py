@@ -48,24 +48,24 @@ class Shown:
             lost: tensors that are known to be missing.
         """
         found = cls()
-        parts: dict[str, list[str]] = {}
+        parts: dict[str, dict[str, View]] = {}
         for name, view in views.items():
-            parts.setdefault(view.tensor, []).append(name)
+            parts.setdefault(view.tensor, {})[name] = view
         found.lost |= {name for tensor in lost for name in parts.get(tensor, ())}
         for name, header in headers.items():
-            inside = parts.get(name, [])
-            known = [part for part in inside if part in headers and part != name]
-            whole = views[inside[0]].whole if inside else header.shape
-            if header.shape == whole and not known:
-                found._add(name, header, {part: views[part] for part in inside})
-                continue
-            if known:
-                what, remedy = f"holds {known[0]}, which is there too", "remove one of them"
-            else:
+            inside = _fitting(header.shape, parts.get(name, {}))
+            beside = next((part for part in parts.get(name, ()) if part in headers and part != name), None)
+            if beside is not None:
+                what, remedy = f"holds {beside}, which is stored beside it", "remove one of them"
+            elif inside is None:
+                whole = next(iter(parts[name].values())).whole
                 what = f"has shape {list(header.shape)}, {CONFIG} implies {list(whole)}"
                 remedy = "mend the one that is wrong"
+            else:
+                found._add(name, header, inside)
+                continue
             found.problems.append(Problem(name, what, remedy))
-            found.lost |= set(inside) - set(known)
+            found.lost |= {part for part in parts[name] if part not in headers or part == name}
         return found
 
     def _add(self, name: str, header: Tensor, parts: Mapping[str, View]) -> None:
@@ -76,6 +76,16 @@ class Shown:
         for part, view in parts.items():
             self.views[part] = view
             self.headers[part] = replace(header, shape=view.shape, nbytes=size * math.prod(view.shape))
+
+
+def _fitting(shape: tuple[int, ...], parts: Mapping[str, View]) -> Mapping[str, View] | None:
+    """The matrices of a tensor of this shape; of a stack with its last two axes the other way round, as publishers of
+    one model type have it who do not use transformers 5, too; ``None`` if they are no parts of it."""
+    if all(view.whole == shape for view in parts.values()):
+        return parts
+    if len(shape) == 3 and all(view.whole == (shape[0], shape[2], shape[1]) for view in parts.values()):
+        return {name: replace(view, whole=shape, transposed=not view.transposed) for name, view in parts.items()}
+    return None
 
 
 def fill(values: "torch.Tensor", view: View, first: int, fetch: Fetch) -> None:

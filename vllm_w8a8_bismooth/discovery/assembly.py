@@ -213,6 +213,9 @@ class Assembly:
                 floats[_plain(name)] = why
             else:
                 linears[_plain(name)] = (rows, columns)
+        if why := next((why for name, why in floats.items() if "{}" in name), None):  # vLLM serves experts alike
+            floats |= {name: why for name in linears if "{}" in name}
+            linears = {name: shape for name, shape in linears.items() if "{}" not in name}
         return linears, floats
 
     def _is_counted(self, rows: int, few: int) -> bool:

@@ -1,5 +1,6 @@
 """Finds the smoothing sites of a config's model, without its weights."""
 
+import itertools
 import time
 from collections.abc import Mapping
 from functools import cached_property
@@ -195,7 +196,7 @@ class _Search:
             head=None if tied or head is None else of.get(f"{head}.weight"),
             tied=tied,
         )
-        base = _base_of(model)
+        base = _base_of(model, sample.path, embedding)
         beside = tuple(f"{path}." for path in (sample.path, embedding, norm, head))
         outside = {
             region.parameter: tensor
@@ -208,12 +209,12 @@ class _Search:
         return names, Modules(base, sample.path, embedding, norm, head, outside, tuples), inside
 
 
-def _base_of(model: Any) -> str:
+def _base_of(model: Any, blocks: str, embedding: str) -> str:
     """What the paths of the bare decoder's modules begin with in a causal language model."""
     if hasattr(model, model.base_model_prefix):
         return f"{model.base_model_prefix}."
-    decoder = model.get_decoder()  # Llama 4 names another prefix than it has
-    return next((f"{name}." for name, module in model.named_modules() if name and module is decoder), "")
+    parts = zip(blocks.split("."), embedding.split("."), strict=False)  # Llama 4 names another prefix than it has
+    return "".join(f"{part}." for part, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], parts))
 
 
 def _prefix_of(tensors: list[str], index: str) -> str:
