@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -12,7 +12,7 @@ from vllm_w8a8_bismooth.checkpoint.reader import Header
 from vllm_w8a8_bismooth.errors import BismoothError, Problem
 from vllm_w8a8_bismooth.model.architectures import Architecture, Template, architecture_of
 from vllm_w8a8_bismooth.model.construction import Construction, Renamed
-from vllm_w8a8_bismooth.model.layers import Layer
+from vllm_w8a8_bismooth.model.layers import Layer, View
 from vllm_w8a8_bismooth.model.names import Names
 
 if TYPE_CHECKING:
@@ -152,6 +152,14 @@ class Blueprint:
             outside=outside,
             optional={names.head: outside[names.embedding]},
         )
+
+    def views(self, bound: int) -> dict[str, View]:
+        """Full names of the matrices in the first so many blocks that may be stored otherwise -> how."""
+        return {
+            self.names.block(i) + name: replace(view, tensor=self.names.block(i) + view.tensor)
+            for i, layer in enumerate(self.layers(bound))
+            for name, view in layer.views.items()
+        }
 
 
 def _moved(names: Names, tensors: Iterable[str]) -> Callable[[str], str]:

@@ -1,5 +1,6 @@
 """Finds the smoothing sites of a config's model, without its weights."""
 
+import itertools
 import time
 from collections.abc import Mapping
 from functools import cached_property
@@ -122,11 +123,11 @@ class _Search:
                 for n, s in self.shapes.items()
                 if n.startswith(prefix)
             }
-            assembly = Assembly(block, regions[index], inside, (self.few, self.many))
+            assembly = Assembly(block, regions[index], inside, (self.few, self.many), proven.left[index])
             kind = kind_of(block)
             if kind not in writers:
                 writers[kind] = writers_of(block)
-            layer, unfit = assembly.layer(proven.left[index], writers[kind])
+            layer, unfit = assembly.layer(writers[kind])
             dropped |= {f"{index}: {producer}": why for producer, why in unfit.items()}
             where = assembly.stored()
             key = (repr(layer), assembly.experts, repr(where))
@@ -195,7 +196,7 @@ class _Search:
             head=None if tied or head is None else of.get(f"{head}.weight"),
             tied=tied,
         )
-        base = f"{model.base_model_prefix}." if hasattr(model, model.base_model_prefix) else ""
+        base = _base_of(model, sample.path, embedding)
         beside = tuple(f"{path}." for path in (sample.path, embedding, norm, head))
         outside = {
             region.parameter: tensor
@@ -206,6 +207,14 @@ class _Search:
         }
         tuples = isinstance(sample.blocks[0].returned(), tuple)
         return names, Modules(base, sample.path, embedding, norm, head, outside, tuples), inside
+
+
+def _base_of(model: Any, blocks: str, embedding: str) -> str:
+    """What the paths of the bare decoder's modules begin with in a causal language model."""
+    if hasattr(model, model.base_model_prefix):
+        return f"{model.base_model_prefix}."
+    parts = zip(blocks.split("."), embedding.split("."), strict=False)  # Llama 4 names another prefix than it has
+    return "".join(f"{part}." for part, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], parts))
 
 
 def _prefix_of(tensors: list[str], index: str) -> str:
