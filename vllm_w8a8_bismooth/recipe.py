@@ -279,13 +279,22 @@ def _of_any_number(module: str) -> str:
     return "re:" + r"\.".join(r"\d+" if part.isdigit() else re.escape(part) for part in parts) + "$"
 
 
+def _in_any_expert(module: str) -> str:
+    """An expression for a module inside a block; all experts, if it is a stack of them or belongs to one."""
+    owner = module.rpartition(".")[0]
+    if owner.rpartition(".")[2] == "experts":  # vLLM asks for each expert of a stack by its number
+        return re.escape(owner) + r"\..*"
+    return re.sub(r"\\\.\d+\\\.", r"\\.\\d+\\.", re.escape(module))
+
+
 def float_modules(source: Layout, ignored: Sequence[set[str]]) -> list[str]:
     """What stays in float: heads and other matrices outside the blocks, the routers of mixtures, and ``ignored``.
 
     vLLM quantizes what is not named here, also the head of a classifier, and blocks that predict further tokens.
     """
     kinds = {id(layer): layer for layer in source.layers}.values()
-    routers = sorted({name for layer in kinds for name in (*layer.routers, *fused_among(layer.routers))})
+    floats = {name for layer in kinds for name in (*layer.routers, *fused_among(layer.routers))}
+    routers = sorted(set(map(_in_any_expert, floats)))
     places = {module: source.names.inside(module) for module in source.floats()}
     beyond = sorted({place[0] for place in places.values() if place})
     towers = _towers([module for module, place in places.items() if place is None], source.names)
@@ -299,7 +308,7 @@ def float_modules(source: Layout, ignored: Sequence[set[str]]) -> list[str]:
         "lm_head",
         *outside,
         *(rf"re:(.*\.)?{re.escape(tower)}\..*" for tower in towers),
-        *(rf"re:{_blocks(source.names)}\.\d+\.{re.escape(router)}$" for router in routers),
+        *(rf"re:{_blocks(source.names)}\.\d+\.{router}$" for router in routers),
         *expressions(ignored, source.layers, source.names),
     ]
 

@@ -219,6 +219,12 @@ def test_names_and_dtypes_that_others_see(make_checkpoint, tmp_path):
     assert exact.headers[name].dtype == "F32" and torch.equal(exact.read(name).bfloat16(), here.read(name))
 
 
+def test_a_block_as_wide_as_the_matrix_is_no_row():
+    kinds = {(128, 64): "block of 128 x 64", (1, 64): "row", (300, 64): "matrix", (1, 32): "block of 1 x 32"}
+    for block, kind in kinds.items():
+        assert Fp8("codes", "scales", (300, 64), block).words() == f"FP8 with a scale for each {kind}"
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_how_it_is_said(make_checkpoint, tmp_path, name):
     store(make_checkpoint(), tmp_path / "fp8", name)

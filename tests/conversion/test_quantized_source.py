@@ -193,6 +193,13 @@ REFUSED = {
         other_scales(lambda scales: scales[:, :1].clone()),
         [SCALE, "has shape [2, 1]", "block of 48 x 40", f"{Q} [96, 64]", AGAIN],
     ),
+    "two scales": (
+        lambda folder: (
+            edit_shard(folder, lambda t: t.update({f"{Q}_scale": torch.ones(1)}), SCALE),
+            edit_json(folder / INDEX, lambda i: i["weight_map"].update({f"{Q}_scale": "model-b.safetensors"})),
+        ),
+        [f"{Q}_scale: is a scale beside another one of the same weight", AGAIN],
+    ),
     "scales in integers": (other_scales(lambda scales: scales.int()), [SCALE, "has dtype I32", "F32, BF16, F16"]),
     "a scale is NaN": (spoiled(float("nan")), [SCALE, "holds nan at [1, 1]", "model-b.safetensors"]),
     "a scale is infinite": (spoiled(float("inf")), [SCALE, "holds inf at [1, 1]"]),

@@ -105,8 +105,8 @@ def searched(block, **given) -> tuple[Sample, list, list]:
     randomize(model, torch.Generator().manual_seed(1))
     sample = Sample(model.double().eval())
     with torch.no_grad():
-        left, failures = prove(sample, sample.search(silent))
-    return sample, left, failures
+        proven = prove(sample, sample.search(silent))
+    return sample, proven.left, proven.failures
 
 
 @pytest.mark.parametrize("case", SITES)

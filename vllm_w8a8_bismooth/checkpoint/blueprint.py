@@ -1,7 +1,8 @@
 """What a config.json says of a model, before any tensor is looked at: by the table, or found out."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ from vllm_w8a8_bismooth.checkpoint.reader import Header, Headers
 from vllm_w8a8_bismooth.errors import BismoothError, Problem, Unproven
 from vllm_w8a8_bismooth.model.architectures import Architecture, Template, architecture_of
 from vllm_w8a8_bismooth.model.construction import Construction, Renamed
-from vllm_w8a8_bismooth.model.layers import Layer
+from vllm_w8a8_bismooth.model.layers import Layer, View
 from vllm_w8a8_bismooth.model.names import Names
 
 if TYPE_CHECKING:
@@ -62,12 +63,13 @@ class Blueprint:
             BismoothError: it describes no model.
         """
         config = checkpoint.config
+        tensors = checkpoint.headers if tensors is None else tensors
         model_type = config.get("model_type")
         if not isinstance(model_type, str):
             what = f"model_type = {model_type!r} names no type of model"
             raise BismoothError.of(CONFIG, what, "give the folder of a Hugging Face checkpoint")
         if means.known is not None and means.known.record is not None:
-            return cls.discovered(config, means.known.record, means.known.by)
+            return cls.discovered(config, means.known.record, tensors, means.known.by)
         if means.given is None and (architecture := architecture_of(config)):
             return cls.tabled(config, checkpoint.names, architecture)
         from vllm_w8a8_bismooth.discovery.discover import discover  # which imports torch and transformers
@@ -77,27 +79,39 @@ class Blueprint:
         except Unproven as error:
             if means.given is not None:
                 raise
-            return cls.guessed(config, checkpoint.headers if tensors is None else tensors, error)
-        return cls.discovered(config, found, DISCOVERY if means.given is None else GIVEN)
+            return cls.guessed(config, tensors, error)
+        return cls.discovered(config, found, tensors, DISCOVERY if means.given is None else GIVEN)
 
     @classmethod
-    def discovered(cls, config: Mapping, found: "Discovery", by: str = DISCOVERY) -> "Blueprint":
-        """By what was found out about such models, or was given (``by``) and proven."""
+    def discovered(
+        cls, config: Mapping, found: "Discovery", tensors: Iterable[str] = (), by: str = DISCOVERY
+    ) -> "Blueprint":
+        """By what was found out about such models, or was given and proven.
+
+        Args:
+            config: as it was asked about.
+            found: the answer.
+            tensors: in the files, where the decoder may have another trunk than its class gives it: GPT-2's has none.
+            by: whose word it is.
+        """
         names = Names(
             found.names.blocks, str(found.names.embedding), found.names.norm, found.names.head or "lm_head.weight"
         )
-        outside = dict(found.outside)
-        vocabulary, hidden = outside[names.embedding]
-        head = outside.pop(names.head, (vocabulary, hidden))
-        layers = findings.layers_of(found)
+        moved = _moved(names, tensors)
+        around = {moved(name): shape for name, shape in found.outside.items()}
+        layers, construction = findings.layers_of(found), findings.construction_of(found, moved)
+        norm = None if names.norm is None else moved(names.norm)
+        names = Names(moved(names.blocks), moved(names.embedding), norm, names.head)
+        needed = {names.embedding, names.norm, *construction.outside.values()}
+        vocabulary, hidden = around[names.embedding]
         return cls(
             names=names,
             sizes=findings.sizes_of(found, config, layers),
-            construction=findings.construction_of(found),
+            construction=construction,
             tied=found.names.tied,
             layers=lambda bound: layers,
-            outside=outside if found.names.tied else outside | {names.head: head},
-            optional={names.head: head} if found.names.tied else {},
+            outside={name: shape for name, shape in around.items() if name in needed},
+            optional={names.head: (vocabulary, hidden)} | {n: shape for n, shape in around.items() if n not in needed},
             known_by=by,
             record=found,
         )
@@ -155,6 +169,24 @@ class Blueprint:
             outside=outside,
             optional={names.head: outside[names.embedding]},
         )
+
+    def views(self, bound: int) -> dict[str, View]:
+        """Full names of the matrices in the first so many blocks that may be stored otherwise -> how."""
+        return {
+            self.names.block(i) + name: replace(view, tensor=self.names.block(i) + view.tensor)
+            for i, layer in enumerate(self.layers(bound))
+            for name, view in layer.views.items()
+        }
+
+
+def _moved(names: Names, tensors: Iterable[str]) -> Callable[[str], str]:
+    """What tensors are called in files whose blocks stand behind another trunk than the model's class has them."""
+    tensors = list(tensors)
+    stacks_there = {m[0] for m in map(re.compile(rf"(?:.*\.)?{re.escape(names.stack)}\.(?=0\.)").match, tensors) if m}
+    if names.blocks in stacks_there or len(stacks_there) != 1:
+        return lambda name: name
+    old, new = names.trunk, stacks_there.pop().removesuffix(f"{names.stack}.")
+    return lambda name: new + name.removeprefix(old) if name.startswith(old) else name
 
 
 @dataclass

@@ -64,9 +64,8 @@ class Fp8:
 
     def words(self) -> str:
         rows, columns = self.block
-        if self.block == self.shape:
-            return "FP8 with a scale for each matrix"
-        return f"FP8 with a scale for each {'row' if columns == self.shape[1] else f'block of {rows} x {columns}'}"
+        known = {(1, self.shape[1]): "row", self.shape: "matrix"}
+        return f"FP8 with a scale for each {known.get(self.block, f'block of {rows} x {columns}')}"
 
     def decode(self, fetch: Fetch, first: int, count: int) -> "torch.Tensor":
         (high, wide), columns = self.block, self.shape[1]

@@ -1,13 +1,15 @@
 """What discovery found of a model, in the terms of the converter."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from vllm_w8a8_bismooth.model.configs import text_of
 from vllm_w8a8_bismooth.model.construction import Construction, Experts, Found, Kind, Part
+from vllm_w8a8_bismooth.model.floats import TOWER
 from vllm_w8a8_bismooth.model.fusions import fused_among
-from vllm_w8a8_bismooth.model.layers import Layer, Site
+from vllm_w8a8_bismooth.model.layers import Layer, Site, View
 
 if TYPE_CHECKING:
     from vllm_w8a8_bismooth.discovery import record
@@ -15,11 +17,27 @@ if TYPE_CHECKING:
 _GATE = re.compile(r"(^|[._])(gate|w1|wi_0|c_fc_0|linear_1)([._]|$)")
 """Names of linears whose output goes through the activation function, and multiplies another's."""
 
+_INNER = {"gate_up_proj": 2, "up_proj": 1}
+"""Last part of a parameter's name in transformers' stacked experts -> how many linears of each expert it holds."""
+
 
 def layers_of(found: "record.Discovery") -> list[Layer]:
     """What each block holds."""
-    kinds = [_layer(layer) for layer in found.layers]
+    each = zip(found.layers, found.stored, found.experts, strict=True)
+    kinds = [replace(_layer(layer), views=_views(stored, experts)) for layer, stored, experts in each]
     return [kinds[kind] for kind in found.blocks]
+
+
+def _views(stored: "record.Stored", experts: int) -> dict[str, View]:
+    """Matrices that are parts of other tensors, or transposed, expert by expert."""
+    found = {}
+    for template, view in stored.views.items():
+        _, height, width = (1, *view.whole)[-3:]
+        shape = (view.rows[1], height if view.transposed else width)
+        for e in range(experts) if "{}" in template else (None,):
+            name = template if e is None else template.format(e)
+            found[name] = View(view.tensor, view.whole, shape, e, view.rows[0], view.transposed)
+    return found
 
 
 def _layer(layer: "record.Layer") -> Layer:
@@ -31,7 +49,7 @@ def _layer(layer: "record.Layer") -> Layer:
     return Layer(
         tensors=layer.tensors,
         linears=layer.linears,
-        sites=tuple(_site(site, layer, order) for site in layer.sites),
+        sites=tuple(_site(site, layer, order) for site in layer.sites if _folds_matrices(site, layer)),
         routers=layer.floats,
         posts={name: offset for name in layer.vectors if name in layer.writers and name not in norms},
         writers=layer.writers,
@@ -39,6 +57,11 @@ def _layer(layer: "record.Layer") -> Layer:
         row_parallel=frozenset((layer.writers | fed) & layer.linears.keys()),
         experts=layer.experts,
     )
+
+
+def _folds_matrices(site: "record.Site", layer: "record.Layer") -> bool:
+    """Whether all that a site's factor goes into are matrices, and no stacks of them."""
+    return all(len(layer.tensors.get(f"{name}.weight", ())) == 2 for name in site.consumers)
 
 
 def _site(site: "record.Site", layer: "record.Layer", order: list[str]) -> Site:
@@ -75,19 +98,24 @@ def _gate_of(site: "record.Site", layer: "record.Layer") -> str | None:
     )
 
 
-def construction_of(found: "record.Discovery") -> Construction:
-    """How transformers builds it."""
+def construction_of(found: "record.Discovery", moved: Callable[[str], str]) -> Construction:
+    """How transformers builds it; ``moved`` is what the files call a tensor outside the blocks."""
     base, modules = found.modules.base, found.modules
     return Found(
         decoder=base,
         blocks=modules.blocks.removeprefix(base),
         embedding=modules.embedding.removeprefix(base),
         norm=modules.norm and modules.norm.removeprefix(base),
-        outside={name.removeprefix(base): tensor for name, tensor in modules.outside.items()},
+        outside={name.removeprefix(base): moved(tensor) for name, tensor in modules.outside.items() if _is_text(name)},
         returns_tuples=modules.returns_tuples,
         kinds=tuple(_kind(stored) for stored in found.stored),
         kind=found.blocks,
     )
+
+
+def _is_text(parameter: str) -> bool:
+    """Whether a parameter outside the blocks may have a part in what the decoder makes of text."""
+    return not TOWER.search(parameter)
 
 
 def _kind(stored: "record.Stored") -> Kind:
@@ -99,13 +127,13 @@ def _kind(stored: "record.Stored") -> Kind:
 
 
 def _mixture(parameters: Mapping[str, tuple[Part, ...]]) -> Experts | None:
-    """Stacked experts of which the checkpoint has each one's gate, up and down projection."""
+    """Stacked experts of which the checkpoint has each one's gate (if there is one), up and down projection."""
     for name, parts in parameters.items():
-        down = parameters.get(f"{name.rpartition('.')[0]}.down_proj", ())
+        module, _, leaf = name.rpartition(".")
+        down = parameters.get(f"{module}.down_proj", ())
         linears = tuple(part.tensor.removesuffix(".weight") for part in (*parts, *down))
-        if name.endswith(".gate_up_proj") and len(linears) == 3 and all("{}" in linear for linear in linears):
-            gate, up, last = linears
-            return Experts(name.rpartition(".")[0], (gate, up, last))
+        if len(linears) == _INNER.get(leaf, 0) + 1 and all("{}" in linear for linear in linears) and "{}" not in name:
+            return Experts(module, linears)
     return None
 
 

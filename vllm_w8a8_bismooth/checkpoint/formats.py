@@ -174,8 +174,9 @@ def _unfit(name: str, shape: tuple[int, ...], scales: Shaped, blocks: Sequence[B
 
 
 def _find_stray_scales(found: Weights, stored: Mapping[str, Shaped], lost: Collection[str]) -> None:
-    """Scales whose weights are absent, or float: some of the files are another checkpoint's."""
+    """Scales whose weights are absent, float, or have others: some of the files are another checkpoint's."""
     alone: list[str] = []
+    second: list[str] = []
     untrue: dict[str, str] = {}
     for name in stored:
         weight = next((name.removesuffix(end) for end in _SCALES if name.endswith(_WEIGHT + end)), None)
@@ -186,7 +187,10 @@ def _find_stray_scales(found: Weights, stored: Mapping[str, Shaped], lost: Colle
             alone += [] if weight in lost else [name]
         elif stored[weight].dtype in _FLOATS:
             untrue[weight] = f"has dtype {stored[weight].dtype}, and a scale is beside it, as beside weights in {FP8}"
+        elif weight in found.encodings:
+            second.append(name)
     found.fault(alone, "is the scale of a weight that is not there")
+    found.fault(second, "is a scale beside another one of the same weight")
     found.fault([*untrue], next(iter(untrue.values()), ""))
 
 

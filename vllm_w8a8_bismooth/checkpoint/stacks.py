@@ -6,14 +6,12 @@ from collections.abc import Iterator, Mapping
 
 from vllm_w8a8_bismooth.checkpoint.reader import FLOAT_DTYPES, Header
 from vllm_w8a8_bismooth.errors import BismoothError
-from vllm_w8a8_bismooth.model.floats import reason_for
+from vllm_w8a8_bismooth.model.floats import TOWER, reason_for
 from vllm_w8a8_bismooth.model.fusions import fused_among
 from vllm_w8a8_bismooth.model.layers import Layer
 from vllm_w8a8_bismooth.model.names import Names
 
 _STACK = re.compile(r"(?P<stack>(?:.*?\.)?)(?P<index>0|[1-9]\d*)\.(?P<inside>.+)")
-_TOWER = re.compile(r"(^|\.|_)(vis\w*|vit|image\w*|audio\w*|speech\w*|encoder|mtp)(\.|_|$)")
-"""Stacks of other models than the one that predicts text."""
 _EMBEDDING = re.compile(r"embed|wte|word_emb|tok_emb", re.IGNORECASE)
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output|output_layer|head)\.weight$")
 _EXPERT = re.compile(r"\.experts?\.\d+\.")
@@ -33,8 +31,8 @@ def names_among(headers: Mapping[str, Header]) -> Names:
         example = next(iter(headers), "nothing")
         what = f"no tensor is called like one of a model's block, with a number in its name; they are like {example}"
         raise BismoothError.of("config.json", what, "give a checkpoint in the form in which transformers saves it")
-    stack = max(weight, key=lambda stack: (not _TOWER.search(stack), weight[stack], stack))
-    outside = {n: h for n, h in headers.items() if not n.startswith(stack) and not _TOWER.search(n)}
+    stack = max(weight, key=lambda stack: (not TOWER.search(stack), weight[stack], stack))
+    outside = {n: h for n, h in headers.items() if not n.startswith(stack) and not TOWER.search(n)}
     matrices = [name for name, header in outside.items() if len(header.shape) == 2]
     head = next((name for name in matrices if _HEAD.search(name)), "lm_head.weight")
     tables = [name for name in matrices if _EMBEDDING.search(name) and name != head]

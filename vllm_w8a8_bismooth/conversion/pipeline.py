@@ -53,7 +53,8 @@ def convert(ready: Preparation, progress: Progress = silent) -> Outcome:
             plan = Plan(source, ready.recipe, stages.granularity(), ready.ignored)
         tensors = plan.tensors(ready.part)
         # The threads end before the shards are closed, into which they write.
-        with ShardWriter(journal.partial, ready.destination, tensors, ready.stem) as writer, threads:
+        turned, stem = source.checkpoint.turned, ready.stem
+        with ShardWriter(journal.partial, ready.destination, tensors, stem, turned) as writer, threads:
             check_space(journal.partial, writer.nbytes + source.checkpoint.companion_nbytes() - journal.nbytes())
             checksums = stages.carry() | stages.outside(writer)
             walk = stages.convert(plan, writer)
@@ -61,7 +62,7 @@ def convert(ready: Preparation, progress: Progress = silent) -> Outcome:
         for index, record in walk.records.items():
             outcome.linears |= record["linears"]
             outcome.sites[index] = record["sites"]
-        outcome.resumed = walk.resumed
+        outcome.resumed, outcome.notes = walk.resumed, outcome.notes + outcome.unread()
         outcome.granularity, outcome.estimated_kl = stages.evidence(), stages.estimate()
         _finish(journal.partial, ready, plan, outcome, checksums | walk.checksums)
         journal.commit()
@@ -77,7 +78,7 @@ def _outcome(ready: Preparation) -> Outcome:
     if source.outside_with(ready.blocks):
         outcome.notes += head.notes_with_values(source.checkpoint)
     outcome.ignored = full_names(ready.within(ready.ignored), source.names)
-    outcome.already_float = already_float(source, ready.recipe)
+    outcome.already_float, outcome.floats = already_float(source, ready.recipe), source.kept_in_float()
     return outcome
 
 

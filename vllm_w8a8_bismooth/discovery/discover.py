@@ -53,8 +53,8 @@ def discover(
         found = find(config, code, progress, given)
     except BismoothError:
         raise
-    except Exception as error:  # a class may do what none before it did
-        raise refused(f"nothing was found out of its model ({explained(error)})") from error
+    except Exception as error:  # any class of transformers runs here, of whatever form
+        raise refused(f"its sites could not be found out ({explained(error)})") from error
     _keep(kept, json.dumps(found.to_json()))
     return found
 

@@ -1,7 +1,8 @@
 """Finds the smoothing sites of a config's model, without its weights."""
 
+import itertools
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -10,15 +11,15 @@ import torch
 
 from vllm_w8a8_bismooth.discovery import instance, storage, widths
 from vllm_w8a8_bismooth.discovery.assembly import Assembly
-from vllm_w8a8_bismooth.discovery.block import SAME, Tie
-from vllm_w8a8_bismooth.discovery.given import check_alike, check_left, ties_given
+from vllm_w8a8_bismooth.discovery.block import Tie
+from vllm_w8a8_bismooth.discovery.given import check_alike, check_left, promised, ties_given
 from vllm_w8a8_bismooth.discovery.origin import Origin, explained, refused
-from vllm_w8a8_bismooth.discovery.proof import LENGTHS, SEEDS, Failure, Sample, kind_of, prove, resized
+from vllm_w8a8_bismooth.discovery.proof import LENGTHS, SEEDS, Sample, kind_of, outermost, prove
 from vllm_w8a8_bismooth.discovery.record import Discovery, Layer, Modules, Names, Proof, Stored
 from vllm_w8a8_bismooth.discovery.writers import writers_of
 from vllm_w8a8_bismooth.progress import Progress, silent
 
-_MOST, _MOST_OF_FEW = 24_000_000, 64_000_000
+_MOST, _MOST_OF_FEW = 24_000_000, 96_000_000
 """Parameters of a small model with all blocks, and of one with as few as hold every kind."""
 _EXPERTS = 4
 
@@ -66,7 +67,8 @@ class _Search:
         for factor in widths.factors(self.config.to_dict()):
             if found and found[0][0] % factor:
                 continue
-            for blocks, most in ((None, _MOST), (self._prefix(), _MOST_OF_FEW)):
+            depths = [(None, _MOST), (self._prefix(), _MOST_OF_FEW)]
+            for blocks, most in reversed(depths) if found else depths:
                 try:
                     model = instance.small(self.origin, factor, max(1, self.few), blocks, most)
                     found.append((factor, Sample(model)))
@@ -87,15 +89,15 @@ class _Search:
     @cached_property
     def _kinds(self) -> list[tuple]:
         """What the config and the shapes tell the blocks apart by."""
-        lists = [n for n, m in self.real.named_modules() if isinstance(m, torch.nn.ModuleList)]
-        sizes = {n: sum(p.numel() for p in self.real.get_submodule(n).parameters()) for n in lists}
-        outer = [n for n in lists if not any(n.startswith(f"{o}.") for o in lists)]
+        outer = outermost(self.real)
+        sizes = {n: sum(p.numel() for p in self.real.get_submodule(n).parameters()) for n in outer}
         text = self.config.get_text_config()
         path = max(
             (n for n in outer if len(self.real.get_submodule(n)) == text.num_hidden_layers), key=sizes.__getitem__
         )
         blocks = list(self.real.get_submodule(path).children())
-        given = [v for _, _, v in widths.walk(text.to_dict()) if isinstance(v, list | str) and len(v) == len(blocks)]
+        lists = [v for _, _, v in widths.walk(text.to_dict()) if isinstance(v, list | str) and len(v) == len(blocks)]
+        given = [entries for entries in lists if len(set(map(str, entries))) < len(entries)]  # no list of blocks
         return [
             (
                 type(b).__qualname__,
@@ -107,22 +109,25 @@ class _Search:
 
     def run(self, progress: Progress, started: float, given: Discovery | None) -> Discovery:
         samples = self.samples()
-        factor, sample = samples[0]
+        sample = samples[0][1]
         names, modules, regions = self._surroundings(sample)
-        assemblies = [
-            Assembly(block, regions[index], self._inside(names, index), (self.few, self.many))
-            for index, block in enumerate(sample.blocks)
-        ]
-        found = sample.search(progress) if given is None else ties_given(given, assemblies, sample)
-        left, failures = prove(sample, found)
-        resized_change = None
-        if len(samples) > 1:
-            left, resized_change = _at_another_size(sample, samples[1][1], left, failures)
+
+        def assembly(index: int, ties: Iterable[Tie]) -> Assembly:
+            begin = f"{names.blocks}{index}."
+            inside = {name[len(begin) :]: shape for name, shape in self.shapes.items() if name.startswith(begin)}
+            return Assembly(sample.blocks[index], regions[index], inside, (self.few, self.many), ties)
+
+        if given is None:
+            found = sample.search(progress)
+        else:
+            expected = promised(given, sample.blocks, regions)
+            found = ties_given(given, [assembly(index, ties) for index, ties in enumerate(expected)], sample)
+        proven = prove(sample, found, samples[1][1] if len(samples) > 1 else None)
         if given is not None:
-            check_left(sample, failures)
+            check_left(sample, proven.failures)
         dropped = {
             f"{block.name.rpartition('.')[2]}: {failure.tie.producer}": failure.why
-            for block, some in zip(sample.blocks, failures, strict=True)
+            for block, some in zip(sample.blocks, proven.failures, strict=True)
             for failure in some
         }
         kinds: dict[tuple[str, int, str], int] = {}
@@ -131,19 +136,20 @@ class _Search:
         stored: list[Stored] = []
         chosen: list[int] = []
         writers: dict[tuple, set[str]] = {}
-        for index, (block, assembly) in enumerate(zip(sample.blocks, assemblies, strict=True)):
+        for index, block in enumerate(sample.blocks):
+            made = assembly(index, proven.left[index])
             kind = kind_of(block)
             if kind not in writers:
                 writers[kind] = writers_of(block)
-            layer, unfit = assembly.layer(left[index], writers[kind])
+            layer, unfit = made.layer(writers[kind])
             dropped |= {f"{index}: {producer}": why for producer, why in unfit.items()}
-            where = assembly.stored()
-            key = (repr(layer), assembly.experts, repr(where))
+            where = made.stored()
+            key = (repr(layer), made.experts, repr(where))
             if key not in kinds:
                 kinds[key] = len(layers)
                 layers.append(layer)
                 stored.append(where)
-                experts.append(assembly.experts)
+                experts.append(made.experts)
             chosen.append(kinds[key])
         real = self._kinds if len(chosen) < self._blocks(names) else []
         chosen += [chosen[real.index(kind)] for kind in real[len(chosen) :]]
@@ -160,12 +166,10 @@ class _Search:
             proof=Proof(
                 factors=tuple(f for f, _ in samples),
                 blocks=len(sample.blocks),
-                output=max((b.change(ties) for b, ties in zip(sample.blocks, left, strict=True)), default=0.0),
-                large=_large(sample, left),
-                logits=sample.logits_change(
-                    [(b, t) for b, ties in zip(sample.blocks, left, strict=True) for t in ties]
-                ),
-                resized=resized_change,
+                output=proven.output,
+                large=proven.large,
+                logits=proven.logits,
+                resized=proven.resized,
                 seeds=SEEDS,
                 lengths=LENGTHS,
                 dropped=dict(sorted(dropped.items())),
@@ -176,11 +180,6 @@ class _Search:
         if given is not None:
             check_alike(given, result)
         return result
-
-    def _inside(self, names: Names, index: int) -> dict[str, tuple[int, ...]]:
-        """The tensors of a block of the real model, by name inside it -> shape."""
-        begin = f"{names.blocks}{index}."
-        return {name[len(begin) :]: shape for name, shape in self.shapes.items() if name.startswith(begin)}
 
     def _blocks(self, names: Names) -> int:
         inside = [n[len(names.blocks) :].split(".")[0] for n in self.shapes if n.startswith(names.blocks)]
@@ -214,7 +213,7 @@ class _Search:
             head=None if tied or head is None else of.get(f"{head}.weight"),
             tied=tied,
         )
-        base = f"{model.base_model_prefix}." if hasattr(model, model.base_model_prefix) else ""
+        base = _base_of(model, sample.path, embedding)
         beside = tuple(f"{path}." for path in (sample.path, embedding, norm, head))
         outside = {
             region.parameter: tensor
@@ -225,6 +224,14 @@ class _Search:
         }
         tuples = isinstance(sample.blocks[0].returned(), tuple)
         return names, Modules(base, sample.path, embedding, norm, head, outside, tuples), inside
+
+
+def _base_of(model: Any, blocks: str, embedding: str) -> str:
+    """What the paths of the bare decoder's modules begin with in a causal language model."""
+    if hasattr(model, model.base_model_prefix):
+        return f"{model.base_model_prefix}."
+    parts = zip(blocks.split("."), embedding.split("."), strict=False)  # Llama 4 names another prefix than it has
+    return "".join(f"{part}." for part, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], parts))
 
 
 def _prefix_of(tensors: list[str], index: str) -> str:
@@ -254,36 +261,8 @@ def _last_norm(sample: Sample) -> str | None:
         if "norm" in type(module).__name__.lower() and not name.startswith(f"{sample.path}.")
     ]
     try:
-        sample.logits_change([], slice(1))
+        sample.logits_change([], 1)
     finally:
         for hook in hooks:
             hook.remove()
     return ran[-1] if ran else None
-
-
-def _at_another_size(
-    sample: Sample, other: Sample, left: list[list[Tie]], failures: list[list]
-) -> tuple[list[list[Tie]], float]:
-    """The sites that hold, enlarged, in the second model too, and the largest change there."""
-    names = {block.name: block for block in other.blocks}
-    verdicts: dict[tuple, list[Tie]] = {}
-    kept, largest = [], 0.0
-    for index, (block, ties) in enumerate(zip(sample.blocks, left, strict=True)):
-        key = (kind_of(block), tuple(map(repr, ties)))
-        if key not in verdicts and block.name in names:
-            larger = names[block.name]
-            enlarged = [(tie, resized(block, larger, tie)) for tie in ties]
-            good = [(tie, more) for tie, more in enlarged if more is not None and larger.change([more]) < SAME]
-            largest = max(largest, larger.change([more for _, more in good]))
-            verdicts[key] = [tie for tie, _ in good]
-        good_ties = verdicts.get(key, ties)
-        failures[index] += [
-            Failure(t, "its rows and columns do not grow with the widths") for t in ties if t not in good_ties
-        ]
-        kept.append([tie for tie in ties if tie in good_ties])
-    return kept, largest
-
-
-def _large(sample: Sample, left: list[list[Tie]]) -> float:
-    with sample.large() as blocks:
-        return max((block.change(ties) for block, ties in zip(blocks, left, strict=True)), default=0.0)

@@ -4,9 +4,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from vllm_w8a8_bismooth.discovery.assembly import Assembly, Unfit, unnamed
-from vllm_w8a8_bismooth.discovery.block import SAME, Tie
+from vllm_w8a8_bismooth.discovery.block import SAME, Block, Tie
 from vllm_w8a8_bismooth.discovery.proof import Failure, Sample
-from vllm_w8a8_bismooth.discovery.record import Discovery, Layer, Site
+from vllm_w8a8_bismooth.discovery.record import Discovery, Layer, Site, Stored
+from vllm_w8a8_bismooth.discovery.storage import Region
 from vllm_w8a8_bismooth.errors import BismoothError, Problem
 
 _OPTION = "--sites"
@@ -45,6 +46,23 @@ def ties_given(given: Discovery, assemblies: Sequence[Assembly], sample: Sample)
         found.append(ties)
     if problems:
         raise BismoothError(*problems)
+    return found
+
+
+def promised(
+    given: Discovery, blocks: Sequence[Block], regions: Sequence[Mapping[str, Sequence[Region]]]
+) -> list[list[Tie]]:
+    """For each block of a small model, stand-ins for the ties that take apart the stacks that a record has apart."""
+    found = []
+    for index, (block, held) in enumerate(zip(blocks, regions, strict=True)):
+        stored = given.stored[given.blocks[index]] if index < len(given.blocks) else Stored({})
+        stacks = {view.tensor for view in stored.views.values() if len(view.whole) > 2}
+        parameters = {held[name][0].parameter for name in stacks if held.get(name)}
+        ties = []
+        for parameter in sorted(parameters & block.axes.keys()):
+            rows = block.matrix(block.units(parameter)[0]).shape[0]
+            ties.append(Tie(parameter, tuple(range(rows // 2, rows)), {}))
+        found.append(ties)
     return found
 
 

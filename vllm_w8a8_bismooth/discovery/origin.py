@@ -19,6 +19,7 @@ MOST_BLOCKS, MOST_EXPERTS, WIDEST = 1024, 2048, 2**24
 """A config.json is not trusted: more is refused before anything is built."""
 _COUNT = re.compile(r"\w*(layers?|depth|blocks)|\w*experts")
 _MOST_ITEMS, _DEEPEST = 2**14, 32
+_ELSEWHERE = ("model_type", "quantization_config", "auto_map")
 _REMEDY = "mend config.json, or convert with --method rtn, which does not run the model"
 
 
@@ -79,8 +80,7 @@ class Origin:
         check_bounds(given)
         named = given.get("auto_map")
         named = named if isinstance(named, dict) else {}
-        apart = ("model_type", "quantization_config", "auto_map")
-        entries = {key: decoded(value) for key, value in given.items() if key not in apart}
+        entries = {key: decoded(value) for key, value in given.items() if key not in _ELSEWHERE}
         self.own: Any = None
         has_own = code is not None and "AutoConfig" in named
         if not has_own and not is_known(given.get("model_type")):

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 
@@ -49,9 +50,10 @@ class Sample:
         self.model = model
         self._generator = torch.Generator().manual_seed(17)
         self._texts = [
-            instance.text(length, torch.Generator().manual_seed(seed)) for seed in SEEDS for length in LENGTHS
+            torch.cat([instance.text(length, torch.Generator().manual_seed(seed)) for seed in SEEDS])
+            for length in LENGTHS
         ]
-        lists = _outermost(model)
+        lists = outermost(model)
         _, blocks = self._capture(lists)
         sizes = {
             name: sum(p.numel() for b in blocks if _list_of(b) == name for p in b.parameters.values()) for name in lists
@@ -62,7 +64,7 @@ class Sample:
             raise ValueError("no list of blocks takes part in the forward pass")
 
     def _capture(self, lists: Sequence[str]) -> tuple[torch.Tensor, list[Block]]:
-        return capture(self.model, lambda: instance.logits(self.model, self._texts[0]), lists, self._generator)
+        return capture(self.model, lambda: instance.logits(self.model, self._texts[0][:1]), lists, self._generator)
 
     def search(self, progress: Progress) -> list[list[Tie]]:
         """The sites of each block. They are searched for once in each kind of block, and tried in the others."""
@@ -71,7 +73,7 @@ class Sample:
         for index, block in enumerate(self.blocks):
             kind = kind_of(block)
             if kind in known:
-                found.append(holding(block, known[kind], SAME))
+                found.append(holding(block, known[kind], SAME)[0])
             else:
                 known[kind] = ties_of(block, [tie for ties in known.values() for tie in ties])
                 found.append(known[kind])
@@ -98,15 +100,22 @@ class Sample:
             for key, p in matrices.items():
                 p.data.copy_(saved[key])
 
-    def logits_change(self, ties: Sequence[tuple[Block, Tie]], texts: slice = slice(None)) -> float:
-        """How far folds at these sites, all at once, move the logits."""
-        chosen = self._texts[texts]
-        before = [instance.logits(self.model, text) for text in chosen]
+    @cached_property
+    def logits(self) -> list[torch.Tensor]:
+        """Of every text, with the model as it is."""
+        return [instance.logits(self.model, text) for text in self._texts]
+
+    def logits_change(self, ties: Sequence[tuple[Block, Tie]], texts: int | None = None) -> float:
+        """How far folds at these sites, all at once, move the logits of the first so many lengths of texts."""
         saved = {id(p): (p, p.detach().clone()) for b, tie in ties for n in b.touched(tie) for p in [b.parameters[n]]}
+        before = self.logits[:texts]
         try:
             for block, tie in ties:
                 block.fold(tie)
-            return max(differ(instance.logits(self.model, text), old) for text, old in zip(chosen, before, strict=True))
+            return max(
+                differ(instance.logits(self.model, text), old)
+                for text, old in zip(self._texts[:texts], before, strict=True)
+            )
         finally:
             for p, value in saved.values():
                 p.data.copy_(value)
@@ -121,7 +130,8 @@ def kind_of(block: Block) -> Kind:
     )
 
 
-def _outermost(model: torch.nn.Module) -> list[str]:
+def outermost(model: torch.nn.Module) -> list[str]:
+    """The module lists that are in no other."""
     lists = [name for name, module in model.named_modules() if isinstance(module, torch.nn.ModuleList)]
     return [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
 
@@ -130,39 +140,84 @@ def _list_of(block: Block) -> str:
     return block.name.rpartition(".")[0]
 
 
-def holding(block: Block, ties: Sequence[Tie], within: float) -> list[Tie]:
-    """Those that hold alone, if not all do together."""
-    if block.change(ties) < within:
-        return list(ties)
-    return [tie for tie in ties if block.change([tie]) < within]
+def holding(block: Block, ties: Sequence[Tie], within: float) -> tuple[list[Tie], float]:
+    """Those that hold alone, if not all do together; and how far all of them at once move the output."""
+    change = block.change(ties)
+    if change < within:
+        return list(ties), change
+    good = [tie for tie in ties if block.change([tie]) < within]
+    return (good, block.change(good)) if good else ([], 0.0)
 
 
-def prove(sample: Sample, found: list[list[Tie]]) -> tuple[list[list[Tie]], list[list[Failure]]]:
-    """What is left of the sites found in each block, and what is not."""
-    left = [list(ties) for ties in found]
-    failures: list[list[Failure]] = [[] for _ in found]
+@dataclass
+class Proven:
+    """Sites on their way through what they must pass.
 
-    def keep(index: int, good: Sequence[Tie], why: str) -> None:
-        failures[index] += [Failure(tie, why) for tie in left[index] if not any(tie is other for other in good)]
-        left[index] = list(good)
+    Attributes:
+        left: of each block.
+        failures: of each block, what was found and is not left.
+        output, large, logits, resized: see :class:`record.Proof`.
+    """
 
+    left: list[list[Tie]]
+    failures: list[list[Failure]]
+    output: float = 0.0
+    large: float = 0.0
+    logits: float = 0.0
+    resized: float | None = None
+
+    def keep(self, index: int, good: Sequence[Tie], why: str) -> None:
+        """Leave only these sites of a block."""
+        lost = [tie for tie in self.left[index] if not any(tie is other for other in good)]
+        self.failures[index] += [Failure(tie, why) for tie in lost]
+        self.left[index] = list(good)
+
+
+def prove(sample: Sample, found: list[list[Tie]], other: Sample | None = None) -> Proven:
+    """What is left of the sites found in each block, at this size and in a larger model of the same config."""
+    proven = Proven([list(ties) for ties in found], [[] for _ in found])
     shared = sample.shared()
     for index, block in enumerate(sample.blocks):
-        own = [tie for tie in left[index] if not _uses(block, tie, shared)]
-        keep(index, own, "several modules have one of its parameters")
-        unsuspected = [tie for tie in left[index] if not _suspects(block, tie)]
-        keep(index, unsuspected, f"nothing was seen to be multiplied with {', '.join(block.unseen)}")
+        own = [tie for tie in proven.left[index] if not _uses(block, tie, shared)]
+        proven.keep(index, own, "several modules have one of its parameters")
+        unsuspected = [tie for tie in own if not _suspects(block, tie)]
+        proven.keep(index, unsuspected, f"nothing was seen to be multiplied with {', '.join(block.unseen)}")
     with sample.large() as blocks:
         for index, block in enumerate(blocks):
-            keep(index, holding(block, left[index], _SAME_LARGE), "does not hold where weights are large")
-    for index in range(len(left)):
-        keep(index, _without_alternatives(left[index]), "its consumers take another site's factor")
-    culprits = _culprits(sample, [(index, tie) for index, ties in enumerate(left) for tie in ties])
-    for index in range(len(left)):
+            good, change = holding(block, proven.left[index], _SAME_LARGE)
+            proven.keep(index, good, "does not hold where weights are large")
+            proven.large = max(proven.large, change)
+    for index in range(len(found)):
+        proven.keep(index, _without_alternatives(proven.left[index]), "its consumers take another site's factor")
+    if other is not None:
+        _resize(sample, other, proven)
+    culprits, proven.logits = _culprits(
+        sample, [(index, tie) for index, ties in enumerate(proven.left) for tie in ties]
+    )
+    for index, block in enumerate(sample.blocks):
         mine = [tie for i, tie in culprits if i == index]
-        innocent = [tie for tie in left[index] if not any(tie is other for other in mine)]
-        keep(index, innocent, "changes what later blocks or the head compute")
-    return left, failures
+        innocent = [tie for tie in proven.left[index] if not any(tie is guilty for guilty in mine)]
+        proven.keep(index, innocent, "changes what later blocks or the head compute")
+        proven.output = max(proven.output, block.change(innocent))
+    return proven
+
+
+def _resize(sample: Sample, other: Sample, proven: Proven) -> None:
+    """Leave the sites that hold, enlarged, in a larger model too."""
+    larger = {block.name: block for block in other.blocks}
+    verdicts: dict[Kind, set[int]] = {}
+    proven.resized = 0.0
+    for index, block in enumerate(sample.blocks):
+        ties = proven.left[index]
+        kind = (kind_of(block), str(ties))
+        if kind not in verdicts and block.name in larger:
+            enlarged = {i: more for i, tie in enumerate(ties) if (more := resized(block, larger[block.name], tie))}
+            good, change = holding(larger[block.name], list(enlarged.values()), SAME)
+            verdicts[kind] = {i for i, more in enlarged.items() if any(more is tie for tie in good)}
+            proven.resized = max(proven.resized, change)
+        passed = verdicts.get(kind, set())
+        why = "its rows and columns do not grow with the widths"
+        proven.keep(index, [tie for i, tie in enumerate(ties) if i in passed], why)
 
 
 def _uses(block: Block, tie: Tie, shared: set[int]) -> bool:
@@ -186,23 +241,25 @@ def _without_alternatives(ties: Iterable[Tie]) -> list[Tie]:
     return found
 
 
-def _culprits(sample: Sample, pairs: list[tuple[int, Tie]]) -> list[tuple[int, Tie]]:
-    """The sites that change the logits; all, if they only do so together."""
+def _culprits(sample: Sample, pairs: list[tuple[int, Tie]]) -> tuple[list[tuple[int, Tie]], float]:
+    """The sites that change the logits, all if they only do so together; and how far the others move them."""
 
-    def moves(some: Sequence[tuple[int, Tie]], texts: slice = slice(None)) -> bool:
-        return bool(some) and not sample.logits_change([(sample.blocks[i], t) for i, t in some], texts) < _SAME_LOGITS
+    def change(some: Sequence[tuple[int, Tie]], texts: int | None = None) -> float:
+        return sample.logits_change([(sample.blocks[index], tie) for index, tie in some], texts) if some else 0.0
 
     def among(some: list[tuple[int, Tie]]) -> list[tuple[int, Tie]]:
-        if not moves(some, slice(1)):
+        if change(some, 1) < _SAME_LOGITS:
             return []
         half = len(some) // 2
         return some if len(some) == 1 else [*among(some[:half]), *among(some[half:])]
 
-    if not moves(pairs):
-        return []
+    moved = change(pairs)
+    if moved < _SAME_LOGITS:
+        return [], moved
     found = among(pairs)
-    left = [pair for pair in pairs if not any(pair[0] == i and pair[1] is t for i, t in found)]
-    return pairs if moves(left) else found
+    left = [pair for pair in pairs if not any(pair[0] == index and pair[1] is tie for index, tie in found)]
+    moved = change(left)
+    return (found, moved) if moved < _SAME_LOGITS else (pairs, 0.0)
 
 
 def resized(block: Block, other: Block, tie: Tie) -> Tie | None:

@@ -5,7 +5,7 @@ from dataclasses import fields
 from itertools import chain
 from typing import Any
 
-from vllm_w8a8_bismooth.discovery.record import Discovery, Layer, Names, Runs, Site, Stored
+from vllm_w8a8_bismooth.discovery.record import Discovery, Layer, Names, Runs, Site, Stored, View
 
 _MOST_BLOCKS, _MOST_EXPERTS, _MOST_NAMES = 2**10, 2**11, 2**20
 _WIDEST = 2**48
@@ -47,9 +47,16 @@ def _problems(found: Discovery) -> Iterator[str]:
     elif not all(type(count) is int and 0 <= count <= _MOST_EXPERTS for count in found.experts):
         yield f"experts must be numbers up to {_MOST_EXPERTS}"
     elif not _are_names(found.names) or not _are_strings(found):
-        yield "names, modules and the parts of stored must be strings"
+        yield "names, modules and what is stored are not of their form"
     elif not _are_shapes(found.outside) or len(found.outside.get(str(found.names.embedding), ())) != 2:
         yield "outside must have shapes, and among them that of the embedding"
+    elif any(
+        view.whole[0] < count
+        for stored, count in zip(found.stored, found.experts, strict=True)
+        for view in stored.views.values()
+        if len(view.whole) == 3
+    ):
+        yield "stacks must have as many slabs as there are experts"
     else:
         many = [max(1, count) for count in found.experts]
         sizes = [len(layer.tensors) + sum(1 + len(site.consumers) for site in layer.sites) for layer in found.templates]
@@ -79,11 +86,21 @@ def _are_strings(found: Discovery) -> bool:
 def _is_stored(stored: Stored) -> bool:
     parts = [part for some in stored.parameters.values() for part in some]
     return (
-        _all((*stored.parameters, *stored.transposed), str)
+        _all((*stored.parameters, *stored.views), str)
+        and all(_is_view(name, view) for name, view in stored.views.items())
         and _all((part.tensor for part in parts), str)
         and all(_are_sizes((part.start, *(part.into or ())), least=0) for part in parts)
         and _all((part.transposed for part in parts), bool)
     )
+
+
+def _is_view(name: str, view: View) -> bool:
+    """Whether it is a part of a tensor of two axes, or of three for an expert."""
+    if not isinstance(view.tensor, str) or not isinstance(view.transposed, bool):
+        return False
+    if not _are_sizes(view.whole) or not _are_sizes(view.rows, least=0) or len(view.whole) != 2 + ("{}" in name):
+        return False
+    return view.rows[1] > 0 and sum(view.rows) <= view.whole[-1 if view.transposed else -2]
 
 
 def _all(values: Any, kind: Any) -> bool:

@@ -13,6 +13,8 @@ _RULES = (
     (r"rel(ative)?_(pos|attn)\w*|pos_(bias|emb)", "of positions"),
 )  # fmt: skip
 """Name of the module -> reason."""
+TOWER = re.compile(r"(^|\.|_)(vis\w*|vit|image\w*|audio\w*|speech\w*|multi_modal\w*|encoder|mtp)(\.|_|$)")
+"""Parts of other models than the one that predicts text."""
 _SMALLEST = 16
 """INT8 kernels take a multiple of it for K; fewer rows than it are gates."""
 

@@ -70,6 +70,9 @@ class Structure:
             blueprint = Blueprint.of(checkpoint, means, tensors)
             self.known_by, self.record = blueprint.known_by, blueprint.record
             checkpoint.names = blueprint.names
+            self.problems += checkpoint.show(blueprint.views(len(tensors)))
+            self._headers = checkpoint.headers
+            tensors = {name: header for name, header in self._headers.items() if not name.endswith(SCALE)}
             sizes = blueprint.sizes
             self.problems += audit(checkpoint, blueprint, tensors)
             self.problems += module_problems(checkpoint.place)
