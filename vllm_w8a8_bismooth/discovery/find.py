@@ -46,6 +46,7 @@ class _Search:
         given = config.to_dict()
         counts = [n for _, key, value in widths.walk(given) if widths.is_experts(key) for n in widths.numbers(value)]
         self.many = max(counts, default=0)
+        self.counts = set(widths.counts(given))
         self.few = min([_EXPERTS, *counts])
 
     def samples(self) -> list[tuple[int, Sample]]:
@@ -122,7 +123,7 @@ class _Search:
                 for n, s in self.shapes.items()
                 if n.startswith(prefix)
             }
-            assembly = Assembly(block, regions[index], inside, (self.few, self.many))
+            assembly = Assembly(block, regions[index], inside, (self.few, self.many), self.counts)
             kind = kind_of(block)
             if kind not in writers:
                 writers[kind] = writers_of(block)

@@ -37,7 +37,7 @@ def randomize(model: torch.nn.Module, generator: torch.Generator) -> None:
 
 def _resized(config: "PretrainedConfig", entries: dict[str, Any]) -> "PretrainedConfig":
     """A config with these entries. Its class may ask for ratios that its models do not need (that a head's width times
-    their number is the hidden size); then the entries are put in place one by one."""
+    their number is the hidden size); then they are put in place one by one."""
     entries = {key: value for key, value in entries.items() if key != "model_type"}
     try:
         return type(config)(**entries)
@@ -52,7 +52,7 @@ def _put(config: "PretrainedConfig", entries: dict[str, Any]) -> None:
         old = getattr(config, key, None)
         if hasattr(old, "to_dict"):
             _put(old, value)
-        elif old != value:
+        elif old != value and key != "model_type":
             setattr(config, key, value)
 
 
