@@ -35,6 +35,10 @@ def randomize(model: torch.nn.Module, generator: torch.Generator) -> None:
         p.copy_(noise)
 
 
+class TooLarge(Exception):
+    """A small model that is none."""
+
+
 def _resized(config: "PretrainedConfig", entries: dict[str, Any]) -> "PretrainedConfig":
     """A config with these entries. Its class may ask for ratios that its models do not need (that a head's width times
     their number is the hidden size); then they are put in place one by one."""
@@ -60,14 +64,14 @@ def small(origin: Origin, factor: int, experts: int, blocks: int | None, most: i
     """A model with widths divided by ``factor``, in fp64, with random weights that depend on nothing else.
 
     Raises:
-        ValueError: it has more than ``most`` parameters.
+        TooLarge: it has more than ``most`` parameters.
         Exception: whatever its class raises.
     """
     entries = widths.shrunk(origin.config.to_dict(), factor, experts, blocks)
     shrunk = _resized(origin.config, entries)
     count = sum(p.numel() for p in origin.build(shrunk, "meta").parameters())
     if count > most:
-        raise ValueError(f"{count} parameters at widths divided by {factor}")
+        raise TooLarge(f"{count} parameters at widths divided by {factor}")
     torch.manual_seed(0)  # of the class's own beginning
     model = origin.build(shrunk)
     randomize(model, torch.Generator().manual_seed(factor))
