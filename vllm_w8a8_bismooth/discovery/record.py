@@ -258,7 +258,7 @@ class Discovery:
         return tuple(layer.expanded(count) for layer, count in zip(self.templates, self.experts, strict=True))
 
     def to_json(self) -> dict[str, Any]:
-        """Lists, dicts, strings and numbers; what is ``None`` or empty is left out."""
+        """Lists, dicts, strings and numbers; what is ``None`` is left out."""
         found = _plain(asdict(self))
         del found["seconds"]
         return found
@@ -284,11 +284,9 @@ class Discovery:
 
 
 def _plain(value: Any) -> Any:
-    """Of JSON's types, without what says nothing."""
+    """Of JSON's types, without what says nothing. An empty shape is that of a number."""
     if isinstance(value, Mapping):
-        return {
-            key: _plain(item) for key, item in value.items() if item is not None and item not in ((), {}, frozenset())
-        }
+        return {key: _plain(item) for key, item in value.items() if item is not None and item not in ({}, frozenset())}
     if isinstance(value, frozenset):
         return sorted(value)
     return [_plain(item) for item in value] if isinstance(value, tuple | list) else value

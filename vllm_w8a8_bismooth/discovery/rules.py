@@ -54,6 +54,7 @@ _RULES: tuple[tuple[Callable[[Matrix], bool], str], ...] = (
      "experts stored as one tensor"),
     (lambda m: not m.rows and (len(m.shape) > 2 or "conv" in m.owner.lower()), "a convolution"),
     (lambda m: m.name.endswith("bias"), "biases of experts"),
+    (lambda m: not m.rows and "norm" in m.owner.lower(), "a norm's gain"),
     (lambda m: not m.rows and bool(re.search(r"A_log|(^|\.)[AD]$", m.name)), "a state-space parameter"),
     (lambda m: not m.rows, "nothing was seen to be multiplied with it"),
     (lambda m: m.counted, "a router or gate: one row for each expert or head"),
