@@ -22,6 +22,7 @@ TYPES = {
     "gemma3_text": {},
     "gpt2": dict(n_embd=64, n_layer=2, n_head=4, n_inner=96),
     "nemotron": dict(intermediate_size=96),
+    "granitemoe": dict(num_local_experts=4, num_experts_per_tok=2),
 }
 
 

@@ -114,8 +114,9 @@ CLASSES = ("OwnFlat", "OwnNested")
 def write_code(folder: Path, model_class: str = CLASSES[0], **changes: Any) -> dict[str, Any]:
     """Config and code, without weights; returns the config."""
     folder.mkdir()
-    (folder / "configuration_own.py").write_text(CONFIGURATION)
-    (folder / "modeling_own.py").write_text(MODELING)
+    # transformers keeps classes by what is in their files, and knows one model of each config
+    (folder / "configuration_own.py").write_text(f"{CONFIGURATION}# of {model_class}\n")
+    (folder / "modeling_own.py").write_text(f"{MODELING}# of {model_class}\n")
     config = {
         "model_type": "own",
         "architectures": ["OwnForCausalLM"],

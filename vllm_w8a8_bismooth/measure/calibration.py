@@ -120,7 +120,7 @@ class Calibration:
                 "check config.json, or use --calibration none",
             ) from error
         finally:
-            block.to("meta")
+            _take_back(block)
             for mixture in _mixtures(block):
                 mixture.forget()
 
@@ -234,6 +234,13 @@ def _joined(tensors: Mapping[str, torch.Tensor], parts: Sequence[Part]) -> torch
         rows = stored if part.into is None else stored[part.start : part.start + part.into[1]]
         pieces.append(rows.mT if part.transposed else rows)
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1 if parts[0].transposed else 0)
+
+
+def _take_back(block: torch.nn.Module) -> None:
+    """Leave a block without its weights. Buffers stay: not all of them are in the checkpoint."""
+    for module in block.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            module._parameters[name] = torch.nn.Parameter(parameter.to("meta"), requires_grad=False)
 
 
 def _decoder(config: Any, dtype: torch.dtype) -> "PreTrainedModel":
