@@ -363,6 +363,7 @@ SHARED = (
     ("real-*.json", real),
     ("drafters-*.json", drafters),
     ("tasks-*.json", humaneval),
+    ("agreement-*.json", agreement),
 )
 OF_MACHINES = (
     ("gemm.json", kernels),
