@@ -1,7 +1,7 @@
 """What was found out about a model type: names, shapes, sites, and how they were proven. Data, with a form in JSON."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -240,7 +240,7 @@ class Discovery:
 
     def to_json(self) -> dict[str, Any]:
         """Lists, dicts, strings and numbers; what is ``None`` or empty is left out."""
-        found = _plain(asdict(self))
+        found = _plain(self)
         del found["seconds"]
         return found
 
@@ -265,11 +265,12 @@ class Discovery:
 
 
 def _plain(value: Any) -> Any:
-    """Of JSON's types, without what says nothing."""
-    if isinstance(value, Mapping):
-        return {
-            key: _plain(item) for key, item in value.items() if item is not None and item not in ((), {}, frozenset())
-        }
+    """Of JSON's types, without fields that say nothing."""
+    if is_dataclass(value):
+        own = {f.name: getattr(value, f.name) for f in fields(value)}
+        return {key: _plain(item) for key, item in own.items() if item is not None and item not in ((), {}, frozenset())}
+    if isinstance(value, Mapping):  # an empty shape is that of a number
+        return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, frozenset):
         return sorted(value)
     return [_plain(item) for item in value] if isinstance(value, tuple | list) else value

@@ -87,7 +87,7 @@ class Calibration:
         except Exception as error:
             raise refused(checkpoint, error) from None
         self.hidden = torch.cat(given[0].hidden).to(device)
-        # Masks and positions of one window fit them all: they have one length and no padding.
+        # Masks and positions of one window fit them all, if one by one: they have one length and no padding.
         self._arguments = [_each(lambda tensor: tensor.to(device), block.arguments) for block in given]
 
     @contextmanager
@@ -112,7 +112,14 @@ class Calibration:
             lent = {name: _joined(tensors, pieces).to(dtype) for name, pieces in parts.items()}
             block.load_state_dict(lent, assign=True)
             first = 0 if build.returns_tuples else ...
-            yield block, lambda hidden: self._forwards[index](hidden, *arguments[0], **arguments[1])[first]
+            together = _fit_all(arguments)
+
+            def run(hidden: torch.Tensor) -> torch.Tensor:
+                pieces = [hidden] if together else hidden.split(1)
+                done = [self._forwards[index](piece, *arguments[0], **arguments[1])[first] for piece in pieces]
+                return torch.cat(done) if len(done) > 1 else done[0]
+
+            yield block, run
         except Exception as error:
             raise BismoothError.of(
                 self.source.checkpoint.folder,
@@ -272,6 +279,14 @@ def _materialize_buffers(model: "PreTrainedModel") -> None:
             module._buffers[name] = torch.empty_like(buffer, device="cpu")
     for module in model.modules():  # also of those without, which may fill what is inside them
         model._init_weights(module)
+
+
+def _fit_all(arguments: Any) -> bool:
+    """Whether what a block is given for one window does for several at once: BLOOM's and Falcon's ALiBi begins with the
+    heads of every window."""
+    found: list[torch.Tensor] = []
+    _each(lambda tensor: found.append(tensor) or tensor, arguments)
+    return all(tensor.ndim < 3 or len(tensor) == 1 for tensor in found)
 
 
 def _each(change: Callable[[torch.Tensor], torch.Tensor], value):

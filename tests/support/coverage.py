@@ -1,0 +1,143 @@
+"""What is shown of a family: its sites keep the function, conversions pass their check, calibration runs the model."""
+
+import re
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.support.families import Family
+from tests.support.folding import smoothed_copy
+from vllm_w8a8_bismooth.api import convert, verify
+from vllm_w8a8_bismooth.checkpoint.files import CONFIG, read_json
+from vllm_w8a8_bismooth.checkpoint.layout import Source
+from vllm_w8a8_bismooth.discovery.discover import discover
+from vllm_w8a8_bismooth.measure.calibration import Calibration
+from vllm_w8a8_bismooth.method.rows import Threads
+
+METHODS = {
+    "rtn": dict(method="rtn"),
+    "data-free": dict(calibration="none"),
+    "calibrated": dict(calibration_tokens=512),
+}
+"""How each family is converted: arguments of ``convert``; the last one's lacks the text."""
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
+_TOKENS = torch.randint(2, 150, (2, 40), generator=torch.Generator().manual_seed(2))
+
+
+@dataclass
+class Proof:
+    """What was found and measured of one family.
+
+    Attributes:
+        family: its name.
+        discovery: seconds that finding its sites took.
+        sites: in its blocks, with ``{}`` for numbers -> how many of its blocks have it.
+        linears: that become INT8.
+        floats: other matrices inside the blocks, with ``{}`` for numbers -> why they stay in float.
+        outside: parts outside the blocks that hold matrices: their names' beginnings.
+        function: relative change of the logits by folds at all sites, stored in fp32 and computed in fp64.
+        stream: largest relative distance of what calibration hands from block to block to what the model does.
+        converted: way of conversion -> INT8 linears.
+        faults: what ``verify`` finds in the results.
+        seconds: that all this took.
+    """
+
+    family: str
+    discovery: float = 0.0
+    sites: dict[str, int] = field(default_factory=dict)
+    linears: int = 0
+    floats: dict[str, str] = field(default_factory=dict)
+    outside: list[str] = field(default_factory=list)
+    function: float = 0.0
+    stream: float = 0.0
+    converted: dict[str, int] = field(default_factory=dict)
+    faults: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def row(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def prove(family: Family, folder: Path, text: Path) -> Proof:
+    """All that there is to show of a family without vLLM.
+
+    Args:
+        family: whose model is made.
+        folder: for the model (``source``), and one of each of :data:`METHODS`.
+        text: for calibration.
+    """
+    started, proof = time.monotonic(), Proof(family.name)
+    path = family.write(folder / "source")
+    proof.discovery = discover(read_json(path / CONFIG)).seconds
+    source = Source(path)
+    _describe(source, proof)
+    smoothed_copy(path, folder / "folded")
+    before, after = (_logits(folder / name) for name in ("source", "folded"))
+    proof.function = _distance(after, before)
+    proof.stream = max(_stream(source))
+    for name, options in METHODS.items():
+        given = {"calibration": text, **options} if name == "calibrated" else options
+        proof.converted[name] = len(convert(path, folder / name, **given).linears)
+        proof.faults += [f"{name}: {fault}" for fault in verify(folder / name, against=path, engine=False).findings]
+    proof.seconds = time.monotonic() - started
+    return proof
+
+
+def _describe(source: Source, proof: Proof) -> None:
+    sites: Counter[str] = Counter()
+    for layer in source.layers:
+        sites.update({_NUMBER.sub("{}", site.name) for site in layer.sites})
+        proof.linears += len(layer.linears)
+        for tensor, shape in layer.tensors.items():
+            name = tensor.removesuffix(".weight")
+            if len(shape) > 1 and name not in layer.linears:
+                proof.floats[_NUMBER.sub("{}", name)] = layer.routers.get(name, "")
+    proof.sites = dict(sorted(sites.items()))
+    headers = source.checkpoint.headers
+    beginnings = (re.split(r"\.\d+\.", name)[0] for name in source.outside if len(headers[name].shape) > 1)
+    proof.outside = sorted({name.removesuffix(".weight") for name in beginnings})
+
+
+def _model(folder: Path, dtype: torch.dtype) -> torch.nn.Module:
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    config = read_json(folder / CONFIG)
+    auto = AutoModelForImageTextToText if "vision_config" in config else AutoModelForCausalLM
+    # As transformers chooses, because its eager Falcon adds ALiBi twice; but sdpa drops soft caps without a word.
+    attention = "eager" if config.get("attn_logit_softcapping") else None
+    options: dict[str, Any] = dict(dtype=dtype, attn_implementation=attention, experts_implementation="eager")
+    return auto.from_pretrained(folder, **options).eval()
+
+
+@torch.no_grad()
+def _logits(folder: Path) -> torch.Tensor:
+    return _model(folder, torch.float64)(input_ids=_TOKENS, use_cache=False).logits
+
+
+def _distance(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+@torch.no_grad()
+def _stream(source: Source) -> Iterator[float]:
+    """How far calibration's hidden states behind each block are from those of the whole model."""
+    calibration, threads = Calibration(source, _TOKENS, torch.device("cpu")), Threads()
+    model, build, seen = _model(Path(source.checkpoint.folder), torch.float32), source.construction, []
+
+    def record(block: torch.nn.Module, given: tuple, returned: Any) -> None:
+        seen.append(returned[0] if isinstance(returned, tuple) else returned)
+
+    for block in model.get_submodule(f"{build.decoder}{build.blocks}").children():
+        block.register_forward_hook(record)
+    model(input_ids=_TOKENS, use_cache=False)
+    assert len(seen) == len(source.layers)
+    for index, expected in enumerate(seen):
+        prefix = source.names.block(index)
+        tensors = {name: source.checkpoint.read(prefix + name) for name in source.blocks[index]}
+        calibration.advance(index, tensors, threads)
+        yield _distance(calibration.hidden, expected)
