@@ -1,4 +1,4 @@
-"""The tables of README.md and docs/results.md, from the JSON files under benchmarks/results/ and nothing else.
+"""The tables of README.md and docs, from the JSON files under benchmarks/results/, and of platforms from the rules.
 
     python -m benchmarks.tables [FILE ...]
 
@@ -12,7 +12,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from statistics import geometric_mean, mean, median, stdev
 
+from benchmarks import platforms
 from benchmarks.record import RESULTS
+from vllm_w8a8_bismooth.serving import servers
 
 
 def rows(path: Path) -> list[dict]:
@@ -404,7 +406,12 @@ def every(results: Path = RESULTS) -> dict[str, str]:
     """All tables that there are files for, by what they are."""
     wanted = files(results, SHARED, OF_MACHINES)
     found = {f"{table.__name__} of {path.relative_to(results)}": table(path) for path, table in wanted if path.exists()}
-    return found | {"minutes of all files": minutes(results)}
+    kinds = tuple(servers.KINDS)
+    return found | {
+        "minutes of all files": minutes(results),
+        "layers of all platforms": markdown(("platform", *kinds), list(platforms.layers()), words=1 + len(kinds)),
+        "proofs of all kernels": markdown(("who serves", "proven how"), list(platforms.proofs()), words=2),
+    }
 
 
 def put(text: str, found: dict[str, str]) -> str:

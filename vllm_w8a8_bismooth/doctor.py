@@ -25,8 +25,8 @@ class Diagnosis:
     Attributes:
         versions: package -> version; ``None`` if it is not installed.
         machine: Python, system, processor, cores.
-        kernels: ``cpu``, the instructions that the compiled kernels would use, and ``cuda``, whether they are there;
-            both ``None`` if not.
+        kernels: type of a device (``cpu``, ``cuda``, ``xpu``) -> the kernels that there are for it: of a CPU the
+            instructions that they would use; ``None`` if the reference would serve.
         environment: variables that vLLM or this package read, without values that look secret.
         serving: what :func:`serving.doctor.answer` returned; ``None`` if vLLM could not be asked.
         problems: what keeps checkpoints from being served, or from being served fast.
@@ -48,7 +48,7 @@ def diagnose() -> Diagnosis:
     found = Diagnosis(
         versions={name: _version(name) for name in PACKAGES},
         machine=_machine(),
-        kernels={"cpu": None, "cuda": None},
+        kernels={},
         environment={
             name: "***" if any(word in name for word in _SECRET) else value
             for name, value in sorted(os.environ.items())
@@ -99,10 +99,15 @@ def _kernels() -> dict[str, str | None]:
 
     from vllm_w8a8_bismooth import ops
 
-    return {
-        "cpu": ops.cpu_level() if ops.has_kernel("cpu") else None,
-        "cuda": f"built, torch has CUDA {torch.version.cuda}" if ops.has_kernel("cuda") else None,
-    }
+    version = torch.version
+    words = {ops.COMPILED: "compiled", ops.TRITON: "Triton's, compiled when they are first used"}
+    found = {device: words.get(ops.server(device)) for device in ("cpu", "cuda", "xpu")}
+    if found["cpu"]:
+        found["cpu"] = ops.cpu_level()
+    for device, built in {"cuda": version.cuda and f"CUDA {version.cuda}", "xpu": version.xpu}.items():
+        if found[device]:
+            found[device] = f"{found[device]}; torch has {built or f'ROCm {version.hip}'}"
+    return found
 
 
 def _ask_vllm(found: Diagnosis) -> None:

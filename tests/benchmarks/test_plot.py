@@ -254,7 +254,11 @@ def test_without_results_there_are_no_figures(tmp_path):
     for reason in ("no bits per weight, measure them again", "it has nothing yet", "no rows of a server under load"):
         assert sum(reason in line for line in lines) == 1
     assert not (tmp_path / "figures").exists()
-    assert tables.every(tmp_path / "results" / "machine").keys() == {"minutes of all files"}
+    assert tables.every(tmp_path / "results" / "machine").keys() == {
+        "minutes of all files",
+        "layers of all platforms",
+        "proofs of all kernels",
+    }
 
 
 # N, K, bytes of a number, TOPS at most, GB/s. 1000 x 1000 of a byte: 1e6 + 4000 bytes, and 1000 + 2000 + 4 a token.
@@ -370,7 +374,7 @@ def test_tables_of_engines(tmp_path):
 def test_tables_are_of_every_machine_and_model(results):
     found = tables.every(results)
     assert {"kernels of cpu/gemm.json", "kernels of gpu/gemm.json", "rates of cpu/serve-testbed.json"} <= found.keys()
-    assert len(found) == 17
+    assert len(found) == 19
     for table in found.values():
         assert len({line.count(" | ") for line in table.splitlines() if "|--" not in line}) == 1
     assert "CUTLASS" in found["kernels of gpu/gemm.json"] and "CUTLASS" not in found["kernels of cpu/gemm.json"]

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.support.command import run
 from vllm_w8a8_bismooth import doctor, ops
@@ -48,9 +49,9 @@ def test_without_vllm(without_vllm):
 
 
 def test_without_kernels(without_vllm, monkeypatch):
-    monkeypatch.setattr(ops, "has_kernel", lambda device: False)
+    monkeypatch.setattr(ops, "server", lambda device: ops.REFERENCE)
     found = doctor.diagnose()
-    assert found.kernels == {"cpu": None, "cuda": None}
+    assert found.kernels == {"cpu": None, "cuda": None, "xpu": None}
     assert any("the compiled kernels are absent" in problem.what for problem in found.problems)
 
 
@@ -58,8 +59,23 @@ def test_a_broken_torch(without_vllm, monkeypatch):
     def broken(device: str) -> bool:
         raise OSError("libcudart.so.13: cannot open shared object file")
 
-    monkeypatch.setattr(ops, "has_kernel", broken)
+    monkeypatch.setattr(ops, "server", broken)
     assert any("libcudart.so.13: cannot open" in problem.what for problem in doctor.diagnose().problems)
+
+
+@pytest.mark.parametrize(
+    ("server", "built", "kernels"),
+    [
+        ("compiled", {"cuda": "13.0"}, "compiled; torch has CUDA 13.0"),
+        ("triton", {"cuda": "13.0"}, "Triton's, compiled when they are first used; torch has CUDA 13.0"),
+        ("triton", {"hip": "7.2"}, "Triton's, compiled when they are first used; torch has ROCm 7.2"),
+    ],
+)
+def test_kernels_of_gpus(without_vllm, monkeypatch, server, built, kernels):
+    for name, version in built.items():
+        monkeypatch.setattr(torch.version, name, version)
+    monkeypatch.setattr(ops, "server", lambda device: server if device == "cuda" else ops.REFERENCE)
+    assert doctor.diagnose().kernels == {"cpu": None, "cuda": kernels, "xpu": None}
 
 
 @pytest.mark.slow

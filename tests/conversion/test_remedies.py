@@ -104,7 +104,7 @@ REMEDIES: dict[str, Follow] = {
     r"set (architectures) to (\[.*?\]) in config.json": setting,
     r"remove (quantization_config) from config.json": drop_key,
     r"rename (\S+) to (\S+) in the files": rename_tensor,
-    r"give the (?:folder|checkpoint as)|convert the original|give a checkpoint in|known are|repair": download,
+    r"give the (?:folder|checkpoint as)|convert the original|give a checkpoint in|repair": download,
     r"download .*again|^mend the one": download,  # git lfs pull does the same
     r"put the checkpoint's \S+ there": download,
     r"model\.(?:to\(.*\)\.)?save_pretrained\(FOLDER\)": save_again,

@@ -236,13 +236,15 @@ def mixture(dtype: torch.dtype) -> tuple:
         (0, torch.randn(3, 32), r"x \[3, 32\]"),
         (1, torch.rand(3, 1), r"shares \[3, 1\]"),
         (2, torch.zeros(2, 2, dtype=torch.long), r"chosen \[2, 2\]"),
-        (4, torch.ones(4, 96, 2), r"w13_scale \[4, 96, 2\]"),
-        (6, torch.ones(4, 64, 3), r"w2_scale \[4, 64, 3\]"),
+        (4, torch.ones(4, 96, 3), r"w13_scale \[4, 96, 3\]"),
+        (4, torch.ones(4, 95, 1), r"w13_scale \[4, 95, 1\]"),
+        (6, torch.ones(4, 64, 5), r"w2_scale \[4, 64, 5\]"),
+        (8, 32, "group_size = 32"),
         (7, "relu", "activation = 'relu' is unknown; expected one of silu"),
     ],
 )
 def test_experts_that_do_not_fit_together(argument, value, message):
-    arguments = list(mixture(torch.float32))
+    arguments = [*mixture(torch.float32), None]
     assert ops.experts(*arguments).shape == (3, 64)
     arguments[argument] = value
     with pytest.raises(ValueError, match=message):

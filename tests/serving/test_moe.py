@@ -4,7 +4,6 @@ import json
 import re
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,6 +23,8 @@ from vllm_w8a8_bismooth import ops
 from vllm_w8a8_bismooth.measure.text import read_text
 from vllm_w8a8_bismooth.method.quantize import dequantize_weight, quantize_weight
 from vllm_w8a8_bismooth.recipe import Recipe
+from vllm_w8a8_bismooth.serving import servers
+from vllm_w8a8_bismooth.serving.servers import Platform
 
 PREFIX = "model.layers.1.mlp.experts"
 CHECKPOINT = STOCK | {
@@ -91,12 +92,14 @@ def vllms_layer(
         torch.set_default_dtype(default)
 
 
-def stored(experts: int, hidden: int, inner: int, seed: int = 0) -> dict[str, torch.Tensor]:
+def stored(
+    experts: int, hidden: int, inner: int, seed: int = 0, group_size: int | None = None
+) -> dict[str, torch.Tensor]:
     """The experts' tensors, as a checkpoint holds them, by their names inside the block's experts."""
     generator, tensors = torch.Generator().manual_seed(seed), {}
     for expert in range(experts):
         for name, shape in (("gate", (inner, hidden)), ("up", (inner, hidden)), ("down", (hidden, inner))):
-            codes, scale = quantize_weight(torch.randn(shape, generator=generator) / shape[1] ** 0.5, None)
+            codes, scale = quantize_weight(torch.randn(shape, generator=generator) / shape[1] ** 0.5, group_size)
             tensors |= {f"{expert}.{name}_proj.weight": codes, f"{expert}.{name}_proj.weight_scale": scale}
     return tensors
 
@@ -113,20 +116,22 @@ def run(layer, x, shares, chosen) -> torch.Tensor:
     return layer.forward_modular(x, shares, chosen.int())
 
 
-def rounded(x: torch.Tensor) -> torch.Tensor:
+def rounded(x: torch.Tensor, group_size: int | None = None) -> torch.Tensor:
     """What a token is after its quantization, in fp64."""
-    scale = x.double().abs().amax(dim=-1, keepdim=True) / 127
-    return (x.double() / scale).nan_to_num().round() * scale
+    groups = x.double().unflatten(-1, (-1, group_size or len(x)))
+    scale = groups.abs().amax(dim=-1, keepdim=True) / 127
+    return ((groups / scale).nan_to_num().round() * scale).flatten()
 
 
-def emulated(tensors, x, shares, chosen, activation: str = "silu") -> torch.Tensor:
+def emulated(tensors, x, shares, chosen, activation: str = "silu", group_size: int | None = None) -> torch.Tensor:
     """Token by token with dequantized weights, in fp64 but for the roundings that a dense MLP has."""
     out = torch.zeros(x.shape, dtype=torch.float64)
     for token, (row, names, parts) in enumerate(zip(x, chosen, shares, strict=True)):
         for expert, share in zip(names.tolist(), parts, strict=True):
             weight = partial(weight_of, tensors, expert)
-            gate, up = (torch.mv(weight(name), rounded(row)).to(x.dtype) for name in ("gate", "up"))
-            out[token] += share.double() * (weight("down") @ rounded(ACTIVATIONS[activation](gate) * up))
+            gate, up = (torch.mv(weight(name), rounded(row, group_size)).to(x.dtype) for name in ("gate", "up"))
+            inner = rounded(ACTIVATIONS[activation](gate) * up, group_size)
+            out[token] += share.double() * (weight("down") @ inner)
     return out
 
 
@@ -209,6 +214,59 @@ def test_a_token_does_not_see_the_others(dtype):
     assert torch.equal(run(layer, x.flip(0), shares.flip(0), chosen.flip(0)).flip(0), whole)
 
 
+GROUPED = [side | {"strategy": "group", "group_size": 32} for side in (W8A8, TOKEN)]
+
+
+def scheme(weights: dict, inputs: dict | None, *targets: str) -> dict:
+    return {"targets": list(targets), "weights": weights, "input_activations": inputs}
+
+
+def grouped(activations: dict) -> dict:
+    """A checkpoint all of whose linears have groups of 32 columns."""
+    return CHECKPOINT | {"config_groups": {"g": scheme(GROUPED[0], activations, "Linear")}}
+
+
+@pytest.mark.parametrize(("activations", "size"), [(GROUPED[1], 32), (TOKEN, None)])
+def test_experts_with_groups(activations, size):
+    tensors, (shares, chosen) = stored(4, 64, 96, group_size=32), routing(9, 4, 2, 0)
+    x = torch.randn(9, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    layer = loaded(tensors, checkpoint=grouped(activations))
+    assert layer.w2_weight_scale.shape == (4, 64, 3)
+    assert_close(run(layer, x, shares, chosen), emulated(tensors, x, shares, chosen, group_size=size))
+
+
+@pytest.mark.parametrize("expert_parallel", [False, True])
+def test_ranks_add_up_with_groups(expert_parallel):
+    """Each rank has whole groups, whose scales do not depend on the others: only the order of fp32 sums differs."""
+    tensors, (shares, chosen) = stored(5, 64, 128, group_size=32), routing(7, 5, 2, 1)
+    x = torch.randn(7, 64, generator=torch.Generator().manual_seed(1))
+    settings = {"experts": 5, "inner": 128, "checkpoint": grouped(GROUPED[1])}
+    parts = [
+        run(loaded(tensors, rank=(rank, 2), expert_parallel=expert_parallel, **settings), x, shares, chosen)
+        for rank in (0, 1)
+    ]
+    torch.testing.assert_close(sum(parts), run(loaded(tensors, **settings), x, shares, chosen), rtol=1e-5, atol=1e-6)
+
+
+def test_groups_must_fit_the_share_of_a_rank():
+    with pytest.raises(ValueError, match=rf"{PREFIX}: K = 48 is not a multiple of group_size = 32.*smaller"):
+        vllms_layer(rank=(0, 2), checkpoint=grouped(GROUPED[1]))
+
+
+@pytest.mark.parametrize(
+    ("platform", "method"),
+    [(Platform("cuda", "compiled", "triton", 90), "Experts"), (Platform("cuda", "compiled", "reference", 90), None)],
+)
+def test_experts_with_groups_on_a_gpu(monkeypatch, platform, method):
+    """By Triton's kernels or not at all: no other could be in a CUDA graph."""
+    monkeypatch.setattr(servers, "here", lambda: platform)
+    if method is None:
+        with pytest.raises(ValueError, match=rf"{PREFIX}: per-group experts cannot be served here: Triton, which"):
+            vllms_layer(checkpoint=grouped(GROUPED[1]))
+    else:
+        assert type(vllms_layer(checkpoint=grouped(GROUPED[1])).quant_method).__name__ == method
+
+
 def test_routing_weights_on_the_input():
     """Llama 4 multiplies the one expert's input; what comes out of it is then not multiplied again."""
     tensors, (shares, chosen) = stored(4, 64, 96), routing(5, 4, 1, 0)
@@ -280,7 +338,7 @@ def test_vllms_own_method_gets_the_same_check(monkeypatch):
 
     from vllm_w8a8_bismooth.serving import moe
 
-    monkeypatch.setattr(moe, "current_platform", SimpleNamespace(is_cpu=lambda: False))
+    monkeypatch.setattr(servers, "here", lambda: Platform("cuda", "compiled", "triton", 90))
     monkeypatch.setattr(vllms, "select_int8_moe_backend", lambda **_: (None, None))
     layer, tensors = vllms_layer(hidden=80, hidden_dim_unpadded=64), stored(4, 64, 96)
     assert type(layer.quant_method) is moe.StockExperts
@@ -302,22 +360,16 @@ def test_vllms_own_method_gets_the_same_check(monkeypatch):
     ],
 )
 def test_other_experts_are_refused_while_the_model_is_built(settings, what):
-    with pytest.raises(ValueError, match=rf"{PREFIX}: INT8 experts with {what} are not served on a CPU"):
+    with pytest.raises(ValueError, match=rf"{PREFIX}: INT8 experts with {what} are not served by"):
         vllms_layer(**settings)
 
 
-def scheme(weights: dict, inputs: dict | None, *targets: str) -> dict:
-    return {"targets": list(targets), "weights": weights, "input_activations": inputs}
-
-
-GROUPED = [side | {"strategy": "group", "group_size": 32} for side in (W8A8, TOKEN)]
 PER_CHANNEL = scheme(W8A8, TOKEN, "Linear")
 
 
 @pytest.mark.parametrize(
     ("groups", "ignore", "message"),
     [
-        ([scheme(*GROUPED, "Linear")], [], "weights that are 8-bit int, symmetric, per group of 32, static;"),
         ([scheme(W8A8, W8A8 | {"strategy": "tensor"}, "Linear")], [], "input_activations .* per tensor, static;"),
         ([scheme(W8A8 | {"strategy": "tensor"}, TOKEN, "Linear")], [], "weights .* per tensor, static;"),
         ([scheme(*GROUPED, r"re:.*experts\.2\..*"), PER_CHANNEL], [], r"0.gate_proj and .*experts.2.gate_proj differ"),

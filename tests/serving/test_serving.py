@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +17,8 @@ from tests.support.workers.engine import PROMPTS, ask_each
 from vllm_w8a8_bismooth import ops
 from vllm_w8a8_bismooth.method.quantize import quantize_weight
 from vllm_w8a8_bismooth.recipe import Recipe
+from vllm_w8a8_bismooth.serving import servers
+from vllm_w8a8_bismooth.serving.servers import Platform
 
 PER_CHANNEL = 4 * 6 - 2
 """Linears of ours in the bi-smoothed checkpoint: of six blocks, all but the two that are left in float."""
@@ -70,30 +73,83 @@ def test_schemes():
 
 
 @pytest.mark.parametrize(
-    ("device", "capability", "has_kernel", "reason"),
+    ("device", "capability", "server", "stock"),
     [
-        ("cpu", None, True, None),
-        ("cpu", None, False, None),
-        ("cuda", 90, True, None),
-        ("cuda", 90, False, "installed without its kernels"),
-        ("cuda", 75, True, "capability 8.0"),
-        ("cuda", 100, False, None),  # vLLM's own fails there
-        ("xpu", None, False, "installed without its kernels"),
+        ("cpu", None, "compiled", None),
+        ("cpu", None, "reference", None),
+        ("cuda", 90, "compiled", None),
+        ("cuda", 90, "triton", "installed without its kernels"),
+        ("cuda", 90, "reference", "installed without its kernels"),
+        ("cuda", 75, "compiled", "capability 8.0"),
+        ("cuda", 75, "triton", "capability 8.0"),
+        ("cuda", 100, "triton", None),  # vLLM's own fails there
+        ("cuda", None, "triton", "installed without its kernels"),  # ROCm, whatever capability it says it has
+        ("xpu", None, "triton", "installed without its kernels"),
     ],
 )
-def test_who_serves_per_channel_linears(monkeypatch, device, capability, has_kernel, reason):
-    from vllm_w8a8_bismooth.serving import config
+def test_who_serves_per_channel_linears(monkeypatch, device, capability, server, stock):
+    from vllm import platforms
 
     platform = SimpleNamespace(
         device_type=device,
-        is_cpu=lambda: device == "cpu",
-        is_cuda=lambda: device == "cuda",
-        has_device_capability=lambda least: capability >= least,
+        is_cuda=lambda: device == "cuda" and capability is not None,
+        get_device_capability=lambda: SimpleNamespace(to_int=lambda: capability or 94),
     )
-    monkeypatch.setattr(config, "current_platform", platform)
-    monkeypatch.setattr(ops, "has_kernel", lambda _: has_kernel)
-    found = config.reason_for_stock()
-    assert found is None if reason is None else reason in found
+    monkeypatch.setattr(platforms, "current_platform", platform)
+    monkeypatch.setattr(servers, "server", lambda *_: server)
+    found = servers.per_channel(servers.here())
+    assert (found.kernel == servers.STOCK) == (stock is not None) and (stock or "") in found.reason
+
+
+@pytest.mark.parametrize(("capability", "name"), [(90, "CompressedTensorsW8A8Int8"), (100, "W8A8Scheme")])
+def test_the_rule_chooses_the_scheme(monkeypatch, capability, name):
+    monkeypatch.setattr(servers, "here", lambda: Platform("cuda", "triton", "triton", capability))
+    groups = {"g": {"targets": ["Linear"], "weights": W8A8, "input_activations": TOKEN}}
+    config = config_class().from_config(STOCK | {"config_groups": groups})
+    scheme = config.get_scheme(torch.nn.Linear(1, 1, device="meta"), "model.layers.0.mlp.down_proj")
+    assert type(scheme).__name__ == name
+
+
+CPU = Platform("cpu", "compiled", "reference")
+
+
+@pytest.mark.parametrize(
+    ("platform", "expected"),
+    [
+        (CPU, ("our kernel",) * 4),
+        (replace(CPU, linears="reference"), ("the torch reference",) * 4),
+        (
+            Platform("cuda", "compiled", "triton", 90),
+            ("our kernel", "our kernel", "vLLM's own method", "our Triton kernel"),
+        ),
+        (
+            Platform("cuda", "compiled", "reference", 90),
+            ("our kernel", "our kernel", "vLLM's own method", "none, refused at load"),
+        ),
+        (
+            Platform("cuda", "triton", "triton", 90),
+            ("vLLM's own kernel", "our Triton kernel", "vLLM's own method", "our Triton kernel"),
+        ),
+        (
+            Platform("cuda", "triton", "triton", 120),
+            ("our Triton kernel", "our Triton kernel", "vLLM's own method", "our Triton kernel"),
+        ),
+        (
+            Platform("cuda", "triton", "triton", 75, "7.5 has none"),
+            ("vLLM's own kernel", "none, refused at load", "vLLM's own method", "none, refused at load"),
+        ),
+        (
+            Platform("xpu", "reference", "reference"),
+            ("vLLM's own kernel", "the torch reference", "vLLM's own method", "none, refused at load"),
+        ),
+    ],
+)
+def test_who_serves_what(platform, expected):
+    found = {kind: rule(platform) for kind, rule in servers.KINDS.items()}
+    assert tuple(served.kernel for served in found.values()) == expected
+    for served in found.values():  # a user is told of all that could be better
+        assert served.meant or served.reason
+        assert not served.meant or "reference" not in served.kernel
 
 
 def made_by_vllm(group_size: int | None, rows: int, columns: int):

@@ -1,5 +1,6 @@
 """A checkpoint laid out as a model: audited, its tensors sorted into decoder blocks."""
 
+import re
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -87,6 +88,11 @@ class Layout:
             for name in self.outside
             if name.endswith(".weight") and len(found[name].shape) == 2 and name != self.names.embedding
         ]
+
+    def kept_in_float(self) -> dict[str, str]:
+        """Matrices inside the blocks that never become INT8, with ``*`` for all numbers in their names -> why."""
+        kinds = {id(layer): layer for layer in self.layers}.values()
+        return {re.sub(r"\.\d+\.", ".*.", name): why for layer in kinds for name, why in layer.routers.items()}
 
     def refuse(self) -> None:
         """Raises :class:`BismoothError` with the problems, if there are any."""

@@ -380,7 +380,7 @@ def diagnosis(console: "Console", found: "Diagnosis") -> None:
 
     section("versions", found.versions)
     section("machine", found.machine)
-    section("compiled kernels", found.kernels)
+    section("kernels", found.kernels)
     section("environment", found.environment)
     if found.serving is not None:
         section("vLLM", {name: found.serving[name] for name in ("platform", "device", "capability", "registered")})

@@ -134,7 +134,7 @@ def merge(ready: Merger, progress: Progress = silent) -> Outcome:
         quantized=source.checkpoint.quantized,
         notes=source.notes + head.notes(source.checkpoint),
     )
-    outcome.already_float = already_float(source, ready.recipe)
+    outcome.already_float, outcome.floats = already_float(source, ready.recipe), source.kept_in_float()
     if ready.reused:
         clear(ready.target)  # of a run that was killed right after its last step
         outcome.reused = True

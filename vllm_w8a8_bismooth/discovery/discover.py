@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from vllm_w8a8_bismooth.discovery.find import find
+from vllm_w8a8_bismooth.discovery.origin import explained, refused
 from vllm_w8a8_bismooth.discovery.record import Discovery
+from vllm_w8a8_bismooth.errors import BismoothError
 from vllm_w8a8_bismooth.progress import Progress, silent
 
 _IRRELEVANT = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "architectures", "quantization_config")
@@ -38,7 +40,12 @@ def discover(config: Mapping[str, Any], code: Path | None = None, progress: Prog
         return Discovery.from_json(json.loads(kept.read_text()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass  # not there, or not of this form: it is found again
-    found = find(config, code, progress)
+    try:
+        found = find(config, code, progress)
+    except BismoothError:
+        raise
+    except Exception as error:  # any class of transformers runs here, of whatever form
+        raise refused(f"its sites could not be found out ({explained(error)})") from error
     _keep(kept, json.dumps(found.to_json()))
     return found
 

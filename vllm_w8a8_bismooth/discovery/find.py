@@ -11,12 +11,12 @@ import torch
 from vllm_w8a8_bismooth.discovery import instance, storage, widths
 from vllm_w8a8_bismooth.discovery.assembly import Assembly
 from vllm_w8a8_bismooth.discovery.origin import Origin, explained, refused
-from vllm_w8a8_bismooth.discovery.proof import LENGTHS, SEEDS, Sample, kind_of, prove
+from vllm_w8a8_bismooth.discovery.proof import LENGTHS, SEEDS, Sample, kind_of, outermost, prove
 from vllm_w8a8_bismooth.discovery.record import Discovery, Layer, Modules, Names, Proof, Stored
 from vllm_w8a8_bismooth.discovery.writers import writers_of
 from vllm_w8a8_bismooth.progress import Progress, silent
 
-_MOST, _MOST_OF_FEW = 24_000_000, 64_000_000
+_MOST, _MOST_OF_FEW = 24_000_000, 96_000_000
 """Parameters of a small model with all blocks, and of one with as few as hold every kind."""
 _EXPERTS = 4
 
@@ -81,15 +81,15 @@ class _Search:
     @cached_property
     def _kinds(self) -> list[tuple]:
         """What the config and the shapes tell the blocks apart by."""
-        lists = [n for n, m in self.real.named_modules() if isinstance(m, torch.nn.ModuleList)]
-        sizes = {n: sum(p.numel() for p in self.real.get_submodule(n).parameters()) for n in lists}
-        outer = [n for n in lists if not any(n.startswith(f"{o}.") for o in lists)]
+        outer = outermost(self.real)
+        sizes = {n: sum(p.numel() for p in self.real.get_submodule(n).parameters()) for n in outer}
         text = self.config.get_text_config()
         path = max(
             (n for n in outer if len(self.real.get_submodule(n)) == text.num_hidden_layers), key=sizes.__getitem__
         )
         blocks = list(self.real.get_submodule(path).children())
-        given = [v for _, _, v in widths.walk(text.to_dict()) if isinstance(v, list | str) and len(v) == len(blocks)]
+        lists = [v for _, _, v in widths.walk(text.to_dict()) if isinstance(v, list | str) and len(v) == len(blocks)]
+        given = [entries for entries in lists if len(set(map(str, entries))) < len(entries)]  # no list of blocks
         return [
             (
                 type(b).__qualname__,

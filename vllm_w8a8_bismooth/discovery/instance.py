@@ -1,6 +1,7 @@
 """A small model with random weights, and texts for it."""
 
-from typing import TYPE_CHECKING
+import copy
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -9,7 +10,7 @@ from vllm_w8a8_bismooth.discovery.origin import Origin
 from vllm_w8a8_bismooth.discovery.watch import Watch
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 _TOKENS = 3.0
 """Size of embeddings: what tokens have in common must not outweigh them, or units would be dead for all of them."""
@@ -34,6 +35,27 @@ def randomize(model: torch.nn.Module, generator: torch.Generator) -> None:
         p.copy_(noise)
 
 
+def _resized(config: "PretrainedConfig", entries: dict[str, Any]) -> "PretrainedConfig":
+    """A config with these entries. Its class may ask for ratios that its models do not need (that a head's width times
+    their number is the hidden size); then the entries are put in place one by one."""
+    entries = {key: value for key, value in entries.items() if key != "model_type"}
+    try:
+        return type(config)(**entries)
+    except Exception:
+        changed = copy.deepcopy(config)
+        _put(changed, entries)
+        return changed
+
+
+def _put(config: "PretrainedConfig", entries: dict[str, Any]) -> None:
+    for key, value in entries.items():
+        old = getattr(config, key, None)
+        if hasattr(old, "to_dict"):
+            _put(old, value)
+        elif old != value:
+            setattr(config, key, value)
+
+
 def small(origin: Origin, factor: int, experts: int, blocks: int | None, most: int) -> "PreTrainedModel":
     """A model with widths divided by ``factor``, in fp64, with random weights that depend on nothing else.
 
@@ -42,8 +64,7 @@ def small(origin: Origin, factor: int, experts: int, blocks: int | None, most: i
         Exception: whatever its class raises.
     """
     entries = widths.shrunk(origin.config.to_dict(), factor, experts, blocks)
-    entries.pop("model_type", None)
-    shrunk = type(origin.config)(**entries)
+    shrunk = _resized(origin.config, entries)
     count = sum(p.numel() for p in origin.build(shrunk, "meta").parameters())
     if count > most:
         raise ValueError(f"{count} parameters at widths divided by {factor}")

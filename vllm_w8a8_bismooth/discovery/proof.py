@@ -53,7 +53,7 @@ class Sample:
             torch.cat([instance.text(length, torch.Generator().manual_seed(seed)) for seed in SEEDS])
             for length in LENGTHS
         ]
-        lists = _outermost(model)
+        lists = outermost(model)
         _, blocks = self._capture(lists)
         sizes = {
             name: sum(p.numel() for b in blocks if _list_of(b) == name for p in b.parameters.values()) for name in lists
@@ -130,7 +130,8 @@ def kind_of(block: Block) -> Kind:
     )
 
 
-def _outermost(model: torch.nn.Module) -> list[str]:
+def outermost(model: torch.nn.Module) -> list[str]:
+    """The module lists that are in no other."""
     lists = [name for name, module in model.named_modules() if isinstance(module, torch.nn.ModuleList)]
     return [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
 

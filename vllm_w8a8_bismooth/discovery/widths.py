@@ -12,7 +12,7 @@ _WIDTH = re.compile(
 )
 """Keys whose numbers become sides of matrices, in all spellings of transformers' configs."""
 _NO_WIDTH = re.compile(
-    r".*(vocab|window|chunk|patch|image|kernel|batch|tensor_parallel|group|block_size|cache|conv_L|sample|pretraining_tp)"
+    r".*(vocab|window|chunk|patch|image|kernel|batch|tensor_parallel|group|block_size|cache|conv_L|sample|pretraining_tp|state)"
     r".*|max_.*|num_.*"
 )
 _EXPERTS = re.compile(r"(moe_)?(num|n)_(local_|routed_)?experts|moe_num_experts|num_moe_experts")
@@ -31,7 +31,7 @@ _UNUSED = ("transformers_version", "architectures", "dtype", "torch_dtype", "id2
 _ROTARY_LISTS = ("short_factor", "long_factor")
 """A number for each pair of a head's channels."""
 
-_NARROWEST = 4
+_NARROWEST, _LEAST, _LARGEST = 4, 2, 256
 VOCABULARY = 256
 RESERVED = 8
 """The first tokens: those that a config names (padding, images) are among them, and no text has them."""
@@ -75,20 +75,22 @@ def is_experts(key: str) -> bool:
 
 
 def factors(config: Mapping) -> list[int]:
-    """What the widths can be divided by, largest first; 1 is the last.
+    """What the widths can be divided by, in the order in which it is tried; 1 is the last.
 
-    All widths are divided, and none is left below four, where a norm of so few channels knows only signs. Only if
-    nothing divides them all are the hidden size's divisors tried: a width that stands in the way is then kept.
+    All widths are divided, the more the better; those that leave one below four come late, as a norm of so few channels
+    knows little but signs. Only if nothing divides them all are the hidden size's divisors tried: a width that stands
+    in the way is then kept.
     """
     widths = [number for _, key, value in walk(config) if is_width(key, value) for number in numbers(value)]
     widths += [hidden // heads for hidden, heads, said in _heads(config) if not said and hidden % heads == 0]
     widths = widths or [1]
-    common, most = math.gcd(*widths), min(widths) // _NARROWEST
-    found = [f for f in range(most, 1, -1) if common % f == 0]
+    common = math.gcd(*widths)
+    divisors = [f for f in range(min(common, _LARGEST), 1, -1) if common % f == 0]
+    found = [f for narrowest in (_NARROWEST, _LEAST) for f in divisors if min(widths) // f >= narrowest]
     if not found:
         hidden = max((size for size, _, _ in _heads(config)), default=1)
         found = [f for f in (64, 32, 16, 8, 4, 2) if hidden % f == 0]
-    return [*found, 1]
+    return [*dict.fromkeys(found), 1]
 
 
 def _heads(config: Mapping) -> Iterator[tuple[int, int, bool]]:

@@ -12,11 +12,15 @@ from vllm_w8a8_bismooth.ops.api import (
     static_linear,
     unsupported,
 )
+from vllm_w8a8_bismooth.ops.kernels import COMPILED, REFERENCE, TRITON, server
 from vllm_w8a8_bismooth.ops.mixture import ACTIVATIONS
 from vllm_w8a8_bismooth.ops.packing import pack_weight, unpack_weight
 
 __all__ = [
     "ACTIVATIONS",
+    "COMPILED",
+    "REFERENCE",
+    "TRITON",
     "cpu_level",
     "experts",
     "has_kernel",
@@ -25,6 +29,7 @@ __all__ = [
     "quantize_activations",
     "rms_norm_quantize",
     "scaled_mm",
+    "server",
     "silu_mul_quantize",
     "static_linear",
     "unpack_weight",

@@ -3,14 +3,14 @@
 import torch
 
 from vllm_w8a8_bismooth import grouping
-from vllm_w8a8_bismooth.ops import schema  # noqa: F401  registers the ops that this module calls
+from vllm_w8a8_bismooth.ops import kernels  # registers the ops that this module calls
 from vllm_w8a8_bismooth.ops.mixture import ACTIVATIONS
 from vllm_w8a8_bismooth.ops.reference import Quantized
 
 
 def has_kernel(device_type: str, op: str = "scaled_mm") -> bool:
-    """Whether a compiled kernel, rather than the reference, does ``op`` on this device (``cpu``, ``cuda``)."""
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"w8a8_bismooth::{op}", device_type.upper())
+    """Whether a compiled kernel does ``op`` on this kind of device (``cpu``, ``cuda``); see :func:`kernels.server`."""
+    return kernels.server(device_type, op) == kernels.COMPILED
 
 
 def cpu_level() -> str:
@@ -19,14 +19,20 @@ def cpu_level() -> str:
 
 
 def unsupported(rows: int, columns: int, group_size: int | None, device: torch.device) -> str:
-    """Why the device's compiled kernel does not take a weight, or ``""``.
+    """Why the device's kernel, compiled or Triton's, does not take a weight, or ``""``.
 
     Args:
         rows, columns: N and K of the weight.
         group_size: columns that share a weight scale; ``None`` is per-channel.
         device: where the weight is.
     """
-    if device.type != "cuda":
+    server = kernels.server(device.type)
+    if server == kernels.TRITON:
+        from vllm_w8a8_bismooth.ops.triton import tiles
+
+        with torch.accelerator.device_index(device.index):
+            return tiles.unsupported(columns)
+    if server == kernels.REFERENCE or device.type != "cuda":
         return ""
     major, minor = torch.cuda.get_device_capability(device)
     return torch.ops.w8a8_bismooth.gemm_unsupported(rows, columns, group_size, 10 * major + minor)
@@ -172,6 +178,7 @@ def experts(
     w2: torch.Tensor,
     w2_scale: torch.Tensor,
     activation: str,
+    group_size: int | None = None,
 ) -> torch.Tensor:
     """See :func:`mixture.experts`.
 
@@ -180,11 +187,17 @@ def experts(
     Raises:
         ValueError: the shapes do not fit together, or the activation is unknown.
     """
-    (count, width, _), inner = w2_scale.shape, w13_scale.shape[1] // 2
-    if x.dim() != 2 or x.shape[1] != width or w13_scale.shape != (count, 2 * inner, 1) or w2_scale.shape[2] != 1:
+    (count, width, w2_groups), (_, rows, w13_groups) = w2_scale.shape, w13_scale.shape
+    inner = rows // 2
+    fits = x.dim() == 2 and x.shape[1] == width and len(w13_scale) == count and rows == 2 * inner
+    for channels, groups in ((width, w13_groups), (inner, w2_groups)):
+        fits = fits and groups > 0 and channels % groups == 0
+        fits = fits and group_size in (None, channels // groups)
+    if not fits:
         raise ValueError(
-            f"x {list(x.shape)}, w13_scale {list(w13_scale.shape)}, w2_scale {list(w2_scale.shape)}: "
-            "expected [T, H], [E, 2 I, 1], [E, H, 1]"
+            f"x {list(x.shape)}, w13_scale {list(w13_scale.shape)}, w2_scale {list(w2_scale.shape)}, group_size = "
+            f"{group_size}: expected [T, H], [E, 2 I, G], [E, H, G], with G dividing H and I, and groups of "
+            "activations as wide as those of weights"
         )
     if chosen.dim() != 2 or chosen.shape != shares.shape or chosen.shape[0] != x.shape[0]:
         raise ValueError(
@@ -192,4 +205,4 @@ def experts(
         )
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation = {activation!r} is unknown; expected one of {', '.join(ACTIVATIONS)}")
-    return torch.ops.w8a8_bismooth.experts(x, shares, chosen, w13, w13_scale, w2, w2_scale, activation)
+    return torch.ops.w8a8_bismooth.experts(x, shares, chosen, w13, w13_scale, w2, w2_scale, activation, group_size)

@@ -1,36 +1,39 @@
-"""The ops of the namespace ``w8a8_bismooth``: schemas, fakes, implementations.
+"""The ops of the namespace ``w8a8_bismooth``: schemas, fakes, references.
 
 The schemas, the fakes (shapes for torch.compile) and a reference implementation for every device are registered here
-at import. The compiled kernels of ``csrc/``, where they were built, register themselves for their own device (``CPU``,
-``CUDA``) in the same namespace; torch's dispatcher then prefers them, and nothing above this module changes.
+at import; :mod:`kernels` adds what is faster.
 """
-
-import logging
-from pathlib import Path
 
 import torch
 
 from vllm_w8a8_bismooth.grouping import groups
 from vllm_w8a8_bismooth.ops import mixture, reference
 
-_LIBRARY = torch.library.Library("w8a8_bismooth", "FRAGMENT")  # kept alive: the ops go when it goes
-_LIBRARY.define("quantize_activations(Tensor x, int? group_size) -> (Tensor, Tensor)")
-_LIBRARY.define(
+LIBRARY = torch.library.Library("w8a8_bismooth", "FRAGMENT")  # kept alive: the ops go when it goes
+LIBRARY.define("quantize_activations(Tensor x, int? group_size) -> (Tensor, Tensor)")
+LIBRARY.define(
     "rms_norm_quantize(Tensor x, Tensor(a!)? residual, Tensor weight, float epsilon, int? group_size) "
     "-> (Tensor, Tensor)"
 )
-_LIBRARY.define("silu_mul_quantize(Tensor x, int? group_size) -> (Tensor, Tensor)")
-_LIBRARY.define(
+LIBRARY.define("silu_mul_quantize(Tensor x, int? group_size) -> (Tensor, Tensor)")
+LIBRARY.define(
     "scaled_mm(Tensor a, Tensor b, Tensor a_scale, Tensor b_scale, ScalarType out_dtype, Tensor? bias=None, "
     "bool constant_b=False) -> Tensor"
 )
-_LIBRARY.define(
+LIBRARY.define(
     "experts(Tensor x, Tensor shares, Tensor chosen, Tensor w13, Tensor w13_scale, Tensor w2, Tensor w2_scale, "
-    "str activation) -> Tensor"
+    "str activation, int? group_size=None) -> Tensor"
 )
-_LIBRARY.impl("experts", mixture.experts, "CompositeExplicitAutograd")
-for _op in ("quantize_activations", "rms_norm_quantize", "silu_mul_quantize", "scaled_mm"):
-    _LIBRARY.impl(_op, getattr(reference, _op), "CompositeExplicitAutograd")
+OPERATIONS = {
+    "quantize_activations": reference.quantize_activations,
+    "rms_norm_quantize": reference.rms_norm_quantize,
+    "silu_mul_quantize": reference.silu_mul_quantize,
+    "scaled_mm": reference.scaled_mm,
+    "experts": mixture.experts,
+}
+"""Name of an operation -> its reference."""
+for _name, _reference in OPERATIONS.items():
+    LIBRARY.impl(_name, _reference, "CompositeExplicitAutograd")
 
 
 def _fake_quantized(x: torch.Tensor, channels: int, group_size: int | None) -> reference.Quantized:
@@ -38,24 +41,24 @@ def _fake_quantized(x: torch.Tensor, channels: int, group_size: int | None) -> r
     return codes, x.new_empty((x.shape[0], groups(channels, group_size)), dtype=torch.float32)
 
 
-@torch.library.register_fake("w8a8_bismooth::quantize_activations", lib=_LIBRARY)
+@torch.library.register_fake("w8a8_bismooth::quantize_activations", lib=LIBRARY)
 def _(x: torch.Tensor, group_size: int | None) -> reference.Quantized:
     return _fake_quantized(x, x.shape[1], group_size)
 
 
-@torch.library.register_fake("w8a8_bismooth::rms_norm_quantize", lib=_LIBRARY)
+@torch.library.register_fake("w8a8_bismooth::rms_norm_quantize", lib=LIBRARY)
 def _(
     x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, epsilon: float, group_size: int | None
 ) -> reference.Quantized:
     return _fake_quantized(x, x.shape[1], group_size)
 
 
-@torch.library.register_fake("w8a8_bismooth::silu_mul_quantize", lib=_LIBRARY)
+@torch.library.register_fake("w8a8_bismooth::silu_mul_quantize", lib=LIBRARY)
 def _(x: torch.Tensor, group_size: int | None) -> reference.Quantized:
     return _fake_quantized(x, x.shape[1] // 2, group_size)
 
 
-@torch.library.register_fake("w8a8_bismooth::scaled_mm", lib=_LIBRARY)
+@torch.library.register_fake("w8a8_bismooth::scaled_mm", lib=LIBRARY)
 def _(
     a: torch.Tensor,
     b: torch.Tensor,
@@ -68,21 +71,6 @@ def _(
     return a.new_empty((a.shape[0], b_scale.shape[0]), dtype=out_dtype)
 
 
-@torch.library.register_fake("w8a8_bismooth::experts", lib=_LIBRARY)
+@torch.library.register_fake("w8a8_bismooth::experts", lib=LIBRARY)
 def _(x: torch.Tensor, *rest: object) -> torch.Tensor:
     return x.new_empty(x.shape)
-
-
-def _load_kernels() -> None:
-    path = Path(__file__).parents[1] / "_C.so"
-    if not path.exists():
-        return
-    try:
-        torch.ops.load_library(path)
-    except OSError as error:
-        logging.getLogger("vllm.w8a8_bismooth").warning(
-            "the compiled kernels do not load, so they are not used: %s", error
-        )
-
-
-_load_kernels()

@@ -25,6 +25,7 @@ class Outcome:
             what was written.
         ignored: full names of the linears that were left in float.
         already_float: full names of what the recipe ignores although it is never quantized: the head, routers, norms.
+        floats: matrices inside the blocks that are never quantized, numbers as ``*`` -> why.
         sites: block index -> what was folded at each site.
         files: shard -> SHA-256.
         beside: files that were copied from the source, by the names that they have in the result.
@@ -48,6 +49,7 @@ class Outcome:
     linears: dict[str, dict[str, Any]] = field(default_factory=dict)
     ignored: list[str] = field(default_factory=list)
     already_float: list[str] = field(default_factory=list)
+    floats: dict[str, str] = field(default_factory=dict)
     sites: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
     estimated_kl: float | None = None
     granularity: list[Evidence] = field(default_factory=list)

@@ -21,6 +21,7 @@ def write(folder: Path, outcome: Outcome) -> None:
         "vulnerable": outcome.vulnerable(),
         "linears": outcome.linears,
         "ignored": outcome.ignored,
+        "floats": outcome.floats,
         "sites": {str(index): sites for index, sites in outcome.sites.items()},
         "estimated_kl": outcome.estimated_kl,
         "granularity": [asdict(entry) for entry in outcome.granularity],

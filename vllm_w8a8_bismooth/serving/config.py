@@ -11,10 +11,9 @@ from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
 from vllm.model_executor.layers.quantization.compressed_tensors.schemes import CompressedTensorsScheme
-from vllm.platforms import current_platform
 
-from vllm_w8a8_bismooth import FORMAT, MARKER, NAME, ops
-from vllm_w8a8_bismooth.serving import guard, moe
+from vllm_w8a8_bismooth import FORMAT, MARKER, NAME
+from vllm_w8a8_bismooth.serving import guard, moe, servers
 from vllm_w8a8_bismooth.serving.scheme import W8A8Scheme
 
 logger = init_logger("vllm.w8a8_bismooth")
@@ -82,9 +81,10 @@ class BiSmoothConfig(CompressedTensorsConfig):
     def _get_scheme_from_parts(
         self, weight_quant: QuantizationArgs, input_quant: QuantizationArgs, *args: Any, **kwargs: Any
     ) -> CompressedTensorsScheme:
-        """Chooses :class:`W8A8Scheme`, unless vLLM's own kernel is the faster one."""
-        if weight_quant.strategy != GROUP and (reason := reason_for_stock()):
-            logger.info_once("w8a8_bismooth: per-channel linears run on vLLM's own kernel, because %s", reason)
+        """Chooses :class:`W8A8Scheme`, unless :mod:`servers` has vLLM's own kernel serve."""
+        served = servers.per_channel(servers.here())
+        if weight_quant.strategy != GROUP and served.kernel == servers.STOCK:
+            logger.info_once("w8a8_bismooth: per-channel linears run on %s, because %s", served.kernel, served.reason)
             return super()._get_scheme_from_parts(weight_quant, input_quant, *args, **kwargs)
         return W8A8Scheme(
             weight_group_size=weight_quant.group_size if weight_quant.strategy == GROUP else None,
@@ -93,22 +93,6 @@ class BiSmoothConfig(CompressedTensorsConfig):
             static=not input_quant.dynamic,
             fused=self.packed_modules_mapping,
         )
-
-
-def reason_for_stock() -> str | None:
-    """Why vLLM's own kernel should serve per-channel linears; ``None`` where it should not.
-
-    It is faster than the torch reference, so it takes the place of kernels that are missing, but not on CUDA of compute
-    capability 10 and above, for which vLLM picks an INT8 kernel that fails (vLLM issue 54311).
-    """
-    if current_platform.is_cpu():
-        return None
-    if not ops.has_kernel(current_platform.device_type):
-        newest = current_platform.is_cuda() and current_platform.has_device_capability(100)
-        return None if newest else "this package was installed without its kernels for this device"
-    if not current_platform.has_device_capability(80):
-        return "this package's kernels need compute capability 8.0"
-    return None
 
 
 def _unfit(group: Mapping[str, Any], stored: str | None) -> str:

@@ -5,12 +5,14 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from vllm_w8a8_bismooth import NAME
+from vllm_w8a8_bismooth.serving import servers
 
 
 def answer() -> dict[str, Any]:
@@ -38,27 +40,19 @@ def answer() -> dict[str, Any]:
         from vllm_w8a8_bismooth.serving import register
 
         register()
-        found["layers"] = _layers(current_platform.device_type)
+        found["layers"] = _layers()
     except Exception as error:
         found["problem"] = f"{type(error).__name__}: {error}"
     return found
 
 
-def _layers(device: str) -> dict[str, tuple[str, str, bool]]:
+def _layers() -> dict[str, servers.Served]:
     """Kind of layer -> its kernel, why that one, and whether it is the one that is meant to serve it."""
     from vllm_w8a8_bismooth import ops
-    from vllm_w8a8_bismooth.serving.config import reason_for_stock
 
-    ours = ("our kernel", f"compiled for {device}", True)
-    reference = ("the torch reference", f"this package was installed without its kernels for {device}: slow", False)
-    per_group = ours if ops.has_kernel(device) else reference
-    refused = ops.has_kernel(device) and ops.unsupported(4096, 4096, group_size=128, device=torch.device(device))
-    stock = reason_for_stock()
-    return {
-        "per-channel": ("vLLM's own kernel", stock, False) if stock else per_group,
-        "per-group": ("none, refused at load", refused, False) if refused else per_group,
-        "experts": per_group if device == "cpu" else ("vLLM's own method", "ours is for CPUs", True),
-    }
+    platform = servers.here()
+    refused = ops.unsupported(4096, 4096, group_size=128, device=torch.device(platform.device))
+    return {kind: rule(replace(platform, unsupported=refused)) for kind, rule in servers.KINDS.items()}
 
 
 if __name__ == "__main__":

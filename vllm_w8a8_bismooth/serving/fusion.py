@@ -29,7 +29,7 @@ def accept_quantized(layer: LinearBase, group_size: int | None) -> None:
         layer: a linear whose scheme consumes :func:`as_quantized`.
         group_size: channels that share an activation scale; ``None`` is per token.
     """
-    if REGISTRY is None or not ops.has_kernel(layer.weight.device.type, "silu_mul_quantize"):
+    if REGISTRY is None or ops.server(layer.weight.device.type, "silu_mul_quantize") == ops.REFERENCE:
         return
     shape = GroupShape.PER_TOKEN if group_size is None else GroupShape(1, group_size)
     layer._input_quant_key = Key(torch.int8, ScaleDesc(torch.float32, static=False, group_shape=shape))

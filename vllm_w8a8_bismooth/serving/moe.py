@@ -1,4 +1,4 @@
-"""The routed experts of mixtures in vLLM: on a CPU by our ops, elsewhere by vLLM's own method with a check added."""
+"""The routed experts of mixtures in vLLM: by our ops, or, per-channel on a GPU, by vLLM's own method, with checks."""
 
 from types import MethodType
 from typing import Any
@@ -6,30 +6,31 @@ from typing import Any
 import torch
 from compressed_tensors.quantization import QuantizationArgs
 from vllm.logger import init_logger
-from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase, FusedMoeWeightScaleSupported, RoutedExperts
+from vllm.model_executor.layers.fused_moe import (
+    FusedMoEConfig,
+    FusedMoEMethodBase,
+    FusedMoeWeightScaleSupported,
+    RoutedExperts,
+)
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe.compressed_tensors_moe_w8a8_int8 import (  # noqa: E501
     CompressedTensorsW8A8Int8MoEMethod,
 )
 from vllm.model_executor.utils import replace_parameter, set_weight_attrs
-from vllm.platforms import current_platform
 
-from vllm_w8a8_bismooth import ops
+from vllm_w8a8_bismooth import grouping, ops
+from vllm_w8a8_bismooth.serving import servers
 
 logger = init_logger("vllm.w8a8_bismooth")
 
-_SERVED = {
-    "weights": "8-bit int, symmetric, per channel, static",
-    "input_activations": "8-bit int, symmetric, per token, dynamic",
-}
+_SERVED = {"weights": ("channel", "static"), "input_activations": ("token", "dynamic")}
 
 
 def method_of(config: CompressedTensorsConfig, layer: RoutedExperts, prefix: str) -> FusedMoEMethodBase | None:
     """The method for a layer's experts if they are quantized; ``None`` leaves them, in float, to vLLM.
 
     Ours on every CPU, with vLLM's AMX kernels or without: the numbers are then those of the other linears, whatever
-    the processor. vLLM's own elsewhere: it has a kernel for every GPU, and ours takes the number of tokens of each
-    expert to the host, which no CUDA graph can hold.
+    the processor. On GPUs as :mod:`servers` says: vLLM's own per-channel, ours per-group.
 
     Args:
         config: the checkpoint's.
@@ -37,7 +38,7 @@ def method_of(config: CompressedTensorsConfig, layer: RoutedExperts, prefix: str
         prefix: its name, as in ``model.layers.0.mlp.experts``.
 
     Raises:
-        ValueError: the experts' schemes differ, or their common one is none that vLLM or this package serves.
+        ValueError: the experts' schemes differ, or their common one is none that vLLM or this package serves here.
     """
     config._add_fused_moe_to_target_scheme_map()  # as vLLM does: a "Linear" target holds for experts, too
     experts = [f"{prefix}.{expert}" for expert in range(layer.global_num_experts)]
@@ -50,23 +51,40 @@ def method_of(config: CompressedTensorsConfig, layer: RoutedExperts, prefix: str
         )
     if not scheme:
         return None
-    for side, served in _SERVED.items():
-        if (found := _describe(scheme[side])) != served:
+    weights, inputs = scheme["weights"], scheme["input_activations"]
+    for side, (whole, when) in _SERVED.items():
+        served = [whole] + ([f"group of {weights.group_size}"] if weights.group_size else [])
+        served = [f"8-bit int, symmetric, per {way}, {when}" for way in served]
+        if (found := _describe(scheme[side])) not in served:
             raise ValueError(
                 f"{prefix}: quantization_config gives the experts {side} that are {found}; served are experts with "
-                f"{served}: convert again with the experts per-channel, or leave them in float"
+                f"{' or '.join(served)}: convert again with the experts per-channel, or leave them in float"
             )
-    if current_platform.is_cpu():
-        return Experts(layer.moe_config)
-    return StockExperts(scheme["weights"], scheme["input_activations"], layer.moe_config)
+    rule = servers.experts_per_group if weights.group_size else servers.experts
+    who = rule(servers.here())
+    if who.kernel == servers.REFUSED:
+        raise ValueError(f"{prefix}: per-group experts cannot be served here: {who.reason}")
+    if who.kernel == servers.STOCK_EXPERTS:
+        return StockExperts(weights, inputs, layer.moe_config)
+    return Experts(layer.moe_config, weights.group_size, inputs.group_size)
 
 
 class Experts(FusedMoEMethodBase):
-    """INT8 experts, per-channel and per token, on :func:`ops.experts`.
+    """INT8 experts, per-channel or per-group, on :func:`ops.experts`.
 
     Tensor parallelism cuts w13 along its rows and w2 along its columns, expert parallelism the list of experts; the
     loader of vLLM's layer does both, and its runner adds up the ranks' results and those of shared experts.
+
+    Args:
+        moe: vLLM's description of the layer.
+        weight_group_size: columns that share a weight scale; ``None`` is per-channel.
+        activation_group_size: channels that share an activation scale; ``None`` is per token.
     """
+
+    def __init__(self, moe: FusedMoEConfig, weight_group_size: int | None, activation_group_size: int | None):
+        super().__init__(moe)
+        self.weight_group_size = weight_group_size
+        self.activation_group_size = activation_group_size
 
     def create_weights(
         self,
@@ -77,21 +95,25 @@ class Experts(FusedMoEMethodBase):
         params_dtype: torch.dtype,
         **attributes: Any,
     ) -> None:
-        """Register int8 ``w13_weight [E, 2 I, H]``, ``w2_weight [E, H, I]``, fp32 ``*_weight_scale [E, rows, 1]``.
+        """Register int8 ``w13_weight [E, 2 I, H]``, ``w2_weight [E, H, I]``, fp32 ``*_weight_scale [E, rows, 1]``
+        or ``[E, rows, columns / g]``.
 
         Raises:
-            ValueError: the model wants of its experts what :func:`ops.experts` does not do.
+            ValueError: the model wants of its experts what :func:`ops.experts` does not do, or this rank's share of
+                columns is not a multiple of the group size.
         """
         _check_served(layer)
+        supported = FusedMoeWeightScaleSupported
+        way = supported.CHANNEL if self.weight_group_size is None else supported.GROUP
         attributes["weight_loader"] = MethodType(_load, layer)
         for name, rows, columns in (
             ("w13", 2 * intermediate_size_per_partition, hidden_size),
             ("w2", hidden_size, intermediate_size_per_partition),
         ):
             weight = torch.empty(num_experts, rows, columns, dtype=torch.int8)
-            scale = torch.full((num_experts, rows, 1), float("nan"), dtype=torch.float32)  # see check_scales
-            per_channel = {"quant_method": FusedMoeWeightScaleSupported.CHANNEL.value}
-            for suffix, data, more in (("weight", weight, {}), ("weight_scale", scale, per_channel)):
+            groups = _groups(layer, columns, self.weight_group_size)
+            scale = torch.full((num_experts, rows, groups), float("nan"), dtype=torch.float32)  # see check_scales
+            for suffix, data, more in (("weight", weight, {}), ("weight_scale", scale, {"quant_method": way.value})):
                 parameter = torch.nn.Parameter(data, requires_grad=False)
                 set_weight_attrs(parameter, attributes | more)
                 layer.register_parameter(f"{name}_{suffix}", parameter)
@@ -103,14 +125,14 @@ class Experts(FusedMoEMethodBase):
             ValueError: see :func:`check_scales`.
         """
         device = layer.w13_weight.device.type
-        compiled = ops.has_kernel(device)
-        logger.info_once(
-            "w8a8_bismooth: experts run on %s", f"the {device} kernel" if compiled else "the torch reference"
-        )
+        servers.announce(logger, "experts", device)
         check_scales(layer)
-        if compiled:
+        for name in ("w13_weight_scale", "w2_weight_scale"):  # group by group, as W8A8Scheme stores them
+            scale = getattr(layer, name).data
+            replace_parameter(layer, name, scale.transpose(1, 2).contiguous().transpose(1, 2))
+        if device == "cpu" and ops.has_kernel(device):
             for name in ("w13_weight", "w2_weight"):
-                replace_parameter(layer, name, _packed(getattr(layer, name).data))
+                replace_parameter(layer, name, _packed(getattr(layer, name).data, self.weight_group_size))
 
     def get_fused_moe_quant_config(self, layer: RoutedExperts) -> None:
         """``None``: that description is for vLLM's own kernels."""
@@ -141,6 +163,7 @@ class Experts(FusedMoEMethodBase):
             layer.w2_weight,
             layer.w2_weight_scale,
             layer.activation.value,
+            self.activation_group_size,
         )
 
 
@@ -188,7 +211,8 @@ def _load(layer: RoutedExperts, param, loaded_weight, weight_name, shard_id, exp
     rows, columns = layer.moe_config.intermediate_size, layer.moe_config.hidden_dim_unpadded
     rows, columns = (columns, rows) if shard_id == "w2" else (rows, columns)
     kind = "weight_scale" if weight_name.endswith("_weight_scale") else weight_name.rpartition("_")[2]
-    expected = {"weight": [rows, columns], "weight_scale": [rows, 1]}.get(kind)
+    groups = grouping.groups(columns, getattr(layer.quant_method, "weight_group_size", None))
+    expected = {"weight": [rows, columns], "weight_scale": [rows, groups]}.get(kind)
     if expected and loaded_weight.dim() < 3 and list(loaded_weight.shape) != expected:  # 3: of all experts at once
         gate, *up, down = _linears(layer)
         linear = {"w1": gate, "w2": down, "w3": next(iter(up), gate)}[shard_id]
@@ -213,9 +237,20 @@ def _check_served(layer: RoutedExperts) -> None:
     }
     if found := [what for what, present in obstacles.items() if present]:
         raise ValueError(
-            f"{layer.layer_name}: INT8 experts with {found[0]} are not served on a CPU by w8a8_bismooth; leave the "
+            f"{layer.layer_name}: INT8 experts with {found[0]} are not served by w8a8_bismooth here; leave the "
             "experts in float, or let vLLM try its own method with --quantization compressed-tensors"
         )
+
+
+def _groups(layer: RoutedExperts, columns: int, group_size: int | None) -> int:
+    """Groups in this rank's share of an expert's columns."""
+    try:
+        return grouping.groups(columns, group_size)
+    except ValueError as error:
+        raise ValueError(
+            f"{layer.layer_name}: {error}. K is this rank's share of the input: use a smaller tensor parallel size, "
+            "expert parallelism or a smaller group size"
+        ) from None
 
 
 def _linears(layer: RoutedExperts) -> list[str]:
@@ -232,10 +267,10 @@ def _describe(arguments: QuantizationArgs) -> str:
     )
 
 
-def _packed(weights: torch.Tensor) -> torch.Tensor:
+def _packed(weights: torch.Tensor, group_size: int | None) -> torch.Tensor:
     """int8 ``[E, N, K]`` as :func:`ops.pack_weight` lays out each expert's, with one more of them in memory."""
-    first = ops.pack_weight(weights[0], None)
+    first = ops.pack_weight(weights[0], group_size)
     packed = first.new_empty(len(weights), *first.shape)
     for weight, place in zip(weights, packed, strict=True):
-        place.copy_(ops.pack_weight(weight, None))
+        place.copy_(ops.pack_weight(weight, group_size))
     return packed

@@ -18,7 +18,7 @@ from vllm.model_executor.parameter import (
 )
 
 from vllm_w8a8_bismooth import grouping, ops
-from vllm_w8a8_bismooth.serving import fusion
+from vllm_w8a8_bismooth.serving import fusion, servers
 
 logger = init_logger("vllm.w8a8_bismooth")
 
@@ -115,13 +115,9 @@ class W8A8Scheme(CompressedTensorsScheme):
         """
         weight, scale = layer.weight.data, layer.weight_scale.data
         device = weight.device.type
-        compiled = ops.has_kernel(device)
-        logger.info_once(
-            "w8a8_bismooth: %s linears%s run on %s",
-            "per-channel" if self.weight_group_size is None else f"per-group ({self.weight_group_size})",
-            " with static activations" if self.static else "",
-            f"the {device} kernel" if compiled else "the torch reference",
-        )
+        kind = "per-channel" if self.weight_group_size is None else f"per-group ({self.weight_group_size})"
+        static = " with static activations" if self.static else ""
+        servers.announce(logger, f"{kind} linears{static}", device)
         self._check_arrived(layer, "weight_scale", scale.isfinite(), "not finite")
         if self.per_tensor:
             widths = torch.tensor(layer.logical_widths, device=scale.device)
@@ -132,16 +128,14 @@ class W8A8Scheme(CompressedTensorsScheme):
             self._check_arrived(layer, "input_scale", input_scale.isfinite() & (input_scale > 0), "not positive")
             largest = torch.nn.Parameter(input_scale.max().reshape(1, 1), requires_grad=False)
             replace_parameter(layer, "input_scale", largest)
-        if compiled:
-            rows, columns = weight.shape
-            if reason := ops.unsupported(rows, columns, group_size=self.weight_group_size, device=weight.device):
-                raise ValueError(
-                    f"{getattr(layer, 'prefix', 'linear')}: {reason}; use a smaller tensor parallel size, or install "
-                    "without the CUDA kernels (BISMOOTH_CUDA=0)"
-                )
-            if device == "cpu":
-                packed = ops.pack_weight(weight, self.weight_group_size)
-                replace_parameter(layer, "weight", torch.nn.Parameter(packed, requires_grad=False))
+        rows, columns = weight.shape
+        if reason := ops.unsupported(rows, columns, group_size=self.weight_group_size, device=weight.device):
+            compiled = "use a smaller tensor parallel size, or install without the CUDA kernels (BISMOOTH_CUDA=0)"
+            remedy = compiled if ops.has_kernel(device) else "convert the model per-channel"
+            raise ValueError(f"{getattr(layer, 'prefix', 'linear')}: {reason}; {remedy}")
+        if device == "cpu" and ops.has_kernel(device):
+            packed = ops.pack_weight(weight, self.weight_group_size)
+            replace_parameter(layer, "weight", torch.nn.Parameter(packed, requires_grad=False))
         if not self.static:
             fusion.accept_quantized(layer, self.activation_group_size)
 

@@ -1,0 +1,60 @@
+"""Who serves which layers on which platform, and what shows that it works: tables of docs/serving.md, from the rules.
+
+They are put there by :mod:`benchmarks.tables`.
+"""
+
+from collections.abc import Iterator
+
+from vllm_w8a8_bismooth.ops import COMPILED, REFERENCE, TRITON
+from vllm_w8a8_bismooth.serving import servers
+from vllm_w8a8_bismooth.serving.servers import Platform
+
+TURING = "Triton has no INT8 product for it"
+PLATFORMS = {
+    "x86 CPU": ("cpu", Platform("cpu", COMPILED, REFERENCE)),
+    "CPU, nothing compiled": ("cpu", Platform("cpu", REFERENCE, REFERENCE)),
+    "NVIDIA 8.0 to 9.0, compiled": ("nvidia", Platform("cuda", COMPILED, TRITON, 90)),
+    "NVIDIA 8.0 to 9.0, nothing compiled": ("nvidia", Platform("cuda", TRITON, TRITON, 90)),
+    "NVIDIA 10.0 and above, compiled": ("nvidia", Platform("cuda", COMPILED, TRITON, 120)),
+    "NVIDIA 10.0 and above, nothing compiled": ("nvidia", Platform("cuda", TRITON, TRITON, 120)),
+    "NVIDIA 7.5": ("nvidia", Platform("cuda", TRITON, TRITON, 75, TURING)),
+    "AMD Instinct from MI100, Radeon from RDNA 3 (ROCm)": ("amd", Platform("cuda", TRITON, TRITON)),
+    "Intel XPU": ("intel", Platform("xpu", TRITON, TRITON)),
+    "any GPU, nothing compiled, no Triton": ("nvidia", Platform("cuda", REFERENCE, REFERENCE, 90)),
+}
+"""In words -> who makes it, and what the rules know of it."""
+
+MAKERS = {"cpu": "a CPU", "nvidia": "NVIDIA", "amd": "AMD", "intel": "Intel XPU"}
+_INTERPRETED = "bit for bit in Triton's interpreter"
+PROVEN = {
+    ("cpu", "our kernel"): "all tests, bit for bit at each level; vLLM engines",
+    ("nvidia", "our kernel"): "bit for bit in an emulation of PTX, machine code read; **never run**",
+    ("nvidia", "our Triton kernel"): f"{_INTERPRETED}; compiles for 8.0, 9.0, 10.0, 12.0, **never run**",
+    ("amd", "our Triton kernel"): f"{_INTERPRETED}; compiles for gfx942, gfx1100, **never run**",
+    ("intel", "our Triton kernel"): f"{_INTERPRETED}; never compiled, **never run**",
+}
+"""Maker and kernel -> what shows that it works."""
+BY_ITSELF = {
+    servers.STOCK: "by vLLM; no test here",
+    servers.STOCK_EXPERTS: "by vLLM; tests of the check that every scale arrived",
+    servers.REFUSED: "tests of the message",
+    "the torch reference": "it defines the numbers; on a GPU a warning says that it serves",
+}
+"""Kernel -> what shows that it works, whoever makes the platform."""
+
+
+def layers() -> Iterator[tuple[str, ...]]:
+    """Platform, and who serves each kind of layer there."""
+    for words, (_, platform) in PLATFORMS.items():
+        yield words, *(rule(platform).kernel for rule in servers.KINDS.values())
+
+
+def proofs() -> Iterator[tuple[str, str]]:
+    """Who serves anything, with the maker of the platform where it matters, and what shows that it works."""
+    serving = dict.fromkeys(
+        (maker, rule(platform).kernel) for maker, platform in PLATFORMS.values() for rule in servers.KINDS.values()
+    )
+    for maker, kernel in serving:
+        if kernel not in BY_ITSELF:
+            yield f"{kernel} on {MAKERS[maker]}", PROVEN[maker, kernel]
+    yield from BY_ITSELF.items()
