@@ -64,6 +64,9 @@ _EACH_BLOCK = ("layer_types", "mlp_layer_types", "layers_block_type", "no_rope_l
 _OWN = ("model_type", "transformers_version", "architectures", "dtype", "id2label", "label2id")
 _LINEAR = dict(num_hidden_layers=4, layer_types=["linear_attention"] * 3 + ["full_attention"])
 _FALCON = dict(bias=False, alibi=False, new_decoder_architecture=False, multi_query=True, parallel_attn=True)
+_GEMMA4 = dict(
+    num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"], per_layer_config={1: {"head_dim": 128}}
+)
 _MLA = dict(head_dim=64, num_key_value_heads=6)
 
 
@@ -80,7 +83,7 @@ class Family:
         name: the type, perhaps with ``@`` and the layout.
         changes: to the config that the sizes make.
         floats: inside the blocks, names of modules whose matrices stay in float, with ``{}`` for numbers.
-        """
+    """
 
     name: str
     changes: Mapping[str, Any] = field(default_factory=dict)
@@ -158,7 +161,8 @@ FAMILIES = {
         # the original decoders
         Family("gpt2"),
         Family("gpt_bigcode"),
-        Family("gpt_neo", dict(num_layers=2, attention_types=[[["global", "local"], 1]], attention_layers=["global", "local"])),
+        Family("gpt_neo", dict(num_layers=2, attention_types=[[["global", "local"], 1]],
+                               attention_layers=["global", "local"])),
         Family("gpt_neox"),
         Family("gptj", dict(rotary_dim=16)),
         Family("codegen", dict(rotary_dim=16, n_head=4)),
@@ -199,7 +203,9 @@ FAMILIES = {
         Family("gemma3_text", dict(layer_types=["sliding_attention", "full_attention"])),
         Family("gemma3n_text", dict(activation_sparsity_pattern=[0.95, 0.0], intermediate_size=[_INNER] * 2,
                                     layer_types=["sliding_attention", "full_attention"], num_kv_shared_layers=0)),
-        Family("gemma4_text", dict(per_layer_config=None, layer_types=["sliding_attention", "full_attention"])),
+        Family("gemma4_text", _GEMMA4),
+        Family("gemma4_text@moe", dict(_GEMMA4, enable_moe_block=True, num_experts=4, top_k_experts=2,
+                                       moe_intermediate_size=96)),
         Family("vaultgemma"),
         Family("cohere"),
         Family("cohere2"),

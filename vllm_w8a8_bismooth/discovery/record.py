@@ -268,7 +268,7 @@ def _plain(value: Any) -> Any:
     """Of JSON's types, without fields that say nothing."""
     if is_dataclass(value):
         own = {f.name: getattr(value, f.name) for f in fields(value)}
-        return {key: _plain(item) for key, item in own.items() if item is not None and item not in ((), {}, frozenset())}
+        return {key: _plain(item) for key, item in own.items() if item not in (None, (), {}, frozenset())}
     if isinstance(value, Mapping):  # an empty shape is that of a number
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, frozenset):

@@ -41,8 +41,17 @@ _WINDOW, _POSITIONS_KEPT, _ORIGINAL = 16, 256, 128
 def is_tower(key: str, value: object) -> bool:
     """Whether a part of a config is of something beside the language model: a vision tower, an audio encoder."""
     return (
-        isinstance(value, dict) and key.endswith("_config") and not _TEXT.fullmatch(key) and "vocab_size" not in value
+        isinstance(value, dict)
+        and key.endswith("_config")
+        and not _TEXT.fullmatch(key)
+        and "vocab_size" not in value
+        and not all(_is_number(inner) for inner in value)
     )
+
+
+def _is_number(key: object) -> bool:
+    """Whether a key is the number of a block (Gemma 4), or a label of a classifier."""
+    return str(key).isdigit()
 
 
 def numbers(value: object) -> list[int]:
@@ -54,10 +63,10 @@ def numbers(value: object) -> list[int]:
 def walk(config: Mapping, inside: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], str, Any]]:
     """Every entry of a config's language model, also of the configs inside it: (where, key, value)."""
     for key, value in config.items():
-        if not isinstance(key, str):  # labels of a classifier
+        if isinstance(value, dict) and not is_tower(str(key), value):
+            yield from walk(value, (*inside, str(key)))
+        elif not isinstance(key, str):  # labels of a classifier
             continue
-        if isinstance(value, dict) and not is_tower(key, value):
-            yield from walk(value, (*inside, key))
         elif isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
             for index, item in enumerate(value):
                 yield from walk(item, (*inside, key, str(index)))
@@ -95,7 +104,7 @@ def factors(config: Mapping) -> list[int]:
 
 def _heads(config: Mapping) -> Iterator[tuple[int, int, bool]]:
     """Hidden size, heads, and whether the width of a head is said, of each part of a config."""
-    inner = [value for key, value in config.items() if isinstance(value, dict) and not is_tower(key, value)]
+    inner = [value for key, value in config.items() if isinstance(value, dict) and not is_tower(str(key), value)]
     for part in (config, *inner):
         hidden, heads = (
             next((part[key] for key in keys if type(part.get(key)) is int and part[key] > 0), None)
@@ -121,9 +130,11 @@ def shrunk(config: Mapping, factor: int, experts: int, blocks: int | None = None
     out: dict[str, Any] = {}
     total = next((config[key] for key in config if _BLOCKS.fullmatch(key) and type(config[key]) is int), None)
     for key, value in config.items():
-        if not isinstance(key, str) or key in _UNUSED:
+        if key in _UNUSED or not isinstance(key, str) and not isinstance(value, dict):
             continue
-        if is_tower(key, value):
+        if blocks and _is_number(key) and int(key) >= blocks:
+            continue
+        if is_tower(str(key), value):
             out[key] = {k: 1 if _BLOCKS.fullmatch(k) and type(v) is int else copy.deepcopy(v) for k, v in value.items()}
         elif isinstance(value, dict):
             out[key] = shrunk(value, factor, experts, blocks)

@@ -86,6 +86,9 @@ class Calibration:
                 model(input_ids=window, use_cache=False)
         except Exception as error:
             raise refused(checkpoint, error) from None
+        if given[0].hidden[0].ndim != 3 or any(block.differed for block in given):
+            what = "its blocks read more of each token than one hidden state, which calibration does not carry"
+            raise BismoothError.of(checkpoint.folder, what, "use --calibration none, or --method rtn")
         self.hidden = torch.cat(given[0].hidden).to(device)
         # Masks and positions of one window fit them all, if one by one: they have one length and no padding.
         self._arguments = [_each(lambda tensor: tensor.to(device), block.arguments) for block in given]
@@ -201,17 +204,22 @@ class Given:
     Attributes:
         hidden: what it was given in each call.
         arguments: all else, of the first call: those by place, and by name.
+        differed: whether a later call had others, as where embeddings of the tokens go into every block (Gemma 3n, 4).
     """
 
     def __init__(self, returns_tuples: bool):
         self._returns_tuples = returns_tuples
         self.hidden: list[torch.Tensor] = []
         self.arguments: tuple[tuple[Any, ...], dict[str, Any]] = (), {}
+        self.differed = False
 
     def __call__(self, *places: Any, **names: Any) -> Any:
         hidden, *others = places if places else (names.pop("hidden_states"),)
         if not self.hidden:
             self.arguments = tuple(others), names
+        elif not self.differed:
+            first, now = (_tensors(arguments) for arguments in (self.arguments, (tuple(others), names)))
+            self.differed = not all(map(torch.equal, first, now))
         self.hidden.append(hidden)
         return (hidden,) if self._returns_tuples else hidden
 
@@ -284,9 +292,16 @@ def _materialize_buffers(model: "PreTrainedModel") -> None:
 def _fit_all(arguments: Any) -> bool:
     """Whether what a block is given for one window does for several at once: BLOOM's and Falcon's ALiBi begins with the
     heads of every window."""
-    found: list[torch.Tensor] = []
-    _each(lambda tensor: found.append(tensor) or tensor, arguments)
-    return all(tensor.ndim < 3 or len(tensor) == 1 for tensor in found)
+    return all(tensor.ndim < 3 or len(tensor) == 1 for tensor in _tensors(arguments))
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    """All that are nested in arguments."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict | tuple | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(item)
 
 
 def _each(change: Callable[[torch.Tensor], torch.Tensor], value):
