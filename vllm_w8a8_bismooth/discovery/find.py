@@ -204,8 +204,9 @@ class _Search:
             if len(found) == 1 and not region.transposed and not region.parameter.startswith(beside)
             if not any(part.isdigit() for part in region.parameter.split("."))  # of the blocks of a tower
         }
-        tuples = isinstance(sample.blocks[0].returned(), tuple)
-        return names, Modules(base, sample.path, embedding, norm, head, outside, tuples), inside
+        made = sample.blocks[0].returned()
+        returned = len(made) if isinstance(made, tuple) else 0
+        return names, Modules(base, sample.path, embedding, norm, head, outside, returned), inside
 
 
 def _prefix_of(tensors: list[str], index: str) -> str:

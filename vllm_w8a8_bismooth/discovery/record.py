@@ -165,7 +165,7 @@ class Modules:
         blocks, embedding, norm: the list of blocks, the embedding, the norm behind the last block (``None``: none).
         head: the last linear; ``None`` if there is none.
         outside: parameters and buffers outside the blocks, but for embedding, norm and head -> the checkpoint's tensor.
-        returns_tuples: whether a block returns its hidden states in a tuple.
+        returned: how many things a block returns in a tuple, hidden states first; 0 where it returns them alone.
     """
 
     base: str
@@ -174,7 +174,7 @@ class Modules:
     norm: str | None
     head: str | None
     outside: Mapping[str, str] = field(default_factory=dict)
-    returns_tuples: bool = False
+    returned: int = 0
 
 
 @dataclass(frozen=True)
@@ -309,7 +309,7 @@ def _layer(value: Mapping[str, Any]) -> Layer:
 
 
 def _modules(value: Mapping[str, Any]) -> Modules:
-    own = {"outside": dict(value.get("outside", {})), "returns_tuples": value.get("returns_tuples", False)}
+    own = {"outside": dict(value.get("outside", {})), "returned": value.get("returned", 0)}
     return Modules(**{**_complete(Modules, value), **own})
 
 

@@ -79,7 +79,7 @@ class Calibration:
             model.load_state_dict(read, strict=False, assign=True)
             model.requires_grad_(False)
             self._forwards = [block.forward for block in self._blocks]
-            given = [Given(build.returns_tuples) for _ in self._blocks]
+            given = [Given(build.returned) for _ in self._blocks]
             for block, stand_in in zip(self._blocks, given, strict=True):
                 block.forward = stand_in
             for window in tokens.split(1):
@@ -114,7 +114,7 @@ class Calibration:
             parts = {name: build.parts(index, name) for name in block.state_dict()}
             lent = {name: _joined(tensors, pieces).to(dtype) for name, pieces in parts.items()}
             block.load_state_dict(lent, assign=True)
-            first = 0 if build.returns_tuples else ...
+            first = 0 if build.returned else ...
             together = _fit_all(arguments)
 
             def run(hidden: torch.Tensor) -> torch.Tensor:
@@ -199,7 +199,7 @@ class Given:
     """Stands in for a block's forward: notes what it is given, and passes the hidden states on.
 
     Args:
-        returns_tuples: as the block does.
+        returned: how many things the block returns in a tuple; 0 where it returns hidden states alone.
 
     Attributes:
         hidden: what it was given in each call.
@@ -207,8 +207,8 @@ class Given:
         differed: whether a later call had others, as where embeddings of the tokens go into every block (Gemma 3n, 4).
     """
 
-    def __init__(self, returns_tuples: bool):
-        self._returns_tuples = returns_tuples
+    def __init__(self, returned: int):
+        self._returned = returned
         self.hidden: list[torch.Tensor] = []
         self.arguments: tuple[tuple[Any, ...], dict[str, Any]] = (), {}
         self.differed = False
@@ -221,7 +221,7 @@ class Given:
             first, now = (_tensors(arguments) for arguments in (self.arguments, (tuple(others), names)))
             self.differed = not all(map(torch.equal, first, now))
         self.hidden.append(hidden)
-        return (hidden,) if self._returns_tuples else hidden
+        return (hidden, *[None] * (self._returned - 1)) if self._returned else hidden
 
 
 def _joined(tensors: Mapping[str, torch.Tensor], parts: Sequence[Part]) -> torch.Tensor:
@@ -271,7 +271,7 @@ class _Expert(torch.nn.Module):
         hidden, inner, dtype = stacked.hidden_dim, stacked.intermediate_dim, stacked.down_proj.dtype
         for name, shape in zip(names, ((hidden, inner), (hidden, inner), (inner, hidden)), strict=True):
             self.add_module(name, torch.nn.Linear(*shape, bias=False, dtype=dtype))
-        self._activation = stacked.act_fn.forward
+        self._activation = getattr(stacked.act_fn, "forward", stacked.act_fn)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         gate, up, down = self.children()
