@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from vllm_w8a8_bismooth import ops
-from vllm_w8a8_bismooth.measure.calibration import separate_experts
+from vllm_w8a8_bismooth.measure.experts import separate_experts
 from vllm_w8a8_bismooth.model.architectures import ARCHITECTURES
 
 

@@ -71,6 +71,7 @@ class Recipe:
         ignore: patterns of linears that keep the source's dtype; ``None`` is none.
         source: fingerprint of the source checkpoint, once it is open.
         calibration: SHA-256 of the calibration file; ``None`` is data-free.
+        sites: SHA-256 of the record of sites that was given; ``None`` if they are known or found out.
 
     Raises:
         BismoothError: a value is out of range, or an option does not go with the method.
@@ -89,6 +90,7 @@ class Recipe:
     ignore: tuple[str, ...] | None = None
     source: str | None = None
     calibration: str | None = None
+    sites: str | None = None
 
     @classmethod
     def of(cls, method: str, **given: Any) -> "Recipe":
@@ -278,6 +280,14 @@ def _of_any_number(module: str) -> str:
     return "re:" + r"\.".join(r"\d+" if part.isdigit() else re.escape(part) for part in parts) + "$"
 
 
+def _in_any_expert(module: str) -> str:
+    """An expression for a module inside a block; all experts, if it is a stack of them or belongs to one."""
+    owner = module.rpartition(".")[0]
+    if owner.rpartition(".")[2] == "experts":  # vLLM asks for each expert of a stack by its number
+        return re.escape(owner) + r"\..*"
+    return re.sub(r"\\\.\d+\\\.", r"\\.\\d+\\.", re.escape(module))
+
+
 def float_modules(source: Layout, ignored: Sequence[set[str]]) -> list[str]:
     """What stays in float: heads and other matrices outside the blocks, the routers of mixtures, and ``ignored``.
 
@@ -285,7 +295,8 @@ def float_modules(source: Layout, ignored: Sequence[set[str]]) -> list[str]:
     """
     kinds = {id(layer): layer for layer in source.layers}.values()
     linears = {name for layer in kinds for name in layer.linears}
-    routers = sorted({name for layer in kinds for name in (*layer.routers, *fused_among(layer.routers))} - linears)
+    floats = {name for layer in kinds for name in (*layer.routers, *fused_among(layer.routers))}
+    routers = sorted(set(map(_in_any_expert, floats - linears)))
     somewhere = [i | (layer.routers.keys() & linears) for i, layer in zip(ignored, source.layers, strict=True)]
     places = {module: source.names.inside(module) for module in source.floats()}
     beyond = sorted({place[0] for place in places.values() if place})
@@ -300,7 +311,7 @@ def float_modules(source: Layout, ignored: Sequence[set[str]]) -> list[str]:
         "lm_head",
         *outside,
         *(rf"re:(.*\.)?{re.escape(tower)}\..*" for tower in towers),
-        *(rf"re:{_blocks(source.names)}\.\d+\.{re.escape(router)}$" for router in routers),
+        *(rf"re:{_blocks(source.names)}\.\d+\.{router}$" for router in routers),
         *expressions(somewhere, source.layers, source.names),
     ]
 

@@ -8,6 +8,7 @@ import torch
 from huggingface_hub import save_torch_state_dict
 
 from tests.support.moments import moments, noise
+from tests.support.stored import as_stored
 from vllm_w8a8_bismooth.checkpoint.layout import Source
 from vllm_w8a8_bismooth.method.balance import by_range
 from vllm_w8a8_bismooth.method.smooth import Factors, smooth_block
@@ -40,5 +41,5 @@ def smoothed_copy(folder: Path, destination: Path) -> list[Factors]:
             assert not touched or not torch.equal(new.float(), tensor.float()), name
         records += smoothing.sites
     shutil.copytree(folder, destination, ignore=shutil.ignore_patterns("*.safetensors*"))
-    save_torch_state_dict(tensors, destination)
+    save_torch_state_dict(as_stored(source.checkpoint, tensors), destination)
     return records

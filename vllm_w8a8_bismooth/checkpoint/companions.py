@@ -325,3 +325,17 @@ def _is_weights(file: str) -> bool:
 def _has_code(value: Any) -> bool:
     """Whether a config names classes of the checkpoint's own code."""
     return isinstance(value, dict) and bool(value.get("auto_map") or value.get("custom_pipelines"))
+
+
+def elsewhere(place: Folder) -> str:
+    """What to do about a folder without a config: give the one in it that has it, as in the Hub's cache."""
+    for depth in ("*", "*/*"):
+        for path in sorted(place.path.glob(f"{depth}/{CONFIG}")):
+            if any(path.parent.glob("*.safetensors")):
+                if place.has(MODULES) and depth == "*":
+                    return (
+                        f"vLLM reads it there: move what is in {path.parent} up into {place}, and set the path of that "
+                        f'module in {MODULES} to ""'
+                    )
+                return f"give {path.parent}, which holds one"
+    return "give the folder of a Hugging Face checkpoint"

@@ -2,13 +2,14 @@
 
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from vllm_w8a8_bismooth.model.configs import text_of
 from vllm_w8a8_bismooth.model.construction import Construction, Experts, Found, Kind, Part
 from vllm_w8a8_bismooth.model.floats import TOWER
 from vllm_w8a8_bismooth.model.fusions import fused_among
-from vllm_w8a8_bismooth.model.layers import Layer, Site
+from vllm_w8a8_bismooth.model.layers import Layer, Site, View
 
 if TYPE_CHECKING:
     from vllm_w8a8_bismooth.discovery import record
@@ -16,11 +17,27 @@ if TYPE_CHECKING:
 _GATE = re.compile(r"(^|[._])(gate|w1|wi_0|c_fc_0|linear_1)([._]|$)")
 """Names of linears whose output goes through the activation function, and multiplies another's."""
 
+_INNER = {"gate_up_proj": 2, "up_proj": 1}
+"""Last part of a parameter's name in transformers' stacked experts -> how many linears of each expert it holds."""
+
 
 def layers_of(found: "record.Discovery") -> list[Layer]:
     """What each block holds."""
-    kinds = [_layer(layer) for layer in found.layers]
+    each = zip(found.layers, found.stored, found.experts, strict=True)
+    kinds = [replace(_layer(layer), views=_views(stored, experts)) for layer, stored, experts in each]
     return [kinds[kind] for kind in found.blocks]
+
+
+def _views(stored: "record.Stored", experts: int) -> dict[str, View]:
+    """Matrices that are parts of other tensors, or transposed, expert by expert."""
+    found = {}
+    for template, view in stored.views.items():
+        _, height, width = (1, *view.whole)[-3:]
+        shape = (view.rows[1], height if view.transposed else width)
+        for e in range(experts) if "{}" in template else (None,):
+            name = template if e is None else template.format(e)
+            found[name] = View(view.tensor, view.whole, shape, e, view.rows[0], view.transposed)
+    return found
 
 
 def _layer(layer: "record.Layer") -> Layer:
@@ -110,13 +127,13 @@ def _kind(stored: "record.Stored") -> Kind:
 
 
 def _mixture(parameters: Mapping[str, tuple[Part, ...]]) -> Experts | None:
-    """Stacked experts of which the checkpoint has each one's gate, up and down projection."""
+    """Stacked experts of which the checkpoint has each one's gate (if there is one), up and down projection."""
     for name, parts in parameters.items():
-        down = parameters.get(f"{name.rpartition('.')[0]}.down_proj", ())
+        module, _, leaf = name.rpartition(".")
+        down = parameters.get(f"{module}.down_proj", ())
         linears = tuple(part.tensor.removesuffix(".weight") for part in (*parts, *down))
-        if name.endswith(".gate_up_proj") and len(linears) == 3 and all("{}" in linear for linear in linears):
-            gate, up, last = linears
-            return Experts(name.rpartition(".")[0], (gate, up, last))
+        if len(linears) == _INNER.get(leaf, 0) + 1 and all("{}" in linear for linear in linears) and "{}" not in name:
+            return Experts(module, linears)
     return None
 
 

@@ -2,32 +2,30 @@
 
 import hashlib
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from vllm_w8a8_bismooth.checkpoint import companions as beside
 from vllm_w8a8_bismooth.checkpoint import shards
-from vllm_w8a8_bismooth.checkpoint.companions import MODULES, companions, left_out
+from vllm_w8a8_bismooth.checkpoint.companions import companions, left_out
+from vllm_w8a8_bismooth.checkpoint.elements import bytes_of, read_into, refuse_infinite, torch_dtype
 from vllm_w8a8_bismooth.checkpoint.encodings import Encoding, decode_into
 from vllm_w8a8_bismooth.checkpoint.files import CONFIG, INDEX, Checksum, Folder, Place, read_json, sha256
 from vllm_w8a8_bismooth.checkpoint.formats import FP8, KEYS, Weights
-from vllm_w8a8_bismooth.errors import BadSource, BismoothError, Interrupted, Problem
+from vllm_w8a8_bismooth.checkpoint.views import Shown, fill
+from vllm_w8a8_bismooth.errors import BadSource, BismoothError, Problem
 from vllm_w8a8_bismooth.model.architectures import architecture_of
 from vllm_w8a8_bismooth.model.classes import trunk_of
+from vllm_w8a8_bismooth.model.layers import View
 from vllm_w8a8_bismooth.model.names import Names, unwrapped
 
 FLOAT_DTYPES = ("BF16", "F16", "F32")
 BUFFER_DTYPES = ("F64", "I64", "I32", "I16", "U8", "BOOL")
 """Of tensors that are no weights (masks, positions, counters), which pass through; see :func:`is_buffer`."""
-# safetensors' name -> torch's; I8 is what we write.
-_DTYPES = {
-    "BF16": "bfloat16", "F16": "float16", "F32": "float32", "I8": "int8", FP8: "float8_e4m3fn",
-    "F64": "float64", "I64": "int64", "I32": "int32", "I16": "int16", "U8": "uint8", "BOOL": "bool",
-}  # fmt: skip
 _PACKED = {"weight", "qweight", "qzeros", "g_idx", "weight_packed", "weight_shape", "weight_zero_point"}
 """Parts of names under which weights are stored in integers, by GPTQ, AWQ, compressed-tensors and bitsandbytes."""
 _TABLE = ".rotary_emb.inv_freq"
@@ -43,13 +41,6 @@ class Header:
     dtype: str
     offset: int
     nbytes: int
-
-
-def torch_dtype(name: str):
-    """torch's dtype for safetensors' name of it."""
-    import torch
-
-    return getattr(torch, _DTYPES[name])
 
 
 def is_buffer(name: str, dtype: str) -> bool:
@@ -70,9 +61,11 @@ class Headers:
             config gives the model that dtype, else in BF16.
         stored: the same as the files have it, but for the names.
         encodings: name of a weight that is stored in FP8 or FP4 -> how.
+        views: matrices that are parts of stored tensors, or transposed, which are headers only after :meth:`show`.
         quantized: how these are stored, in words; ``None`` if there are none.
         names: what the parts of the decoder are called.
         renamed: what was taken from the names or added to them; ``None`` if nothing was.
+        code: the folder of the model's own code, if it may run; set by :class:`layout.Layout`.
         unlike: see :class:`shards.Shards`.
         notes: what was passed over or taken in a way that the user should know.
         problems: what is missing, unreadable, inconsistent or truncated, and dtypes that are not accepted.
@@ -93,13 +86,15 @@ class Headers:
         self.problems: list[Problem] = []
         self.stored: dict[str, Header] = {}
         self.encodings: Mapping[str, Encoding] = {}
+        self.views: Mapping[str, View] = {}
         self.quantized: str | None = None
         self.names, self.lost, self.notes = Names(), set(), []
         self.apart: set[str] = set()
+        self.code: Path | None = None
         self.renamed: str | None = None
         self.unlike: str | None = None
         if isinstance(place, Folder) and not place.has(CONFIG):  # any folder, perhaps with millions of files in it
-            self._fault(f"{place}/{CONFIG}", "not found", _elsewhere(place))
+            self._fault(f"{place}/{CONFIG}", "not found", beside.elsewhere(place))
             return
         try:
             self.config = read_json(place.local(CONFIG))
@@ -145,6 +140,25 @@ class Headers:
         self.problems += weights.problems
         self.lost |= weights.lost
         self.config = {key: value for key, value in self.config.items() if key not in KEYS}
+
+    def show(self, views: Mapping[str, View]) -> list[Problem]:
+        """Put matrices in the place of the tensors that they are parts of, where these are there.
+
+        Args:
+            views: full name of a matrix -> where it may be, with the tensor's full name.
+
+        Returns:
+            Tensors of which the matrices cannot be parts.
+        """
+        shown = Shown.of(self.headers, views, self.lost)
+        self.headers, self.views = shown.headers, shown.views
+        self.lost |= shown.lost
+        return shown.problems
+
+    @property
+    def turned(self) -> set[str]:
+        """The matrices that the files have transposed, under their own names."""
+        return {name for name, view in self.views.items() if view.tensor == name}
 
     def _read_header(self, file: str) -> tuple[int, dict[str, Any]] | BismoothError:
         try:
@@ -217,6 +231,8 @@ class Headers:
 
     def stored_nbytes(self, name: str) -> int:
         """Bytes that the files have for a tensor."""
+        if name in self.views:
+            return self.headers[name].nbytes
         encoding = self.encodings.get(name)
         parts = [name] if encoding is None else [encoding.codes, encoding.scales]
         return sum(self.stored[part].nbytes for part in parts)
@@ -229,20 +245,6 @@ class Headers:
     def left_out(self) -> dict[str, int]:
         """The files that are not copied, with their bytes."""
         return left_out(self.place, [*self.files, *self.apart])
-
-
-def _elsewhere(place: Folder) -> str:
-    """What to do about a folder without a config: give the one in it that has it, as in the Hub's cache."""
-    for depth in ("*", "*/*"):
-        for path in sorted(place.path.glob(f"{depth}/{CONFIG}")):
-            if any(path.parent.glob("*.safetensors")):
-                if place.has(MODULES) and depth == "*":
-                    return (
-                        f"vLLM reads it there: move what is in {path.parent} up into {place}, and set the path of that "
-                        f'module in {MODULES} to ""'
-                    )
-                return f"give {path.parent}, which holds one"
-    return "give the folder of a Hugging Face checkpoint"
 
 
 class Checkpoint(Headers):
@@ -291,51 +293,69 @@ class Checkpoint(Headers):
         for first in range(0, size, step):
             yield self._read(name, first, (min(step, size - first),), digest)
 
+    def stored_pieces(self, name: str, digest=None) -> Iterator:
+        """As :meth:`pieces`, of a tensor in the files as it is there."""
+        header = self.stored[name]
+        size, step = math.prod(header.shape), _PIECE // 4
+        for first in range(0, size, step):
+            yield self._fetch(name, first, (min(step, size - first),), digest=digest)
+
     def _read(self, name: str, first: int, shape: Sequence[int], digest=None, into=None):
         """Elements from ``first`` on, of a given shape."""
         import torch
 
-        header = self.headers[name]
+        header, view = self.headers[name], self.views.get(name)
         dtype = torch_dtype(header.dtype)
         tensor = torch.empty(shape, dtype=dtype) if into is None else into.view(dtype).view(shape)
+        if view is not None and view.transposed:
+            fill(tensor.view(-1), view, first, partial(self._rows_of, view.tensor, dtype))
+        elif view is not None:
+            self._fill(tensor, view.tensor, view.offset + first)
+        else:
+            self._fill(tensor, name, first)
+        if digest is not None:
+            digest.update(bytes_of(tensor))
+        if not is_buffer(name, header.dtype):
+            refuse_infinite(tensor, name, header.file, header.shape, first)
+        return tensor
+
+    def _fill(self, tensor, name: str, first: int) -> None:
+        """Fill a tensor with elements of one in the files, decoded if it is in FP8 or FP4."""
         if name in self.encodings:
             decode_into(tensor.view(-1), self.encodings[name], self._fetch, first)
         else:
-            self._read_into(tensor, name, header, first)
-        if digest is not None:
-            digest.update(_bytes_of(tensor))
-        if not is_buffer(name, header.dtype):
-            _refuse_infinite(tensor, name, header, first)
-        return tensor
+            self._read_into(tensor, name, first)
 
-    def _fetch(self, name: str, first: int, shape: Sequence[int]):
+    def _rows_of(self, name: str, dtype, first: int, shape: tuple[int, int], stride: int):
+        """Elements of a tensor that has matrices transposed, see :data:`views.Fetch`."""
+        import torch
+
+        if name not in self.encodings:
+            tensor = torch.empty(shape, dtype=dtype)
+            self._read_into(tensor, name, first, stride)
+            return tensor
+        values = torch.empty((shape[0] - 1) * stride + shape[1], dtype=dtype)
+        self._fill(values, name, first)
+        return values.as_strided(shape, (stride, 1))
+
+    def _fetch(self, name: str, first: int, shape: Sequence[int], digest=None):
         """Elements of a stored tensor, from ``first`` on, in their stored dtype."""
         import torch
 
         header = self.stored[name]
         tensor = torch.empty(shape, dtype=torch_dtype(header.dtype))
-        self._read_into(tensor, name, header, first)
+        self._read_into(tensor, name, first)
+        if digest is not None:
+            digest.update(bytes_of(tensor))
         if header.dtype in FLOAT_DTYPES:
-            _refuse_infinite(tensor, name, header, first)
+            refuse_infinite(tensor, name, header.file, header.shape, first)
         return tensor
 
-    def _read_into(self, tensor, name: str, header: Header, first: int) -> None:
-        """Fill a tensor with stored elements from ``first`` on.
-
-        Not by mapping: a file that shrinks would kill the process, and mapped pages count as its memory.
-        """
-        view, path = _bytes_of(tensor), self.folder / header.file
-        try:
-            with open(path, "rb", buffering=0) as file:
-                done = 0
-                while done < len(view):
-                    got = os.preadv(file.fileno(), [view[done:]], header.offset + first * tensor.itemsize + done)
-                    if not got:
-                        raise OSError("the file has become shorter")
-                    done += got
-        except OSError as error:
-            what = f"tensor {name} can no longer be read ({error})"
-            raise Interrupted.of(path, what, "leave the files at rest and run the same command again") from None
+    def _read_into(self, tensor, name: str, first: int, stride: int | None = None) -> None:
+        """Fill a tensor with stored elements from ``first`` on; rows may begin ``stride`` elements apart."""
+        header, size = self.stored[name], tensor.itemsize
+        path, offset = self.folder / header.file, header.offset + first * size
+        read_into(tensor, path, offset, name, None if stride is None else stride * size)
 
     def signature(self) -> dict[str, list[int]]:
         """Size in bytes and modification time in ns of every file that a conversion reads."""
@@ -377,21 +397,3 @@ class Checkpoint(Headers):
         for file in (CONFIG, *companions(self.place)):
             whole.update(f"{file} {sha256(self.folder / file)}\n".encode(errors="surrogateescape"))
         return whole.hexdigest()
-
-
-def _bytes_of(tensor) -> memoryview:
-    import torch
-
-    return tensor.view(-1).view(torch.uint8).numpy().data
-
-
-def _refuse_infinite(tensor, name: str, header: Header, first: int) -> None:
-    """Raises :class:`BismoothError` if elements of a tensor, from number ``first`` on, are not all finite."""
-    import torch
-
-    if not tensor.numel() or all(bound.isfinite() for bound in tensor.aminmax()):
-        return
-    bad = (~tensor.view(-1).isfinite()).nonzero().view(-1)
-    place = [int(i) for i in torch.unravel_index(first + bad[0], header.shape)]
-    found = f"{tensor.view(-1)[bad[0]].item()} at {place} ({len(bad)} such values)"
-    raise BismoothError.of(name, f"holds {found} in {header.file}", "download the shard again or repair the model")

@@ -3,7 +3,7 @@
 import json
 import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -63,6 +63,7 @@ class ShardWriter:
         destination: as which errors call it.
         tensors: every tensor that will come, as meta tensors, in about the order in which they will come.
         stem: what the names of the shards begin with.
+        turned: the matrices that come transposed: their meta tensors are ``[K, N]``, what is added is ``[N, K]``.
 
     Attributes:
         files: shard -> the names in it.
@@ -73,7 +74,15 @@ class ShardWriter:
         Interrupted: from any call, when the disk refuses.
     """
 
-    def __init__(self, folder: Path, destination: Path, tensors: Mapping[str, torch.Tensor], stem: str = WHOLE):
+    def __init__(
+        self,
+        folder: Path,
+        destination: Path,
+        tensors: Mapping[str, torch.Tensor],
+        stem: str = WHOLE,
+        turned: Collection[str] = (),
+    ):
+        self._turned = turned
         self._folder, self._destination = folder, destination
         self._plan, self._stem = split(tensors, stem), stem
         self._tensors = tensors
@@ -98,12 +107,18 @@ class ShardWriter:
     def add(self, name: str, tensor: torch.Tensor) -> None:
         """Write a whole tensor."""
         expected = self._tensors[name]
+        tensor = tensor.T if name in self._turned else tensor
         assert tensor.shape == expected.shape and tensor.dtype == expected.dtype, name
         self._write(name, 0, tensor)
 
     def add_rows(self, name: str, start: int, rows: torch.Tensor) -> None:
         """Write some rows of a matrix, from number ``start`` on."""
-        self._write(name, start * rows.shape[1], rows)
+        if name not in self._turned:
+            self._write(name, start * rows.shape[1], rows)
+            return
+        count = self._tensors[name].shape[1]
+        for number, column in enumerate(rows.T.contiguous()):
+            self._write(name, number * count + start, column)
 
     def copy_tensor(self, name: str, checkpoint: Checkpoint) -> str:
         """Pass a tensor through as it is, without holding the whole; returns its checksum."""

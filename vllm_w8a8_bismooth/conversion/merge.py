@@ -147,6 +147,7 @@ def merge(ready: Merger, progress: Progress = silent) -> Outcome:
     for part in ready.parts:
         outcome.linears |= part.linears
         outcome.sites |= part.sites
+    outcome.notes += outcome.unread()
     with ready.journal() as journal:
         with ShardWriter(journal.partial, destination, ready.tensors) as writer:
             _copy_all(ready.parts, journal, writer, progress)

@@ -53,7 +53,8 @@ def convert(ready: Preparation, progress: Progress = silent) -> Outcome:
             plan = Plan(source, ready.recipe, stages.granularity(), ready.ignored)
         tensors = plan.tensors(ready.part)
         # The threads end before the shards are closed, into which they write.
-        with ShardWriter(journal.partial, ready.destination, tensors, ready.stem) as writer, threads:
+        turned, stem = source.checkpoint.turned, ready.stem
+        with ShardWriter(journal.partial, ready.destination, tensors, stem, turned) as writer, threads:
             check_space(journal.partial, writer.nbytes + source.checkpoint.companion_nbytes() - journal.nbytes())
             checksums = stages.carry() | stages.outside(writer)
             walk = stages.convert(plan, writer)
@@ -61,7 +62,7 @@ def convert(ready: Preparation, progress: Progress = silent) -> Outcome:
         for index, record in walk.records.items():
             outcome.linears |= record["linears"]
             outcome.sites[index] = record["sites"]
-        outcome.resumed = walk.resumed
+        outcome.resumed, outcome.notes = walk.resumed, outcome.notes + outcome.unread()
         outcome.granularity, outcome.estimated_kl = stages.evidence(), stages.estimate()
         _finish(journal.partial, ready, plan, outcome, checksums | walk.checksums)
         journal.commit()
@@ -138,5 +139,6 @@ def complete(
         outcome.beside.append(target.as_posix())
     write_json(folder / CONFIG, {**source.checkpoint.config, "quantization_config": plan.config()})
     # the choices first, which are compared on a second run
-    write_json(folder / RECIPE, {"recipe": asdict(recipe), "provenance": provenance})
+    chosen = {"recipe": asdict(recipe), "provenance": provenance, "layout": source.basis.json()}
+    write_json(folder / RECIPE, chosen, compact=("layout",))
     outcome.labels = card.write(folder, outcome, labels)

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm_w8a8_bismooth import __version__, grouping
+from vllm_w8a8_bismooth.checkpoint.elements import torch_dtype
 from vllm_w8a8_bismooth.checkpoint.layout import Layout
-from vllm_w8a8_bismooth.checkpoint.reader import torch_dtype
 from vllm_w8a8_bismooth.errors import BismoothError
 from vllm_w8a8_bismooth.model.names import Names
 from vllm_w8a8_bismooth.recipe import Recipe, quantization_config
@@ -26,11 +26,14 @@ class Plan:
     ignored: Sequence[set[str]]
 
     def tensors(self, blocks: range | None = None) -> dict[str, Any]:
-        """Every tensor of the result, or of a part with these blocks, without data, in the order in which they come."""
+        """Every tensor of the result, or of a part with these blocks, without data, in the order in which they come.
+
+        Those that the source has transposed, under their own names, are so here, too.
+        """
         import torch
 
         source = self.source
-        headers = source.checkpoint.headers
+        headers, turned = source.checkpoint.headers, source.checkpoint.turned
         blocks = range(len(source.layers)) if blocks is None else blocks
         outside = source.outside_with(blocks)
         with torch.device("meta"):
@@ -39,13 +42,14 @@ class Plan:
                 for name in source.blocks[index]:
                     full = source.names.block(index) + name
                     header, linear = headers[full], source.layers[index].linear_of(name)
+                    shape = header.shape[::-1] if full in turned else header.shape
                     if linear is None or linear in self.ignored[index]:
-                        tensors[full] = torch.empty(header.shape, dtype=torch_dtype(header.dtype))
+                        tensors[full] = torch.empty(shape, dtype=torch_dtype(header.dtype))
                         continue
                     rows, columns = header.shape
                     size = self.recipe.group_size if linear in self.grouped[index] else None
                     groups = grouping.groups(columns, size)
-                    tensors[full] = torch.empty(rows, columns, dtype=torch.int8)
+                    tensors[full] = torch.empty(shape, dtype=torch.int8)
                     tensors[f"{full}_scale"] = torch.empty(rows, groups, dtype=torch.float32)
         return tensors
 

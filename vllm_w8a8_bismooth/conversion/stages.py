@@ -169,8 +169,17 @@ class Stages:
             else:
                 smoothing = self._smooth(block, self._activations.read_by(block, self._threads))
             linears = self._write(block, smoothing, plan, writer)
-            block.record = {"linears": linears, "sites": [asdict(site) for site in smoothing.sites]}
+            block.record = {"linears": linears, "sites": self._sites(block.index, smoothing)}
         return walk
+
+    def _sites(self, index: int, smoothing: Smoothing) -> list[dict[str, Any]]:
+        """What is to be reported of the sites of a block; those of experts that no token was sent to are marked."""
+        layer, unread = self._source.layers[index], self._activations.unread if smoothing.sites else []
+        experts = {site.name: layer.expert_of(site.producer) for site in layer.sites}
+        return [
+            asdict(factors) | ({"unread": True} if experts[factors.site] in unread else {})
+            for factors in smoothing.sites
+        ]
 
     def _smooth(self, block: Block, moments: Mapping[str, Moments]) -> Smoothing:
         return smooth_block(block, moments, self._source.layers[block.index], rule_of(self._recipe), self._threads)

@@ -5,10 +5,12 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 
 from vllm_w8a8_bismooth.discovery.block import Block, Tie
-from vllm_w8a8_bismooth.discovery.record import Layer, Part, Runs, Site, Stored, runs
+from vllm_w8a8_bismooth.discovery.record import Layer, Part, Runs, Site, Stored, each, runs
 from vllm_w8a8_bismooth.discovery.rules import Matrix, reason
 from vllm_w8a8_bismooth.discovery.storage import Region
 from vllm_w8a8_bismooth.discovery.titles import titled
+from vllm_w8a8_bismooth.discovery.views import Shown, is_turned
+from vllm_w8a8_bismooth.discovery.watch import Unit
 
 _EXPERT = re.compile(r"(?<=experts\.)\d+(?=\.)")
 
@@ -30,6 +32,7 @@ class Assembly:
         regions: checkpoint's tensor inside the block -> where its values are, by names inside the block.
         real: checkpoint's tensor inside the block -> shape, of the real model.
         experts: in the small model's and the real model's mixtures; 0 for none.
+        ties: that hold in it.
     """
 
     def __init__(
@@ -38,8 +41,12 @@ class Assembly:
         regions: Mapping[str, list[Region]],
         real: Mapping[str, tuple[int, ...]],
         experts: tuple[int, int],
+        ties: Iterable[Tie],
     ):
-        self._block, self._regions = block, regions
+        shown = Shown.of(block, regions, real, ties)
+        regions, real = shown.regions, shown.shapes
+        self._block, self._regions, self._views, self._kept = block, regions, shown.views, shown.kept
+        self._ties = ties
         self._few, self._many = experts
         self.real = {template(name): shape for name, shape in real.items()}
         self._small = {
@@ -51,12 +58,6 @@ class Assembly:
         for found in regions.values():
             for region in found:
                 self._of.setdefault((region.parameter, region.expert), []).append(region)
-        self.turned = frozenset(
-            _plain(template(region.tensor))
-            for found in regions.values()
-            for region in found
-            if region.parameter in block.axes and (block.axes[region.parameter] == 0) is not region.transposed
-        )
 
     @property
     def experts(self) -> int:
@@ -69,13 +70,9 @@ class Assembly:
         whole = self._block.parameters[region.parameter]
         if not whole.ndim:
             return ()
-        inner = tuple(whole.shape[1:] if region.expert is None else whole.shape[2:])
-        return tuple(reversed((total, *inner))) if region.transposed else (total, *inner)
-
-    def _product(self, name: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
-        """Rows and columns that a tensor has in its product, in one of the two models."""
-        rows, columns = shapes[name][-2:]
-        return (columns, rows) if _plain(name) in self.turned else (rows, columns)
+        if region.transposed:
+            return (*whole.shape[: len(whole.shape) - 2 if region.expert is None else 0], total, whole.shape[-2])
+        return (total, *(whole.shape[1:] if region.expert is None else whole.shape[2:]))
 
     # -- sites
 
@@ -134,7 +131,7 @@ class Assembly:
         found = self._regions_of(parameter, 0 if whole.ndim > 2 else None)
         if len(found) == 1:
             return _plain(template(found[0].tensor)), rows
-        if self._block.axes.get(parameter, 1) != 1:
+        if parameter in self._block.axes and is_turned(self._block, found[0]):
             raise Unfit(f"{parameter} is stored in parts across its rows")
         for region in found:
             first, count = region.rows
@@ -144,7 +141,7 @@ class Assembly:
 
     def _rows_of(self, name: str) -> int:
         tensor = self._tensor(name)
-        return self._small[tensor][0] if len(self._small[tensor]) == 1 else self._product(tensor, self._small)[0]
+        return self._small[tensor][-2:][0]
 
     def _tensor(self, name: str) -> str:
         return name if name in self._small else f"{name}.weight"
@@ -152,20 +149,69 @@ class Assembly:
     def _ratio(self, producer: str, consumers: Iterable[str]) -> int:
         """How many channels of the real model each of the small one stands for."""
         tensor = self._tensor(producer)
-        if len(self.real[tensor]) == 1:
-            found = {self.real[tensor][0] / self._small[tensor][0]}
-        else:
-            found = {self._product(tensor, self.real)[0] / self._product(tensor, self._small)[0]}
+        found = {self.real[tensor][-2:][0] / self._small[tensor][-2:][0]}
         for name in map(self._tensor, consumers):
-            found.add(self._product(name, self.real)[1] / self._product(name, self._small)[1])
+            found.add(self.real[name][-1] / self._small[name][-1])
         ratio = int(max(found))
         if found != {ratio}:
             raise Unfit(f"its sizes are {sorted(found)} times those of the model that was searched")
         return ratio
 
+    def ties(self, site: Site) -> list[Tie]:
+        """The inverse of :meth:`site`: a tie, or several where experts are modules of their own.
+
+        Raises:
+            Unfit: it is not a site as :meth:`site` makes them.
+        """
+        if unknown := [name for name in (site.producer, *site.consumers) if not self._small.get(self._tensor(name))]:
+            raise Unfit(f"{unknown[0]} is no part of such a block")
+        if not_matrices := [name for name in site.consumers if len(self._small[self._tensor(name)]) < 2]:
+            raise Unfit(f"{not_matrices[0]} is no matrix")
+        ratio, every = self._ratio(site.producer, site.consumers), self._rows_of(site.producer)
+        rows = list(range(every)) if site.rows is None else _reduced(site.rows, ratio, every)
+        channels = None if site.columns is None else _reduced(site.columns, ratio, self._widest)
+        found: dict[str, Tie] = {}
+        for e in range(self._few) if "{}" in site.producer else [None]:
+            parameter, own = self._own_rows(_numbered(self._tensor(site.producer), e), rows)
+            consumers = dict(found[parameter].consumers) if parameter in found else {}
+            for name in site.consumers:
+                numbers = range(self._few) if "{}" in name and e is None else [e]
+                for unit in (unit for n in numbers for unit in self._units(_numbered(self._tensor(name), n))):
+                    held = list(range(len(own))) if channels is None else channels
+                    if len(held) != self._block.matrix(unit).shape[1] or max(held, default=0) >= len(own):
+                        raise Unfit(f"its rows are not as many as {name} has columns for")
+                    consumers[unit] = tuple((own[channel], column) for column, channel in enumerate(held))
+            found[parameter] = Tie(parameter, tuple(sorted(own)), consumers, site.offset, site.power)
+        for tie in found.values():
+            if unnamed(self.site(tie)) != unnamed(site):
+                raise Unfit("it is not written as such a site must be: all consumers, rows in their order")
+        return list(found.values())
+
+    @property
+    def _widest(self) -> int:
+        return max((max(shape) for shape in self._small.values() if len(shape) > 1), default=0)
+
+    def _own_rows(self, tensor: str, rows: list[int]) -> tuple[str, list[int]]:
+        """The parameter that has these rows of a tensor of the small model, and which of its rows they are."""
+        for region in self._regions.get(tensor, []):
+            count = region.rows[1]
+            if rows and region.start <= min(rows) and max(rows) < region.start + count:
+                return region.parameter, [row - region.start + region.rows[0] for row in rows]
+        raise Unfit(f"the model has no parameter with these rows of {_plain(tensor)}")
+
+    def _units(self, tensor: str) -> list[Unit]:
+        """The matrices of the small model that a tensor is a part of."""
+        found = []
+        for region in self._regions.get(tensor, []):
+            if region.parameter not in self._block.axes:
+                raise Unfit(f"nothing was seen to be multiplied with {_plain(tensor)}")
+            units = self._block.units(region.parameter)
+            found += [unit for unit in units if region.expert in (None, unit.expert)]
+        return found
+
     # -- everything else
 
-    def layer(self, ties: Iterable[Tie], writers: Collection[str]) -> tuple[Layer, dict[str, str]]:
+    def layer(self, writers: Collection[str]) -> tuple[Layer, dict[str, str]]:
         """The record, and the sites that have no form in it -> why."""
         linears, floats = self._matrices()
         vectors = {
@@ -175,7 +221,7 @@ class Assembly:
         }
         sites: dict[Site, None] = {}
         dropped = {}
-        for tie in ties:
+        for tie in self._ties:
             try:
                 site = self.site(tie)
             except Unfit as error:
@@ -213,17 +259,20 @@ class Assembly:
             if len(shape) < 2:
                 continue
             seen = any(region.parameter in self._block.axes for region in self._found(name))
-            rows, columns = self._product(name, self.real) if seen else (0, 0)
-            few = self._product(name, self._small)[0] if seen else 0
+            rows, columns = shape[-2:] if seen else (0, 0)
+            few = self._small[name][-2] if seen else 0
             inside = name.rpartition(".")[0]
             beside = frozenset(
                 n[len(around) :].split(".")[0] for around in [_around(inside)] for n in names if n.startswith(around)
             )
             matrix = Matrix(name, shape, rows, columns, self._is_counted(rows, few), self._owner(name), beside)
-            if why := reason(matrix):
+            if why := self._kept.get(name) or reason(matrix):
                 floats[_plain(name)] = why
             else:
                 linears[_plain(name)] = (rows, columns)
+        if why := next((why for name, why in floats.items() if "{}" in name), None):  # vLLM serves experts alike
+            floats |= {name: why for name in linears if "{}" in name}
+            linears = {name: shape for name, shape in linears.items() if "{}" not in name}
         return linears, floats
 
     def _is_counted(self, rows: int, few: int) -> bool:
@@ -251,20 +300,46 @@ class Assembly:
             for region in found:
                 parts = parameters.setdefault(template(region.parameter), {})
                 parts[self._part(region)] = None
-        return Stored({name: tuple(parts) for name, parts in parameters.items()}, self.turned)
+        return Stored({name: tuple(parts) for name, parts in parameters.items()}, self._views)
 
     def _part(self, region: Region) -> Part:
         name = template(region.tensor)
         whole = self._block.parameters.get(region.parameter)
         if whole is None:
             return Part(name)
-        length = whole.shape[0 if region.expert is None else 1]
+        length = whole.shape[-1 if region.transposed else 0 if region.expert is None else 1]
         if region.rows == (0, length):
             return Part(name, transposed=region.transposed)
-        axis = -1 if region.transposed else 0
-        ratio = self.real[name][axis] // self._small[name][axis]
+        ratio = self.real[name][-2:][0] // self._small[name][-2:][0]
         first, count = region.rows
         return Part(name, (first * ratio, count * ratio), region.start * ratio, region.transposed)
+
+
+def _numbered(name: str, expert: int | None) -> str:
+    return name if expert is None else name.replace("{}", str(expert))
+
+
+def unnamed(site: Site | None) -> Site | None:
+    """Without its name, and with its consumers and runs in one order."""
+    if site is None:
+        return None
+    columns = None if site.columns is None else runs(each(site.columns))
+    rows = None if site.rows is None else runs(each(site.rows))
+    return replace(site, name="", consumers=tuple(sorted(site.consumers)), rows=rows, columns=columns)
+
+
+def _reduced(given: Runs, ratio: int, most: int) -> list[int]:
+    """The inverse of :func:`_enlarged`, with indices below ``most`` and no more than ``most`` of them.
+
+    Raises:
+        Unfit: they are others.
+    """
+    if sum(length for _, length in given) > most * ratio or any(
+        start < 0 or length <= 0 or start % ratio or length % ratio or start + length > most * ratio
+        for start, length in given
+    ):
+        raise Unfit(f"its rows or columns are not whole multiples of {ratio}, or beyond the sizes of its tensors")
+    return [index for start, length in given for index in range(start // ratio, (start + length) // ratio)]
 
 
 def _plain(name: str) -> str:

@@ -59,9 +59,9 @@ class Layer:
     """One kind of block, at the real model's size. Names are the checkpoint's, inside the block.
 
     Attributes:
-        tensors: every tensor that the checkpoint has of such a block -> shape.
-        linears: what becomes INT8: name without ``.weight`` -> (rows, columns), of the product, whichever way it is
-            stored.
+        tensors: every tensor of such a block -> shape; matrices are ``[rows, columns]`` of the product, whichever way
+            the checkpoint stores them, see :class:`View`.
+        linears: what becomes INT8: name without ``.weight`` -> (rows, columns).
         floats: other matrices -> why they stay in float.
         vectors: norms' gains, without ``.weight`` -> length.
         sites: those with linear producers before those behind norms.
@@ -115,9 +115,10 @@ class Part:
 
     Attributes:
         tensor: name inside the block; ``{}`` stands for the number of the expert, which is the parameter's first index.
-        into: (start, length) of the parameter's (or its slice's) rows that it is; ``None`` for all of it.
+        into: (start, length) of the parameter's (or its slice's) rows that it is, or columns if it is transposed;
+            ``None`` for all of it.
         start: the first of the tensor's rows that are meant.
-        transposed: whether the tensor's axes are the parameter's in reverse.
+        transposed: whether the tensor's last two axes are the parameter's in reverse.
     """
 
     tensor: str
@@ -127,16 +128,34 @@ class Part:
 
 
 @dataclass(frozen=True)
+class View:
+    """Where a matrix is that the checkpoint does not store as such.
+
+    Attributes:
+        tensor: name inside the block of the tensor that has it. The first axis of a stack is the number of the expert,
+            for which ``{}`` stands in the matrix's name.
+        whole: that tensor's shape.
+        rows: (start, length) of the matrix's rows among all in the tensor or slab.
+        transposed: whether tensor or slab is ``[columns, rows]`` (GPT-2's Conv1D).
+    """
+
+    tensor: str
+    whole: tuple[int, ...]
+    rows: tuple[int, int]
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
 class Stored:
     """Where the checkpoint has the parameters of one kind of block.
 
     Attributes:
         parameters: transformers' name inside the block -> its parts. ``{}`` in a name stands for an expert's number.
-        transposed: weights, without ``.weight``, that the checkpoint stores as ``[columns, rows]`` (GPT-2's Conv1D).
+        views: tensors of the layer that are parts of others, or transposed, in the files -> how.
     """
 
     parameters: Mapping[str, tuple[Part, ...]]
-    transposed: frozenset[str] = frozenset()
+    views: Mapping[str, View] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -318,8 +337,11 @@ def _stored(value: Mapping[str, Any]) -> Stored:
         into = given.get("into")
         return Part(**{**given, "into": (into[0], into[1]) if into else None})
 
+    def view(given: Mapping[str, Any]) -> View:
+        return View(**{**given, "whole": tuple(given["whole"]), "rows": (given["rows"][0], given["rows"][1])})
+
     parameters = {name: tuple(map(part, parts)) for name, parts in value.get("parameters", {}).items()}
-    return Stored(parameters, frozenset(value.get("transposed", ())))
+    return Stored(parameters, {name: view(given) for name, given in value.get("views", {}).items()})
 
 
 def _proof(value: Mapping[str, Any]) -> Proof:

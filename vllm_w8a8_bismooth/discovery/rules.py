@@ -30,6 +30,25 @@ class Matrix:
     beside: frozenset[str]
 
 
+_STACKS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    (r"experts\.gate_up_proj", ("experts.{}.gate_proj.weight", "experts.{}.up_proj.weight")),
+    (r"experts\.(up|down)_proj", (r"experts.{}.\1_proj.weight",)),
+    (r"(block_sparse_moe)\.input_linear\.weight", (r"\1.experts.{}.gate_proj.weight", r"\1.experts.{}.up_proj.weight")),
+    (r"(block_sparse_moe)\.output_linear\.weight", (r"\1.experts.{}.down_proj.weight",)),
+)
+"""Endings of the names of stacks that vLLM also loads expert by expert -> what it calls the parts of each expert, which
+follow each other in the stack's rows."""
+
+
+def parts_of(stack: str) -> tuple[str, ...]:
+    """The matrices of an expert, with ``{}`` for its number, that a stack of experts has behind each other; none if
+    vLLM loads such a stack only as it is."""
+    for ending, parts in _STACKS:
+        if match := re.search(rf"(?:^|(?<=\.)){ending}$", stack):
+            return tuple(stack[: match.start()] + match.expand(part) for part in parts)
+    return ()
+
+
 _RULES: tuple[tuple[Callable[[Matrix], bool], str], ...] = (
     (lambda m: len(m.shape) > 2 and "expert" in m.name.lower() or (len(m.shape) > 2 and m.rows > 0),
      "experts stored as one tensor"),

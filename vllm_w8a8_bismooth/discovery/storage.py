@@ -17,10 +17,11 @@ class Region:
     Attributes:
         parameter: its name in the model.
         expert: the slice that it is a part of; ``None`` if the parameter is no stack, or it is all of a stack.
-        rows: (start, length) along the first axis of the parameter or slice.
+        rows: (start, length) along the first axis of the parameter or slice, or along its last if it is transposed: of
+            the parameter's what the tensor's rows are.
         tensor: the checkpoint's.
         start: the first of the tensor's rows that are meant.
-        transposed: whether the tensor's axes are the parameter's in reverse.
+        transposed: whether the tensor's last two axes are the parameter's in reverse.
     """
 
     parameter: str
@@ -110,10 +111,10 @@ def _region(tensor: str, part: torch.Tensor, start: int, owner: str, whole: torc
         stack, offset = whole[expert], offset % size
     else:
         return None
-    for transposed in (False, True):
-        turned = part.transpose(-1, -2) if transposed and part.ndim > 1 else part
-        if turned.shape[1:] == stack.shape[1:]:
-            row = offset // max(1, stack[0].numel()) if stack.ndim > 1 else offset
-            if torch.equal(turned, stack[row : row + len(turned)]):
-                return Region(owner, expert, (row, len(turned)), tensor, start, transposed)
+    if part.shape[1:] == stack.shape[1:]:
+        row = offset // max(1, stack[0].numel()) if stack.ndim > 1 else offset
+        if torch.equal(part, stack[row : row + len(part)]):
+            return Region(owner, expert, (row, len(part)), tensor, start, False)
+    if part.ndim > 1 and torch.equal(part.mT, stack):
+        return Region(owner, expert, (0, part.shape[-2]), tensor, start, True)
     return None

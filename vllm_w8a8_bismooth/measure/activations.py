@@ -11,6 +11,8 @@ from vllm_w8a8_bismooth.method.rows import Threads
 
 MOMENTS, STREAM = "moments", "stream"
 """Kinds of state that a block keeps: what its sites read, and what the next block reads."""
+UNREAD = "unread"
+"""Beside the moments in such a state: the experts that no token was sent to."""
 
 
 class Activations:
@@ -22,12 +24,16 @@ class Activations:
         run: over the checkpoint.
         tokens: int64 ``[windows, length]`` of calibration text; ``None`` estimates from the weights.
         correlated: also gather :attr:`grams`, which are too large to be kept.
+
+    Attributes:
+        unread: see :class:`Calibration`; of the block that was read or recalled last.
     """
 
     def __init__(self, run: Run, tokens: torch.Tensor | None, correlated: bool = False):
         self._run, self._tokens, self._correlated = run, tokens, correlated
         self._stream: Calibration | Prior | None = None
         self._next = 0
+        self.unread: list[int] = []
 
     def before(self, index: int) -> Calibration | Prior:
         """The stream of activations, about to enter block ``index``.
@@ -60,7 +66,8 @@ class Activations:
         if block.kept(STREAM) and not self._correlated:
             return self.recall(block)
         found = self._advance(block, threads)
-        block.keep(MOMENTS, {f"{site}/{name}": t for site, m in found.items() for name, t in m.tensors().items()})
+        kept = {f"{site}/{name}": t for site, m in found.items() for name, t in m.tensors().items()}
+        block.keep(MOMENTS, kept | {UNREAD: torch.tensor(self.unread, dtype=torch.int64)})
         block.keep(STREAM, {"hidden": self.before(block.index + 1).hidden})
         return found
 
@@ -78,6 +85,7 @@ class Activations:
         stream = self.before(block.index)
         found = stream.advance(block.index, block, threads)
         self._next = block.index + 1
+        self.unread = stream.unread if isinstance(stream, Calibration) else []
         return found
 
     def recall(self, block: Block) -> dict[str, Moments]:
@@ -87,7 +95,9 @@ class Activations:
             BismoothError: it is gone.
         """
         sites: dict[str, dict[str, torch.Tensor]] = {}
-        for key, tensor in self._run.state(MOMENTS, block.index).items():
+        kept = self._run.state(MOMENTS, block.index)
+        self.unread = kept.pop(UNREAD).tolist()
+        for key, tensor in kept.items():
             site, _, name = key.rpartition("/")
             sites.setdefault(site, {})[name] = tensor
         return {site: Moments.of(tensors, self._run.device) for site, tensors in sites.items()}

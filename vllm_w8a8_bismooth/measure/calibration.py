@@ -1,8 +1,9 @@
 """Activation ranges from a text file, with one decoder block in memory at a time."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -10,12 +11,14 @@ import torch
 
 from vllm_w8a8_bismooth.checkpoint.layout import Source
 from vllm_w8a8_bismooth.errors import BismoothError
+from vllm_w8a8_bismooth.measure import own
 from vllm_w8a8_bismooth.measure.arithmetic import arithmetic
+from vllm_w8a8_bismooth.measure.experts import Experts, separate_experts
 from vllm_w8a8_bismooth.measure.text import refused, transformers_config
 from vllm_w8a8_bismooth.method.compensate import Gram
 from vllm_w8a8_bismooth.method.moments import Moments
 from vllm_w8a8_bismooth.method.rows import Threads
-from vllm_w8a8_bismooth.model.construction import Construction, Part
+from vllm_w8a8_bismooth.model.construction import Part
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,6 +45,7 @@ class Calibration:
         hidden: ``[windows, length, hidden]``, what the next block will read. May be replaced by what an earlier run
             had at the same place.
         grams: site name -> second moments of what it read in the last block; empty unless ``correlated``.
+        unread: the experts of the last block that no token was sent to. They were measured on what others were given.
 
     Raises:
         BismoothError: transformers refuses the config.
@@ -49,26 +53,22 @@ class Calibration:
 
     @torch.no_grad()
     def __init__(self, source: Source, tokens: torch.Tensor, device: torch.device, correlated: bool = False):
-        from transformers import AutoModel
-
         checkpoint, build = source.checkpoint, source.construction
         self.source = source
         self.grams: dict[str, Gram] = {}
+        self.unread: list[int] = []
         self._correlated = correlated
         used = tokens.unique()  # the embedding's rows are read one by one: only those that occur exist
         dtype = getattr(torch, arithmetic(checkpoint.headers[source.names.embedding].dtype, device.type))
         rows = torch.cat([checkpoint.rows(source.names.embedding, int(i), 1) for i in used]).to(dtype)
         config = transformers_config(checkpoint)
         try:
-            # sdpa would drop the soft cap on attention logits without a word
-            capped = getattr(config, "attn_logit_softcapping", None)
-            plain = capped or not AutoModel._model_mapping[type(config)]._supports_sdpa
-            attention = "eager" if plain else "sdpa"
+            model = own.decoder(checkpoint, dtype, build.decoder.removesuffix("."))
+            if model is None:
+                model = _decoder(config, dtype)
+            self._blocks = list(model.get_submodule(build.blocks).children())
             with torch.device("meta"):
-                model = AutoModel.from_config(config, dtype=dtype, attn_implementation=attention).eval()
-                self._blocks = list(model.get_submodule(build.blocks).children())
                 separate_experts(self._blocks, build)
-            _materialize_buffers(model)
             embedding = model.get_submodule(build.embedding)
             embedding.weight = torch.nn.Parameter(rows, requires_grad=False)
             embedding.padding_idx = None  # a number among all rows, of which only some are here
@@ -111,8 +111,8 @@ class Calibration:
         arguments = _each(lambda t: t.to(dtype) if t.is_floating_point() else t, self._arguments[index])
         try:
             build = self.source.construction
-            parts = {name: build.parts(index, name) for name in block.state_dict()}
-            lent = {name: _joined(tensors, pieces).to(dtype) for name, pieces in parts.items()}
+            state = {name: (build.parts(index, name), value.shape) for name, value in block.state_dict().items()}
+            lent = {name: _parameter(tensors, parts, shape).to(dtype) for name, (parts, shape) in state.items()}
             block.load_state_dict(lent, assign=True)
             first = 0 if build.returned else ...
             together = _fit_all(arguments)
@@ -131,6 +131,8 @@ class Calibration:
             ) from error
         finally:
             block.to("meta")
+            for mixture in _mixtures(block):
+                mixture.forget()
 
     @torch.no_grad()
     def advance(self, index: int, tensors: Mapping[str, torch.Tensor], threads: Threads) -> dict[str, Moments]:
@@ -142,8 +144,8 @@ class Calibration:
             threads: not used; here as in :class:`prior.Prior`.
 
         Returns:
-            Site name -> moments of its K input channels over all tokens. Experts that no token was sent to have no
-            entry.
+            Site name -> moments of its K input channels over all tokens. There are none of sites inside experts that
+            are not modules of their own.
 
         Raises:
             BismoothError: the forward pass fails or overflows (named by block and site).
@@ -164,14 +166,17 @@ class Calibration:
             return record
 
         with self.lend(index, tensors, self.hidden.dtype) as (block, run):
+            modules = dict(block.named_modules())
             hooks = [
                 # Hook the last consumer: in a mixture, only the router sees every token.
-                block.get_submodule(built(site.consumers[-1])).register_forward_pre_hook(recorder(site.name))
+                modules[place].register_forward_pre_hook(recorder(site.name))
                 for site in self.source.layers[index].sites
+                if (place := built(site.consumers[-1])) in modules
             ]
             step = max(1, _CHUNK // self.hidden.shape[1])
             for windows in self.hidden.split(step):  # views: the states are replaced in place
                 windows.copy_(run(windows))
+            self.unread = [expert for mixture in _mixtures(block) for expert in mixture.read_rest()]
             for hook in hooks:
                 hook.remove()
         sizes = {f"at site {name}": float(found.largest.max()) for name, found in seen.items() if found.rows}
@@ -224,58 +229,39 @@ class Given:
         return (hidden, *[None] * (self._returned - 1)) if self._returned else hidden
 
 
+def _mixtures(block: torch.nn.Module) -> list[Experts]:
+    return [module for module in block.modules() if isinstance(module, Experts)]
+
+
+def _parameter(tensors: Mapping[str, torch.Tensor], parts: Sequence[Part], shape: Sequence[int]) -> torch.Tensor:
+    """A parameter of some shape, from what is stored of it; of stacked experts, each one's are put together."""
+    if not any("{}" in part.tensor for part in parts):
+        return _joined(tensors, parts)
+    each = ([replace(part, tensor=part.tensor.format(e)) for part in parts] for e in range(shape[0]))
+    return torch.stack([_joined(tensors, own) for own in each])
+
+
 def _joined(tensors: Mapping[str, torch.Tensor], parts: Sequence[Part]) -> torch.Tensor:
     """A parameter, from what is stored of it."""
     pieces = []
     for part in parts:
         stored = tensors[part.tensor]
-        stored = stored.transpose(-1, -2) if part.transposed else stored
-        pieces.append(stored if part.into is None else stored[part.start : part.start + part.into[1]])
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        rows = stored if part.into is None else stored[part.start : part.start + part.into[1]]
+        pieces.append(rows.mT if part.transposed else rows)
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1 if parts[0].transposed else 0)
 
 
-def separate_experts(blocks: Iterable[torch.nn.Module], construction: Construction) -> None:
-    """Make every expert of the decoder blocks a module of its own, of linears with the names of the checkpoint."""
-    for index, block in enumerate(blocks):
-        mixture = construction.experts(index)
-        if mixture is None or not any(name == mixture.module for name, _ in block.named_modules()):
-            continue
-        gate, up, down = (linear.rpartition(".")[2] for linear in mixture.linears)
-        block.set_submodule(mixture.module, _Experts(block.get_submodule(mixture.module), (gate, up, down)))
+def _decoder(config: Any, dtype: torch.dtype) -> "PreTrainedModel":
+    """transformers' bare decoder; parameters without storage."""
+    from transformers import AutoModel
 
-
-class _Experts(torch.nn.Module):
-    """Experts as modules of their own, named as in the checkpoint, so that what each one reads can be measured.
-
-    Takes the place of transformers' experts, whose weights are stacked: a forward of (hidden states ``[T, H]``, chosen
-    experts ``[T, k]``, their weights ``[T, k]``).
-    """
-
-    def __init__(self, stacked: Any, names: Sequence[str]):
-        super().__init__()
-        for e in range(stacked.num_experts):
-            self.add_module(str(e), _Expert(stacked, names))
-
-    def forward(self, hidden: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        out = torch.zeros_like(hidden)
-        for e, expert in enumerate(self.children()):
-            token, rank = torch.where(chosen == e)
-            if len(token):
-                out.index_add_(0, token, (expert(hidden[token]) * weights[token, rank, None]).to(out.dtype))
-        return out
-
-
-class _Expert(torch.nn.Module):
-    def __init__(self, stacked: Any, names: Sequence[str]):
-        super().__init__()
-        hidden, inner, dtype = stacked.hidden_dim, stacked.intermediate_dim, stacked.down_proj.dtype
-        for name, shape in zip(names, ((hidden, inner), (hidden, inner), (inner, hidden)), strict=True):
-            self.add_module(name, torch.nn.Linear(*shape, bias=False, dtype=dtype))
-        self._activation = getattr(stacked.act_fn, "forward", stacked.act_fn)
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        gate, up, down = self.children()
-        return down(self._activation(gate(hidden)) * up(hidden))
+    # sdpa would drop the soft cap on attention logits without a word
+    capped = getattr(config, "attn_logit_softcapping", None)
+    plain = capped or not AutoModel._model_mapping[type(config)]._supports_sdpa
+    with torch.device("meta"):
+        model = AutoModel.from_config(config, dtype=dtype, attn_implementation="eager" if plain else "sdpa").eval()
+    _materialize_buffers(model)
+    return model
 
 
 def _materialize_buffers(model: "PreTrainedModel") -> None:

@@ -118,7 +118,7 @@ class Prior:
                 size, high = _gated(size, gate, 2), _gated(size, gate, ORDER)
                 found[site.name] = _moments(size, high)
             for consumer in (name for name in site.consumers if name in layer.writers):
-                share = len(layer.experts) / 3 if consumer in layer.experts else 1
+                share = len(layer.experts & layer.writers) if consumer in layer.experts else 1
                 written += rows(consumer, Columns.of(site).spread(size)).square() / share
         return written
 

@@ -13,9 +13,10 @@ class Part:
 
     Attributes:
         tensor: name inside the block; ``{}`` stands for the number of the expert, which is the parameter's first index.
-        into: (start, length) of the parameter's (or its slice's) rows that it is; ``None`` for all of it.
+        into: (start, length) of the parameter's (or its slice's) rows that it is, or columns if it is transposed;
+            ``None`` for all of it.
         start: the first of the tensor's rows that are meant.
-        transposed: whether the tensor's axes are the parameter's in reverse.
+        transposed: whether the tensor's last two axes are the parameter's in reverse.
     """
 
     tensor: str
@@ -30,11 +31,12 @@ class Experts:
 
     Attributes:
         module: path of the module with the stacked weights.
-        linears: what the checkpoint calls the gate, up and down projection of one, with ``{}`` for its number.
+        linears: what the checkpoint calls the gate (if there is one), up and down projection of one, with ``{}`` for
+            its number.
     """
 
     module: str
-    linears: tuple[str, str, str]
+    linears: tuple[str, ...]
 
 
 @dataclass(frozen=True)

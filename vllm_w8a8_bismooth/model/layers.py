@@ -1,8 +1,10 @@
 """What one decoder block holds: tensors, linears that become INT8, and where magnitude can move between them."""
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+_EXPERT = re.compile(r"\.experts?\.(\d+)\.")
 Runs = tuple[tuple[int, int], ...]
 """Indices as (first, number) of consecutive ones."""
 NONE = -1
@@ -42,11 +44,40 @@ class Site:
 
 
 @dataclass(frozen=True)
+class View:
+    """A matrix ``[N, K]`` that is not stored as such: it is a part of another tensor, or transposed, or both.
+
+    Attributes:
+        tensor: that has it. The same name as the matrix's where that is only transposed, which it stays when it is
+            written.
+        whole: shape of that: ``[rows, columns]``, or ``[experts, rows, columns]``.
+        shape: (N, K).
+        expert: the index of its slab in a stack; ``None`` without one.
+        start: the first of the N rows among those of the slab, or columns if it is transposed.
+        transposed: whether the slab is ``[K, rows]``.
+    """
+
+    tensor: str
+    whole: tuple[int, ...]
+    shape: tuple[int, int]
+    expert: int | None = None
+    start: int = 0
+    transposed: bool = False
+
+    @property
+    def offset(self) -> int:
+        """How many of the tensor's elements are before the matrix's first."""
+        *_, height, width = self.whole
+        return (self.expert or 0) * height * width + self.start * (1 if self.transposed else width)
+
+
+@dataclass(frozen=True)
 class Layer:
     """One kind of decoder block. Names are those inside it, without ``.weight`` where they are of modules.
 
     Attributes:
-        tensors: every tensor that the checkpoint has of such a block -> shape.
+        tensors: every tensor that such a block has -> shape, as whoever reads them is shown them.
+        views: those of them that may be stored otherwise -> how.
         linears: linear -> (rows, columns). All of them become INT8.
         sites: couplings. Those whose producer is itself a linear come first, because dividing the producer's rows
             changes the column ranges that the sites behind the norms balance.
@@ -69,11 +100,17 @@ class Layer:
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     row_parallel: frozenset[str] = frozenset()
     experts: frozenset[str] = frozenset()
+    views: Mapping[str, View] = field(default_factory=dict)
 
     def linear_of(self, tensor: str) -> str | None:
         """The linear whose weight a tensor of the block is, ``None`` for anything else (norms, biases, routers)."""
         linear = tensor.removesuffix(".weight")
         return linear if linear != tensor and linear in self.linears else None
+
+    def expert_of(self, linear: str) -> int | None:
+        """The number of the expert that a linear belongs to, ``None`` for others."""
+        match = _EXPERT.search(f".{linear}") if linear in self.experts else None
+        return int(match[1]) if match else None
 
     def with_siblings(self, names: Iterable[str]) -> set[str]:
         """Names inside the block, and the siblings that vLLM fuses them with: a fused linear has one granularity."""

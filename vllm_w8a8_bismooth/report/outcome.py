@@ -27,6 +27,8 @@ class Outcome:
         already_float: full names of what the recipe ignores although it is never quantized: the head, routers, norms.
         floats: matrices inside the blocks that are never quantized, numbers as ``*`` -> why.
         sites: block index -> what was folded at each site.
+        sites: block index -> what was folded at each site. ``unread`` marks those inside experts that no calibration
+            token was sent to: they were measured on what the others were given.
         files: shard -> SHA-256.
         beside: files that were copied from the source, by the names that they have in the result.
         used: what of the calibration text was really used; ``None`` is data-free.
@@ -70,6 +72,16 @@ class Outcome:
     def calibration(self) -> dict[str, Any] | None:
         """What was used of the calibration text, and how, for JSON; ``None`` is data-free."""
         return None if self.used is None else {**self.used.json(), "arithmetic": self.arithmetic}
+
+    def unread(self) -> list[str]:
+        """A sentence without its full stop on experts that no calibration token was sent to; none if there is none."""
+        found = {i: [site["site"] for site in sites if site.get("unread")] for i, sites in self.sites.items()}
+        some = [f"{name} in block {i}" for i, names in found.items() for name in names]
+        if not some:
+            return []
+        which = ", ".join(some[:4]) + (f" and {len(some) - 4} more" if len(some) > 4 else "")
+        what = f"no calibration token was sent to the experts of the sites {which}"
+        return [f"{what}: they were measured on what other experts were given; more text may reach them"]
 
     def vulnerable(self) -> list[str]:
         """Linears whose weights did not survive what was done to them, worst first."""

@@ -112,7 +112,7 @@ def _unpaired(checkpoint: Checkpoint) -> Iterator[Problem]:
         scale = headers.get(f"{name}_scale")
         if scale is None:
             yield Problem(f"{name}_scale", "is missing", "copy the checkpoint again, or convert the source again")
-        elif len(header.shape) != 2 or len(scale.shape) != 2 or scale.shape[0] != header.shape[0]:
+        elif len(header.shape) != 2 or len(scale.shape) != 2 or scale.shape[0] not in header.shape:
             what = f"has shape {list(scale.shape)}, {name} has {list(header.shape)}"
             yield Problem(f"{name}_scale", what, "convert the source again")
 

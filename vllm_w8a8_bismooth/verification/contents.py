@@ -42,8 +42,8 @@ def read(checkpoint: Checkpoint, marked: bool, progress: Progress) -> Contents:
         progress: counts shards in the stage ``read``.
     """
     files: dict[str, list[str]] = {}
-    for name in sorted(checkpoint.headers, key=lambda name: checkpoint.headers[name].offset):
-        files.setdefault(checkpoint.headers[name].file, []).append(name)
+    for name in sorted(checkpoint.stored, key=lambda name: checkpoint.stored[name].offset):
+        files.setdefault(checkpoint.stored[name].file, []).append(name)
     found = Contents()
     with Threads() as threads:
         shards = threads.map(lambda file: _read_shard(checkpoint, file, files[file], marked), files)
@@ -58,7 +58,7 @@ def read(checkpoint: Checkpoint, marked: bool, progress: Progress) -> Contents:
 def _read_shard(checkpoint: Checkpoint, file: str, names: Sequence[str], marked: bool) -> Contents:
     path, digest, whole, found = checkpoint.folder / file, hashlib.sha256(), True, Contents()
     with open(path, "rb") as head:
-        digest.update(head.read(checkpoint.headers[names[0]].offset))
+        digest.update(head.read(checkpoint.stored[names[0]].offset))
     for name in names:
         try:
             _values(found, checkpoint, name, digest, marked)
@@ -73,9 +73,9 @@ def _read_shard(checkpoint: Checkpoint, file: str, names: Sequence[str], marked:
 
 def _values(found: Contents, checkpoint: Checkpoint, name: str, digest, marked: bool) -> None:
     """Add what is to be said of the finite values of one tensor."""
-    header, first, used, count, example = checkpoint.headers[name], 0, False, 0, ""
+    header, first, used, count, example = checkpoint.stored[name], 0, False, 0, ""
     is_scale = name.endswith(SCALE)
-    for piece in checkpoint.pieces(name, digest):
+    for piece in checkpoint.stored_pieces(name, digest):
         wrong = None
         if header.dtype == "I8":
             low, high = piece.aminmax()
