@@ -3,20 +3,24 @@
 import re
 import time
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from benchmarks import emulate
 from tests.support.families import Family
 from tests.support.folding import smoothed_copy
+from tests.support.predictions import divergence
+from tests.support.workers import engines
 from vllm_w8a8_bismooth.api import convert, verify
 from vllm_w8a8_bismooth.checkpoint.files import CONFIG, read_json
 from vllm_w8a8_bismooth.checkpoint.layout import Source
 from vllm_w8a8_bismooth.discovery.discover import discover
-from vllm_w8a8_bismooth.measure.calibration import Calibration
+from vllm_w8a8_bismooth.measure.calibration import Calibration, Given
 from vllm_w8a8_bismooth.method.rows import Threads
 
 METHODS = {
@@ -25,13 +29,14 @@ METHODS = {
     "calibrated": dict(calibration_tokens=512),
 }
 """How each family is converted: arguments of ``convert``; the last one's lacks the text."""
+WINDOWS = np.random.default_rng(3).integers(2, 160, (4, 41))
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 _TOKENS = torch.randint(2, 150, (2, 40), generator=torch.Generator().manual_seed(2))
 
 
 @dataclass
 class Proof:
-    """What was found and measured of one family.
+    """What was found and measured of one family without vLLM.
 
     Attributes:
         family: its name.
@@ -58,9 +63,6 @@ class Proof:
     converted: dict[str, int] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
     seconds: float = 0.0
-
-    def row(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def prove(family: Family, folder: Path, text: Path) -> Proof:
@@ -141,3 +143,51 @@ def _stream(source: Source) -> Iterator[float]:
         tensors = {name: source.checkpoint.read(prefix + name) for name in source.blocks[index]}
         calibration.advance(index, tensors, threads)
         yield _distance(calibration.hidden, expected)
+
+
+@dataclass
+class Served:
+    """What vLLM makes of a calibrated conversion.
+
+    Attributes:
+        family: its name.
+        cost: mean KL divergence of the predictions to those of the source in transformers and fp32, nats a token.
+        yardstick: the same of the source without its last block.
+        linears, experts: how many of vLLM's linears, and layers of experts, run on our kernels.
+        error: why there is nothing of this.
+    """
+
+    family: str
+    cost: float | None = None
+    yardstick: float | None = None
+    linears: int = 0
+    experts: int = 0
+    error: str | None = None
+
+
+def serve(families: Iterable[Family], folder: Path) -> Iterator[Served]:
+    """What vLLM makes of families for which :func:`prove` was given ``folder/<name>``, one engine after the other."""
+    left = {family.name: family for family in families}
+    while left:
+        wanted = {n: {"model": folder / n / "calibrated", "options": {"dtype": f.dtype}} for n, f in left.items()}
+        answers, log = engines.run(folder, WINDOWS, wanted)
+        if len(answers) < len(left):  # the process ended with the first that has no answer
+            answers[next(name for name in left if name not in answers)] = {"error": log[-3000:]}
+        for name, answer in answers.items():
+            del left[name]
+            if "logprobs" not in answer:
+                yield Served(name, error=answer["error"])
+                continue
+            expected, yardstick = _predictions(folder / name / "source")
+            cost = float(divergence(expected, answer["logprobs"][..., : expected.shape[-1]]).mean())
+            yield Served(name, cost, yardstick, sum(answer["schemes"].values()), answer["experts"])
+
+
+def _predictions(folder: Path) -> tuple[np.ndarray, float]:
+    """fp32 log-probabilities of a checkpoint, and how far they move without the last block, which is the yardstick."""
+    model, build = _model(folder, torch.float32), Source(folder).construction
+    model.config.use_cache = False
+    whole = emulate.log_probabilities(model, WINDOWS)
+    *_, last = model.get_submodule(f"{build.decoder}{build.blocks}").children()
+    last.forward = Given(build.returned)
+    return whole, float(divergence(whole, emulate.log_probabilities(model, WINDOWS)).mean())

@@ -229,6 +229,10 @@ class _Search:
 
 def _base_of(model: Any, blocks: str, embedding: str) -> str:
     """What the paths of the bare decoder's modules begin with in a causal language model."""
+    from transformers import AutoModel
+
+    if AutoModel._model_mapping.get(type(model.config), None) is type(model):  # Llama 4 with its tower
+        return ""
     if hasattr(model, model.base_model_prefix):
         return f"{model.base_model_prefix}."
     parts = zip(blocks.split("."), embedding.split("."), strict=False)  # Llama 4 names another prefix than it has

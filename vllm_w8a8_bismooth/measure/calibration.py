@@ -86,18 +86,18 @@ class Calibration:
                 model(input_ids=window, use_cache=False)
         except Exception as error:
             raise refused(checkpoint, error) from None
-        if given[0].hidden[0].ndim != 3 or any(block.differed for block in given):
-            what = "its blocks read more of each token than one hidden state, which calibration does not carry"
+        if given[0].hidden[0].ndim != 3:
+            what = "its blocks read several hidden states of each token, which calibration does not carry"
             raise BismoothError.of(checkpoint.folder, what, "use --calibration none, or --method rtn")
         self.hidden = torch.cat(given[0].hidden).to(device)
-        # Masks and positions of one window fit them all, if one by one: they have one length and no padding.
         self._arguments = [_each(lambda tensor: tensor.to(device), block.arguments) for block in given]
 
     @contextmanager
     def lend(
         self, index: int, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype
-    ) -> Iterator[tuple[torch.nn.Module, Callable[[torch.Tensor], torch.Tensor]]]:
-        """A block that has its weights until the context ends, and what runs it on ``[windows, length, hidden]``.
+    ) -> Iterator[tuple[torch.nn.Module, Callable[[torch.Tensor, Sequence[int]], torch.Tensor]]]:
+        """A block that has its weights until the context ends, and what runs it on ``[windows, length, hidden]`` of the
+        windows with some numbers.
 
         Args:
             index: of the block.
@@ -109,17 +109,19 @@ class Calibration:
         """
         block = self._blocks[index]
         arguments = _each(lambda t: t.to(dtype) if t.is_floating_point() else t, self._arguments[index])
+        together = len(arguments) == 1 and _fit_all(arguments)
         try:
             build = self.source.construction
             state = {name: (build.parts(index, name), value.shape) for name, value in block.state_dict().items()}
             lent = {name: _parameter(tensors, parts, shape).to(dtype) for name, (parts, shape) in state.items()}
             block.load_state_dict(lent, assign=True)
             first = 0 if build.returned else ...
-            together = _fit_all(arguments)
 
-            def run(hidden: torch.Tensor) -> torch.Tensor:
-                pieces = [hidden] if together else hidden.split(1)
-                done = [self._forwards[index](piece, *arguments[0], **arguments[1])[first] for piece in pieces]
+            def run(hidden: torch.Tensor, windows: Sequence[int]) -> torch.Tensor:
+                done = []
+                for piece, window in [(hidden, 0)] if together else zip(hidden.split(1), windows, strict=True):
+                    places, names = arguments[window % len(arguments)]
+                    done.append(self._forwards[index](piece, *places, **names)[first])
                 return torch.cat(done) if len(done) > 1 else done[0]
 
             yield block, run
@@ -174,8 +176,9 @@ class Calibration:
                 if (place := built(site.consumers[-1])) in modules
             ]
             step = max(1, _CHUNK // self.hidden.shape[1])
-            for windows in self.hidden.split(step):  # views: the states are replaced in place
-                windows.copy_(run(windows))
+            for windows in torch.arange(len(self.hidden)).split(step):
+                hidden = self.hidden[windows[0] : windows[-1] + 1]  # a view: the states are replaced in place
+                hidden.copy_(run(hidden, windows.tolist()))
             self.unread = [expert for mixture in _mixtures(block) for expert in mixture.read_rest()]
             for hook in hooks:
                 hook.remove()
@@ -208,24 +211,27 @@ class Given:
 
     Attributes:
         hidden: what it was given in each call.
-        arguments: all else, of the first call: those by place, and by name.
-        differed: whether a later call had others, as where embeddings of the tokens go into every block (Gemma 3n, 4).
+        calls: all else, those by place, and by name.
     """
 
     def __init__(self, returned: int):
         self._returned = returned
         self.hidden: list[torch.Tensor] = []
-        self.arguments: tuple[tuple[Any, ...], dict[str, Any]] = (), {}
-        self.differed = False
+        self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self._alike = True
+
+    @property
+    def arguments(self) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+        """Those of each call, or one if all had the same: masks and positions fit all windows, which have one length
+        and no padding; embeddings of the tokens that go into every block (Gemma 4) do not."""
+        return self.calls[:1] if self._alike else self.calls
 
     def __call__(self, *places: Any, **names: Any) -> Any:
         hidden, *others = places if places else (names.pop("hidden_states"),)
-        if not self.hidden:
-            self.arguments = tuple(others), names
-        elif not self.differed:
-            first, now = (_tensors(arguments) for arguments in (self.arguments, (tuple(others), names)))
-            self.differed = not all(map(torch.equal, first, now))
+        now = tuple(others), names
+        self._alike = self._alike and all(map(torch.equal, _tensors(self.calls[:1]), _tensors(now)))
         self.hidden.append(hidden)
+        self.calls.append(now)
         return (hidden, *[None] * (self._returned - 1)) if self._returned else hidden
 
 
