@@ -52,7 +52,11 @@ class Assembly:
         self._few, self._many = experts
         self._counts = counts
         self.real = {template(name): shape for name, shape in real.items()}
-        self._small = {template(name): self._shape(found) for name, found in regions.items() if found}
+        self._small = {
+            template(name): self._shape(found)
+            for name, found in regions.items()
+            if found and found[0].parameter in block.parameters
+        }
         self._of: dict[tuple[str, int | None], list[Region]] = {}
         for found in regions.values():
             for region in found:
@@ -66,9 +70,9 @@ class Assembly:
     def _shape(self, found: list[Region]) -> tuple[int, ...]:
         """Of a tensor of the small model."""
         region, total = found[0], sum(r.rows[1] for r in found)
-        whole = self._block.parameters.get(region.parameter)
-        if whole is None:  # a buffer
-            return (total,)
+        whole = self._block.parameters[region.parameter]
+        if not whole.ndim:
+            return ()
         if region.transposed:
             return (*whole.shape[: len(whole.shape) - 2 if region.expert is None else 0], total, whole.shape[-2])
         return (total, *(whole.shape[1:] if region.expert is None else whole.shape[2:]))

@@ -223,12 +223,17 @@ class _Search:
             if len(found) == 1 and not region.transposed and not region.parameter.startswith(beside)
             if not any(part.isdigit() for part in region.parameter.split("."))  # of the blocks of a tower
         }
-        tuples = isinstance(sample.blocks[0].returned(), tuple)
-        return names, Modules(base, sample.path, embedding, norm, head, outside, tuples), inside
+        made = sample.blocks[0].returned()
+        returned = len(made) if isinstance(made, tuple) else 0
+        return names, Modules(base, sample.path, embedding, norm, head, outside, returned), inside
 
 
 def _base_of(model: Any, blocks: str, embedding: str) -> str:
     """What the paths of the bare decoder's modules begin with in a causal language model."""
+    from transformers import AutoModel
+
+    if AutoModel._model_mapping.get(type(model.config), None) is type(model):  # Llama 4 with its tower
+        return ""
     if hasattr(model, model.base_model_prefix):
         return f"{model.base_model_prefix}."
     parts = zip(blocks.split("."), embedding.split("."), strict=False)  # Llama 4 names another prefix than it has

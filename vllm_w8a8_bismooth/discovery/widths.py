@@ -48,7 +48,13 @@ def is_tower(key: object, value: object) -> bool:
         and str(key).endswith("_config")
         and not _TEXT.fullmatch(str(key))
         and "vocab_size" not in value
+        and not all(_is_number(inner) for inner in value)
     )
+
+
+def _is_number(key: object) -> bool:
+    """Whether a key is the number of a block (Gemma 4), or a label of a classifier."""
+    return str(key).isdigit()
 
 
 def numbers(value: object) -> list[int]:
@@ -107,7 +113,7 @@ def factors(config: Mapping) -> list[int]:
 
 def _heads(config: Mapping) -> Iterator[tuple[int, int, bool]]:
     """Hidden size, heads, and whether the width of a head is said, of each part of a config."""
-    inner = [value for key, value in config.items() if isinstance(value, dict) and not is_tower(key, value)]
+    inner = [value for key, value in config.items() if isinstance(value, dict) and not is_tower(str(key), value)]
     for part in (config, *inner):
         hidden, heads = (
             next((part[key] for key in keys if type(part.get(key)) is int and part[key] > 0), None)
@@ -134,6 +140,8 @@ def shrunk(config: Mapping, factor: int, experts: int, blocks: int | None = None
     total = next((config[key] for key in config if _BLOCKS.fullmatch(str(key)) and type(config[key]) is int), None)
     for key, value in config.items():
         if key in _UNUSED:
+            continue
+        if blocks and _is_number(key) and int(key) >= blocks:
             continue
         if is_tower(key, value):
             out[key] = {k: _tower_entry(str(k), v) for k, v in value.items()}
