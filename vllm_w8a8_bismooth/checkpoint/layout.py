@@ -44,7 +44,7 @@ class Layout:
             blueprint = Blueprint.of(headers.config, headers.names, tensors)
             self.names = headers.names = blueprint.names
             self.construction, self.sizes, self.unproven = blueprint.construction, blueprint.sizes, blueprint.unproven
-            self.problems += headers.show(blueprint.views(len(tensors) + len(headers.lost)))
+            self.problems += headers.show(blueprint.views)
             tensors = headers.headers
             if tensors:
                 found = audit(headers, blueprint, tensors)

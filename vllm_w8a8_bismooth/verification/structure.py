@@ -58,7 +58,7 @@ class Structure:
         try:
             blueprint = Blueprint.of(checkpoint.config, checkpoint.names, tensors)
             checkpoint.names = blueprint.names
-            self.problems += checkpoint.show(blueprint.views(len(tensors)))
+            self.problems += checkpoint.show(blueprint.views)
             self._headers = checkpoint.headers
             tensors = {name: header for name, header in self._headers.items() if not name.endswith(SCALE)}
             sizes = blueprint.sizes
