@@ -19,7 +19,7 @@ from vllm_w8a8_bismooth.errors import BismoothError
 from vllm_w8a8_bismooth.measure.text import read_text
 from vllm_w8a8_bismooth.recipe import Recipe
 
-FUNCTIONS = ["convert", "inspect", "merge", "preview", "score", "verify"]
+FUNCTIONS = ["convert", "inspect", "merge", "preview", "score", "sites", "verify"]
 
 
 def modules_after(line: str) -> set[str]:

@@ -5,7 +5,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vllm_w8a8_bismooth.api import convert, inspect, merge, preview, score, verify
+    from vllm_w8a8_bismooth.api import convert, inspect, merge, preview, score, sites, verify
 
 __version__ = "0.1.0"
 FORMAT = "int-quantized"
@@ -14,7 +14,7 @@ MARKER = "bismooth"
 """The key of ``quantization_config`` by which the plugin claims our checkpoints; other readers ignore it."""
 NAME = "w8a8_bismooth"
 """How vLLM calls the quantization method of the plugin."""
-__all__ = ["convert", "inspect", "merge", "preview", "register", "score", "verify"]
+__all__ = ["convert", "inspect", "merge", "preview", "register", "score", "sites", "verify"]
 
 
 def __getattr__(name: str) -> Any:

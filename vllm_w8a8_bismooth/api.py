@@ -18,9 +18,9 @@ if TYPE_CHECKING:  # torch comes with most of them, and inspect does without
     from vllm_w8a8_bismooth.conversion.inspect import Survey
     from vllm_w8a8_bismooth.conversion.preparation import Preparation
     from vllm_w8a8_bismooth.conversion.preview import Preview
+    from vllm_w8a8_bismooth.conversion.sites import Sites
     from vllm_w8a8_bismooth.report.outcome import Outcome
     from vllm_w8a8_bismooth.scoring.result import Score
-    from vllm_w8a8_bismooth.scoring.score import Preparation as ScorePreparation
     from vllm_w8a8_bismooth.verification import Verification
 
 
@@ -41,6 +41,8 @@ def convert(
     ignore: str | Sequence[str] | None = None,
     blocks: str | slice | range | None = None,
     device: str = "cpu",
+    sites: str | Path | None = None,
+    trust_remote_code: bool = False,
     base_model: str | None = None,
     license: str | None = None,
     progress: Progress | None = None,
@@ -71,10 +73,13 @@ def convert(
         ignore: patterns of the linears to leave in the source's dtype.
         blocks: only these decoder blocks, ``"0:42"`` or ``range(42)``: makes a part, see :func:`merge`.
         device: where blocks are worked on: ``cpu``, ``cuda``, ``cuda:1``.
+        sites: a file with the record of the model's sites, as :func:`sites` gives it, perhaps edited. It is proven, and
+            takes the place of what would be known or found out.
+        trust_remote_code: whether code in the checkpoint's own folder may run, for types that transformers lacks.
         base_model: for the model card, the original's id on the Hub, ``org/name``; ``None`` is the source's, if known.
         license: for the model card, the original's licence by its id on the Hub or in SPDX; ``None`` is the source's.
         progress: called as ``progress(stage, done, total, written)``: a stage's name (``calibrate``, ``analyze``,
-            ``carry``, ``convert``), blocks done and in all, and bytes written so far.
+            ``carry``, ``convert``, ``discover``), blocks done and in all, and bytes written so far.
 
     Returns:
         What was done; ``outcome.vulnerable()`` lists the linears that INT8 still breaks.
@@ -103,8 +108,11 @@ def convert(
         ignore=ignore,
         blocks=blocks,
         device=device,
+        sites=sites,
+        trust_remote_code=trust_remote_code,
         base_model=base_model,
         license=license,
+        progress=progress,
     )
     return pipeline.convert(ready, given.progress(progress))
 
@@ -160,6 +168,7 @@ def verify(
     folder: str | Path,
     *,
     against: str | Path | None = None,
+    trust_remote_code: bool = False,
     progress: Progress | None = None,
     engine: bool = True,
 ) -> "Verification":
@@ -169,6 +178,7 @@ def verify(
         folder: the checkpoint, ours or another symmetric INT8 W8A8 one in compressed-tensors' format.
         against: the checkpoint that it was made from, a folder or ``org/name[@revision]``, to compare weights and
             function with.
+        trust_remote_code: as of :func:`convert`; for a checkpoint that was converted with it.
         progress: as of :func:`convert`; counts shards in the stage ``read`` and blocks in the stage ``compare``.
         engine: whether vLLM is asked in a process of its own, if it is installed and nothing else is wrong; that takes
             10 to 20 seconds.
@@ -184,20 +194,32 @@ def verify(
 
     if not isinstance(engine, bool):
         raise TypeError(f"engine must be True or False, not {engine!r}")
-    other = None if against is None else given.fetched(against)
-    return verification.verify(given.path("folder", folder), other, given.progress(progress), engine)
+    watch = given.progress(progress)
+    means = given.means(None, trust_remote_code, watch)
+    other = None if against is None else given.fetched(against, means)
+    return verification.verify(given.path("folder", folder), other, watch, engine, means.trusted)
 
 
-def inspect(source: str | Path, *, calibration_tokens: int = 16384, group_size: int = 128) -> "Survey":
+def inspect(
+    source: str | Path,
+    *,
+    calibration_tokens: int = 16384,
+    group_size: int = 128,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> "Survey":
     """Say from headers alone what a conversion needs and what stands in its way, as ``bismooth inspect`` does.
 
     Args:
         source: a folder, or as a string also ``org/name[@revision]`` on the Hub, of which no weights are downloaded.
         calibration_tokens: of a calibrated conversion, for the estimates.
         group_size: columns per scale, for which tensor parallelism is checked.
+        trust_remote_code: as of :func:`convert`.
+        progress: as of :func:`convert`; counts blocks in the stage ``discover``, for types that the table lacks.
 
     Returns:
-        What the headers hold; ``problems`` is empty if the checkpoint can be converted.
+        What the headers hold; ``kinds`` has the blocks and their sites, and ``problems`` is empty if the checkpoint can
+        be converted.
 
     Raises:
         BismoothError: there is nothing to read.
@@ -214,8 +236,49 @@ def inspect(source: str | Path, *, calibration_tokens: int = 16384, group_size: 
             raise BismoothError.of(f"--{name.replace('_', '-')} {value}", "not positive", "give a number from 1 on")
     if group_size % 32:
         raise BismoothError.of(f"--group-size {group_size}", "not a positive multiple of 32", "give one, like 128")
+    means = given.means(None, trust_remote_code, given.progress(progress))
     place = hub.find(source) if isinstance(source, str) else Folder(given.path("source", source))
-    return survey(place, int(calibration_tokens), int(group_size))
+    return survey(place, int(calibration_tokens), int(group_size), means)
+
+
+def sites(
+    source: str | Path,
+    *,
+    sites: str | Path | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> "Sites":
+    """Find out where magnitude can move in a model, from its config alone, as ``bismooth sites`` does.
+
+    Args:
+        source: a folder, a ``config.json``, or as a string also ``org/name[@revision]`` on the Hub, of which no weights
+            are downloaded.
+        sites: a file with a record, as of :func:`convert`, to be proven instead.
+        trust_remote_code: as of :func:`convert`.
+        progress: as of :func:`convert`; counts blocks in the stage ``discover``.
+
+    Returns:
+        ``kinds`` of blocks with their sites, and the whole ``record``; ``json.dumps(found.record.to_json())`` is what
+        ``sites`` takes here and in :func:`convert`.
+
+    Raises:
+        BismoothError: no model can be made of the config, or the record's sites do not hold.
+        TypeError: an argument is of another kind than it should be.
+    """
+    from vllm_w8a8_bismooth.checkpoint import hub
+    from vllm_w8a8_bismooth.checkpoint.files import CONFIG, Folder, read_json
+
+    means = given.means(sites, trust_remote_code, given.progress(progress))
+    where = given.path("source", source)
+    if where.is_file():
+        config, code = read_json(where), where.parent
+    else:
+        place = hub.find(source) if isinstance(source, str) else Folder(where)
+        config = read_json(place.local(CONFIG))
+        code = place.code() if means.trusted else Path()
+    from vllm_w8a8_bismooth.conversion.sites import find
+
+    return find(config, str(source), code, means)
 
 
 def score(
@@ -259,50 +322,8 @@ def score(
     from vllm_w8a8_bismooth.scoring import score as room
 
     watch = given.progress(progress)
-    ready = prepare_score(folder, against, text, tokens, window, dtype, tensor_parallel_size, write_card)
+    ready = given.prepare_score(folder, against, text, tokens, window, dtype, tensor_parallel_size, write_card)
     return room.run(ready, watch)
-
-
-def prepare_score(
-    folder: str | Path,
-    against: str | Path | None = None,
-    text: str | Path | Sequence[str | Path] | None = None,
-    tokens: int = 8192,
-    window: int = 512,
-    dtype: str = "auto",
-    tensor_parallel_size: int = 1,
-    write_card: bool = False,
-) -> "ScorePreparation":
-    """All that :func:`score` does before its first engine.
-
-    Args:
-        folder, against, text, tokens, window, dtype, tensor_parallel_size, write_card: see :func:`score`.
-
-    Raises:
-        BismoothError: see :func:`score`.
-        TypeError: an argument is of another kind than it should be.
-    """
-    place = given.path("folder", folder)
-    numbers_given = {"tokens": tokens, "window": window, "tensor_parallel_size": tensor_parallel_size}
-    for name, value in numbers_given.items():
-        if not isinstance(value, numbers.Integral) or isinstance(value, bool):
-            raise TypeError(f"{name} must be an integer, not {value!r}")
-    if not isinstance(write_card, bool):
-        raise TypeError(f"write_card must be True or False, not {write_card!r}")
-    if not isinstance(dtype, str):
-        raise TypeError(f"dtype must be a text, not {dtype!r}")
-    files = [] if text is None else list(text) if isinstance(text, list | tuple) else [text]
-    if not files:
-        remedy = "give text like what the model will read, but not what it was calibrated on: --text FILE"
-        raise BismoothError.of("score", "needs a text for the model to predict", remedy)
-    paths = [given.path("text", file, "give a file") for file in files]
-
-    from vllm_w8a8_bismooth.scoring import score as room
-    from vllm_w8a8_bismooth.scoring.tokens import read
-
-    content = read(paths)
-    source = None if against is None else given.fetched(against)
-    return room.prepare(place, source, content, int(tokens), int(window), dtype, int(tensor_parallel_size), write_card)
 
 
 def prepare(
@@ -314,16 +335,19 @@ def prepare(
     calibration_tokens: int | None = None,
     blocks: str | slice | range | None = None,
     device: str = "cpu",
+    sites: str | Path | None = None,
+    trust_remote_code: bool = False,
     base_model: str | None = None,
     license: str | None = None,
+    progress: Progress | None = None,
     download: bool = True,
     **choices: Any,
 ) -> "Preparation":
     """All that :func:`convert` does before its first write.
 
     Args:
-        source, destination, method, calibration, calibration_tokens, blocks, device, base_model, license: see
-            :func:`convert`.
+        source, destination, method, calibration, calibration_tokens, blocks, device, sites, trust_remote_code,
+            base_model, license, progress: see :func:`convert`.
         download: whether a source on the Hub may be downloaded.
         choices: further fields of :class:`recipe.Recipe`.
 
@@ -338,6 +362,7 @@ def prepare(
     destination = given.destination(destination)
     recipe = Recipe.of(method, calibration_tokens=calibration_tokens, **choices)
     labels, text = Labels(base_model, license), given.text(method, calibration)
+    means = given.means(sites, trust_remote_code, given.progress(progress))
     if text is None and calibration_tokens is not None:
         what = "--calibration-tokens has no effect with --calibration none"
         raise BismoothError.of("convert", what, "leave out one of the two")
@@ -347,5 +372,5 @@ def prepare(
 
     if isinstance(source, str) and (parsed := hub.parse(source)) is not None:  # a download may take hours
         Destination.of(destination, parsed[0].rpartition("/")[2]).check()
-    folder = given.fetched(source) if download else given.at_hand(source)
-    return preparation.prepare(folder, destination, recipe, text, device, blocks, labels)
+    folder = given.fetched(source, means) if download else given.at_hand(source)
+    return preparation.prepare(folder, destination, recipe, text, device, blocks, labels, means)

@@ -66,8 +66,12 @@ class BadSource(BismoothError):
     elsewhere = "; bismooth inspect lists them"
 
 
-class UnknownModel(BismoothError):
-    """A type of model that transformers does not have: it can be converted without smoothing."""
+class Unproven(BismoothError):
+    """Nothing was found out of how a model computes: only methods without smoothing can convert it."""
+
+
+class UnknownModel(Unproven):
+    """A type of model that transformers does not have, or only with code that may not run."""
 
 
 class Interrupted(BismoothError):

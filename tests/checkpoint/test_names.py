@@ -348,12 +348,12 @@ def test_two_stale_keys_are_one_remedy(make, tmp_path):
     refused(source, tmp_path, "remove quantization_config and compression_config from config.json")
 
 
-def test_quantization_config_of_quantized_weights_is_none_of_that(make, tmp_path):
+def test_scales_beside_float_weights_are_none_of_that(make, tmp_path):
     source = make()
     config(quantization_config={"quant_method": "fp8"})(source)
     more = {"model.layers.0.mlp.up_proj.weight_scale_inv": torch.ones(1, 1)}
     edit_tensors(source, lambda tensors: tensors | more)
-    refused(source, tmp_path, "already quantized", "'fp8'", "convert the original")
+    refused(source, tmp_path, "has dtype BF16, and a scale is beside it", "download the checkpoint again")
 
 
 # --- what a class calls its decoder ---------------------------------------------------------------------------------

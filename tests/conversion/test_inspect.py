@@ -22,7 +22,7 @@ from vllm_w8a8_bismooth.recipe import Recipe
 
 def inspect(source: Path, *options) -> tuple[int, dict]:
     code, out = run("inspect", source, "--json", *options)
-    return code, json.loads(out)
+    return code, json.loads(out[out.index("{\n") :])  # behind what progress says
 
 
 def test_whole_70b_takes_no_torch_and_little_time(tmp_path):

@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import own
 from tests.support.models import tiny_config
 from vllm_w8a8_bismooth.discovery import discover as module
 from vllm_w8a8_bismooth.discovery.discover import discover
 from vllm_w8a8_bismooth.discovery.find import find
 from vllm_w8a8_bismooth.discovery.origin import MOST_BLOCKS, MOST_EXPERTS
 from vllm_w8a8_bismooth.discovery.record import Discovery
-from vllm_w8a8_bismooth.errors import BismoothError
+from vllm_w8a8_bismooth.errors import BismoothError, UnknownModel, Unproven
 
 
 @pytest.fixture(autouse=True)
@@ -68,97 +69,34 @@ def test_json_has_experts_once():
 
 
 @pytest.mark.parametrize(
-    ("changes", "what"),
+    ("kind", "changes", "what"),
     [
-        (dict(num_hidden_layers=MOST_BLOCKS + 1), "num_hidden_layers"),
-        (dict(num_hidden_layers=10**12), "num_hidden_layers"),
-        (dict(num_experts=MOST_EXPERTS + 1), "num_experts"),
-        (dict(hidden_size=2**40), "hidden_size"),
-        (dict(num_attention_heads=2**30), "num_attention_heads"),
-        (dict(layer_types=["full_attention"] * 10**5), "layer_types"),
-        (dict(text_config=dict(num_hidden_layers=10**9)), "num_hidden_layers"),
-        (dict(model_type="no-such-model"), "no-such-model"),
-        (dict(model_type=None), "transformers refuses it"),
-        (dict(hidden_size=-1), "transformers refuses it"),
-        (dict(hidden_act="no-such-function"), "no-such-function"),
-        (dict(num_attention_heads=0), "refuses|builds no model|runs"),
+        (BismoothError, dict(num_hidden_layers=MOST_BLOCKS + 1), "num_hidden_layers"),
+        (BismoothError, dict(num_hidden_layers=10**12), "num_hidden_layers"),
+        (BismoothError, dict(num_experts=MOST_EXPERTS + 1), "num_experts"),
+        (BismoothError, dict(hidden_size=2**40), "hidden_size"),
+        (BismoothError, dict(num_attention_heads=2**30), "num_attention_heads"),
+        (BismoothError, dict(layer_types=["full_attention"] * 10**5), "layer_types"),
+        (BismoothError, dict(text_config=dict(num_hidden_layers=10**9)), "num_hidden_layers"),
+        (UnknownModel, dict(model_type="no-such-model"), "no-such-model"),
+        (UnknownModel, dict(model_type=None), "model_type = None is unknown"),
+        (BismoothError, dict(text_config=json.loads('{"a":' * 40 + "0" + "}" * 40)), "nested more than 32 deep"),
+        (Unproven, dict(hidden_size=-1), "transformers refuses it"),
+        (Unproven, dict(hidden_act="no-such-function"), "no-such-function"),
+        (Unproven, dict(num_attention_heads=0), "refuses|builds no model|runs"),
     ],
 )
-def test_configs_of_which_no_model_is_made_are_refused(config, changes, what):
+def test_configs_of_which_no_model_is_made_are_refused(config, kind, changes, what):
     with pytest.raises(BismoothError, match=what) as caught:
         discover({**config, **changes})
-    assert "--method rtn" in str(caught.value)
-
-
-CONFIGURATION = """
-from transformers import PretrainedConfig
-
-class OwnConfig(PretrainedConfig):
-    model_type = "own"
-
-    def __init__(self, hidden_size=64, intermediate_size=96, num_hidden_layers=2, vocab_size=160, **rest):
-        self.hidden_size, self.intermediate_size = hidden_size, intermediate_size
-        self.num_hidden_layers, self.vocab_size = num_hidden_layers, vocab_size
-        super().__init__(**rest)
-"""
-MODELING = """
-import torch
-from torch import nn
-from transformers import PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutput
-
-from .configuration_own import OwnConfig
-
-class OwnBlock(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.ln = nn.LayerNorm(config.hidden_size)
-        self.wi = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.wo = nn.Linear(config.intermediate_size, config.hidden_size)
-
-    def forward(self, x):
-        return x + self.wo(self.wi(self.ln(x)).relu())
-
-class OwnModel(PreTrainedModel):
-    config_class = OwnConfig
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.wte = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.stack = nn.ModuleList([OwnBlock(config) for _ in range(config.num_hidden_layers)])
-        self.ln = nn.LayerNorm(config.hidden_size)
-        self.out = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
-
-    def get_input_embeddings(self):
-        return self.wte
-
-    def get_output_embeddings(self):
-        return self.out
-
-    def forward(self, input_ids, use_cache=False):
-        x = self.wte(input_ids)
-        for block in self.stack:
-            x = block(x)
-        return CausalLMOutput(logits=self.out(self.ln(x)))
-"""
+    assert type(caught.value) is kind
+    assert ("--method rtn" in str(caught.value)) is issubclass(kind, Unproven), "absurd ones are converted in no way"
 
 
 def test_a_models_own_code_runs_only_if_it_may(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     folder = tmp_path / "model"
-    folder.mkdir()
-    (folder / "configuration_own.py").write_text(CONFIGURATION)
-    (folder / "modeling_own.py").write_text(MODELING)
-    config = dict(
-        model_type="own",
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=3,
-        vocab_size=160,
-        auto_map={"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnModel"},
-    )
-    (folder / "config.json").write_text(json.dumps(config))
+    config = own.write_code(folder, num_hidden_layers=3)
     with pytest.raises(BismoothError, match="--trust-remote-code"):
         discover(config)
     found = discover(config, code=folder)

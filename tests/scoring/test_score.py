@@ -13,7 +13,7 @@ import vllm_w8a8_bismooth as b
 from tests.support.command import run
 from tests.support.conversion import convert
 from tests.support.damage import edit_json
-from vllm_w8a8_bismooth import api
+from vllm_w8a8_bismooth import given
 from vllm_w8a8_bismooth.errors import BismoothError, Interrupted
 from vllm_w8a8_bismooth.measure.text import read_text
 from vllm_w8a8_bismooth.recipe import Recipe
@@ -351,7 +351,7 @@ def test_an_interrupt_says_that_it_goes_on(engines, source, out, text, monkeypat
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(api, "prepare_score", interrupt)
+    monkeypatch.setattr(given, "prepare_score", interrupt)
     said = "Interrupted; the same command goes on from there\n"
     assert run("score", out, "--text", text) == (130, said)
 

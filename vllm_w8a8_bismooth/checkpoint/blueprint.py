@@ -7,9 +7,10 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from vllm_w8a8_bismooth.checkpoint import findings, stacks
+from vllm_w8a8_bismooth.checkpoint.basis import DISCOVERY, GIVEN, NAMES, TABLE, Means
 from vllm_w8a8_bismooth.checkpoint.files import CONFIG
-from vllm_w8a8_bismooth.checkpoint.reader import Header
-from vllm_w8a8_bismooth.errors import BismoothError, Problem
+from vllm_w8a8_bismooth.checkpoint.reader import Header, Headers
+from vllm_w8a8_bismooth.errors import BismoothError, Problem, Unproven
 from vllm_w8a8_bismooth.model.architectures import Architecture, Template, architecture_of
 from vllm_w8a8_bismooth.model.construction import Construction, Renamed
 from vllm_w8a8_bismooth.model.layers import Layer, View
@@ -33,6 +34,8 @@ class Blueprint:
         tied: whether the head is the embedding.
         layers: what each of the first so many blocks holds.
         outside, optional: tensors outside the blocks that must and that may be there.
+        known_by: where all of this is from, see :class:`basis.Basis`.
+        record: what was found out or given.
         unproven: why no site is known, so that only methods without smoothing do; ``None`` where sites are known.
         views: full names of matrices that the files may have as parts of other tensors, or transposed -> how.
     """
@@ -44,43 +47,54 @@ class Blueprint:
     layers: Callable[[int], list[Layer]]
     outside: Shapes
     optional: Shapes
+    known_by: str = TABLE
+    record: "Discovery | None" = None
     unproven: BismoothError | None = None
     views: Mapping[str, View] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, config: Mapping, names: Names, tensors: Mapping[str, Header]) -> "Blueprint":
+    def of(cls, checkpoint: Headers, means: Means, tensors: Mapping[str, Header] | None = None) -> "Blueprint":
         """What follows from a config, or where it says nothing, from the tensors.
 
         Args:
-            config: a parsed ``config.json``. It is not trusted.
-            names: as they look in the files, of a type in the table.
-            tensors: in the files.
+            checkpoint: its config is not trusted; its names are those of a type in the table.
+            means: by which it may be found out.
+            tensors: those that count; ``None`` for all.
 
         Raises:
             BismoothError: it describes no model.
         """
+        config = checkpoint.config
+        tensors = checkpoint.headers if tensors is None else tensors
         model_type = config.get("model_type")
         if not isinstance(model_type, str):
             what = f"model_type = {model_type!r} names no type of model"
             raise BismoothError.of(CONFIG, what, "give the folder of a Hugging Face checkpoint")
-        if architecture := architecture_of(config):
-            return cls.tabled(config, names, architecture)
+        if means.known is not None and means.known.record is not None:
+            return cls.discovered(config, means.known.record, tensors, means.known.by)
+        if means.given is None and (architecture := architecture_of(config)):
+            return cls.tabled(config, checkpoint.names, architecture)
         from vllm_w8a8_bismooth.discovery.discover import discover  # which imports torch and transformers
 
         try:
-            found = discover(config)
-        except BismoothError as error:
+            found = discover(config, checkpoint.code, means.progress, means.given)
+        except Unproven as error:
+            if means.given is not None:
+                raise
             return cls.guessed(config, tensors, error)
-        return cls.discovered(config, found, tensors)
+        return cls.discovered(config, found, tensors, DISCOVERY if means.given is None else GIVEN)
 
     @classmethod
-    def discovered(cls, config: Mapping, found: "Discovery", tensors: Iterable[str] = ()) -> "Blueprint":
-        """By what was found out about such models.
+    def discovered(
+        cls, config: Mapping, found: "Discovery", tensors: Iterable[str] = (), by: str = DISCOVERY
+    ) -> "Blueprint":
+        """By what was found out about such models, or was given and proven.
 
         Args:
             config: as it was asked about.
             found: the answer.
             tensors: in the files, where the decoder may have another trunk than its class gives it: GPT-2's has none.
+            by: whose word it is.
         """
         names = Names(
             found.names.blocks, str(found.names.embedding), found.names.norm, found.names.head or "lm_head.weight"
@@ -101,6 +115,8 @@ class Blueprint:
             outside={name: shape for name, shape in around.items() if name in needed},
             optional={names.head: (vocabulary, hidden)} | {n: shape for n, shape in around.items() if n not in needed},
             views=findings.views_of(layers, names),
+            known_by=by,
+            record=found,
         )
 
     @classmethod
@@ -132,6 +148,7 @@ class Blueprint:
             layers=lambda bound: layers,
             outside={name: shape for name, shape in inside.items() if name != names.head},
             optional={names.head: (vocabulary, hidden)},
+            known_by=NAMES,
             unproven=unproven,
         )
 

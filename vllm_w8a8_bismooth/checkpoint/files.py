@@ -6,7 +6,7 @@ import os
 import shutil
 import stat
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,6 +136,9 @@ class Place(Protocol):
             BismoothError: there is none.
         """
 
+    def code(self) -> Path:
+        """A folder on this machine that holds the code beside the config."""
+
     def header(self, file: str) -> tuple[int, dict[str, Any]]:
         """Where in a safetensors file the data begin, and tensor name -> ``dtype``, ``shape`` and ``data_offsets``.
 
@@ -188,6 +191,9 @@ class Folder:
     def local(self, file: str) -> Path:
         return self.path / file
 
+    def code(self) -> Path:
+        return self.path
+
     def header(self, file: str) -> tuple[int, dict[str, Any]]:
         from safetensors import SafetensorError, safe_open
 
@@ -208,9 +214,14 @@ class Folder:
         return 8 + length, entries
 
 
-def write_json(path: Path, value: Mapping) -> None:
-    """Write a small JSON file, keys in the order given."""
-    path.write_text(json.dumps(value, indent=2) + "\n")
+def write_json(path: Path, value: Mapping, compact: Collection[str] = ()) -> None:
+    """Write a small JSON file, keys in the order given; what is under ``compact`` ones has a line each."""
+    lines = [
+        f"  {json.dumps(key)}: "
+        + (json.dumps(item) if key in compact else json.dumps(item, indent=2).replace("\n", "\n  "))
+        for key, item in value.items()
+    ]
+    path.write_text("{\n" + ",\n".join(lines) + "\n}\n" if lines else "{}\n")
 
 
 def copy(source: Path, target: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_w8a8_bismooth.checkpoint import shards
+from vllm_w8a8_bismooth.checkpoint.basis import Means
 from vllm_w8a8_bismooth.checkpoint.companions import companions
 from vllm_w8a8_bismooth.checkpoint.files import CONFIG, INDEX, Folder, check_space
 from vllm_w8a8_bismooth.checkpoint.layout import Layout
@@ -17,6 +18,7 @@ from vllm_w8a8_bismooth.errors import BismoothError, refuse_empty
 _HUB_ID = re.compile(r"(?a:(\w[\w.-]*/\w[\w.-]*))(?:@(.+))?")
 _SNAPSHOT = re.compile(r"(?a:/models--((?:(?!--)[\w.-])+)--((?:(?!--)[\w.-])+)/snapshots/([0-9a-f]{40}))/?$")
 """A checkpoint's folder in the Hub's cache. No name on the Hub has two hyphens in a row."""
+_ALONE = Means()
 _PUBLISHER = "tell the publisher"
 
 
@@ -49,13 +51,14 @@ def find(source: str) -> "Folder | Repository":
         return folder
 
 
-def fetch(source: str) -> Folder:
+def fetch(source: str, means: Means = _ALONE) -> Folder:
     """A checkpoint with its weights, downloaded into the Hub's cache where it is not there yet.
 
     Before that, its headers are audited: what cannot be converted is not worth a download.
 
     Args:
         source: see :func:`find`.
+        means: for its layout.
 
     Raises:
         BismoothError: see :func:`find`; or the audit found problems, or the disk is too small.
@@ -64,7 +67,7 @@ def fetch(source: str) -> Folder:
     if isinstance(place, Folder):
         return place
     headers = Headers(place)
-    Layout(headers).refuse()
+    Layout(headers, means).refuse()
     return place.download(headers.files)
 
 
@@ -123,6 +126,12 @@ class Repository:
                 f"{self}/{file}", "not in the repository", "name a repository that holds a Hugging Face checkpoint"
             )
         return self._fetch(file)
+
+    def code(self) -> Path:
+        for file in self.files():
+            if file.endswith(".py") and "/" not in file:
+                self._fetch(file)
+        return self._fetch(CONFIG).parent
 
     def header(self, file: str) -> tuple[int, dict[str, Any]]:
         from huggingface_hub import HfApi

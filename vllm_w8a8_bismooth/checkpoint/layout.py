@@ -6,6 +6,7 @@ from itertools import islice
 from pathlib import Path
 
 from vllm_w8a8_bismooth.checkpoint.audit import audit, check_unquantized
+from vllm_w8a8_bismooth.checkpoint.basis import Basis, Means
 from vllm_w8a8_bismooth.checkpoint.blueprint import Blueprint
 from vllm_w8a8_bismooth.checkpoint.companions import link_problems, module_problems
 from vllm_w8a8_bismooth.checkpoint.files import Folder
@@ -13,6 +14,7 @@ from vllm_w8a8_bismooth.checkpoint.reader import Checkpoint, Headers
 from vllm_w8a8_bismooth.errors import BadSource, BismoothError, Problem
 from vllm_w8a8_bismooth.model.layers import Layer
 
+_ALONE = Means()
 PROBLEMS = 1000
 """How many problems of one checkpoint are listed at most."""
 
@@ -21,7 +23,7 @@ class Layout:
     """What the headers of a checkpoint hold, as a model; nothing more than headers is needed.
 
     Attributes:
-        checkpoint, construction, sizes, names, unproven: see their modules.
+        checkpoint, construction, sizes, names, known_by, record, unproven: see their modules.
         layers: what each block holds.
         blocks: per block, the names inside it, in the order of the files.
         outside: full names of everything else.
@@ -29,11 +31,15 @@ class Layout:
         problems: of the headers and of the audit, bounded by :data:`PROBLEMS`. While there are any, blocks may lack
             tensors and tensors may have any shape.
 
+    Args:
+        headers: of the checkpoint.
+        means: by which it may be laid out.
+
     Raises:
         BismoothError: on construction, with all problems, if the config does not let the model be laid out.
     """
 
-    def __init__(self, headers: Headers):
+    def __init__(self, headers: Headers, means: Means = _ALONE):
         self.checkpoint = headers
         self.problems: list[Problem] = list(islice(headers.problems, PROBLEMS))
         if not headers.config and self.problems:  # config.json is one of them
@@ -41,7 +47,9 @@ class Layout:
         tensors = headers.headers
         try:
             check_unquantized(headers.config, {name: header.dtype for name, header in tensors.items()})
-            blueprint = Blueprint.of(headers.config, headers.names, tensors)
+            headers.code = headers.place.code() if means.trusted else None
+            blueprint = Blueprint.of(headers, means)
+            self.known_by, self.record = blueprint.known_by, blueprint.record
             self.names = headers.names = blueprint.names
             self.construction, self.sizes, self.unproven = blueprint.construction, blueprint.sizes, blueprint.unproven
             self.problems += headers.show(blueprint.views)
@@ -71,6 +79,11 @@ class Layout:
             what = f"{len(beyond)} blocks behind num_hidden_layers" if many else f"block {min(beyond)}"
             does = "which predict further tokens (MTP), stay" if many else "which predicts further tokens (MTP), stays"
             self.notes.append(f"{what}, {does} in the source's dtype")
+
+    @property
+    def basis(self) -> Basis:
+        """What the layout rests on."""
+        return Basis.of(self.known_by, self.record, self.layers)
 
     def place_of(self, name: str) -> tuple[int, str]:
         """The block of a tensor or module inside one, and its name there."""
@@ -138,6 +151,6 @@ class Source(Layout):
 
     checkpoint: Checkpoint
 
-    def __init__(self, folder: str | Path | Folder):
-        super().__init__(Checkpoint(folder))
+    def __init__(self, folder: str | Path | Folder, means: Means = _ALONE):
+        super().__init__(Checkpoint(folder), means)
         self.refuse()

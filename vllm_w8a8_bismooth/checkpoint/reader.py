@@ -65,6 +65,7 @@ class Headers:
         quantized: how these are stored, in words; ``None`` if there are none.
         names: what the parts of the decoder are called.
         renamed: what was taken from the names or added to them; ``None`` if nothing was.
+        code: the folder of the model's own code, if it may run; set by :class:`layout.Layout`.
         unlike: see :class:`shards.Shards`.
         notes: what was passed over or taken in a way that the user should know.
         problems: what is missing, unreadable, inconsistent or truncated, and dtypes that are not accepted.
@@ -89,6 +90,7 @@ class Headers:
         self.quantized: str | None = None
         self.names, self.lost, self.notes = Names(), set(), []
         self.apart: set[str] = set()
+        self.code: Path | None = None
         self.renamed: str | None = None
         self.unlike: str | None = None
         if isinstance(place, Folder) and not place.has(CONFIG):  # any folder, perhaps with millions of files in it

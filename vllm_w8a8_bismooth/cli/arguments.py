@@ -3,12 +3,26 @@
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
 from vllm_w8a8_bismooth.errors import BismoothError, Problem, refuse_empty
 from vllm_w8a8_bismooth.shell import refuse_tilde
 
+SourceArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="SRC", help="Folder of a Hugging Face checkpoint (safetensors), or org/name\\[@revision] on the Hub."
+    ),
+]
+TrustOption = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Run the model's own code, from the checkpoint's folder, where transformers lacks its type.",
+    ),
+]
 _GO_ON = ("convert", "merge", "push", "score")
 _DRY = f"{__name__}.dry"
 

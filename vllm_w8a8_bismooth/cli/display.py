@@ -41,7 +41,7 @@ def with_sentences(found: "inspect.Survey | Diagnosis") -> dict[str, Any]:
     return asdict(found) | {"problems": list(map(str, found.problems))}
 
 
-def _left_out(console: "Console", files: Mapping[str, int], notes: Sequence[str]) -> None:
+def left_out(console: "Console", files: Mapping[str, int], notes: Sequence[str]) -> None:
     """What the user should know of the source: notes, and files that are not copied, those in one folder as one."""
     from rich.filesize import decimal
     from rich.markup import escape
@@ -60,69 +60,6 @@ def _left_out(console: "Console", files: Mapping[str, int], notes: Sequence[str]
     shown = ", ".join(largest[:8])
     count, total = "1 file" if len(files) == 1 else f"{len(files)} files", decimal(sum(files.values()))
     console.print(f"Left out, as serving does not need it: {count}, {total} ({escape(shown)}{more})", highlight=False)
-
-
-def inspection(console: "Console", found: "inspect.Survey", source: str) -> None:
-    """The survey of a checkpoint for people, on stdout: nothing is left out but what is empty."""
-    from rich.markup import escape
-
-    sizes = found.sizes
-    revision = f" (commit {found.revision})" if found.revision else ""
-    console.print(f"[bold]{escape(source)}[/bold]{escape(revision)}")
-    model = [escape(str(found.model_type))]
-    if sizes:
-        model += [
-            f"{sizes['blocks']} blocks",
-            f"hidden size {sizes['hidden']}",
-            f"{sizes['heads']} heads ({sizes['kv_heads']} for keys and values)",
-        ]
-        model += [f"{sizes['experts']} experts"] if "experts" in sizes else []
-        model += [f"vocabulary {sizes['vocab']}", "tied head" if found.tied else "separate head"]
-    rows = {"model": ", ".join(model)} if found.model_type is not None else {}
-    if found.dtypes:
-        rows["parameters"] = f"{found.parameters / 1e9:.3f} billion"
-        dtypes = ", ".join(f"{escape(name)} in {dtype.tensors} tensors" for name, dtype in found.dtypes.items())
-        rows["source"] = f"{readable_size(found.source_bytes)}: {dtypes}"
-    for way, needs in found.needs.items():
-        rows["result"] = readable_size(needs.written_bytes)
-        tokens = f" on {found.calibration_tokens} tokens" if way == "calibrated" else ""
-        memory = readable_size(needs.memory_bytes) + (" (too much)" if needs.memory_bytes > found.memory_bytes else "")
-        disk = readable_size(needs.disk_bytes) + (" (too much)" if needs.disk_bytes > found.free_bytes else "")
-        rows[way] = f"about {duration(needs.seconds)}{tokens}, {memory} of memory, {disk} of disk"
-    rows["this machine"] = (
-        f"{readable_size(found.memory_bytes)} of memory, {readable_size(found.free_bytes)} free on this folder's disk"
-    )
-    for name, text in rows.items():
-        console.print(f"  {name:<13} {text}")
-    if found.per_channel:
-        _tensor_parallel(console, found)
-    _quantized(console, found.quantized)
-    _left_out(console, found.left_out, found.notes)
-    if found.problems:
-        console.print(f"[red]{len(found.problems)} problem{'s' if len(found.problems) > 1 else ''}[/red]:")
-        for problem in found.problems:
-            console.print(f"  {escape(str(problem))}")
-        console.print(f"Next, once that is mended: bismooth inspect {word(source)}", markup=False)
-    else:
-        console.print(f"Next: bismooth convert {word(source)} {word(found.proposal)}", markup=False)
-
-
-def _tensor_parallel(console: "Console", found: "inspect.Survey") -> None:
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table("tensor parallel", *map(str, found.per_channel))
-    for name, answers in (("per-channel", found.per_channel), (f"g = {found.group_size}", found.per_group)):
-        table.add_row(name, *("no" if reasons else "yes" for reasons in answers.values()))
-    weights = found.needs["data-free"].written_bytes / 1e9
-    table.add_row("GB a rank", *(f"{weights / ranks:.3g}" for ranks in found.per_channel))
-    console.print(table)
-    ranks_of: dict[str, list[str]] = {}
-    for ranks, reasons in found.per_group.items():  # those of per_channel are among them
-        for reason in reasons:
-            ranks_of.setdefault(reason, []).append(str(ranks))
-    for reason, sizes_with in ranks_of.items():
-        console.print(f"  no on {', '.join(sizes_with)}: {escape(reason)}")
 
 
 def _already_float(console: "Console", names: Sequence[str]) -> None:
@@ -151,7 +88,7 @@ def preview(console: "Console", plan: "Preview", recipe: "Recipe", then: str | N
     sizes = f"{readable_size(plan.source_bytes)} -> {readable_size(plan.written_bytes)}"
     console.print(f"{sizes}, method {recipe.method}, {by}", markup=False)
     remarks(console, plan.used)
-    _quantized(console, plan.quantized)
+    quantized(console, plan.quantized)
     _data_free(console, recipe)
     if plan.grouped is None:
         console.print(f"Per-group linears (g = {recipe.group_size}): the weights decide; sizes are without them")
@@ -160,7 +97,7 @@ def preview(console: "Console", plan: "Preview", recipe: "Recipe", then: str | N
     if plan.ignored:
         console.print(f"{len(plan.ignored)} linears left in float: {in_few_words(plan.ignored)}")
     _already_float(console, plan.already_float)
-    _left_out(console, plan.left_out, plan.notes)
+    left_out(console, plan.left_out, plan.notes)
     if plan.resumed:
         console.print(f"{plan.resumed} of {plan.blocks} blocks are done and will be skipped")
     memory, free = readable_size(plan.memory_bytes), readable_size(plan.free_bytes)
@@ -227,7 +164,7 @@ def report_json(report: "Outcome") -> dict[str, Any]:
     }
 
 
-def _quantized(console: "Console", how: str | None) -> None:
+def quantized(console: "Console", how: str | None) -> None:
     """What it means that the source is not the original."""
     if how:
         console.print(
@@ -290,10 +227,10 @@ def summary(console: "Console", report: "Outcome") -> None:
     if report.used is not None:
         console.print(f"Calibrated on {report.used.words()}.", markup=False)
     remarks(console, report.used)
-    _quantized(console, report.quantized)
+    quantized(console, report.quantized)
     _data_free(console, recipe)
     _granularity(console, report)
-    _left_out(console, report.left_out, report.notes)
+    left_out(console, report.left_out, report.notes)
     console.print("Mean relative error that is left in a column (healthy is about 0.01), the worst five linears:")
     for name in sorted(report.linears, key=lambda name: (-report.linears[name]["column_error"], name))[:5]:
         console.print(f"  {report.linears[name]['column_error']:.4f}  {escape(name)}", highlight=False)

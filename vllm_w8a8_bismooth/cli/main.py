@@ -10,8 +10,8 @@ from typing import Annotated
 import typer
 
 from vllm_w8a8_bismooth import __version__
-from vllm_w8a8_bismooth.cli import analysis, calibrating, display, publication, scoring
-from vllm_w8a8_bismooth.cli.arguments import Verbs, path
+from vllm_w8a8_bismooth.cli import analysis, calibrating, display, inspection, publication, scoring, sites
+from vllm_w8a8_bismooth.cli.arguments import SourceArgument, TrustOption, Verbs, path
 from vllm_w8a8_bismooth.cli.progress import Progress
 from vllm_w8a8_bismooth.errors import BismoothError
 
@@ -22,13 +22,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-
-_SourceArgument = Annotated[
-    str,
-    typer.Argument(
-        metavar="SRC", help="Folder of a Hugging Face checkpoint (safetensors), or org/name\\[@revision] on the Hub."
-    ),
-]
 
 
 def _version(asked: bool) -> None:
@@ -46,35 +39,12 @@ def bismooth(
     """W8A8 INT8 checkpoints for vLLM that survive outlier columns, as in LLaMA3-70B."""
 
 
-@app.command()
-def inspect(
-    source: _SourceArgument,
-    calibration_tokens: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Tokens of a calibrated conversion.")
-    ] = 16384,
-    group_size: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Columns per scale, for which tensor parallelism is checked.")
-    ] = 128,
-    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
-) -> None:
-    """Show what a conversion needs on this machine and everything that stands in its way, from headers alone.
-
-    Exits with 2 if there are problems.
-    """
-    from vllm_w8a8_bismooth import api
-
-    found = api.inspect(source, calibration_tokens=calibration_tokens, group_size=group_size)
-    if as_json:
-        print(json.dumps(display.with_sentences(found), indent=2))
-    else:
-        display.inspection(display.console(), found, source)
-    if found.problems:
-        raise typer.Exit(2)
+app.command()(inspection.inspect)
 
 
 @app.command()
 def convert(
-    source: _SourceArgument,
+    source: SourceArgument,
     destination: Annotated[str, typer.Argument(metavar="DST", help="Folder to write; it must be absent or empty.")],
     method: Annotated[
         str,
@@ -160,6 +130,8 @@ def convert(
     device: Annotated[
         str, typer.Option(metavar="DEVICE", help="Where blocks are worked on: cpu, cuda, cuda:1.")
     ] = "cpu",
+    sites: sites.GivenOption = None,
+    trust_remote_code: TrustOption = False,
     base_model: publication.BaseModelOption = None,
     license: publication.LicenseOption = None,
     push_to_hub: publication.PushOption = None,
@@ -178,26 +150,31 @@ def convert(
     from vllm_w8a8_bismooth.conversion.preview import preview
 
     publication.check(Path(destination), push_to_hub, public, blocks is not None)
-    ready = api.prepare(
-        source,
-        destination,
-        method=method,
-        calibration=calibrating.for_convert(calibration),
-        calibration_tokens=calibration_tokens,
-        smoothing=smoothing,
-        alpha=alpha,
-        rounding=rounding,
-        group_size=group_size,
-        group_layers=group_layers,
-        group_budget=group_budget,
-        target_kl=target_kl,
-        ignore=ignore,
-        blocks=blocks,
-        device=device,
-        base_model=base_model,
-        license=license,
-        download=not dry_run,
-    )
+    console = display.console(stderr=True)
+    with Progress(console) as progress:
+        ready = api.prepare(
+            source,
+            destination,
+            method=method,
+            calibration=calibrating.for_convert(calibration),
+            calibration_tokens=calibration_tokens,
+            smoothing=smoothing,
+            alpha=alpha,
+            rounding=rounding,
+            group_size=group_size,
+            group_layers=group_layers,
+            group_budget=group_budget,
+            target_kl=target_kl,
+            ignore=ignore,
+            blocks=blocks,
+            device=device,
+            sites=sites,
+            trust_remote_code=trust_remote_code,
+            base_model=base_model,
+            license=license,
+            progress=progress,
+            download=not dry_run,
+        )
     if dry_run:
         plan = preview(ready)
         if as_json:
@@ -205,7 +182,6 @@ def convert(
         else:
             display.preview(display.console(), plan, ready.recipe, publication.planned(push_to_hub, public))
         return
-    console = display.console(stderr=True)
     with Progress(console) as progress:
         report = pipeline.convert(ready, progress)
     if not as_json:
@@ -255,7 +231,7 @@ def merge(
 
 @app.command()
 def analyze(
-    source: _SourceArgument,
+    source: SourceArgument,
     group_size: Annotated[
         int | None,
         typer.Option(
@@ -275,6 +251,7 @@ def analyze(
     device: Annotated[
         str, typer.Option(metavar="DEVICE", help="Where weights are worked on: cpu, cuda, cuda:1.")
     ] = "cpu",
+    trust_remote_code: TrustOption = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything measured as JSON on stdout.")] = False,
 ) -> None:
     """Measure what INT8 does to each linear, from the weights alone, and say which are vulnerable and why.
@@ -282,6 +259,7 @@ def analyze(
     With --calibration also how far each linear moves its block's output, before and after smoothing.
     """
     from vllm_w8a8_bismooth.checkpoint import hub
+    from vllm_w8a8_bismooth.checkpoint.basis import Means
     from vllm_w8a8_bismooth.checkpoint.blocks import Run
     from vllm_w8a8_bismooth.checkpoint.layout import Source
     from vllm_w8a8_bismooth.conversion.preparation import device_of
@@ -302,7 +280,8 @@ def analyze(
     text = calibrating.for_analyze(calibration, calibration_tokens)
     console, where, moved, used = display.console(stderr=True), device_of(device), None, None
     with Progress(console) as progress:
-        over = Run(Source(hub.fetch(source)), where, progress=progress)
+        means = Means(trusted=trust_remote_code, progress=progress)
+        over = Run(Source(hub.fetch(source, means), means), where, progress=progress)
         found = measure(over, group_size)
         if text is not None:
             taken = sample(text, over.source.checkpoint, calibration_tokens or 16384)
@@ -326,6 +305,7 @@ def verify(
         str | None,
         typer.Option(metavar="SRC", help="The checkpoint that it was made from: compare weights and function with it."),
     ] = None,
+    trust_remote_code: TrustOption = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
 ) -> None:
     """Check a converted checkpoint: config, tensors, values, hashes, vLLM's reading of it, and its source.
@@ -336,7 +316,7 @@ def verify(
 
     console = display.console(stderr=True)
     with Progress(console) as progress:
-        found = api.verify(folder, against=against, progress=progress)
+        found = api.verify(folder, against=against, trust_remote_code=trust_remote_code, progress=progress)
     if as_json:
         print(json.dumps(display.verification_json(found), indent=2))
     else:
@@ -363,6 +343,7 @@ def doctor(
     raise typer.Exit(1 if found.problems else 0)
 
 
+app.command()(sites.sites)
 app.command()(scoring.score)
 app.command()(publication.push)
 

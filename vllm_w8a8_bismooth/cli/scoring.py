@@ -60,10 +60,10 @@ def score(
     What the source predicts is kept for the next score; a run that was interrupted goes on.
     Exit codes: 0 scored, 2 could not be scored.
     """
-    from vllm_w8a8_bismooth import api
+    from vllm_w8a8_bismooth import given
     from vllm_w8a8_bismooth.scoring.score import run
 
-    ready = api.prepare_score(folder, against, _files(text), tokens, window, dtype, tensor_parallel_size, write_card)
+    ready = given.prepare_score(folder, against, _files(text), tokens, window, dtype, tensor_parallel_size, write_card)
     console = display.console(stderr=True)
     _beforehand(console, ready)
     with Progress(console) as progress:

@@ -265,6 +265,7 @@ def already_converted(
     stored, before = (found if isinstance(found := content.get(key), dict) else {} for key in ("recipe", "provenance"))
     now = replace(recipe, source=stored.get("source"))
     differences = now.differences(stored)
+    differences = differences or _other_layout(content.get("layout"), source)
     if not differences:  # only then is it worth reading every byte of the source
         now = replace(recipe, source=fingerprint())
         differences = now.differences(stored)
@@ -277,6 +278,14 @@ def already_converted(
     else:
         _refuse_damaged(destination, {CONFIG: None})
     return True
+
+
+def _other_layout(noted: object, source: Source) -> list[str]:
+    """That a result was made by another layout, as a readable line; what an early version noted of them is nothing."""
+    now = source.basis.identity
+    before = {key: str(noted.get(key)) for key in now} if isinstance(noted, dict) else now
+    shown = [f"by {found['from']} ({found['sha256'][:12]})" for found in (before, now)]
+    return [] if before == now else [f"layout: {shown[0]} there, {shown[1]} now"]
 
 
 def _is_config(found: Mapping[str, Any], original: Mapping[str, Any]) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_w8a8_bismooth import grouping
+from vllm_w8a8_bismooth.checkpoint.basis import Means
 from vllm_w8a8_bismooth.checkpoint.blueprint import Blueprint
 from vllm_w8a8_bismooth.checkpoint.files import Folder, free_space
 from vllm_w8a8_bismooth.checkpoint.hub import Repository
@@ -19,7 +20,9 @@ from vllm_w8a8_bismooth.conversion.estimate import Needs, needs
 from vllm_w8a8_bismooth.conversion.proposal import propose
 from vllm_w8a8_bismooth.conversion.rates import measured
 from vllm_w8a8_bismooth.errors import BismoothError, Problem
+from vllm_w8a8_bismooth.model.kinds import Kind, kinds_of
 
+_ALONE = Means()
 TENSOR_PARALLEL = (1, 2, 4, 8, 16)
 
 
@@ -79,6 +82,9 @@ class Survey:
         group_size: for which ``per_group`` holds.
         per_channel, per_group: tensor-parallel size -> why the model cannot be served so, with its row-parallel linears
             per-channel or per-group; empty where it can.
+        known_by: where it is known from what its blocks hold, see :class:`basis.Basis`.
+        kinds: of its blocks, with their sites.
+        unproven: why there are no sites.
         problems: why it cannot be converted, at most :data:`layout.PROBLEMS`.
         left_out: files that a conversion does not copy -> bytes.
         notes: what the user should know of the checkpoint.
@@ -102,19 +108,23 @@ class Survey:
     per_channel: dict[int, list[str]] = field(default_factory=dict)
     per_group: dict[int, list[str]] = field(default_factory=dict)
     quantized: str | None = None
+    known_by: str | None = None
+    kinds: list[Kind] = field(default_factory=list)
+    unproven: str | None = None
     problems: list[Problem] = field(default_factory=list)
     left_out: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     proposal: str = ""
 
 
-def survey(place: Folder | Repository, calibration_tokens: int, group_size: int) -> Survey:
+def survey(place: Folder | Repository, calibration_tokens: int, group_size: int, means: Means = _ALONE) -> Survey:
     """Read the headers of a checkpoint and say everything that follows from them.
 
     Args:
         place: see :func:`hub.find`.
         calibration_tokens: for the estimate of a calibrated conversion.
         group_size: for which tensor-parallel serving is checked.
+        means: by which the checkpoint may be laid out.
 
     Raises:
         BismoothError: there is nothing to read: the repository is out of reach.
@@ -127,7 +137,7 @@ def survey(place: Folder | Repository, calibration_tokens: int, group_size: int)
         hub_id=place.hub_id,
         revision=place.revision,
         model_type=model_type,
-        sizes=_sizes(headers),
+        sizes={},
         tied=head.is_tied(headers),
         parameters=sum(math.prod(header.shape) for header in headers.headers.values()),
         source_bytes=headers.nbytes(),
@@ -140,11 +150,14 @@ def survey(place: Folder | Repository, calibration_tokens: int, group_size: int)
         quantized=headers.quantized,
     )
     try:
-        layout = Layout(headers)
+        layout = Layout(headers, means)
     except BismoothError as error:
-        result.problems = list(islice(error.problems, PROBLEMS))
+        result.problems, result.sizes = list(islice(error.problems, PROBLEMS)), _sizes(headers, means)
         return result
-    result.problems = layout.problems
+    result.problems, result.sizes = layout.problems, layout.sizes
+    result.known_by, result.kinds = layout.known_by, kinds_of(layout.layers)
+    if layout.unproven is not None:
+        result.unproven = layout.unproven.problems[0].what
     try:
         result.left_out, result.notes = headers.left_out(), layout.notes + head.notes(headers)
     except BismoothError as error:
@@ -157,9 +170,9 @@ def survey(place: Folder | Repository, calibration_tokens: int, group_size: int)
     return result
 
 
-def _sizes(headers: Headers) -> Mapping[str, int]:
+def _sizes(headers: Headers, means: Means) -> Mapping[str, int]:
     try:
-        return Blueprint.of(headers.config, headers.names, headers.headers).sizes
+        return Blueprint.of(headers, means).sizes
     except BismoothError:
         return {}
 

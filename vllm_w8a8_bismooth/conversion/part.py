@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_w8a8_bismooth import __version__
+from vllm_w8a8_bismooth.checkpoint.basis import Basis, Means
 from vllm_w8a8_bismooth.checkpoint.companions import companions
 from vllm_w8a8_bismooth.checkpoint.files import CONFIG, SINGLE, Folder, copy, partial_folder, read_json, sha256
 from vllm_w8a8_bismooth.checkpoint.journal import FOLDER, differences
@@ -47,6 +48,7 @@ def write(
         "blocks": [outcome.part.start, outcome.part.stop],
         "identity": _shared(identity),
         "provenance": provenance,
+        "layout": source.basis.json(),
         "source": {"folder": kept, "hub_id": place.hub_id, "revision": place.revision, **outline},
         "checksums": checksums,
         "linears": outcome.linears,
@@ -73,7 +75,7 @@ class Part:
         folder: of the part.
         digest: SHA-256 of what ``part.json`` says.
         blocks: those that it holds. With the first of the model comes everything outside the blocks.
-        identity: recipe, arithmetic, device and versions, which all parts of a checkpoint share.
+        identity: recipe, arithmetic, layout, device and versions, which all parts of a checkpoint share.
         recipe: complete but for the source's fingerprint.
         provenance: see :func:`pipeline.complete`.
         outline: of the source, see :func:`outline_of`.
@@ -81,6 +83,7 @@ class Part:
         linears, sites: what was made of them, see :class:`outcome.Outcome`.
         shards: files of tensors -> SHA-256.
         used: what of the calibration text was really used; ``None`` is data-free.
+        basis: what the layout of the source rests on.
 
     Raises:
         BismoothError: on construction, if the folder holds no finished part, or one of another version's.
@@ -113,13 +116,18 @@ class Part:
         self.shards: dict[str, str] = content["shards"]
         self.used = None if content.get("used") is None else Used.of(content["used"])
         self._source = content["source"]
+        try:
+            self.basis = Basis.of_json(content["layout"]) if "layout" in content else None
+        except ValueError as error:
+            raise BismoothError.of(folder / PART, f"its layout cannot be read ({error})", AGAIN) from None
 
     def source(self) -> Source:
         """The checkpoint that it was made from, but for the values of its tensors."""
         stored = self._source
-        return Source(
-            _Outline(self.folder / stored["folder"], stored["hub_id"], stored["revision"], self.outline["headers"])
+        outline = _Outline(
+            self.folder / stored["folder"], stored["hub_id"], stored["revision"], self.outline["headers"]
         )
+        return Source(outline, Means(known=self.basis))
 
     def problems(self) -> Iterator[Problem]:
         """What is absent or damaged of it, as far as that is seen without reading its shards."""
@@ -211,7 +219,7 @@ def outline_of(source: Source) -> dict[str, Any]:
 
 def _shared(identity: Mapping[str, Any]) -> dict[str, Any]:
     """What all parts of a checkpoint have in common of the identity of a run."""
-    return {key: identity.get(key) for key in ("recipe", "arithmetic", "device", "versions")}
+    return {key: identity.get(key) for key in ("recipe", "arithmetic", "layout", "device", "versions")}
 
 
 def _digest(content: Mapping[str, Any]) -> str:

@@ -151,5 +151,6 @@ def complete(
         outcome.beside.append(target.as_posix())
     write_json(folder / CONFIG, {**source.checkpoint.config, "quantization_config": plan.config()})
     # the choices first, which are compared on a second run
-    write_json(folder / RECIPE, {"recipe": asdict(recipe), "provenance": provenance})
+    chosen = {"recipe": asdict(recipe), "provenance": provenance, "layout": source.basis.json()}
+    write_json(folder / RECIPE, chosen, compact=("layout",))
     outcome.labels = card.write(folder, outcome, labels)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from vllm_w8a8_bismooth import __version__, grouping
+from vllm_w8a8_bismooth.checkpoint.basis import GIVEN, Means
 from vllm_w8a8_bismooth.checkpoint.files import RECIPE, Folder
 from vllm_w8a8_bismooth.checkpoint.journal import NAMES
 from vllm_w8a8_bismooth.checkpoint.layout import Source
@@ -28,6 +29,7 @@ from vllm_w8a8_bismooth.report import card
 from vllm_w8a8_bismooth.report.labels import Labels
 
 _NONE = Labels()
+_ALONE = Means()
 
 
 @dataclass(frozen=True)
@@ -90,16 +92,18 @@ def prepare(
     device: str = "cpu",
     blocks: str | slice | range | None = None,
     labels: Labels = _NONE,
+    means: Means = _ALONE,
 ) -> Preparation:
     """Open, audit and check everything before a conversion, and write nothing.
 
     Args:
-        folder: of a checkpoint in safetensors, of a model type in :data:`architectures.ARCHITECTURES`.
+        folder: of a checkpoint in safetensors.
         destination: must be absent, an empty folder, or hold the result of the same conversion.
         recipe: what to do.
         text: calibration text; without it ``bismooth`` estimates the activations from the weights.
         device: torch's name of where blocks are worked on.
         blocks: makes a part of the checkpoint, see :func:`plan.blocks_of` and :class:`part.Part`.
+        means: by which the model may be laid out.
         labels: for the card. They are no part of the recipe: a checkpoint is the same with others, but for its card.
 
     Raises:
@@ -112,7 +116,7 @@ def prepare(
     aim = Destination.of(destination, name_of(place))
     aim.refuse_overlap(place.path)
     aim.check()
-    source = Source(place)  # first, because a result of ours has all these files too
+    source = Source(place, means)  # first, because a result of ours has all these files too
     for name in (RECIPE, *card.OURS):
         if (place.path / name).exists():
             raise BismoothError.of(place.path / name, f"our own {name} would take its place in the copy", "rename it")
@@ -125,6 +129,7 @@ def prepare(
         calibration_tokens=recipe.calibration_tokens if text is not None else None,
         rounding=_rounding(recipe, text),
         group_size=_group_size(recipe, source),
+        sites=source.basis.sha256 if source.known_by == GIVEN else None,
     )
     computed = (
         arithmetic(source.checkpoint.headers[source.names.embedding].dtype, where.type) if text is not None else None
@@ -143,6 +148,7 @@ def prepare(
         "source": source.checkpoint.signature(),
         "device": where.type,
         "versions": {"vllm_w8a8_bismooth": __version__, "torch": torch.__version__},
+        "layout": source.basis.identity,
         NAMES: names_of_hashes(asdict(recipe), provenance),
     }
     if part is not None:

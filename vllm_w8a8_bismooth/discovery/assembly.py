@@ -5,11 +5,12 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 
 from vllm_w8a8_bismooth.discovery.block import Block, Tie
-from vllm_w8a8_bismooth.discovery.record import Layer, Part, Runs, Site, Stored, runs
+from vllm_w8a8_bismooth.discovery.record import Layer, Part, Runs, Site, Stored, each, runs
 from vllm_w8a8_bismooth.discovery.rules import Matrix, reason
 from vllm_w8a8_bismooth.discovery.storage import Region
 from vllm_w8a8_bismooth.discovery.titles import titled
 from vllm_w8a8_bismooth.discovery.views import Shown, is_turned
+from vllm_w8a8_bismooth.discovery.watch import Unit
 
 _EXPERT = re.compile(r"(?<=experts\.)\d+(?=\.)")
 
@@ -32,6 +33,7 @@ class Assembly:
         real: checkpoint's tensor inside the block -> shape, of the real model.
         experts: in the small model's and the real model's mixtures; 0 for none.
         ties: that hold in it.
+        counts: numbers of things that the config names, and small multiples.
     """
 
     def __init__(
@@ -41,14 +43,20 @@ class Assembly:
         real: Mapping[str, tuple[int, ...]],
         experts: tuple[int, int],
         ties: Iterable[Tie],
+        counts: Collection[int] = (),
     ):
         shown = Shown.of(block, regions, real, ties)
         regions, real = shown.regions, shown.shapes
         self._block, self._regions, self._views, self._kept = block, regions, shown.views, shown.kept
         self._ties = ties
         self._few, self._many = experts
+        self._counts = counts
         self.real = {template(name): shape for name, shape in real.items()}
-        self._small = {template(name): self._shape(found) for name, found in regions.items() if found}
+        self._small = {
+            template(name): self._shape(found)
+            for name, found in regions.items()
+            if found and found[0].parameter in block.parameters
+        }
         self._of: dict[tuple[str, int | None], list[Region]] = {}
         for found in regions.values():
             for region in found:
@@ -62,9 +70,9 @@ class Assembly:
     def _shape(self, found: list[Region]) -> tuple[int, ...]:
         """Of a tensor of the small model."""
         region, total = found[0], sum(r.rows[1] for r in found)
-        whole = self._block.parameters.get(region.parameter)
-        if whole is None:  # a buffer
-            return (total,)
+        whole = self._block.parameters[region.parameter]
+        if not whole.ndim:
+            return ()
         if region.transposed:
             return (*whole.shape[: len(whole.shape) - 2 if region.expert is None else 0], total, whole.shape[-2])
         return (total, *(whole.shape[1:] if region.expert is None else whole.shape[2:]))
@@ -152,6 +160,58 @@ class Assembly:
             raise Unfit(f"its sizes are {sorted(found)} times those of the model that was searched")
         return ratio
 
+    def ties(self, site: Site) -> list[Tie]:
+        """The inverse of :meth:`site`: a tie, or several where experts are modules of their own.
+
+        Raises:
+            Unfit: it is not a site as :meth:`site` makes them.
+        """
+        if unknown := [name for name in (site.producer, *site.consumers) if not self._small.get(self._tensor(name))]:
+            raise Unfit(f"{unknown[0]} is no part of such a block")
+        if not_matrices := [name for name in site.consumers if len(self._small[self._tensor(name)]) < 2]:
+            raise Unfit(f"{not_matrices[0]} is no matrix")
+        ratio, every = self._ratio(site.producer, site.consumers), self._rows_of(site.producer)
+        rows = list(range(every)) if site.rows is None else _reduced(site.rows, ratio, every)
+        channels = None if site.columns is None else _reduced(site.columns, ratio, self._widest)
+        found: dict[str, Tie] = {}
+        for e in range(self._few) if "{}" in site.producer else [None]:
+            parameter, own = self._own_rows(_numbered(self._tensor(site.producer), e), rows)
+            consumers = dict(found[parameter].consumers) if parameter in found else {}
+            for name in site.consumers:
+                numbers = range(self._few) if "{}" in name and e is None else [e]
+                for unit in (unit for n in numbers for unit in self._units(_numbered(self._tensor(name), n))):
+                    held = list(range(len(own))) if channels is None else channels
+                    if len(held) != self._block.matrix(unit).shape[1] or max(held, default=0) >= len(own):
+                        raise Unfit(f"its rows are not as many as {name} has columns for")
+                    consumers[unit] = tuple((own[channel], column) for column, channel in enumerate(held))
+            found[parameter] = Tie(parameter, tuple(sorted(own)), consumers, site.offset, site.power)
+        for tie in found.values():
+            if unnamed(self.site(tie)) != unnamed(site):
+                raise Unfit("it is not written as such a site must be: all consumers, rows in their order")
+        return list(found.values())
+
+    @property
+    def _widest(self) -> int:
+        return max((max(shape) for shape in self._small.values() if len(shape) > 1), default=0)
+
+    def _own_rows(self, tensor: str, rows: list[int]) -> tuple[str, list[int]]:
+        """The parameter that has these rows of a tensor of the small model, and which of its rows they are."""
+        for region in self._regions.get(tensor, []):
+            count = region.rows[1]
+            if rows and region.start <= min(rows) and max(rows) < region.start + count:
+                return region.parameter, [row - region.start + region.rows[0] for row in rows]
+        raise Unfit(f"the model has no parameter with these rows of {_plain(tensor)}")
+
+    def _units(self, tensor: str) -> list[Unit]:
+        """The matrices of the small model that a tensor is a part of."""
+        found = []
+        for region in self._regions.get(tensor, []):
+            if region.parameter not in self._block.axes:
+                raise Unfit(f"nothing was seen to be multiplied with {_plain(tensor)}")
+            units = self._block.units(region.parameter)
+            found += [unit for unit in units if region.expert in (None, unit.expert)]
+        return found
+
     # -- everything else
 
     def layer(self, writers: Collection[str]) -> tuple[Layer, dict[str, str]]:
@@ -220,11 +280,7 @@ class Assembly:
 
     def _is_counted(self, rows: int, few: int) -> bool:
         """Whether rows are not a width: as many as in the small model, or one for each expert."""
-        return bool(rows) and ((rows == few and self._shrank()) or (rows, few) == (self._many, self._few) or rows == 1)
-
-    def _shrank(self) -> bool:
-        """Whether any size differs between the two models."""
-        return any(self.real[name] != shape for name, shape in self._small.items() if name in self.real)
+        return rows == 1 or (rows == few and rows in self._counts) or 0 < rows == self._many != few == self._few
 
     def _found(self, name: str) -> list[Region]:
         return next((found for tensor, found in self._regions.items() if template(tensor) == name), [])
@@ -256,6 +312,33 @@ class Assembly:
         ratio = self.real[name][-2:][0] // self._small[name][-2:][0]
         first, count = region.rows
         return Part(name, (first * ratio, count * ratio), region.start * ratio, region.transposed)
+
+
+def _numbered(name: str, expert: int | None) -> str:
+    return name if expert is None else name.replace("{}", str(expert))
+
+
+def unnamed(site: Site | None) -> Site | None:
+    """Without its name, and with its consumers and runs in one order."""
+    if site is None:
+        return None
+    columns = None if site.columns is None else runs(each(site.columns))
+    rows = None if site.rows is None else runs(each(site.rows))
+    return replace(site, name="", consumers=tuple(sorted(site.consumers)), rows=rows, columns=columns)
+
+
+def _reduced(given: Runs, ratio: int, most: int) -> list[int]:
+    """The inverse of :func:`_enlarged`, with indices below ``most`` and no more than ``most`` of them.
+
+    Raises:
+        Unfit: they are others.
+    """
+    if sum(length for _, length in given) > most * ratio or any(
+        start < 0 or length <= 0 or start % ratio or length % ratio or start + length > most * ratio
+        for start, length in given
+    ):
+        raise Unfit(f"its rows or columns are not whole multiples of {ratio}, or beyond the sizes of its tensors")
+    return [index for start, length in given for index in range(start // ratio, (start + length) // ratio)]
 
 
 def _plain(name: str) -> str:

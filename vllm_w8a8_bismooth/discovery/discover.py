@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_w8a8_bismooth.discovery.find import find
-from vllm_w8a8_bismooth.discovery.origin import explained, refused
+from vllm_w8a8_bismooth.discovery.origin import check_bounds, explained, refused
 from vllm_w8a8_bismooth.discovery.record import Discovery
 from vllm_w8a8_bismooth.errors import BismoothError
 from vllm_w8a8_bismooth.progress import Progress, silent
@@ -18,7 +18,12 @@ _IRRELEVANT = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", 
 """Entries of a config that change nothing of what is found."""
 
 
-def discover(config: Mapping[str, Any], code: Path | None = None, progress: Progress = silent) -> Discovery:
+def discover(
+    config: Mapping[str, Any],
+    code: Path | None = None,
+    progress: Progress = silent,
+    given: Discovery | None = None,
+) -> Discovery:
     """What is known of the models with a config: kinds of blocks, sites, what becomes INT8, names in the checkpoint.
 
     A small model of the same class is built from the config, with random weights, and every magnitude that can move
@@ -31,17 +36,21 @@ def discover(config: Mapping[str, Any], code: Path | None = None, progress: Prog
         code: folder of the code that the config names (``auto_map``), if it may run; it then is a part of what
             the record is kept by.
         progress: called after each block, with the stage ``discover``.
+        given: a record whose sites are taken instead of searching for any, if the same proof finds that they hold.
 
     Raises:
-        BismoothError: transformers does not know the type, or no small model of it can be built and run.
+        BismoothError: the config is of no model, or the given record is not one of it, or has sites that do not hold.
+        UnknownModel: transformers does not know the type, or it is code that may not run.
+        Unproven: no small model of it can be built and run.
     """
-    kept = _folder() / f"{_key(config, code)}.json"
+    check_bounds(config)
+    kept = _folder() / f"{_key(config, code, given)}.json"
     try:
         return Discovery.from_json(json.loads(kept.read_text()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass  # not there, or not of this form: it is found again
     try:
-        found = find(config, code, progress)
+        found = find(config, code, progress, given)
     except BismoothError:
         raise
     except Exception as error:  # any class of transformers runs here, of whatever form
@@ -55,8 +64,9 @@ def _folder() -> Path:
     return Path(base) / "bismooth" / "discovery"
 
 
-def _key(config: Mapping[str, Any], code: Path | None) -> str:
-    """A hash of the config, the model's own code, the versions of transformers and torch, and this room's sources."""
+def _key(config: Mapping[str, Any], code: Path | None, given: Discovery | None) -> str:
+    """A hash of the config, the model's own code, the versions of transformers and torch, this room's sources, and the
+    record that is to be proven."""
     import torch
     import transformers
 
@@ -65,6 +75,8 @@ def _key(config: Mapping[str, Any], code: Path | None) -> str:
     digest.update(f"{transformers.__version__} {torch.__version__}".encode())
     for source in (*sorted(Path(__file__).parent.glob("*.py")), *(sorted(code.glob("*.py")) if code else ())):
         digest.update(source.read_bytes())
+    if given is not None:
+        digest.update(json.dumps(given.to_json()).encode())
     return digest.hexdigest()
 
 

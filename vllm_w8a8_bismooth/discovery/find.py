@@ -2,7 +2,7 @@
 
 import itertools
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,8 @@ import torch
 
 from vllm_w8a8_bismooth.discovery import instance, storage, widths
 from vllm_w8a8_bismooth.discovery.assembly import Assembly
+from vllm_w8a8_bismooth.discovery.block import Tie
+from vllm_w8a8_bismooth.discovery.given import check_alike, check_left, promised, ties_given
 from vllm_w8a8_bismooth.discovery.origin import Origin, explained, refused
 from vllm_w8a8_bismooth.discovery.proof import LENGTHS, SEEDS, Sample, kind_of, outermost, prove
 from vllm_w8a8_bismooth.discovery.record import Discovery, Layer, Modules, Names, Proof, Stored
@@ -22,13 +24,18 @@ _MOST, _MOST_OF_FEW = 24_000_000, 96_000_000
 _EXPERTS = 4
 
 
-def find(config: Mapping[str, Any], code: Path | None = None, progress: Progress = silent) -> Discovery:
+def find(
+    config: Mapping[str, Any],
+    code: Path | None = None,
+    progress: Progress = silent,
+    given: Discovery | None = None,
+) -> Discovery:
     """See :func:`discover.discover`, which keeps what this finds."""
     started, threads = time.monotonic(), torch.get_num_threads()
     torch.set_num_threads(1)  # the products are so small that sharing them out takes twenty times as long
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            return _Search(Origin(config, code)).run(progress, started)
+            return _Search(Origin(config, code)).run(progress, started, given)
     finally:
         torch.set_num_threads(threads)
 
@@ -47,6 +54,7 @@ class _Search:
         given = config.to_dict()
         counts = [n for _, key, value in widths.walk(given) if widths.is_experts(key) for n in widths.numbers(value)]
         self.many = max(counts, default=0)
+        self.counts = set(widths.counts(given))
         self.few = min([_EXPERTS, *counts])
 
     def samples(self) -> list[tuple[int, Sample]]:
@@ -56,7 +64,7 @@ class _Search:
             BismoothError: none can be built and run.
         """
         found: list[tuple[int, Sample]] = []
-        failed = []
+        failed: list[str] = []
         for factor in widths.factors(self.config.to_dict()):
             if found and found[0][0] % factor:
                 continue
@@ -67,11 +75,12 @@ class _Search:
                     found.append((factor, Sample(model)))
                     break
                 except Exception as error:
-                    failed.append(f"widths divided by {factor}: {explained(error)}")
+                    reason = f"widths divided by {factor}: {explained(error)}"
+                    failed.insert(len(failed) if isinstance(error, instance.TooLarge) else 0, reason)
             if len(found) == 2 or (found and factor == 1):
                 return found
         if not found:
-            raise refused(f"no small model of its class runs ({failed[-1]})")
+            raise refused(f"no small model of its class runs ({failed[0]})")
         return found
 
     def _prefix(self) -> int:
@@ -85,9 +94,8 @@ class _Search:
         outer = outermost(self.real)
         sizes = {n: sum(p.numel() for p in self.real.get_submodule(n).parameters()) for n in outer}
         text = self.config.get_text_config()
-        path = max(
-            (n for n in outer if len(self.real.get_submodule(n)) == text.num_hidden_layers), key=sizes.__getitem__
-        )
+        counted = [n for n in outer if len(self.real.get_submodule(n)) == getattr(text, "num_hidden_layers", 0)]
+        path = max(counted or outer, key=sizes.__getitem__)
         blocks = list(self.real.get_submodule(path).children())
         lists = [v for _, _, v in widths.walk(text.to_dict()) if isinstance(v, list | str) and len(v) == len(blocks)]
         given = [entries for entries in lists if len(set(map(str, entries))) < len(entries)]  # no list of blocks
@@ -100,16 +108,29 @@ class _Search:
             for i, b in enumerate(blocks)
         ]
 
-    def run(self, progress: Progress, started: float) -> Discovery:
+    def run(self, progress: Progress, started: float, given: Discovery | None) -> Discovery:
         samples = self.samples()
         sample = samples[0][1]
-        proven = prove(sample, sample.search(progress), samples[1][1] if len(samples) > 1 else None)
+        names, modules, regions = self._surroundings(sample)
+
+        def assembly(index: int, ties: Iterable[Tie]) -> Assembly:
+            begin = f"{names.blocks}{index}."
+            inside = {name[len(begin) :]: shape for name, shape in self.shapes.items() if name.startswith(begin)}
+            return Assembly(sample.blocks[index], regions[index], inside, (self.few, self.many), ties, self.counts)
+
+        if given is None:
+            found = sample.search(progress)
+        else:
+            expected = promised(given, sample.blocks, regions)
+            found = ties_given(given, [assembly(index, ties) for index, ties in enumerate(expected)], sample)
+        proven = prove(sample, found, samples[1][1] if len(samples) > 1 else None)
+        if given is not None:
+            check_left(sample, proven.failures)
         dropped = {
             f"{block.name.rpartition('.')[2]}: {failure.tie.producer}": failure.why
             for block, some in zip(sample.blocks, proven.failures, strict=True)
             for failure in some
         }
-        names, modules, regions = self._surroundings(sample)
         kinds: dict[tuple[str, int, str], int] = {}
         layers: list[Layer] = []
         experts: list[int] = []
@@ -117,30 +138,24 @@ class _Search:
         chosen: list[int] = []
         writers: dict[tuple, set[str]] = {}
         for index, block in enumerate(sample.blocks):
-            inside = {
-                n[len(prefix) :]: s
-                for prefix in [f"{names.blocks}{index}."]
-                for n, s in self.shapes.items()
-                if n.startswith(prefix)
-            }
-            assembly = Assembly(block, regions[index], inside, (self.few, self.many), proven.left[index])
+            made = assembly(index, proven.left[index])
             kind = kind_of(block)
             if kind not in writers:
                 writers[kind] = writers_of(block)
-            layer, unfit = assembly.layer(writers[kind])
+            layer, unfit = made.layer(writers[kind])
             dropped |= {f"{index}: {producer}": why for producer, why in unfit.items()}
-            where = assembly.stored()
-            key = (repr(layer), assembly.experts, repr(where))
+            where = made.stored()
+            key = (repr(layer), made.experts, repr(where))
             if key not in kinds:
                 kinds[key] = len(layers)
                 layers.append(layer)
                 stored.append(where)
-                experts.append(assembly.experts)
+                experts.append(made.experts)
             chosen.append(kinds[key])
         real = self._kinds if len(chosen) < self._blocks(names) else []
         chosen += [chosen[real.index(kind)] for kind in real[len(chosen) :]]
         inside_blocks = tuple(f"{names.blocks}{i}." for i in range(len(chosen)))
-        return Discovery(
+        result = Discovery(
             model_type=self.config.model_type,
             templates=tuple(layers),
             experts=tuple(experts),
@@ -163,6 +178,9 @@ class _Search:
             ),
             seconds=time.monotonic() - started,
         )
+        if given is not None:
+            check_alike(given, result)
+        return result
 
     def _blocks(self, names: Names) -> int:
         inside = [n[len(names.blocks) :].split(".")[0] for n in self.shapes if n.startswith(names.blocks)]
@@ -205,12 +223,17 @@ class _Search:
             if len(found) == 1 and not region.transposed and not region.parameter.startswith(beside)
             if not any(part.isdigit() for part in region.parameter.split("."))  # of the blocks of a tower
         }
-        tuples = isinstance(sample.blocks[0].returned(), tuple)
-        return names, Modules(base, sample.path, embedding, norm, head, outside, tuples), inside
+        made = sample.blocks[0].returned()
+        returned = len(made) if isinstance(made, tuple) else 0
+        return names, Modules(base, sample.path, embedding, norm, head, outside, returned), inside
 
 
 def _base_of(model: Any, blocks: str, embedding: str) -> str:
     """What the paths of the bare decoder's modules begin with in a causal language model."""
+    from transformers import AutoModel
+
+    if AutoModel._model_mapping.get(type(model.config), None) is type(model):  # Llama 4 with its tower
+        return ""
     if hasattr(model, model.base_model_prefix):
         return f"{model.base_model_prefix}."
     parts = zip(blocks.split("."), embedding.split("."), strict=False)  # Llama 4 names another prefix than it has

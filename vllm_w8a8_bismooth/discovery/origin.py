@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vllm_w8a8_bismooth.discovery import widths
-from vllm_w8a8_bismooth.errors import BismoothError
+from vllm_w8a8_bismooth.errors import BismoothError, Problem, UnknownModel, Unproven
 from vllm_w8a8_bismooth.model.configs import decoded
 
 if TYPE_CHECKING:
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 MOST_BLOCKS, MOST_EXPERTS, WIDEST = 1024, 2048, 2**24
 """A config.json is not trusted: more is refused before anything is built."""
 _COUNT = re.compile(r"\w*(layers?|depth|blocks)|\w*experts")
-_MOST_ITEMS = 2**14
+_MOST_ITEMS, _DEEPEST = 2**14, 32
 _ELSEWHERE = ("model_type", "quantization_config", "auto_map")
 _REMEDY = "mend config.json, or convert with --method rtn, which does not run the model"
 
 
-def refused(what: str) -> BismoothError:
+def refused(what: str) -> Unproven:
     """The error of a config of which no model can be made."""
-    return BismoothError.of("config.json", what, _REMEDY)
+    return Unproven(Problem("config.json", what, _REMEDY))
 
 
 def explained(error: BaseException) -> str:
@@ -35,20 +35,28 @@ def explained(error: BaseException) -> str:
 
 
 def check_bounds(config: Mapping) -> None:
-    """Raises :class:`BismoothError` for a config whose model would have absurdly many parts, or absurdly wide ones."""
-    stack: list[tuple[str, Any]] = list(config.items())
+    """Raises :class:`BismoothError` for a config whose model would have absurdly many parts, or absurdly wide ones:
+    no such model is converted in any way."""
+    stack: list[tuple[str, Any, int]] = [(key, value, 0) for key, value in config.items()]
+
+    def refuse(what: str) -> None:
+        raise BismoothError.of("config.json", what, "mend it")
+
     while stack:
-        key, value = stack.pop()
+        key, value, depth = stack.pop()
+        if depth > _DEEPEST:
+            refuse(f"holds objects that are nested more than {_DEEPEST} deep")
         if isinstance(value, dict):
-            stack += value.items()
+            stack += ((inner, item, depth + 1) for inner, item in value.items())
         elif isinstance(value, list):
             if len(value) > _MOST_ITEMS and "token" not in key:
-                raise refused(f"{key} has {len(value)} entries, more than a model has parts")
-            stack += ((key, item) for item in value)
+                refuse(f"{key} has {len(value)} entries, more than a model has parts")
+            stack += ((key, item, depth + 1) for item in value)
         elif type(value) is int:
             bound = (MOST_EXPERTS if "expert" in key else MOST_BLOCKS) if _COUNT.fullmatch(key) else WIDEST
             if value > bound and (_COUNT.fullmatch(key) or widths.is_width(key, value) or "heads" in key):
-                raise refused(f"{key} = {value} is beyond what is built (up to {bound})")
+                shown = value if value < 2**64 else "a larger number"
+                refuse(f"{key} = {shown} is beyond what any model has (up to {bound})")
 
 
 class Origin:
@@ -60,29 +68,30 @@ class Origin:
 
     Attributes:
         config: transformers' own object, with the defaults of its class.
+        own: the class of its causal language model, where that is code of the model's own; else ``None``.
 
     Raises:
-        BismoothError: transformers does not know the type, refuses the config, or would need code that may not run.
+        BismoothError: the config is of no model.
+        UnknownModel: transformers does not know the type, or it is code that may not run.
+        Unproven: transformers refuses the config.
     """
 
     def __init__(self, given: Mapping[str, Any], code: Path | None = None):
         check_bounds(given)
         named = given.get("auto_map")
         named = named if isinstance(named, dict) else {}
-        entries = {k: decoded(v) for k, v in given.items() if k not in _ELSEWHERE}
-        self._model_class: Any = None
+        entries = {key: decoded(value) for key, value in given.items() if key not in _ELSEWHERE}
+        self.own: Any = None
+        has_own = code is not None and "AutoConfig" in named
+        if not has_own and not is_known(given.get("model_type")):
+            raise _unknown(given, bool(named) and code is None)
         try:
-            if code is not None and "AutoConfig" in named:
+            if code is not None and has_own:
                 self.config: PretrainedConfig = _loaded(named["AutoConfig"], code)(**entries)
-                self._model_class = _loaded(named["AutoModelForCausalLM"], code)
+                self.own = _loaded(named["AutoModelForCausalLM"], code)
             else:
                 self.config = _known(given["model_type"], entries)
         except Exception as error:
-            if named and code is None:
-                kind = given.get("model_type")
-                what = f"model_type = {kind!r} is code of the model's own, which does not run unless it is trusted"
-                remedy = "give --trust-remote-code if you trust it, or convert with --method rtn"
-                raise BismoothError.of("config.json", what, remedy) from None
             raise refused(f"transformers refuses it ({explained(error)})") from None
 
     def build(self, config: "PretrainedConfig", device: str = "cpu") -> "PreTrainedModel":
@@ -92,12 +101,29 @@ class Origin:
             Exception: whatever its class raises.
         """
         with _quiet(), torch.device(device):
-            own = self._model_class
-            make = own._from_config if own is not None else _auto_for(config).from_config
+            make = self.own._from_config if self.own is not None else _auto_for(config).from_config
             model = make(config, attn_implementation="eager", dtype=torch.float32)
         if hasattr(model, "set_experts_implementation"):
             model.set_experts_implementation("eager")
         return model.eval().requires_grad_(False)
+
+
+def is_known(model_type: object) -> bool:
+    """Whether transformers itself has a type of model."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    return isinstance(model_type, str) and model_type in CONFIG_MAPPING
+
+
+def _unknown(given: Mapping[str, Any], has_code: bool) -> UnknownModel:
+    import transformers
+
+    what = f"model_type = {given.get('model_type')!r} is unknown to transformers {transformers.__version__}"
+    without = "--method rtn converts it without smoothing"
+    if has_code:
+        what += ", and is code of the model's own, which does not run unless it is trusted"
+        return UnknownModel(Problem("config.json", what, f"give --trust-remote-code if you trust it; {without}"))
+    return UnknownModel(Problem("config.json", what, f"upgrade transformers if a later one has it; {without}"))
 
 
 def _known(model_type: str, entries: Mapping[str, Any]) -> "PretrainedConfig":

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from vllm_w8a8_bismooth.checkpoint.layout import Layout, Source
+from vllm_w8a8_bismooth.measure import own
 from vllm_w8a8_bismooth.measure.text import refused, transformers_config
 from vllm_w8a8_bismooth.model.classes import head_of
 
@@ -38,9 +39,12 @@ class Logits:
         self.language = predicts_tokens(source)
         config = transformers_config(checkpoint)
         try:
-            with torch.device("meta"):
-                build = AutoModelForCausalLM if self.language else AutoModel
-                model: Any = build.from_config(config, dtype=dtype).eval().requires_grad_(False)
+            model: Any = own.language_model(checkpoint, dtype)
+            if model is None:
+                with torch.device("meta"):
+                    build = AutoModelForCausalLM if self.language else AutoModel
+                    model = build.from_config(config, dtype=dtype).eval()
+            model.requires_grad_(False)
         except Exception as error:
             raise refused(checkpoint, error) from None
 

@@ -14,7 +14,7 @@ import torch
 
 from vllm_w8a8_bismooth.checkpoint.reader import Checkpoint
 from vllm_w8a8_bismooth.errors import BismoothError
-from vllm_w8a8_bismooth.measure import bundled
+from vllm_w8a8_bismooth.measure import bundled, own
 from vllm_w8a8_bismooth.measure.corpus import PLAIN, Corpus
 from vllm_w8a8_bismooth.measure.documents import ACCEPTED, Chat, Unusable, document
 from vllm_w8a8_bismooth.measure.json_rows import LONGEST
@@ -191,8 +191,9 @@ def sample(text: CalibrationText, checkpoint: Checkpoint, budget: int, window: i
     # The config decides on the tokenizer's class where no file of the tokenizer does.
     config = transformers_config(checkpoint)
     with _tokenizer_errors(checkpoint):
+        trusted = checkpoint.code is not None
         tokenizer = AutoTokenizer.from_pretrained(
-            checkpoint.folder, config=config, local_files_only=True, trust_remote_code=False
+            checkpoint.folder, config=config, local_files_only=True, trust_remote_code=trusted
         )
         lead = [tokenizer.bos_token_id] if tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id] else []
     rendering = _Rendering(tokenizer, begun=bool(lead))
@@ -332,6 +333,8 @@ def transformers_config(checkpoint: Checkpoint):
     Raises:
         BismoothError: transformers refuses it.
     """
+    if checkpoint.code is not None:
+        return own.origin_of(checkpoint).config
     from transformers import AutoConfig
 
     # Without a classifier's labels, for each of which transformers would make up a name.

@@ -149,7 +149,7 @@ def draw_up(folder: Path, labels: Labels) -> str:
         original=f"\nThe original's own card is [{ORIGINAL_CARD}]({ORIGINAL_CARD}).\n" if original.is_file() else "",
         quantized=_quantized(report.get("source_quantized")),
         method=_method(recipe) + _calibration(report) + (_EXEMPT if recipe.ignore else ""),
-        recipe=json.dumps(asdict(recipe), indent=2),
+        recipe=json.dumps({key: value for key, value in asdict(recipe).items() if key in chosen["recipe"]}, indent=2),
         linears=len(linears),
         ignored=len(ignored),
         grouped=f"{grouped} ({grouped / len(linears):.1%})",

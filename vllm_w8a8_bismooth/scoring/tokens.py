@@ -105,6 +105,7 @@ def _as_checkpoint(source: Path, config: dict[str, Any]) -> "Checkpoint":
         "Checkpoint",
         SimpleNamespace(
             folder=source,
+            code=None,
             config=config,
             names=SimpleNamespace(embedding=name),
             headers={name: SimpleNamespace(shape=(rows,))},

@@ -4,10 +4,12 @@ from collections.abc import Iterator, Sequence
 
 from vllm_w8a8_bismooth import grouping
 from vllm_w8a8_bismooth.checkpoint.audit import audit
+from vllm_w8a8_bismooth.checkpoint.basis import NAMES, Basis, Means
 from vllm_w8a8_bismooth.checkpoint.blueprint import Blueprint
 from vllm_w8a8_bismooth.checkpoint.companions import module_problems
 from vllm_w8a8_bismooth.checkpoint.files import CONFIG, INDEX, read_json
 from vllm_w8a8_bismooth.checkpoint.reader import FLOAT_DTYPES, Checkpoint, Header
+from vllm_w8a8_bismooth.discovery.record import Discovery
 from vllm_w8a8_bismooth.errors import BismoothError, Problem
 from vllm_w8a8_bismooth.model.layers import Layer
 from vllm_w8a8_bismooth.verification.contents import AGAIN, SCALE
@@ -23,6 +25,7 @@ class Structure:
         checkpoint: opened with INT8 among its dtypes.
         schemes: what its config says of linears; ``None`` if that cannot be read.
         marked: whether it says that bismooth made it.
+        means: by which it may be laid out.
 
     Attributes:
         names: of the tensors.
@@ -32,10 +35,12 @@ class Structure:
         problems: what does not fit.
     """
 
-    def __init__(self, checkpoint: Checkpoint, schemes: Schemes | None, marked: bool):
+    def __init__(self, checkpoint: Checkpoint, schemes: Schemes | None, marked: bool, means: Means):
         self._headers, self._schemes, self._marked = checkpoint.headers, schemes, marked
         self.problems: list[Problem] = []
-        self.layers = self._lay_out(checkpoint)
+        self.known_by = NAMES
+        self.record: Discovery | None = None
+        self.layers = self._lay_out(checkpoint, means)
         self.names, inside = checkpoint.names, list(enumerate(self.layers))
         self._linears = {self.names.block(i) + n for i, layer in inside for n in layer.linears}
         routers = {self.names.block(i) + n for i, layer in inside for n in layer.routers}
@@ -52,11 +57,18 @@ class Structure:
         ):
             self.problems += problems
 
-    def _lay_out(self, checkpoint: Checkpoint) -> list[Layer]:
+    @property
+    def basis(self) -> Basis:
+        """What the layers are known by."""
+        return Basis.of(self.known_by, self.record, self.layers)
+
+    def _lay_out(self, checkpoint: Checkpoint, means: Means) -> list[Layer]:
         """What each block should hold, after the audit of names and shapes."""
         tensors = {name: header for name, header in self._headers.items() if not name.endswith(SCALE)}
+        checkpoint.code = checkpoint.place.code() if means.trusted else None
         try:
-            blueprint = Blueprint.of(checkpoint.config, checkpoint.names, tensors)
+            blueprint = Blueprint.of(checkpoint, means, tensors)
+            self.known_by, self.record = blueprint.known_by, blueprint.record
             checkpoint.names = blueprint.names
             self.problems += checkpoint.show(blueprint.views)
             self._headers = checkpoint.headers

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from vllm_w8a8_bismooth import MARKER
+from vllm_w8a8_bismooth.checkpoint.basis import Basis, Means
 from vllm_w8a8_bismooth.checkpoint.files import CONFIG, REPORT, Folder, read_json, sha256
 from vllm_w8a8_bismooth.checkpoint.layout import Source
 from vllm_w8a8_bismooth.checkpoint.reader import FLOAT_DTYPES, Checkpoint
@@ -15,7 +16,7 @@ from vllm_w8a8_bismooth.engine import Silent
 from vllm_w8a8_bismooth.errors import BismoothError, Problem
 from vllm_w8a8_bismooth.progress import Progress, silent
 from vllm_w8a8_bismooth.report.names import in_few_words
-from vllm_w8a8_bismooth.verification import contents, served
+from vllm_w8a8_bismooth.verification import contents, served, sites
 from vllm_w8a8_bismooth.verification.fidelity import Comparison, is_zero
 from vllm_w8a8_bismooth.verification.schemes import KEY, Schemes, config_problems
 from vllm_w8a8_bismooth.verification.structure import Structure
@@ -71,6 +72,7 @@ def verify(
     against: str | Path | Folder | None = None,
     progress: Progress = silent,
     engine: bool = True,
+    trusted: bool = False,
 ) -> Verification:
     """Check a converted checkpoint.
 
@@ -78,6 +80,7 @@ def verify(
         folder: the checkpoint, ours or another INT8 W8A8 one in compressed-tensors' ``int-quantized`` format.
         against: the checkpoint that it was made from; see :mod:`fidelity` for what is compared.
         progress: counts shards in the stage ``read``, blocks in the stage ``compare``.
+        trusted: whether the model's own code may run, to find its sites again.
         engine: whether to ask vLLM, if it is installed and nothing else is wrong; that takes 10 to 20 seconds.
 
     Raises:
@@ -89,9 +92,11 @@ def verify(
         remedy = "bismooth merge makes a checkpoint of all its parts"
         raise BismoothError.of(folder, "a part of a checkpoint", remedy)
     config = read_json(folder / CONFIG).get(KEY)
-    source = Source(against) if against is not None else None
     marked = isinstance(config, dict) and MARKER in config
     found = Verification(folder, ours=marked)
+    basis = _noted(found) if marked else None
+    means = Means(known=basis, trusted=trusted, progress=progress)
+    source = Source(against, means) if against is not None else None
     if isinstance(config, dict) and not marked:
         found.notes.append(f"{CONFIG} lacks the key {MARKER}: not made by bismooth, its rounding is not judged")
     found.add(config_problems(config))
@@ -105,8 +110,12 @@ def verify(
         found.notes.append("names, shapes and values were not checked: that needs files which can be opened")
         _compare_hashes(found, {path.name: sha256(path) for path in folder.glob("*.safetensors") if path.is_file()})
         return found
-    structure = Structure(checkpoint, schemes, marked)
+    structure = Structure(checkpoint, schemes, marked, means)
     found.add(structure.problems)
+    if basis is not None and structure.layers:
+        problems, notes = sites.compare(basis, structure.basis, checkpoint, means)
+        found.add(problems)
+        found.notes += notes
     found.linears = {name: {"group_size": size, "sqnr": None} for name, size in structure.linears.items()}
     found.ignored = structure.ignored
     values = contents.read(checkpoint, marked, progress)
@@ -134,6 +143,15 @@ def verify(
     if engine:
         _ask_vllm(found, config, marked, structure)
     return found
+
+
+def _noted(found: Verification) -> Basis | None:
+    """What the layout rests on, by recipe.json."""
+    try:
+        return sites.noted(found.folder)
+    except BismoothError as error:
+        found.add(error.problems)
+        return None
 
 
 def _refuse_unknown(found: Verification, schemes: Schemes | None) -> None:
