@@ -171,7 +171,12 @@ class Blueprint:
         )
 
     def views(self, bound: int) -> dict[str, View]:
-        """Full names of the matrices in the first so many blocks that may be stored otherwise -> how."""
+        """Full names of the matrices in the first so many blocks that may be stored otherwise -> how.
+
+        The table has none, and its experts may be as many as a config likes.
+        """
+        if self.record is None:
+            return {}
         return {
             self.names.block(i) + name: replace(view, tensor=self.names.block(i) + view.tensor)
             for i, layer in enumerate(self.layers(bound))
