@@ -26,7 +26,7 @@ def test_of_the_tests_only_support_is_imported():
 
 
 def test_rooms_are_those_of_the_package():
-    """benchmarks/ and csrc/ lie beside the package, data and support serve the tests."""
+    """benchmarks/ and csrc/ lie beside the package, data and support serve the tests, families the whole."""
     package = TESTS.parent / "vllm_w8a8_bismooth"
     rooms = {file.parent.name for file in TESTS.rglob("test_*.py") if file.parent != TESTS}
-    assert rooms - {"benchmarks"} <= {folder.name for folder in package.iterdir() if folder.is_dir()}
+    assert rooms - {"benchmarks", "families"} <= {folder.name for folder in package.iterdir() if folder.is_dir()}

@@ -244,7 +244,8 @@ def expressions(chosen: Sequence[set[str]], layers: Sequence[Layer], names: Name
     """
     where: dict[str, list[int]] = {}
     for index, (linears, layer) in enumerate(zip(chosen, layers, strict=True)):
-        unit_of = {part: (fused, *parts) for fused, parts in layer.fused.items() for part in parts}
+        fusions = {**fused_among(layer.routers), **layer.fused}
+        unit_of = {part: (fused, *parts) for fused, parts in fusions.items() for part in parts}
         units = {"|".join(map(re.escape, sorted(unit_of.get(name, (name,))))) for name in linears}
         for unit in {re.sub(r"\\\.\d+\\\.", r"\\.\\d+\\.", unit) for unit in units}:
             where.setdefault(unit, []).append(index)
@@ -293,8 +294,10 @@ def float_modules(source: Layout, ignored: Sequence[set[str]]) -> list[str]:
     vLLM quantizes what is not named here, also the head of a classifier, and blocks that predict further tokens.
     """
     kinds = {id(layer): layer for layer in source.layers}.values()
+    linears = {name for layer in kinds for name in layer.linears}
     floats = {name for layer in kinds for name in (*layer.routers, *fused_among(layer.routers))}
-    routers = sorted(set(map(_in_any_expert, floats)))
+    routers = sorted(set(map(_in_any_expert, floats - linears)))
+    somewhere = [i | (layer.routers.keys() & linears) for i, layer in zip(ignored, source.layers, strict=True)]
     places = {module: source.names.inside(module) for module in source.floats()}
     beyond = sorted({place[0] for place in places.values() if place})
     towers = _towers([module for module, place in places.items() if place is None], source.names)
@@ -309,7 +312,7 @@ def float_modules(source: Layout, ignored: Sequence[set[str]]) -> list[str]:
         *outside,
         *(rf"re:(.*\.)?{re.escape(tower)}\..*" for tower in towers),
         *(rf"re:{_blocks(source.names)}\.\d+\.{router}$" for router in routers),
-        *expressions(ignored, source.layers, source.names),
+        *expressions(somewhere, source.layers, source.names),
     ]
 
 

@@ -8,9 +8,13 @@ from safetensors.torch import load_file
 
 from tests.support.models import tiny_config
 from vllm_w8a8_bismooth.discovery.find import find
-from vllm_w8a8_bismooth.discovery.record import Part
+from vllm_w8a8_bismooth.discovery.record import Discovery, Part
 
 CONFIGS = {
+    "apertus": dict(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=160,
+    ),
     "bloom": dict(hidden_size=64, n_layer=2, n_head=4, vocab_size=160),
     "gpt2": dict(n_embd=64, n_layer=2, n_head=4, vocab_size=160, n_positions=64),
     "gpt_oss": dict(
@@ -40,6 +44,7 @@ def test_blocks_can_be_filled_from_the_checkpoint(model_type, tmp_path):
     model.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "model.safetensors")
     found = find(json.loads((tmp_path / "config.json").read_text()))
+    assert Discovery.from_json(json.loads(json.dumps(found.to_json()))) == found
     inside_blocks = 0
     for index, block in enumerate(model.get_submodule(found.modules.blocks)):
         kind, prefix = found.blocks[index], f"{found.names.blocks}{index}."

@@ -41,6 +41,26 @@ def test_dense_types_in_vllm(tmp_path, calibration_text):
         assert cost < 0.01 * yardstick, (name, cost, yardstick)
 
 
+@pytest.mark.engine
+def test_stacked_and_transposed_in_vllm(tmp_path, calibration_text):
+    """What the files have as parts of other tensors, or transposed, as vLLM's loaders take it in INT8."""
+    expected, calibrated = {}, Recipe.of("bismooth", calibration_tokens=1024)
+    for model_type in ("gpt2", "granitemoe", "llama4_text"):
+        source = write(tmp_path / "sources" / model_type, model_type)
+        expected[model_type] = transformers_predictions(source)
+        convert(source, tmp_path / model_type, calibrated, read_text(calibration_text))
+
+    answers, log = engines.run(tmp_path, WINDOWS, {name: {"model": tmp_path / name} for name in expected})
+    for name, (reference, yardstick) in expected.items():
+        assert name in answers, f"{name}: {log[-3000:]}"
+        answer = answers[name]
+        assert answer.get("quantization") == "w8a8_bismooth", (name, answer)
+        # A token whose router hesitates may be sent to another expert by any rounding at all.
+        cost = np.median(divergence(reference, answer["logprobs"]))
+        assert cost < 0.01 * yardstick, (name, cost, yardstick)
+        assert answer["experts"] == {"gpt2": 0, "granitemoe": 3, "llama4_text": 2}[name]
+
+
 @pytest.mark.parametrize("model_type", SPARSE)
 def test_experts_keep_their_accuracy(tmp_path, calibration_text, model_type):
     """By emulation, which test_moe.py holds vLLM to.

@@ -21,7 +21,8 @@ EXTRA = {
         layer_types=["sliding_attention", "full_attention", "sliding_attention"],
     ),
     "granite": dict(embedding_multiplier=12.0, residual_multiplier=0.22, attention_multiplier=0.2, logits_scaling=8.0),
-    "granitemoe": dict(num_local_experts=4, num_experts_per_tok=2),
+    "gpt_oss": dict(num_local_experts=4, num_experts_per_tok=2, sliding_window=16, layer_types=None),
+    "granitemoe": dict(num_local_experts=4, num_experts_per_tok=2, attention_multiplier=0.2),
     "llama4_text": dict(
         num_local_experts=4, moe_layers=[1, 2], intermediate_size_mlp=128, no_rope_layers=[1, 0, 1], layer_types=None
     ),

@@ -39,5 +39,6 @@ def transformers_predictions(folder: Path) -> tuple[np.ndarray, float]:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
     model.config.use_cache = False
     whole = emulate.log_probabilities(model, WINDOWS)
-    model.model.layers = model.model.layers[:-1]
+    path, blocks = next((path, m) for path, m in model.named_modules() if isinstance(m, torch.nn.ModuleList))
+    model.set_submodule(path, blocks[:-1])
     return whole, divergence(whole, emulate.log_probabilities(model, WINDOWS)).mean()

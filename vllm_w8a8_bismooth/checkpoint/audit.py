@@ -10,6 +10,7 @@ from vllm_w8a8_bismooth.checkpoint.heads import head_problems
 from vllm_w8a8_bismooth.checkpoint.reader import BUFFER_DTYPES, FLOAT_DTYPES, Header, Headers
 from vllm_w8a8_bismooth.checkpoint.strays import stray_problems, strays
 from vllm_w8a8_bismooth.errors import BismoothError, Problem
+from vllm_w8a8_bismooth.model.layers import View
 from vllm_w8a8_bismooth.model.names import Names
 
 _MTP = ("eh_proj", "enorm", "hnorm", "shared_head", "mtp", "embed_tokens", "token_layernorm", "final_layernorm")
@@ -81,7 +82,7 @@ def audit(checkpoint: Headers, blueprint: Blueprint, tensors: Mapping[str, Heade
     if replaced:
         yield _replaced(kind, replaced, strange)
     missing = {name: shape for name, shape in missing.items() if name not in set(replaced)}
-    yield from _missing(config, names, missing, promise)
+    yield from _missing(config, names, missing, promise, blueprint.views(bound))
     if promise.endless:
         yield Problem(
             CONFIG, f"implies many more tensors than the {bound} in the files", "mend it or download the rest"
@@ -179,15 +180,24 @@ def _counted(number: int, thing: str) -> str:
 
 
 def _missing(
-    config: Mapping, names: Names, missing: Mapping[str, tuple[int, ...]], promise: Promise
+    config: Mapping,
+    names: Names,
+    missing: Mapping[str, tuple[int, ...]],
+    promise: Promise,
+    views: Mapping[str, View],
 ) -> Iterator[Problem]:
-    """Tensors that are not there; blocks of which nothing is there are one problem."""
+    """Tensors that are not there; blocks of which nothing is there are one problem, and so are stacks."""
     wanted: Counter[int] = Counter(place[0] for place in map(names.inside, promise.required) if place)
     absent: Counter[int] = Counter(place[0] for place in map(names.inside, missing) if place)
     whole = {block for block, count in absent.items() if count == wanted[block]}
+    stacks = {views[name].tensor for name in promise.required if name in views and name not in missing}
+    said = set()
     for name, shape in missing.items():
         place = names.inside(name)
-        if place is None or place[0] not in whole:
+        if name in views and views[name].tensor not in stacks:  # as a publisher would store it
+            name, shape = views[name].tensor, views[name].whole
+        if name not in said and (place is None or place[0] not in whole):
+            said.add(name)
             what = f"tensor of shape {list(shape)} is missing"
             yield Problem(name, what, f"download the checkpoint again or mend {CONFIG}")
     if whole and not promise.endless:

@@ -107,7 +107,7 @@ def construction_of(found: "record.Discovery", moved: Callable[[str], str]) -> C
         embedding=modules.embedding.removeprefix(base),
         norm=modules.norm and modules.norm.removeprefix(base),
         outside={name.removeprefix(base): moved(tensor) for name, tensor in modules.outside.items() if _is_text(name)},
-        returns_tuples=modules.returns_tuples,
+        returned=modules.returned,
         kinds=tuple(_kind(stored) for stored in found.stored),
         kind=found.blocks,
     )

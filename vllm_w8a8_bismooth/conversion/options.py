@@ -39,7 +39,7 @@ def _named(source: Layout, field: str, given: Sequence[str]) -> list[set[str]]:
     """
     linears, names = _linears(source), module_names(source)
     chosen: list[set[str]] = [set() for _ in source.layers]
-    problems, example = [], source.names.block(0) + next(iter(source.layers[0].linears))
+    problems, example = [], next(iter(linears), "")
     remedy = f"leave it out or mend it; linears are called like {example}"
     for pattern in given:
         found = found_by(pattern, names)
@@ -62,8 +62,12 @@ def ignored_by_name(source: Layout, recipe: Recipe) -> list[set[str]]:
 
     Raises:
         BismoothError: a pattern of ``ignore`` names no module, together they name all linears, or some of a block's
-            experts and not the others.
+            experts and not the others; or the model has no linears.
     """
+    if not any(layer.linears for layer in source.layers):
+        why = ", ".join(dict.fromkeys(why for layer in source.layers for why in layer.routers.values()))
+        what = f"none of its matrices can become INT8 ({why})"
+        raise BismoothError.of(source.checkpoint.place, what, "serve it as it is")
     if recipe.ignore is None:
         return [set() for _ in source.layers]
     chosen, option = _named(source, "ignore", recipe.ignore), _as_given("ignore", recipe.ignore)

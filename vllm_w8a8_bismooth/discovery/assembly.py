@@ -33,6 +33,7 @@ class Assembly:
         real: checkpoint's tensor inside the block -> shape, of the real model.
         experts: in the small model's and the real model's mixtures; 0 for none.
         ties: that hold in it.
+        counts: numbers of things that the config names, and small multiples.
     """
 
     def __init__(
@@ -42,14 +43,20 @@ class Assembly:
         real: Mapping[str, tuple[int, ...]],
         experts: tuple[int, int],
         ties: Iterable[Tie],
+        counts: Collection[int] = (),
     ):
         shown = Shown.of(block, regions, real, ties)
         regions, real = shown.regions, shown.shapes
         self._block, self._regions, self._views, self._kept = block, regions, shown.views, shown.kept
         self._ties = ties
         self._few, self._many = experts
+        self._counts = counts
         self.real = {template(name): shape for name, shape in real.items()}
-        self._small = {template(name): self._shape(found) for name, found in regions.items() if found}
+        self._small = {
+            template(name): self._shape(found)
+            for name, found in regions.items()
+            if found and found[0].parameter in block.parameters
+        }
         self._of: dict[tuple[str, int | None], list[Region]] = {}
         for found in regions.values():
             for region in found:
@@ -63,9 +70,9 @@ class Assembly:
     def _shape(self, found: list[Region]) -> tuple[int, ...]:
         """Of a tensor of the small model."""
         region, total = found[0], sum(r.rows[1] for r in found)
-        whole = self._block.parameters.get(region.parameter)
-        if whole is None:  # a buffer
-            return (total,)
+        whole = self._block.parameters[region.parameter]
+        if not whole.ndim:
+            return ()
         if region.transposed:
             return (*whole.shape[: len(whole.shape) - 2 if region.expert is None else 0], total, whole.shape[-2])
         return (total, *(whole.shape[1:] if region.expert is None else whole.shape[2:]))
@@ -273,11 +280,7 @@ class Assembly:
 
     def _is_counted(self, rows: int, few: int) -> bool:
         """Whether rows are not a width: as many as in the small model, or one for each expert."""
-        return bool(rows) and ((rows == few and self._shrank()) or (rows, few) == (self._many, self._few) or rows == 1)
-
-    def _shrank(self) -> bool:
-        """Whether any size differs between the two models."""
-        return any(self.real[name] != shape for name, shape in self._small.items() if name in self.real)
+        return rows == 1 or (rows == few and rows in self._counts) or 0 < rows == self._many != few == self._few
 
     def _found(self, name: str) -> list[Region]:
         return next((found for tensor, found in self._regions.items() if template(tensor) == name), [])

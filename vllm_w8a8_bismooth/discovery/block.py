@@ -12,7 +12,7 @@ from vllm_w8a8_bismooth.discovery.watch import Unit, Watch
 
 SAME = 1e-10
 """Largest relative difference of outputs that are equal but for fp64's rounding."""
-_STILL = re.compile(r"conv|A_log|embed|(^|[._])bias|_bias$|scale_shift|positions?")
+_STILL = re.compile(r"conv|norm|A_log|embed|(^|[._])bias|_bias$|scale_shift|positions?")
 """Parts of names of what tokens are not multiplied with as with a matrix."""
 
 

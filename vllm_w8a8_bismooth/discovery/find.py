@@ -54,6 +54,7 @@ class _Search:
         given = config.to_dict()
         counts = [n for _, key, value in widths.walk(given) if widths.is_experts(key) for n in widths.numbers(value)]
         self.many = max(counts, default=0)
+        self.counts = set(widths.counts(given))
         self.few = min([_EXPERTS, *counts])
 
     def samples(self) -> list[tuple[int, Sample]]:
@@ -63,7 +64,7 @@ class _Search:
             BismoothError: none can be built and run.
         """
         found: list[tuple[int, Sample]] = []
-        failed = []
+        failed: list[str] = []
         for factor in widths.factors(self.config.to_dict()):
             if found and found[0][0] % factor:
                 continue
@@ -74,11 +75,12 @@ class _Search:
                     found.append((factor, Sample(model)))
                     break
                 except Exception as error:
-                    failed.append(f"widths divided by {factor}: {explained(error)}")
+                    reason = f"widths divided by {factor}: {explained(error)}"
+                    failed.insert(len(failed) if isinstance(error, instance.TooLarge) else 0, reason)
             if len(found) == 2 or (found and factor == 1):
                 return found
         if not found:
-            raise refused(f"no small model of its class runs ({failed[-1]})")
+            raise refused(f"no small model of its class runs ({failed[0]})")
         return found
 
     def _prefix(self) -> int:
@@ -92,9 +94,8 @@ class _Search:
         outer = outermost(self.real)
         sizes = {n: sum(p.numel() for p in self.real.get_submodule(n).parameters()) for n in outer}
         text = self.config.get_text_config()
-        path = max(
-            (n for n in outer if len(self.real.get_submodule(n)) == text.num_hidden_layers), key=sizes.__getitem__
-        )
+        counted = [n for n in outer if len(self.real.get_submodule(n)) == getattr(text, "num_hidden_layers", 0)]
+        path = max(counted or outer, key=sizes.__getitem__)
         blocks = list(self.real.get_submodule(path).children())
         lists = [v for _, _, v in widths.walk(text.to_dict()) if isinstance(v, list | str) and len(v) == len(blocks)]
         given = [entries for entries in lists if len(set(map(str, entries))) < len(entries)]  # no list of blocks
@@ -115,7 +116,7 @@ class _Search:
         def assembly(index: int, ties: Iterable[Tie]) -> Assembly:
             begin = f"{names.blocks}{index}."
             inside = {name[len(begin) :]: shape for name, shape in self.shapes.items() if name.startswith(begin)}
-            return Assembly(sample.blocks[index], regions[index], inside, (self.few, self.many), ties)
+            return Assembly(sample.blocks[index], regions[index], inside, (self.few, self.many), ties, self.counts)
 
         if given is None:
             found = sample.search(progress)
@@ -222,12 +223,17 @@ class _Search:
             if len(found) == 1 and not region.transposed and not region.parameter.startswith(beside)
             if not any(part.isdigit() for part in region.parameter.split("."))  # of the blocks of a tower
         }
-        tuples = isinstance(sample.blocks[0].returned(), tuple)
-        return names, Modules(base, sample.path, embedding, norm, head, outside, tuples), inside
+        made = sample.blocks[0].returned()
+        returned = len(made) if isinstance(made, tuple) else 0
+        return names, Modules(base, sample.path, embedding, norm, head, outside, returned), inside
 
 
 def _base_of(model: Any, blocks: str, embedding: str) -> str:
     """What the paths of the bare decoder's modules begin with in a causal language model."""
+    from transformers import AutoModel
+
+    if AutoModel._model_mapping.get(type(model.config), None) is type(model):  # Llama 4 with its tower
+        return ""
     if hasattr(model, model.base_model_prefix):
         return f"{model.base_model_prefix}."
     parts = zip(blocks.split("."), embedding.split("."), strict=False)  # Llama 4 names another prefix than it has

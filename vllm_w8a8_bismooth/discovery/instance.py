@@ -35,9 +35,13 @@ def randomize(model: torch.nn.Module, generator: torch.Generator) -> None:
         p.copy_(noise)
 
 
+class TooLarge(Exception):
+    """A small model that is none."""
+
+
 def _resized(config: "PretrainedConfig", entries: dict[str, Any]) -> "PretrainedConfig":
     """A config with these entries. Its class may ask for ratios that its models do not need (that a head's width times
-    their number is the hidden size); then the entries are put in place one by one."""
+    their number is the hidden size); then they are put in place one by one."""
     entries = {key: value for key, value in entries.items() if key != "model_type"}
     try:
         return type(config)(**entries)
@@ -52,7 +56,7 @@ def _put(config: "PretrainedConfig", entries: dict[str, Any]) -> None:
         old = getattr(config, key, None)
         if hasattr(old, "to_dict"):
             _put(old, value)
-        elif old != value:
+        elif old != value and key != "model_type":
             setattr(config, key, value)
 
 
@@ -60,14 +64,14 @@ def small(origin: Origin, factor: int, experts: int, blocks: int | None, most: i
     """A model with widths divided by ``factor``, in fp64, with random weights that depend on nothing else.
 
     Raises:
-        ValueError: it has more than ``most`` parameters.
+        TooLarge: it has more than ``most`` parameters.
         Exception: whatever its class raises.
     """
     entries = widths.shrunk(origin.config.to_dict(), factor, experts, blocks)
     shrunk = _resized(origin.config, entries)
     count = sum(p.numel() for p in origin.build(shrunk, "meta").parameters())
     if count > most:
-        raise ValueError(f"{count} parameters at widths divided by {factor}")
+        raise TooLarge(f"{count} parameters at widths divided by {factor}")
     torch.manual_seed(0)  # of the class's own beginning
     model = origin.build(shrunk)
     randomize(model, torch.Generator().manual_seed(factor))

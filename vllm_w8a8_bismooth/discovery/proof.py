@@ -18,6 +18,8 @@ _LARGE, _SAME_LARGE = 30.0, 1e-6
 _SAME_LOGITS = 1e-7
 """Many blocks amplify the rounding of fp64."""
 SEEDS, LENGTHS = (1, 2, 3), (32, 23)
+_LONG = 256
+"""Tokens, where fewer leave units without a use."""
 
 Kind = tuple
 
@@ -53,8 +55,12 @@ class Sample:
             torch.cat([instance.text(length, torch.Generator().manual_seed(seed)) for seed in SEEDS])
             for length in LENGTHS
         ]
+        self._length = LENGTHS[0]
         lists = outermost(model)
         _, blocks = self._capture(lists)
+        if any((x == 0).all(0).any() for block in blocks for x in block.inputs.values()):
+            self._length = _LONG  # so that every unit is alive for some token
+            _, blocks = self._capture(lists)
         sizes = {
             name: sum(p.numel() for b in blocks if _list_of(b) == name for p in b.parameters.values()) for name in lists
         }
@@ -64,7 +70,8 @@ class Sample:
             raise ValueError("no list of blocks takes part in the forward pass")
 
     def _capture(self, lists: Sequence[str]) -> tuple[torch.Tensor, list[Block]]:
-        return capture(self.model, lambda: instance.logits(self.model, self._texts[0][:1]), lists, self._generator)
+        text = instance.text(self._length, torch.Generator().manual_seed(SEEDS[0]))
+        return capture(self.model, lambda: instance.logits(self.model, text), lists, self._generator)
 
     def search(self, progress: Progress) -> list[list[Tie]]:
         """The sites of each block. They are searched for once in each kind of block, and tried in the others."""

@@ -73,12 +73,12 @@ def _are_names(names: Names) -> bool:
 
 def _are_strings(found: Discovery) -> bool:
     modules = [getattr(found.modules, field.name) for field in fields(found.modules)]
-    paths, outside, tuples = modules[:5], found.modules.outside, found.modules.returns_tuples
+    paths, outside = modules[:5], found.modules.outside
     return (
         _all(paths, str | None)
         and _all((found.modules.base, found.modules.blocks, found.modules.embedding), str)
         and _all((*outside, *outside.values()), str)
-        and isinstance(tuples, bool)
+        and _are_sizes((found.modules.returned,), least=0)
         and all(map(_is_stored, found.stored))
     )
 

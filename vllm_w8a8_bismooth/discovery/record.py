@@ -1,7 +1,7 @@
 """What was found out about a model type: names, shapes, sites, and how they were proven. Data, with a form in JSON."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -184,7 +184,7 @@ class Modules:
         blocks, embedding, norm: the list of blocks, the embedding, the norm behind the last block (``None``: none).
         head: the last linear; ``None`` if there is none.
         outside: parameters and buffers outside the blocks, but for embedding, norm and head -> the checkpoint's tensor.
-        returns_tuples: whether a block returns its hidden states in a tuple.
+        returned: how many things a block returns in a tuple, hidden states first; 0 where it returns them alone.
     """
 
     base: str
@@ -193,7 +193,7 @@ class Modules:
     norm: str | None
     head: str | None
     outside: Mapping[str, str] = field(default_factory=dict)
-    returns_tuples: bool = False
+    returned: int = 0
 
 
 @dataclass(frozen=True)
@@ -259,7 +259,7 @@ class Discovery:
 
     def to_json(self) -> dict[str, Any]:
         """Lists, dicts, strings and numbers; what is ``None`` or empty is left out."""
-        found = _plain(asdict(self))
+        found = _plain(self)
         del found["seconds"]
         return found
 
@@ -284,11 +284,12 @@ class Discovery:
 
 
 def _plain(value: Any) -> Any:
-    """Of JSON's types, without what says nothing."""
-    if isinstance(value, Mapping):
-        return {
-            key: _plain(item) for key, item in value.items() if item is not None and item not in ((), {}, frozenset())
-        }
+    """Of JSON's types, without fields that say nothing."""
+    if is_dataclass(value):
+        own = {f.name: getattr(value, f.name) for f in fields(value)}
+        return {key: _plain(item) for key, item in own.items() if item not in (None, (), {}, frozenset())}
+    if isinstance(value, Mapping):  # an empty shape is that of a number
+        return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, frozenset):
         return sorted(value)
     return [_plain(item) for item in value] if isinstance(value, tuple | list) else value
@@ -327,7 +328,7 @@ def _layer(value: Mapping[str, Any]) -> Layer:
 
 
 def _modules(value: Mapping[str, Any]) -> Modules:
-    own = {"outside": dict(value.get("outside", {})), "returns_tuples": value.get("returns_tuples", False)}
+    own = {"outside": dict(value.get("outside", {})), "returned": value.get("returned", 0)}
     return Modules(**{**_complete(Modules, value), **own})
 
 

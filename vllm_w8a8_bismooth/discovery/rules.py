@@ -52,9 +52,10 @@ def parts_of(stack: str) -> tuple[str, ...]:
 _RULES: tuple[tuple[Callable[[Matrix], bool], str], ...] = (
     (lambda m: len(m.shape) > 2 and "expert" in m.name.lower() or (len(m.shape) > 2 and m.rows > 0),
      "experts stored as one tensor"),
-    (lambda m: not m.rows and (len(m.shape) > 2 or "conv" in m.owner.lower()), "a convolution"),
     (lambda m: m.name.endswith("bias"), "biases of experts"),
+    (lambda m: not m.rows and "norm" in m.owner.lower(), "a norm's gain"),
     (lambda m: not m.rows and bool(re.search(r"A_log|(^|\.)[AD]$", m.name)), "a state-space parameter"),
+    (lambda m: not m.rows and "conv" in f"{m.owner} {m.name}".lower(), "a convolution"),
     (lambda m: not m.rows, "nothing was seen to be multiplied with it"),
     (lambda m: m.counted, "a router or gate: one row for each expert or head"),
     (lambda m: {"x_proj", "dt_proj"} <= m.beside, "a Mamba-1 mixer, which vLLM does not quantize"),

@@ -85,14 +85,14 @@ def _split(
     tensor: str, values: torch.Tensor, bounds: torch.Tensor, names: list[str], numbered: Mapping[str, torch.Tensor]
 ) -> list[Region]:
     """The regions of one tensor, whose rows may come from several parameters."""
-    first = values.reshape(len(values), -1)[:, 0].contiguous() if values.ndim else values.reshape(1)
+    values = torch.atleast_1d(values)
+    first = values.reshape(len(values), -1)[:, 0].contiguous()
     owners = (torch.searchsorted(bounds, first, right=True) - 1).tolist()
     found, row = [], 0
     while row < len(owners):
         owner = names[owners[row]]
         length = next((n for n in range(1, len(owners) - row) if owners[row + n] != owners[row]), len(owners) - row)
-        part = values[row : row + length] if values.ndim else values.reshape(1)
-        region = _region(tensor, part, row, owner, numbered[owner])
+        region = _region(tensor, values[row : row + length], row, owner, torch.atleast_1d(numbered[owner]))
         if region is None:
             return []
         found.append(region)

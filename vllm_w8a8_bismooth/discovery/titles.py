@@ -30,7 +30,7 @@ def titled(sites: Iterable[Site]) -> tuple[Site, ...]:
 
 
 def _title(site: Site, producer: str) -> str:
-    if any("{}" in name for name in site.consumers) and "{}" not in site.producer:
+    if any("experts." in name for name in site.consumers) and "experts." not in site.producer:
         return f"{producer}->experts"
     names = list(dict.fromkeys(_short(name) for name in site.consumers))
     return f"{producer}->{''.join(names) if all(len(n) == 1 for n in names) else '_'.join(names)}"

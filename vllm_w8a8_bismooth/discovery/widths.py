@@ -17,8 +17,10 @@ _NO_WIDTH = re.compile(
 )
 _EXPERTS = re.compile(r"(moe_)?(num|n)_(local_|routed_)?experts|moe_num_experts|num_moe_experts")
 _CHOSEN = re.compile(r"\w*experts?_per_tok(en)?|moe_(top)?k|moe_top_k|top_k_experts|num_selected_experts|moe_topk")
+_COUNT = re.compile(r"(\w+_)?(num|n)_\w+|\w*heads|\w*experts")
 _GROUPS = re.compile(r"n_group|topk_group|num_expert_group|n_expert_groups?|n_limited_groups")
 _BLOCKS = re.compile(r"num_hidden_layers|n_layers?|num_layers|depth|num_decoder_layers|encoder_layers|decoder_layers")
+_HEADS = re.compile(r"num_(attention_|key_value_)?heads|encoder_attention_heads|n_heads?")
 _LENGTHS = re.compile(
     r"sliding_window(_size)?|attention_chunk_size|index_topk|(mamba_)?chunk_size|local_attention_window"
 )
@@ -31,6 +33,7 @@ _UNUSED = ("transformers_version", "architectures", "dtype", "torch_dtype", "id2
 _ROTARY_LISTS = ("short_factor", "long_factor")
 """A number for each pair of a head's channels."""
 
+_TOWER = 8
 _NARROWEST, _LEAST, _LARGEST = 4, 2, 256
 VOCABULARY = 256
 RESERVED = 8
@@ -38,11 +41,20 @@ RESERVED = 8
 _WINDOW, _POSITIONS_KEPT, _ORIGINAL = 16, 256, 128
 
 
-def is_tower(key: str, value: object) -> bool:
+def is_tower(key: object, value: object) -> bool:
     """Whether a part of a config is of something beside the language model: a vision tower, an audio encoder."""
     return (
-        isinstance(value, dict) and key.endswith("_config") and not _TEXT.fullmatch(key) and "vocab_size" not in value
+        isinstance(value, dict)
+        and str(key).endswith("_config")
+        and not _TEXT.fullmatch(str(key))
+        and "vocab_size" not in value
+        and not all(_is_number(inner) for inner in value)
     )
+
+
+def _is_number(key: object) -> bool:
+    """Whether a key is the number of a block (Gemma 4), or a label of a classifier."""
+    return str(key).isdigit()
 
 
 def numbers(value: object) -> list[int]:
@@ -54,8 +66,7 @@ def numbers(value: object) -> list[int]:
 def walk(config: Mapping, inside: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], str, Any]]:
     """Every entry of a config's language model, also of the configs inside it: (where, key, value)."""
     for key, value in config.items():
-        if not isinstance(key, str):  # labels of a classifier
-            continue
+        key = str(key)  # some number their blocks
         if isinstance(value, dict) and not is_tower(key, value):
             yield from walk(value, (*inside, key))
         elif isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
@@ -72,6 +83,13 @@ def is_width(key: str, value: object) -> bool:
 def is_experts(key: str) -> bool:
     """Whether a key's number is how many experts a mixture has."""
     return bool(_EXPERTS.fullmatch(key))
+
+
+def counts(config: Mapping) -> Iterator[int]:
+    """Numbers of things (heads, experts) that a config names, and what a matrix has that makes up to three for each."""
+    for _, key, value in walk(config):
+        if _COUNT.fullmatch(key):
+            yield from (number * times for number in numbers(value) for times in (1, 2, 3))
 
 
 def factors(config: Mapping) -> list[int]:
@@ -95,7 +113,7 @@ def factors(config: Mapping) -> list[int]:
 
 def _heads(config: Mapping) -> Iterator[tuple[int, int, bool]]:
     """Hidden size, heads, and whether the width of a head is said, of each part of a config."""
-    inner = [value for key, value in config.items() if isinstance(value, dict) and not is_tower(key, value)]
+    inner = [value for key, value in config.items() if isinstance(value, dict) and not is_tower(str(key), value)]
     for part in (config, *inner):
         hidden, heads = (
             next((part[key] for key in keys if type(part.get(key)) is int and part[key] > 0), None)
@@ -119,23 +137,34 @@ def shrunk(config: Mapping, factor: int, experts: int, blocks: int | None = None
         single block.
     """
     out: dict[str, Any] = {}
-    total = next((config[key] for key in config if _BLOCKS.fullmatch(key) and type(config[key]) is int), None)
+    total = next((config[key] for key in config if _BLOCKS.fullmatch(str(key)) and type(config[key]) is int), None)
     for key, value in config.items():
-        if not isinstance(key, str) or key in _UNUSED:
+        if key in _UNUSED:
+            continue
+        if blocks and _is_number(key) and int(key) >= blocks:
             continue
         if is_tower(key, value):
-            out[key] = {k: 1 if _BLOCKS.fullmatch(k) and type(v) is int else copy.deepcopy(v) for k, v in value.items()}
+            out[key] = {k: _tower_entry(str(k), v) for k, v in value.items()}
         elif isinstance(value, dict):
             out[key] = shrunk(value, factor, experts, blocks)
         elif isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
             out[key] = [shrunk(item, factor, experts) for item in value[: blocks if len(value) == total else None]]
         else:
-            out[key] = _entry(key, value, factor, experts)
+            out[key] = _entry(str(key), value, factor, experts)
             if blocks and total and isinstance(value, list | str) and len(value) == total:
                 out[key] = out[key][:blocks]
-            elif blocks and _BLOCKS.fullmatch(key) and type(value) is int:
+            elif blocks and _BLOCKS.fullmatch(str(key)) and type(value) is int:
                 out[key] = min(blocks, value)
     return out
+
+
+def _tower_entry(key: str, value: Any) -> Any:
+    """One entry of a tower's config. It does not run: it must only be built, and be small."""
+    if type(value) is not int:
+        return copy.deepcopy(value)
+    if _BLOCKS.fullmatch(key) or _HEADS.fullmatch(key):
+        return 1
+    return value // _TOWER if is_width(key, value) and value % _TOWER == 0 else value
 
 
 def _entry(key: str, value: Any, factor: int, experts: int) -> Any:

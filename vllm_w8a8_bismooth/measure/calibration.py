@@ -79,22 +79,25 @@ class Calibration:
             model.load_state_dict(read, strict=False, assign=True)
             model.requires_grad_(False)
             self._forwards = [block.forward for block in self._blocks]
-            given = [Given(build.returns_tuples) for _ in self._blocks]
+            given = [Given(build.returned) for _ in self._blocks]
             for block, stand_in in zip(self._blocks, given, strict=True):
                 block.forward = stand_in
             for window in tokens.split(1):
                 model(input_ids=window, use_cache=False)
         except Exception as error:
             raise refused(checkpoint, error) from None
+        if given[0].hidden[0].ndim != 3:
+            what = "its blocks read several hidden states of each token, which calibration does not carry"
+            raise BismoothError.of(checkpoint.folder, what, "use --calibration none, or --method rtn")
         self.hidden = torch.cat(given[0].hidden).to(device)
-        # Masks and positions of one window fit them all: they have one length and no padding.
         self._arguments = [_each(lambda tensor: tensor.to(device), block.arguments) for block in given]
 
     @contextmanager
     def lend(
         self, index: int, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype
-    ) -> Iterator[tuple[torch.nn.Module, Callable[[torch.Tensor], torch.Tensor]]]:
-        """A block that has its weights until the context ends, and what runs it on ``[windows, length, hidden]``.
+    ) -> Iterator[tuple[torch.nn.Module, Callable[[torch.Tensor, Sequence[int]], torch.Tensor]]]:
+        """A block that has its weights until the context ends, and what runs it on ``[windows, length, hidden]`` of the
+        windows with some numbers.
 
         Args:
             index: of the block.
@@ -106,13 +109,22 @@ class Calibration:
         """
         block = self._blocks[index]
         arguments = _each(lambda t: t.to(dtype) if t.is_floating_point() else t, self._arguments[index])
+        together = len(arguments) == 1 and _fit_all(arguments)
         try:
             build = self.source.construction
             state = {name: (build.parts(index, name), value.shape) for name, value in block.state_dict().items()}
             lent = {name: _parameter(tensors, parts, shape).to(dtype) for name, (parts, shape) in state.items()}
             block.load_state_dict(lent, assign=True)
-            first = 0 if build.returns_tuples else ...
-            yield block, lambda hidden: self._forwards[index](hidden, *arguments[0], **arguments[1])[first]
+            first = 0 if build.returned else ...
+
+            def run(hidden: torch.Tensor, windows: Sequence[int]) -> torch.Tensor:
+                done = []
+                for piece, window in [(hidden, 0)] if together else zip(hidden.split(1), windows, strict=True):
+                    places, names = arguments[window % len(arguments)]
+                    done.append(self._forwards[index](piece, *places, **names)[first])
+                return torch.cat(done) if len(done) > 1 else done[0]
+
+            yield block, run
         except Exception as error:
             raise BismoothError.of(
                 self.source.checkpoint.folder,
@@ -164,8 +176,9 @@ class Calibration:
                 if (place := built(site.consumers[-1])) in modules
             ]
             step = max(1, _CHUNK // self.hidden.shape[1])
-            for windows in self.hidden.split(step):  # views: the states are replaced in place
-                windows.copy_(run(windows))
+            for windows in torch.arange(len(self.hidden)).split(step):
+                hidden = self.hidden[windows[0] : windows[-1] + 1]  # a view: the states are replaced in place
+                hidden.copy_(run(hidden, windows.tolist()))
             self.unread = [expert for mixture in _mixtures(block) for expert in mixture.read_rest()]
             for hook in hooks:
                 hook.remove()
@@ -194,24 +207,32 @@ class Given:
     """Stands in for a block's forward: notes what it is given, and passes the hidden states on.
 
     Args:
-        returns_tuples: as the block does.
+        returned: how many things the block returns in a tuple; 0 where it returns hidden states alone.
 
     Attributes:
         hidden: what it was given in each call.
-        arguments: all else, of the first call: those by place, and by name.
+        calls: all else, those by place, and by name.
     """
 
-    def __init__(self, returns_tuples: bool):
-        self._returns_tuples = returns_tuples
+    def __init__(self, returned: int):
+        self._returned = returned
         self.hidden: list[torch.Tensor] = []
-        self.arguments: tuple[tuple[Any, ...], dict[str, Any]] = (), {}
+        self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self._alike = True
+
+    @property
+    def arguments(self) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+        """Those of each call, or one if all had the same: masks and positions fit all windows, which have one length
+        and no padding; embeddings of the tokens that go into every block (Gemma 4) do not."""
+        return self.calls[:1] if self._alike else self.calls
 
     def __call__(self, *places: Any, **names: Any) -> Any:
         hidden, *others = places if places else (names.pop("hidden_states"),)
-        if not self.hidden:
-            self.arguments = tuple(others), names
+        now = tuple(others), names
+        self._alike = self._alike and all(map(torch.equal, _tensors(self.calls[:1]), _tensors(now)))
         self.hidden.append(hidden)
-        return (hidden,) if self._returns_tuples else hidden
+        self.calls.append(now)
+        return (hidden, *[None] * (self._returned - 1)) if self._returned else hidden
 
 
 def _mixtures(block: torch.nn.Module) -> list[Experts]:
@@ -265,6 +286,21 @@ def _materialize_buffers(model: "PreTrainedModel") -> None:
             module._buffers[name] = torch.empty_like(buffer, device="cpu")
     for module in model.modules():  # also of those without, which may fill what is inside them
         model._init_weights(module)
+
+
+def _fit_all(arguments: Any) -> bool:
+    """Whether what a block is given for one window does for several at once: BLOOM's and Falcon's ALiBi begins with the
+    heads of every window."""
+    return all(tensor.ndim < 3 or len(tensor) == 1 for tensor in _tensors(arguments))
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    """All that are nested in arguments."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict | tuple | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(item)
 
 
 def _each(change: Callable[[torch.Tensor], torch.Tensor], value):

@@ -119,7 +119,7 @@ class _Expert(torch.nn.Module):
         for name in names[:-1]:
             self.add_module(name, torch.nn.Linear(hidden, inner, bias=False, dtype=whole.dtype))
         self.add_module(names[-1], torch.nn.Linear(inner, hidden, bias=False, dtype=whole.dtype))
-        self._activation = stacked.act_fn.forward
+        self._activation = getattr(stacked.act_fn, "forward", stacked.act_fn)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         *gates, up, down = self.children()

@@ -48,8 +48,13 @@ def sample(calibration: Calibration) -> torch.Tensor:
     Windows are taken from all over the text, whose kinds stand one after the other.
     """
     windows, length = calibration.hidden.shape[:2]
+    return calibration.hidden[sampled(windows, length)]
+
+
+def sampled(windows: int, length: int) -> list[int]:
+    """The numbers of those windows."""
     count = min(windows, max(1, SAMPLE // length))
-    return calibration.hidden[[(2 * i + 1) * windows // (2 * count) for i in range(count)]]
+    return [(2 * i + 1) * windows // (2 * count) for i in range(count)]
 
 
 @torch.no_grad()
@@ -68,7 +73,7 @@ def measure(
         index: of the block.
         tensors: what is stored of it, by name inside it.
         smoothing: of the block, which only variants that are smoothed get.
-        hidden: ``[windows, length, hidden]``, what the block reads.
+        hidden: ``[windows, length, hidden]``, what the block reads, by :func:`sample`.
         variants: by name.
 
     Returns:
@@ -79,8 +84,8 @@ def measure(
     found: dict[str, dict[str, float]] = {}
     built = partial(calibration.source.construction.built, index)
     with calibration.lend(index, tensors, torch.float32) as (block, run):
-        hidden = hidden.float()
-        true = run(hidden)
+        hidden, windows = hidden.float(), sampled(*calibration.hidden.shape[:2])
+        true = run(hidden, windows)
         size = true.square().sum(dim=-1).clamp_(min=torch.finfo(torch.float32).tiny)
         for unit, parts in units(layer).items():
             found[unit] = {}
@@ -90,7 +95,7 @@ def measure(
                     continue
                 folds = {built(p): smoothing.fold(p) if variant.smoothed else Fold() for p in parts}
                 with quantized(block, folds, variant):
-                    change = (run(hidden) - true).square().sum(dim=-1)
+                    change = (run(hidden, windows) - true).square().sum(dim=-1)
                 found[unit][name] = float((change / size).mean())
     return found
 

@@ -14,7 +14,7 @@ import torch
 
 from vllm_w8a8_bismooth import grouping
 from vllm_w8a8_bismooth.measure.calibration import Calibration
-from vllm_w8a8_bismooth.measure.perturbation import Variant, quantized, units
+from vllm_w8a8_bismooth.measure.perturbation import Variant, quantized, sampled, units
 from vllm_w8a8_bismooth.method.rows import Fold
 from vllm_w8a8_bismooth.method.smooth import Smoothing
 from vllm_w8a8_bismooth.model.layers import Layer
@@ -61,7 +61,7 @@ def measure(
         index: of the block.
         tensors: what is stored of it, by name inside it.
         smoothing: of the block.
-        hidden: ``[windows, length, hidden]``, what the block reads.
+        hidden: ``[windows, length, hidden]``, what the block reads, by :func:`perturbation.sample`.
         gradients: fp32 ``[draws, windows, length, hidden]``, of what it leaves.
         group_size: of the per-group variants.
 
@@ -73,12 +73,12 @@ def measure(
     built = partial(calibration.source.construction.built, index)
     found: dict[str, dict[str, dict[str, float]]] = {}
     with calibration.lend(index, tensors, torch.float32) as (block, run):
-        hidden = hidden.float()
+        hidden, windows = hidden.float(), sampled(*calibration.hidden.shape[:2])
         true, before = torch.empty_like(hidden), torch.empty_like(gradients)
         for i, window in enumerate(hidden.split(1)):
             leaf = window.detach().requires_grad_()
             with torch.enable_grad():
-                out = run(leaf)
+                out = run(leaf, windows[i : i + 1])
             true[i] = out.detach()[0]
             for draw, gradient in enumerate(gradients[:, i]):
                 kept = draw < len(gradients) - 1
@@ -95,7 +95,7 @@ def measure(
                     found[unit][name] = {}
                     for what, variant in ways.items():
                         with quantized(block, folds, variant):
-                            moved = (gradients * (run(hidden) - true)).sum(dim=-1)
+                            moved = (gradients * (run(hidden, windows) - true)).sum(dim=-1)
                         found[unit][name][what] = float(moved.square().mean()) / 2
     return found, before
 

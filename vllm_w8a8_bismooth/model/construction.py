@@ -48,7 +48,7 @@ class Construction:
         blocks, embedding: paths of the list of blocks and of the embedding in the decoder.
         norm: that of the norm behind the last block; ``None`` where there is none.
         outside: parameter of the decoder outside its blocks -> tensor of the checkpoint, but for embedding and norm.
-        returns_tuples: whether a block returns its hidden states in a tuple.
+        returned: how many things a block returns in a tuple, hidden states first; 0 where it returns them alone.
     """
 
     decoder: str = "model."
@@ -56,7 +56,7 @@ class Construction:
     embedding: str = "embed_tokens"
     norm: str | None = "norm"
     outside: Mapping[str, str] = field(default_factory=dict)
-    returns_tuples: bool = False
+    returned: int = 0
 
     def parts(self, index: int, parameter: str) -> Sequence[Part]:
         """What the checkpoint has of a parameter of block ``index``."""

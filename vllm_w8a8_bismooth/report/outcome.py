@@ -26,7 +26,6 @@ class Outcome:
         ignored: full names of the linears that were left in float.
         already_float: full names of what the recipe ignores although it is never quantized: the head, routers, norms.
         floats: matrices inside the blocks that are never quantized, numbers as ``*`` -> why.
-        sites: block index -> what was folded at each site.
         sites: block index -> what was folded at each site. ``unread`` marks those inside experts that no calibration
             token was sent to: they were measured on what the others were given.
         files: shard -> SHA-256.

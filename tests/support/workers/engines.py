@@ -71,7 +71,8 @@ def meet(model: str) -> None:
     from vllm import ModelRegistry
 
     (name,) = json.loads(Path(model, "config.json").read_text())["architectures"]
-    ModelRegistry.register_model(name, ModelRegistry.models[name].load_model_cls())
+    if name in ModelRegistry.models:  # else vLLM tries transformers' class
+        ModelRegistry.register_model(name, ModelRegistry.models[name].load_model_cls())
 
 
 def clean_up() -> None:
@@ -83,8 +84,8 @@ def clean_up() -> None:
 
 
 def ask(windows: np.ndarray, output: Path, model: str, options: dict | None = None, reload: bool = False) -> dict:
-    meet(model)
     try:
+        meet(model)
         engine = start(model, windows.shape[1], **options or {})
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}"}

@@ -1,0 +1,193 @@
+"""What is shown of a family: its sites keep the function, conversions pass their check, calibration runs the model."""
+
+import re
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks import emulate
+from tests.support.families import Family
+from tests.support.folding import smoothed_copy
+from tests.support.predictions import divergence
+from tests.support.workers import engines
+from vllm_w8a8_bismooth.api import convert, verify
+from vllm_w8a8_bismooth.checkpoint.files import CONFIG, read_json
+from vllm_w8a8_bismooth.checkpoint.layout import Source
+from vllm_w8a8_bismooth.discovery.discover import discover
+from vllm_w8a8_bismooth.measure.calibration import Calibration, Given
+from vllm_w8a8_bismooth.method.rows import Threads
+
+METHODS = {
+    "rtn": dict(method="rtn"),
+    "data-free": dict(calibration="none"),
+    "calibrated": dict(calibration_tokens=512),
+}
+"""How each family is converted: arguments of ``convert``; the last one's lacks the text."""
+WINDOWS = np.random.default_rng(3).integers(2, 160, (4, 41))
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
+_TOKENS = torch.randint(2, 150, (2, 40), generator=torch.Generator().manual_seed(2))
+
+
+@dataclass
+class Proof:
+    """What was found and measured of one family without vLLM.
+
+    Attributes:
+        family: its name.
+        discovery: seconds that finding its sites took.
+        sites: in its blocks, with ``{}`` for numbers -> how many of its blocks have it.
+        linears: that become INT8.
+        floats: other matrices inside the blocks, with ``{}`` for numbers -> why they stay in float.
+        outside: parts outside the blocks that hold matrices: their names' beginnings.
+        function: relative change of the logits by folds at all sites, stored in fp32 and computed in fp64.
+        stream: largest relative distance of what calibration hands from block to block to what the model does.
+        converted: way of conversion -> INT8 linears.
+        faults: what ``verify`` finds in the results.
+        seconds: that all this took.
+    """
+
+    family: str
+    discovery: float = 0.0
+    sites: dict[str, int] = field(default_factory=dict)
+    linears: int = 0
+    floats: dict[str, str] = field(default_factory=dict)
+    outside: list[str] = field(default_factory=list)
+    function: float = 0.0
+    stream: float = 0.0
+    converted: dict[str, int] = field(default_factory=dict)
+    faults: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+def prove(family: Family, folder: Path, text: Path) -> Proof:
+    """All that there is to show of a family without vLLM.
+
+    Args:
+        family: whose model is made.
+        folder: for the model (``source``), and one of each of :data:`METHODS`.
+        text: for calibration.
+    """
+    started, proof = time.monotonic(), Proof(family.name)
+    path = family.write(folder / "source")
+    proof.discovery = discover(read_json(path / CONFIG)).seconds
+    source = Source(path)
+    _describe(source, proof)
+    smoothed_copy(path, folder / "folded")
+    before, after = (_logits(folder / name) for name in ("source", "folded"))
+    proof.function = _distance(after, before)
+    proof.stream = max(_stream(source))
+    for name, options in METHODS.items():
+        given = {"calibration": text, **options} if name == "calibrated" else options
+        proof.converted[name] = len(convert(path, folder / name, **given).linears)
+        proof.faults += [f"{name}: {fault}" for fault in verify(folder / name, against=path, engine=False).findings]
+    proof.seconds = time.monotonic() - started
+    return proof
+
+
+def _describe(source: Source, proof: Proof) -> None:
+    sites: Counter[str] = Counter()
+    for layer in source.layers:
+        sites.update({_NUMBER.sub("{}", site.name) for site in layer.sites})
+        proof.linears += len(layer.linears)
+        for tensor, shape in layer.tensors.items():
+            name = tensor.removesuffix(".weight")
+            if len(shape) > 1 and name not in layer.linears:
+                proof.floats[_NUMBER.sub("{}", name)] = layer.routers.get(name, "")
+    proof.sites = dict(sorted(sites.items()))
+    headers = source.checkpoint.headers
+    beginnings = (re.split(r"\.\d+\.", name)[0] for name in source.outside if len(headers[name].shape) > 1)
+    proof.outside = sorted({name.removesuffix(".weight") for name in beginnings})
+
+
+def _model(folder: Path, dtype: torch.dtype) -> torch.nn.Module:
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    config = read_json(folder / CONFIG)
+    auto = AutoModelForImageTextToText if "vision_config" in config else AutoModelForCausalLM
+    # As transformers chooses, because its eager Falcon adds ALiBi twice; but sdpa drops soft caps without a word.
+    attention = "eager" if config.get("attn_logit_softcapping") else None
+    options: dict[str, Any] = dict(dtype=dtype, attn_implementation=attention, experts_implementation="eager")
+    return auto.from_pretrained(folder, **options).eval()
+
+
+@torch.no_grad()
+def _logits(folder: Path) -> torch.Tensor:
+    return _model(folder, torch.float64)(input_ids=_TOKENS, use_cache=False).logits
+
+
+def _distance(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+@torch.no_grad()
+def _stream(source: Source) -> Iterator[float]:
+    """How far calibration's hidden states behind each block are from those of the whole model."""
+    calibration, threads = Calibration(source, _TOKENS, torch.device("cpu")), Threads()
+    model, build, seen = _model(Path(source.checkpoint.folder), torch.float32), source.construction, []
+
+    def record(block: torch.nn.Module, given: tuple, returned: Any) -> None:
+        seen.append(returned[0] if isinstance(returned, tuple) else returned)
+
+    for block in model.get_submodule(f"{build.decoder}{build.blocks}").children():
+        block.register_forward_hook(record)
+    model(input_ids=_TOKENS, use_cache=False)
+    assert len(seen) == len(source.layers)
+    for index, expected in enumerate(seen):
+        prefix = source.names.block(index)
+        tensors = {name: source.checkpoint.read(prefix + name) for name in source.blocks[index]}
+        calibration.advance(index, tensors, threads)
+        yield _distance(calibration.hidden, expected)
+
+
+@dataclass
+class Served:
+    """What vLLM makes of a calibrated conversion.
+
+    Attributes:
+        family: its name.
+        cost: mean KL divergence of the predictions to those of the source in transformers and fp32, nats a token.
+        yardstick: the same of the source without its last block.
+        linears, experts: how many of vLLM's linears, and layers of experts, run on our kernels.
+        error: why there is nothing of this.
+    """
+
+    family: str
+    cost: float | None = None
+    yardstick: float | None = None
+    linears: int = 0
+    experts: int = 0
+    error: str | None = None
+
+
+def serve(families: Iterable[Family], folder: Path) -> Iterator[Served]:
+    """What vLLM makes of families for which :func:`prove` was given ``folder/<name>``, one engine after the other."""
+    left = {family.name: family for family in families}
+    while left:
+        wanted = {n: {"model": folder / n / "calibrated", "options": {"dtype": f.dtype}} for n, f in left.items()}
+        answers, log = engines.run(folder, WINDOWS, wanted)
+        if len(answers) < len(left):  # the process ended with the first that has no answer
+            answers[next(name for name in left if name not in answers)] = {"error": log[-3000:]}
+        for name, answer in answers.items():
+            del left[name]
+            if "logprobs" not in answer:
+                yield Served(name, error=answer["error"])
+                continue
+            expected, yardstick = _predictions(folder / name / "source")
+            cost = float(divergence(expected, answer["logprobs"][..., : expected.shape[-1]]).mean())
+            yield Served(name, cost, yardstick, sum(answer["schemes"].values()), answer["experts"])
+
+
+def _predictions(folder: Path) -> tuple[np.ndarray, float]:
+    """fp32 log-probabilities of a checkpoint, and how far they move without the last block, which is the yardstick."""
+    model, build = _model(folder, torch.float32), Source(folder).construction
+    model.config.use_cache = False
+    whole = emulate.log_probabilities(model, WINDOWS)
+    *_, last = model.get_submodule(f"{build.decoder}{build.blocks}").children()
+    last.forward = Given(build.returned)
+    return whole, float(divergence(whole, emulate.log_probabilities(model, WINDOWS)).mean())
