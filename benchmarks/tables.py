@@ -179,8 +179,9 @@ def families(path: Path) -> str:
         floats = "; ".join(f"{', '.join(modules)}: {why}" for why, modules in reasons.items())
         cost, error = row["served"]["cost"], row["served"]["error"]
         served = f"{cost:.1e} ({cost / row['served']['yardstick']:.2%})" if error is None else f"no: {error}"
+        stream = "" if row["stream"] is None else f"{row['stream']:.0e}"
         sites = ", ".join(f"`{site}`" for site in row["sites"])
-        measured = (str(row["linears"]), f"{row['discovery']:.1f}", f"{row['function']:.0e}", f"{row['stream']:.0e}")
+        measured = (str(row["linears"]), f"{row['discovery']:.1f}", f"{row['function']:.0e}", stream)
         lines.append((f"`{row['family']}`", sites, floats, served, *measured))
     header = ("family", "sites", "in float, and why", "KL in vLLM")
     return markdown((*header, "INT8 linears", "discovery, s", "folds", "calibration"), lines, words=len(header))

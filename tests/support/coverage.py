@@ -4,7 +4,7 @@ vLLM serves the result."""
 import re
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,13 +25,13 @@ from vllm_w8a8_bismooth.measure.calibration import Calibration, Given
 from vllm_w8a8_bismooth.measure.perturbation import units
 from vllm_w8a8_bismooth.method.rows import Threads
 
-CALIBRATED = "calibrated"
+SOURCE, CALIBRATED = "source", "calibrated"
 METHODS = {
     "rtn": dict(method="rtn"),
     "data-free": dict(calibration="none"),
     CALIBRATED: dict(calibration_tokens=512),
 }
-"""How each family is converted: arguments of ``convert``; the last one's lacks the text."""
+"""How each family is converted: arguments of ``convert``; the last one's lacks the text. vLLM serves the last."""
 WINDOWS = np.random.default_rng(3).integers(2, 160, (4, 41))
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 _TOKENS = torch.randint(2, 150, (2, 40), generator=torch.Generator().manual_seed(2))
@@ -49,7 +49,8 @@ class Proof:
         floats: other matrices inside the blocks, with ``{}`` for numbers -> why they stay in float.
         outside: parts outside the blocks that hold matrices: their names' beginnings.
         function: relative change of the logits by folds at all sites, stored in fp32 and computed in fp64.
-        stream: largest relative distance of what calibration hands from block to block to what the model does.
+        stream: largest relative distance of what calibration hands from block to block to what the model does; ``None``
+            where there is no calibration.
         converted: way of conversion -> INT8 linears.
         faults: what ``verify`` finds in the results.
         seconds: that all this took.
@@ -62,7 +63,7 @@ class Proof:
     floats: dict[str, str] = field(default_factory=dict)
     outside: list[str] = field(default_factory=list)
     function: float = 0.0
-    stream: float = 0.0
+    stream: float | None = None
     converted: dict[str, int] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
     seconds: float = 0.0
@@ -77,15 +78,16 @@ def prove(family: Family, folder: Path, text: Path) -> Proof:
         text: for calibration.
     """
     started, proof = time.monotonic(), Proof(family.name)
-    path = family.write(folder / "source")
+    path = family.write(folder / SOURCE)
     proof.discovery = discover(read_json(path / CONFIG)).seconds
     source = Source(path)
     _describe(source, proof)
     smoothed_copy(path, folder / "folded")
-    before, after = (_logits(folder / name) for name in ("source", "folded"))
+    before, after = (_logits(folder / name) for name in (SOURCE, "folded"))
     proof.function = _distance(after, before)
-    proof.stream = max(_stream(source))
-    for name in METHODS:
+    if not family.uncalibrated:
+        proof.stream = max(_stream(source))
+    for name in _ways(family):
         proof.converted[name] = len(convert(path, folder / name, **_given(name, text)).linears)
         proof.faults += [f"{name}: {fault}" for fault in verify(folder / name, against=path, engine=False).findings]
     proof.seconds = time.monotonic() - started
@@ -94,7 +96,12 @@ def prove(family: Family, folder: Path, text: Path) -> Proof:
 
 def make(family: Family, folder: Path, text: Path) -> None:
     """A part of :func:`prove`: what :func:`serve` needs."""
-    convert(family.write(folder / "source"), folder / CALIBRATED, **_given(CALIBRATED, text))
+    last = _ways(family)[-1]
+    convert(family.write(folder / SOURCE), folder / last, **_given(last, text))
+
+
+def _ways(family: Family) -> list[str]:
+    return [name for name in METHODS if not (name == CALIBRATED and family.uncalibrated)]
 
 
 def _given(name: str, text: Path) -> dict[str, Any]:
@@ -158,50 +165,66 @@ def _stream(source: Source) -> Iterator[float]:
 
 @dataclass
 class Served:
-    """What vLLM makes of a calibrated conversion.
+    """What vLLM makes of a conversion, calibrated where that is possible, beside what it makes of the source, both in the same dtype.
 
     Attributes:
         family: its name.
-        expected: how many linears of vLLM's are in INT8 by what is known of its fusions, but for experts.
-        cost: mean KL divergence of the predictions to those of the source in transformers and fp32, nats a token.
-        yardstick: the same of the source without its last block.
-        linears, experts: how many of vLLM's linears, and layers of experts, run on our kernels.
         error: why there is nothing of this.
+        cost: mean KL divergence of the conversion's predictions to the source's, nats a token.
+        apart: that of the source's predictions to those in transformers and fp32, which is none of our doing.
+        yardstick: that of the source in transformers without its blocks: all that they have to say.
+        linears, experts: how many of vLLM's linears, and layers of experts, run on our kernels.
+        expected: how many linears should, by what is known of vLLM's fusions.
     """
 
     family: str
-    expected: int = 0
-    cost: float | None = None
-    yardstick: float | None = None
+    error: str | None = None
+    cost: float = 0.0
+    apart: float = 0.0
+    yardstick: float = 0.0
     linears: int = 0
     experts: int = 0
-    error: str | None = None
+    expected: int = 0
 
 
-def serve(families: Iterable[Family], folder: Path) -> Iterator[Served]:
+def serve(families: Sequence[Family], folder: Path) -> Iterator[Served]:
     """What vLLM makes of families whose ``folder/<name>`` :func:`prove` or :func:`make` has filled."""
-    left = {family.name: family for family in families}
-    while left:
-        wanted = {n: {"model": folder / n / CALIBRATED, "options": {"dtype": f.dtype}} for n, f in left.items()}
-        answers, log = engines.run(folder, WINDOWS, wanted)
-        if len(answers) < len(left):  # the process ended with the first that has no answer
-            answers[next(name for name in left if name not in answers)] = {"error": log[-3000:]}
-        for name, answer in answers.items():
-            del left[name]
-            if "error" in answer:
-                yield Served(name, error=answer["error"])
-                continue
-            expected, yardstick = _predictions(folder / name / "source")
-            cost = float(divergence(expected, answer["logprobs"][..., : expected.shape[-1]]).mean())
-            linears = sum(len(units(layer)) for layer in Source(folder / name / "source").layers)
-            yield Served(name, linears, cost, yardstick, sum(answer["schemes"].values()), answer["experts"])
+    wanted = {
+        f"{family.name}-{way}": {"model": folder / family.name / way, "options": {"dtype": family.dtype}}
+        for family in families
+        for way in (SOURCE, _ways(family)[-1])
+    }
+    answers: dict[str, dict] = {}
+    while left := {name: request for name, request in wanted.items() if name not in answers}:
+        found, log = engines.run(folder, WINDOWS, left)
+        answers |= found
+        if len(found) < len(left):  # the process ended with the first that has no answer
+            answers[next(name for name in left if name not in found)] = {"error": log[-3000:]}
+    for family in families:
+        source, ours = (answers[f"{family.name}-{way}"] for way in (SOURCE, _ways(family)[-1]))
+        if error := source.get("error") or ours.get("error"):
+            yield Served(family.name, error)
+            continue
+        path = folder / family.name / SOURCE
+        whole, yardstick = _predictions(path)
+        before, after = (answer["logprobs"][..., : whole.shape[-1]] for answer in (source, ours))
+        yield Served(
+            family.name,
+            cost=float(divergence(before, after).mean()),
+            apart=float(divergence(whole, before).mean()),
+            yardstick=yardstick,
+            linears=sum(ours["schemes"].values()),
+            experts=ours["experts"],
+            expected=sum(len(units(layer)) for layer in Source(path).layers),
+        )
 
 
+@torch.no_grad()
 def _predictions(folder: Path) -> tuple[np.ndarray, float]:
-    """fp32 log-probabilities of a checkpoint, and how far they move without the last block, which is the yardstick."""
+    """fp32 log-probabilities of a checkpoint, and how far they move without its blocks, which is the yardstick."""
     model, build = _model(folder, torch.float32), Source(folder).construction
     model.config.use_cache = False
     whole = emulate.log_probabilities(model, WINDOWS)
-    *_, last = model.get_submodule(f"{build.decoder}{build.blocks}").children()
-    last.forward = Given(build.returned)
+    for block in model.get_submodule(f"{build.decoder}{build.blocks}").children():
+        block.forward = Given(build.returned)
     return whole, float(divergence(whole, emulate.log_probabilities(model, WINDOWS)).mean())

@@ -92,6 +92,7 @@ _MLA = dict(head_dim=64, num_key_value_heads=6)
 
 _NO_CLASS = "vLLM has no class of it"
 _MAMBA1 = "vLLM has no scan of Mamba-1 for CPUs"
+_NO_TOWER = "vLLM's class imports torchvision, which is not here"
 
 _FLOATS = {
     "block_sparse_moe.gate": "mixtral phimoe minimax_m2 minimax kimi_linear",
@@ -109,7 +110,7 @@ _FLOATS = {
     "mamba.in_proj": "jamba",
     "mamba.out_proj": "jamba",
     "mamba.x_proj": "jamba",
-    "mixer.conv1d": "mamba2 nemotron_h",
+    "mixer.conv1d": "mamba2 nemotron_h nemotron_h@dense",
     "mixer.gate": "nemotron_h",
     "mlp.experts.down_proj": "gpt_oss",
     "mlp.experts.down_proj_bias": "gpt_oss",
@@ -161,6 +162,7 @@ class Family:
         changes: to the config that the sizes make.
         architecture: as published checkpoints say it, where transformers says it otherwise.
         dtype: in which vLLM computes.
+        uncalibrated: whether calibration refuses it.
         unserved: why vLLM does not serve it on a CPU; empty if it does.
     """
 
@@ -168,6 +170,7 @@ class Family:
     changes: Mapping[str, Any] = field(default_factory=dict)
     architecture: str = ""
     dtype: str = "float32"
+    uncalibrated: bool = False
     unserved: str = ""
 
     @property
@@ -252,21 +255,20 @@ FAMILIES = {
         Family(
             "gpt_neo",
             dict(num_layers=2, attention_types=[[["global", "local"], 1]], attention_layers=["global", "local"]),
-            unserved=_NO_CLASS,
         ),
         Family("gpt_neox"),
         Family("gptj", dict(rotary_dim=16)),
-        Family("codegen", dict(rotary_dim=16, n_head=4), unserved=_NO_CLASS),
+        Family("codegen", dict(rotary_dim=16, n_head=4)),
         Family("opt"),
         Family("opt@350m", dict(word_embed_proj_dim=96, do_layer_norm_before=False)),
         Family("bloom"),
-        Family("mpt", unserved=_NO_CLASS),
+        Family("mpt"),
         Family("falcon@7b", _FALCON),
         Family("falcon@40b", dict(_FALCON, new_decoder_architecture=True, num_kv_heads=2)),
         Family(
             "falcon@rw", dict(_FALCON, alibi=True, bias=True, parallel_attn=False, multi_query=False, num_kv_heads=6)
         ),
-        Family("persimmon", unserved=_NO_CLASS),
+        Family("persimmon"),
         Family("stablelm"),
         Family(
             "stablelm@12b",
@@ -277,7 +279,7 @@ FAMILIES = {
         # like llama
         Family("llama"),
         Family("mistral"),
-        Family("ministral", dict(head_dim=64), unserved=_NO_CLASS),
+        Family("ministral", dict(head_dim=64)),
         Family("ministral3"),
         Family("qwen2"),
         Family("qwen3"),
@@ -286,8 +288,8 @@ FAMILIES = {
         Family("smollm3"),
         Family("seed_oss"),
         Family("arcee"),
-        Family("helium", dict(head_dim=32), unserved=_NO_CLASS),
-        Family("bitnet", unserved=_NO_CLASS),
+        Family("helium", dict(head_dim=32)),
+        Family("bitnet"),
         Family("apertus"),
         Family("exaone4"),
         Family("hunyuan_v1_dense", dict(head_dim=64, num_key_value_heads=2)),
@@ -305,6 +307,7 @@ FAMILIES = {
                 layer_types=["sliding_attention", "full_attention"],
                 num_kv_shared_layers=0,
             ),
+            uncalibrated=True,
         ),
         Family("gemma4_text", _GEMMA4),
         Family(
@@ -335,60 +338,64 @@ FAMILIES = {
         Family(
             "dots1",
             dict(n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=2, num_key_value_heads=2),
-            unserved=_NO_CLASS,
         ),
         Family("minimax_m2", dict(rotary_dim=32)),
         Family("gpt_oss"),
-        Family("jetmoe", unserved=_NO_CLASS),
+        Family("jetmoe"),
         Family(
             "llama4_text",
             dict(
                 num_hidden_layers=4,
                 interleave_moe_layer_step=2,
                 moe_layers=[1, 3],
+                num_experts_per_tok=1,
                 intermediate_size=96,
                 layer_types=None,
                 no_rope_layers=None,
             ),
         ),
         # latent attention
-        Family("deepseek_v2", dict(_MLA, num_experts_per_tok=2), dtype="bfloat16"),
+        Family("deepseek_v2", dict(_MLA, num_experts_per_tok=2, n_group=1, topk_group=1), dtype="bfloat16"),
         Family("deepseek_v3", dict(_MLA, topk_method="noaux_tc", scoring_func="sigmoid"), dtype="bfloat16"),
         Family(
             "deepseek_v32",
             dict(_MLA, topk_method="noaux_tc", scoring_func="sigmoid"),
             unserved="vLLM has no sparse attention on CPUs",
         ),
-        Family("glm4_moe_lite", _MLA, dtype="bfloat16"),
+        Family("glm4_moe_lite", dict(_MLA, first_k_dense_replace=1), dtype="bfloat16"),
         # linear attention, state spaces, convolutions
         Family(
             "qwen3_next",
             dict(_LINEAR, mlp_only_layers=[], decoder_sparse_step=1, full_attention_interval=4),
             dtype="bfloat16",
         ),
-        Family("qwen3_5_text", _LINEAR),
-        Family("qwen3_5_moe_text", _LINEAR),
+        Family("qwen3_5_text", _LINEAR, unserved=_NO_TOWER),
+        Family("qwen3_5_moe_text", _LINEAR, unserved=_NO_TOWER),
         Family("kimi_linear", _MLA, dtype="bfloat16"),
         Family("minimax", unserved=_NO_CLASS),
         Family("mamba2", dict(num_heads=12, head_dim=32)),
         Family("jamba", dict(num_hidden_layers=4), unserved=_MAMBA1),
-        Family("bamba", dict(attn_layer_indices=[1]), unserved=_NO_CLASS),
+        Family("bamba", dict(attn_layer_indices=[1])),
         Family("falcon_h1"),
-        Family("nemotron_h"),
+        Family("nemotron_h", unserved="vLLM has experts without a gate for GPUs only"),
+        Family("nemotron_h@dense", dict(num_hidden_layers=3, layers_block_type=["mamba", "mlp", "attention"])),
         Family("granitemoehybrid", dict(layer_types=["mamba", "attention"])),
-        Family("lfm2", dict(layer_types=["conv", "full_attention"])),
-        Family("lfm2_moe", dict(num_hidden_layers=4, num_dense_layers=2, layer_types=["conv", "full_attention"] * 2)),
+        Family("lfm2", dict(conv_dim=_HIDDEN, layer_types=["conv", "full_attention"])),
+        Family(
+            "lfm2_moe",
+            dict(num_hidden_layers=4, conv_dim=_HIDDEN, num_dense_layers=2, layer_types=["conv", "full_attention"] * 2),
+        ),
         # with towers
-        Family("gemma3"),
-        Family("llava"),
-        Family("mistral3"),
-        Family("llama4"),
-        Family("qwen2_vl", _mrope(4, 6, 6)),
-        Family("qwen2_5_vl", _mrope(4, 6, 6)),
-        Family("qwen3_vl"),
-        Family("qwen3_vl_moe"),
-        Family("qwen3_5", dict(text_config=_LINEAR)),
-        Family("glm4v", _mrope(4, 6, 6)),
-        Family("internvl"),
+        Family("gemma3", unserved=_NO_TOWER),
+        Family("llava", unserved=_NO_TOWER),
+        Family("mistral3", unserved=_NO_TOWER),
+        Family("llama4", unserved=_NO_TOWER),
+        Family("qwen2_vl", _mrope(4, 6, 6), unserved=_NO_TOWER),
+        Family("qwen2_5_vl", _mrope(4, 6, 6), unserved=_NO_TOWER),
+        Family("qwen3_vl", unserved=_NO_TOWER),
+        Family("qwen3_vl_moe", unserved=_NO_TOWER),
+        Family("qwen3_5", dict(text_config=_LINEAR), unserved=_NO_TOWER),
+        Family("glm4v", _mrope(4, 6, 6), unserved=_NO_TOWER),
+        Family("internvl", unserved=_NO_TOWER),
     )
 }
