@@ -165,7 +165,7 @@ def _stream(source: Source) -> Iterator[float]:
 
 @dataclass
 class Served:
-    """What vLLM makes of a conversion, calibrated where that is possible, beside what it makes of the source, both in the same dtype.
+    """What vLLM makes of a conversion, calibrated where that can be, beside the source; both in the same dtype.
 
     Attributes:
         family: its name.
