@@ -272,12 +272,18 @@ def _part(module: str, names: Names) -> str:
     return next(part for i, part in enumerate(parts) if trunk[i : i + 1] != [part] or i == len(parts) - 1)
 
 
-def _of_any_number(module: str) -> str:
-    """A module's name, or an expression for all whose names differ from it in numbers alone."""
-    parts = module.split(".")
-    if not any(part.isdigit() for part in parts):
+def _anywhere(module: str, names: Names) -> str:
+    """A module's name, or an expression for all whose names differ from it in numbers alone.
+
+    In the decoder, vLLM may have it deeper than the checkpoint says (Gemma 3n).
+    """
+    inside = module.removeprefix(names.trunk)
+    if inside == module and not any(part.isdigit() for part in module.split(".")):
         return module
-    return "re:" + r"\.".join(r"\d+" if part.isdigit() else re.escape(part) for part in parts) + "$"
+    around = "" if inside == module else r"(.*\.)?"
+    return (
+        f"re:{around}" + r"\.".join(r"\d+" if part.isdigit() else re.escape(part) for part in inside.split(".")) + "$"
+    )
 
 
 def _in_any_expert(module: str) -> str:
@@ -302,7 +308,7 @@ def float_modules(source: Layout, ignored: Sequence[set[str]]) -> list[str]:
     beyond = sorted({place[0] for place in places.values() if place})
     towers = _towers([module for module, place in places.items() if place is None], source.names)
     heads = [module for module, place in places.items() if place is None and _part(module, source.names) not in towers]
-    outside = sorted({_of_any_number(module) for module in heads} - {"lm_head"})
+    outside = sorted({_anywhere(module, source.names) for module in heads} - {"lm_head"})
     if any(module.rpartition(".")[2].isdigit() for module in heads):
         outside.append("re:^$")  # vLLM gives the parts of a reward model's head no names
     if beyond:

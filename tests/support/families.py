@@ -90,11 +90,14 @@ _GEMMA4 = dict(
 )
 _MLA = dict(head_dim=64, num_key_value_heads=6)
 
-_NO_CLASS = "vLLM has no class of it"
+_NO_CLASS = "vLLM has no class of it, nor can it use that of transformers"
 _MAMBA1 = "vLLM has no scan of Mamba-1 for CPUs"
 _NO_TOWER = "vLLM's class imports torchvision, which is not here"
 
 _FLOATS = {
+    "altup.prediction_coefs": "gemma3n_text",
+    "altup.modality_router": "gemma3n_text",
+    "altup.correction_coefs": "gemma3n_text",
     "block_sparse_moe.gate": "mixtral phimoe minimax_m2 minimax kimi_linear",
     "block_sparse_moe.router.layer": "granitemoe granitemoeshared granitemoehybrid",
     "conv.conv": "lfm2 lfm2_moe",
@@ -127,8 +130,8 @@ _FLOATS = {
     "mlp.router": "gpt_oss",
     "mlp.router.layer": "jetmoe",
     "mlp.shared_expert_gate": "qwen2_moe qwen3_next qwen3_5_moe_text",
-    "per_layer_input_gate": "gemma4_text gemma4_text@moe",
-    "per_layer_projection": "gemma4_text gemma4_text@moe",
+    "per_layer_input_gate": "gemma3n_text gemma4_text gemma4_text@moe",
+    "per_layer_projection": "gemma3n_text gemma4_text gemma4_text@moe",
     "router.proj": "gemma4_text@moe",
     "self_attention.experts.input_linear": "jetmoe",
     "self_attention.experts.output_linear": "jetmoe",
@@ -255,14 +258,15 @@ FAMILIES = {
         Family(
             "gpt_neo",
             dict(num_layers=2, attention_types=[[["global", "local"], 1]], attention_layers=["global", "local"]),
+            unserved=_NO_CLASS,
         ),
         Family("gpt_neox"),
         Family("gptj", dict(rotary_dim=16)),
-        Family("codegen", dict(rotary_dim=16, n_head=4)),
+        Family("codegen", dict(rotary_dim=16, n_head=4), unserved=_NO_CLASS),
         Family("opt"),
         Family("opt@350m", dict(word_embed_proj_dim=96, do_layer_norm_before=False)),
         Family("bloom"),
-        Family("mpt"),
+        Family("mpt", unserved=_NO_CLASS),
         Family("falcon@7b", _FALCON),
         Family("falcon@40b", dict(_FALCON, new_decoder_architecture=True, num_kv_heads=2)),
         Family(
@@ -341,7 +345,7 @@ FAMILIES = {
         ),
         Family("minimax_m2", dict(rotary_dim=32)),
         Family("gpt_oss"),
-        Family("jetmoe"),
+        Family("jetmoe", unserved=_NO_CLASS),
         Family(
             "llama4_text",
             dict(
@@ -375,7 +379,7 @@ FAMILIES = {
         Family("minimax", unserved=_NO_CLASS),
         Family("mamba2", dict(num_heads=12, head_dim=32)),
         Family("jamba", dict(num_hidden_layers=4), unserved=_MAMBA1),
-        Family("bamba", dict(attn_layer_indices=[1])),
+        Family("bamba", dict(attn_layer_indices=[1]), unserved=_NO_CLASS),
         Family("falcon_h1"),
         Family("nemotron_h", unserved="vLLM has experts without a gate for GPUs only"),
         Family("nemotron_h@dense", dict(num_hidden_layers=3, layers_block_type=["mamba", "mlp", "attention"])),
