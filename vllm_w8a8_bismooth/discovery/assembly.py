@@ -309,7 +309,8 @@ class Assembly:
         length = whole.shape[-1 if region.transposed else 0 if region.expert is None else 1]
         if region.rows == (0, length):
             return Part(name, transposed=region.transposed)
-        ratio = self.real[name][-2:][0] // self._small[name][-2:][0]
+        axis = -2 if region.transposed else 0  # a convolution's rows are its first axis
+        ratio = self.real[name][axis] // self._small[name][axis]
         first, count = region.rows
         return Part(name, (first * ratio, count * ratio), region.start * ratio, region.transposed)
 
