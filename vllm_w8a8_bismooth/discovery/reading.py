@@ -23,7 +23,7 @@ def read(value: object) -> Discovery:
         found = Discovery.from_json(value)
     except (TypeError, KeyError, AttributeError, IndexError, OverflowError, ValueError) as error:
         raise ValueError(f"not of its form ({type(error).__name__}: {str(error)[:100]})") from None
-    if problem := next(chain(_problems(found), _of_braces(found.to_json())), None):
+    if problem := next(chain(_problems(found), _of_braces(value)), None):
         raise ValueError(problem)
     return found
 
