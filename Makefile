@@ -48,13 +48,14 @@ results: .venv/ready # every picture of the README, from real runs; docs/results
 	$(PYTHON) -m benchmarks.demo --json $(RESULTS)/demo.json
 	$(PYTHON) -m benchmarks.accuracy --through vllm $(BESIDE) --json $(RESULTS)/accuracy-vllm.json
 	$(PYTHON) -m benchmarks.plot
-	$(PYTHON) -m benchmarks.tables README.md docs/results.md
+	$(PYTHON) -m benchmarks.tables README.md docs/results.md docs/models.md
 
-studies: .venv/ready # accuracy over seeds, plants and calibrations
+studies: .venv/ready # accuracy over seeds, plants and calibrations; every family of models
 	$(PYTHON) -m benchmarks.accuracy $(BESIDE) --json $(RESULTS)/accuracy.json
 	$(PYTHON) -m benchmarks.accuracy --calibration-study --json $(RESULTS)/calibration.json
+	$(PYTHON) -m benchmarks.families --json $(RESULTS)/families.json
 	$(PYTHON) -m benchmarks.plot
-	$(PYTHON) -m benchmarks.tables README.md docs/results.md
+	$(PYTHON) -m benchmarks.tables README.md docs/results.md docs/models.md
 
 soak: .venv/ready # five minutes of load on a server
 	$(PYTHON) -m benchmarks.soak

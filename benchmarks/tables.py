@@ -169,6 +169,23 @@ def agreement(path: Path) -> str:
     return markdown(("arm", "mean (95 %)", "median", "same to the end", "tokens of an answer"), lines)
 
 
+def families(path: Path) -> str:
+    """Families of models: what was found out, how well the function is kept, and what vLLM makes of the result."""
+    lines = []
+    for row in rows(path):
+        reasons: dict[str, list[str]] = {}
+        for module, why in row["floats"].items():
+            reasons.setdefault(why, []).append(f"`{module}`")
+        floats = "; ".join(f"{', '.join(modules)}: {why}" for why, modules in reasons.items())
+        cost, error = row["served"]["cost"], row["served"]["error"]
+        served = f"{cost:.1e} ({cost / row['served']['yardstick']:.2%})" if error is None else f"no: {error}"
+        sites = ", ".join(f"`{site}`" for site in row["sites"])
+        measured = (str(row["linears"]), f"{row['discovery']:.1f}", f"{row['function']:.0e}", f"{row['stream']:.0e}")
+        lines.append((f"`{row['family']}`", sites, floats, served, *measured))
+    header = ("family", "sites", "in float, and why", "KL in vLLM")
+    return markdown((*header, "INT8 linears", "discovery, s", "folds", "calibration"), lines, words=len(header))
+
+
 def plants(path: Path) -> str:
     """Planted beds: KL relative to RTN on the healthy bed, by kind of plant: mean over beds and seeds, and range."""
     data = Accuracy(path)
@@ -364,6 +381,7 @@ SHARED = (
     ("drafters-*.json", drafters),
     ("tasks-*.json", humaneval),
     ("agreement-*.json", agreement),
+    ("families.json", families),
 )
 OF_MACHINES = (
     ("gemm.json", kernels),

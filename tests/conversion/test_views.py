@@ -16,6 +16,7 @@ from tests.support.stored import store_apart
 from vllm_w8a8_bismooth.checkpoint.layout import Source
 from vllm_w8a8_bismooth.conversion import merge as merging
 from vllm_w8a8_bismooth.errors import BismoothError, Interrupted
+from vllm_w8a8_bismooth.measure import experts
 from vllm_w8a8_bismooth.measure.text import read_text
 from vllm_w8a8_bismooth.method.quantize import quantize_weight
 from vllm_w8a8_bismooth.recipe import Recipe
@@ -179,6 +180,24 @@ def test_experts_that_no_token_reached(tmp_path, calibration_text):
     assert any("experts.up->down.2 in block 1" in note for note in made.notes)
     (factors,) = (site for site in made.sites[1] if site["site"] == "experts.up->down.2")
     assert factors["factor_max"] > 1.01 * factors["factor_min"]
+    assert not verify(tmp_path / "out", source, engine=False).findings
+
+
+def test_unusual_experts_run_as_they_are(tmp_path, calibration_text, monkeypatch):
+    """Nothing inside them is measured; all else is, and the same."""
+    source, text = write(tmp_path / "source", "llama4_text"), read_text(calibration_text)
+    usual = convert(source, tmp_path / "usual", METHODS["calibrated"][0], text)
+    monkeypatch.setattr(experts, "_KINDS", {})
+    made = convert(source, tmp_path / "out", METHODS["calibrated"][0], text)
+    for i, sites in usual.sites.items():
+        found = {site["site"]: site for site in made.sites[i]}
+        for site in sites:
+            if site["site"].startswith("experts.up->down"):
+                assert site["site"] not in found
+            else:
+                assert found[site["site"]]["factor_max"] == pytest.approx(site["factor_max"], rel=0.05)
+    assert any("8 sites, like experts.up->down.0 in block 1, are left as they are" in note for note in made.notes)
+    assert not any("left as they are" in note for note in usual.notes)
     assert not verify(tmp_path / "out", source, engine=False).findings
 
 

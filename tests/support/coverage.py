@@ -1,4 +1,5 @@
-"""What is shown of a family: its sites keep the function, conversions pass their check, calibration runs the model."""
+"""What is shown of a family: its sites keep the function, conversions pass their check, calibration runs the model, and
+vLLM serves the result."""
 
 import re
 import time
@@ -21,12 +22,14 @@ from vllm_w8a8_bismooth.checkpoint.files import CONFIG, read_json
 from vllm_w8a8_bismooth.checkpoint.layout import Source
 from vllm_w8a8_bismooth.discovery.discover import discover
 from vllm_w8a8_bismooth.measure.calibration import Calibration, Given
+from vllm_w8a8_bismooth.measure.perturbation import units
 from vllm_w8a8_bismooth.method.rows import Threads
 
+CALIBRATED = "calibrated"
 METHODS = {
     "rtn": dict(method="rtn"),
     "data-free": dict(calibration="none"),
-    "calibrated": dict(calibration_tokens=512),
+    CALIBRATED: dict(calibration_tokens=512),
 }
 """How each family is converted: arguments of ``convert``; the last one's lacks the text."""
 WINDOWS = np.random.default_rng(3).integers(2, 160, (4, 41))
@@ -82,12 +85,20 @@ def prove(family: Family, folder: Path, text: Path) -> Proof:
     before, after = (_logits(folder / name) for name in ("source", "folded"))
     proof.function = _distance(after, before)
     proof.stream = max(_stream(source))
-    for name, options in METHODS.items():
-        given = {"calibration": text, **options} if name == "calibrated" else options
-        proof.converted[name] = len(convert(path, folder / name, **given).linears)
+    for name in METHODS:
+        proof.converted[name] = len(convert(path, folder / name, **_given(name, text)).linears)
         proof.faults += [f"{name}: {fault}" for fault in verify(folder / name, against=path, engine=False).findings]
     proof.seconds = time.monotonic() - started
     return proof
+
+
+def make(family: Family, folder: Path, text: Path) -> None:
+    """A part of :func:`prove`: what :func:`serve` needs."""
+    convert(family.write(folder / "source"), folder / CALIBRATED, **_given(CALIBRATED, text))
+
+
+def _given(name: str, text: Path) -> dict[str, Any]:
+    return METHODS[name] | ({"calibration": text} if name == CALIBRATED else {})
 
 
 def _describe(source: Source, proof: Proof) -> None:
@@ -151,6 +162,7 @@ class Served:
 
     Attributes:
         family: its name.
+        expected: how many linears of vLLM's are in INT8 by what is known of its fusions, but for experts.
         cost: mean KL divergence of the predictions to those of the source in transformers and fp32, nats a token.
         yardstick: the same of the source without its last block.
         linears, experts: how many of vLLM's linears, and layers of experts, run on our kernels.
@@ -158,6 +170,7 @@ class Served:
     """
 
     family: str
+    expected: int = 0
     cost: float | None = None
     yardstick: float | None = None
     linears: int = 0
@@ -166,21 +179,22 @@ class Served:
 
 
 def serve(families: Iterable[Family], folder: Path) -> Iterator[Served]:
-    """What vLLM makes of families for which :func:`prove` was given ``folder/<name>``, one engine after the other."""
+    """What vLLM makes of families whose ``folder/<name>`` :func:`prove` or :func:`make` has filled."""
     left = {family.name: family for family in families}
     while left:
-        wanted = {n: {"model": folder / n / "calibrated", "options": {"dtype": f.dtype}} for n, f in left.items()}
+        wanted = {n: {"model": folder / n / CALIBRATED, "options": {"dtype": f.dtype}} for n, f in left.items()}
         answers, log = engines.run(folder, WINDOWS, wanted)
         if len(answers) < len(left):  # the process ended with the first that has no answer
             answers[next(name for name in left if name not in answers)] = {"error": log[-3000:]}
         for name, answer in answers.items():
             del left[name]
-            if "logprobs" not in answer:
+            if "error" in answer:
                 yield Served(name, error=answer["error"])
                 continue
             expected, yardstick = _predictions(folder / name / "source")
             cost = float(divergence(expected, answer["logprobs"][..., : expected.shape[-1]]).mean())
-            yield Served(name, cost, yardstick, sum(answer["schemes"].values()), answer["experts"])
+            linears = sum(len(units(layer)) for layer in Source(folder / name / "source").layers)
+            yield Served(name, linears, cost, yardstick, sum(answer["schemes"].values()), answer["experts"])
 
 
 def _predictions(folder: Path) -> tuple[np.ndarray, float]:

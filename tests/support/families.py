@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from tests.support.damage import edit_json
 from tests.support.models import tiny_tokenizer
 
 _HIDDEN, _BLOCKS, _HEAD, _INNER = 192, 2, 64, 320
@@ -35,8 +36,7 @@ _SIZES = {
     "qk_rope_head_dim v_head_dim": 64,
     "index_head_dim": 64,
     "index_n_heads": 2,
-    "linear_key_head_dim": 32,
-    "linear_value_head_dim": 64,
+    "linear_key_head_dim linear_value_head_dim": 64,
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
     "mamba_d_state state_size ssm_state_size mamba_chunk_size chunk_size": 16,
@@ -53,21 +53,98 @@ _SIZES = {
 """Keys of configs, in all spellings -> the number."""
 _SIZE_OF = {key: size for keys, size in _SIZES.items() for key in keys.split()}
 _TOWER = {
-    "hidden_size": 64, "embed_dim": 64, "num_hidden_layers": 2, "depth": 2, "num_attention_heads": 2, "num_heads": 2,
-    "intermediate_size": 96, "image_size": 32, "patch_size": 8, "out_hidden_size": _HIDDEN, "projection_dim": 64,
-    "spatial_merge_size": 2, "fullatt_block_indexes": [1], "deepstack_visual_indexes": [0], "head_dim": 32,
-    "vision_output_dim": 128, "projector_input_dim": 128, "projector_output_dim": 128,
-}  # fmt: skip
+    "hidden_size": 64,
+    "embed_dim": 64,
+    "num_hidden_layers": 2,
+    "depth": 2,
+    "num_attention_heads": 2,
+    "num_heads": 2,
+    "intermediate_size": 96,
+    "image_size": 32,
+    "patch_size": 8,
+    "out_hidden_size": _HIDDEN,
+    "projection_dim": 64,
+    "spatial_merge_size": 2,
+    "fullatt_block_indexes": [1],
+    "deepstack_visual_indexes": [0],
+    "head_dim": 32,
+    "vision_output_dim": 128,
+    "projector_input_dim": 128,
+    "projector_output_dim": 128,
+}
 """The same of a vision tower."""
 _TOWERS = ("vision_config", "audio_config")
 _EACH_BLOCK = ("layer_types", "mlp_layer_types", "layers_block_type", "no_rope_layers")
 _OWN = ("model_type", "transformers_version", "architectures", "dtype", "id2label", "label2id")
 _LINEAR = dict(num_hidden_layers=4, layer_types=["linear_attention"] * 3 + ["full_attention"])
-_FALCON = dict(bias=False, alibi=False, new_decoder_architecture=False, multi_query=True, parallel_attn=True)
+_FALCON = dict(
+    ffn_hidden_size=4 * _HIDDEN,
+    bias=False,
+    alibi=False,
+    new_decoder_architecture=False,
+    multi_query=True,
+    parallel_attn=True,
+)
 _GEMMA4 = dict(
     num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"], per_layer_config={1: {"head_dim": 128}}
 )
 _MLA = dict(head_dim=64, num_key_value_heads=6)
+
+_NO_CLASS = "vLLM has no class of it"
+_MAMBA1 = "vLLM has no scan of Mamba-1 for CPUs"
+
+_FLOATS = {
+    "block_sparse_moe.gate": "mixtral phimoe minimax_m2 minimax kimi_linear",
+    "block_sparse_moe.router.layer": "granitemoe granitemoeshared granitemoehybrid",
+    "conv.conv": "lfm2 lfm2_moe",
+    "feed_forward.gate": "lfm2_moe",
+    "feed_forward.router": "llama4_text llama4 jamba",
+    "linear_attn.conv1d": "qwen3_5_text qwen3_5 qwen3_next qwen3_5_moe_text",
+    "linear_attn.in_proj_a": "qwen3_5_text qwen3_5 qwen3_5_moe_text",
+    "linear_attn.in_proj_b": "qwen3_5_text qwen3_5 qwen3_5_moe_text",
+    "linear_attn.in_proj_ba": "qwen3_next",
+    "mamba.A_log": "jamba",
+    "mamba.conv1d": "bamba falcon_h1 granitemoehybrid jamba",
+    "mamba.dt_proj": "jamba",
+    "mamba.in_proj": "jamba",
+    "mamba.out_proj": "jamba",
+    "mamba.x_proj": "jamba",
+    "mixer.conv1d": "mamba2 nemotron_h",
+    "mixer.gate": "nemotron_h",
+    "mlp.experts.down_proj": "gpt_oss",
+    "mlp.experts.down_proj_bias": "gpt_oss",
+    "mlp.experts.gate_up_proj": "gpt_oss",
+    "mlp.experts.gate_up_proj_bias": "gpt_oss",
+    "mlp.gate": (
+        "qwen2_moe qwen3_moe qwen3_next qwen3_5_moe_text qwen3_vl_moe olmoe flex_olmo dots1 deepseek_v2 deepseek_v3 "
+        "glm4_moe glm4_moe_lite ernie4_5_moe"
+    ),
+    "mlp.gate.wg": "hunyuan_v1_moe",
+    "mlp.input_linear": "jetmoe",
+    "mlp.moe_statics.e_score_correction_bias": "ernie4_5_moe",
+    "mlp.output_linear": "jetmoe",
+    "mlp.router": "gpt_oss",
+    "mlp.router.layer": "jetmoe",
+    "mlp.shared_expert_gate": "qwen2_moe qwen3_next qwen3_5_moe_text",
+    "per_layer_input_gate": "gemma4_text gemma4_text@moe",
+    "per_layer_projection": "gemma4_text gemma4_text@moe",
+    "router.proj": "gemma4_text@moe",
+    "self_attention.experts.input_linear": "jetmoe",
+    "self_attention.experts.output_linear": "jetmoe",
+    "self_attention.experts.router.layer": "jetmoe",
+    "self_attn.A_log": "kimi_linear",
+    "self_attn.b_proj": "kimi_linear",
+    "self_attn.diagonal_decay": "minimax",
+    "self_attn.indexer.weights_proj": "deepseek_v32",
+    "self_attn.indexer.wk": "deepseek_v32",
+    "self_attn.k_conv1d": "kimi_linear",
+    "self_attn.key_decay": "minimax",
+    "self_attn.q_conv1d": "kimi_linear",
+    "self_attn.query_decay": "minimax",
+    "self_attn.slope_rate": "minimax",
+    "self_attn.v_conv1d": "kimi_linear",
+}
+"""A module inside the blocks whose matrices stay in float -> the families that have it."""
 
 
 def _mrope(*pairs: int) -> dict[str, Any]:
@@ -82,16 +159,25 @@ class Family:
     Attributes:
         name: the type, perhaps with ``@`` and the layout.
         changes: to the config that the sizes make.
-        floats: inside the blocks, names of modules whose matrices stay in float, with ``{}`` for numbers.
+        architecture: as published checkpoints say it, where transformers says it otherwise.
+        dtype: in which vLLM computes.
+        unserved: why vLLM does not serve it on a CPU; empty if it does.
     """
 
     name: str
     changes: Mapping[str, Any] = field(default_factory=dict)
-    floats: tuple[str, ...] = ()
+    architecture: str = ""
+    dtype: str = "float32"
+    unserved: str = ""
 
     @property
     def model_type(self) -> str:
         return self.name.partition("@")[0]
+
+    @property
+    def floats(self) -> set[str]:
+        """Modules inside the blocks whose matrices stay in float."""
+        return {module for module, families in _FLOATS.items() if self.name in families.split()}
 
     def config(self) -> Any:
         """Transformers' config."""
@@ -123,6 +209,8 @@ class Family:
     def write(self, folder: Path) -> Path:
         """Save model and tokenizer; returns the folder."""
         self.model().save_pretrained(folder)
+        if self.architecture:
+            edit_json(folder / "config.json", lambda config: config.update(architectures=[self.architecture]))
         tiny_tokenizer().save_pretrained(folder)
         return folder
 
@@ -161,27 +249,35 @@ FAMILIES = {
         # the original decoders
         Family("gpt2"),
         Family("gpt_bigcode"),
-        Family("gpt_neo", dict(num_layers=2, attention_types=[[["global", "local"], 1]],
-                               attention_layers=["global", "local"])),
+        Family(
+            "gpt_neo",
+            dict(num_layers=2, attention_types=[[["global", "local"], 1]], attention_layers=["global", "local"]),
+            unserved=_NO_CLASS,
+        ),
         Family("gpt_neox"),
         Family("gptj", dict(rotary_dim=16)),
-        Family("codegen", dict(rotary_dim=16, n_head=4)),
+        Family("codegen", dict(rotary_dim=16, n_head=4), unserved=_NO_CLASS),
         Family("opt"),
         Family("opt@350m", dict(word_embed_proj_dim=96, do_layer_norm_before=False)),
         Family("bloom"),
-        Family("mpt"),
+        Family("mpt", unserved=_NO_CLASS),
         Family("falcon@7b", _FALCON),
         Family("falcon@40b", dict(_FALCON, new_decoder_architecture=True, num_kv_heads=2)),
-        Family("falcon@rw", dict(_FALCON, alibi=True, bias=True, parallel_attn=False, multi_query=False,
-                                  num_kv_heads=6)),
-        Family("persimmon"),
+        Family(
+            "falcon@rw", dict(_FALCON, alibi=True, bias=True, parallel_attn=False, multi_query=False, num_kv_heads=6)
+        ),
+        Family("persimmon", unserved=_NO_CLASS),
         Family("stablelm"),
-        Family("stablelm@12b", dict(use_parallel_residual=True, qk_layernorm=True)),
+        Family(
+            "stablelm@12b",
+            dict(use_parallel_residual=True, qk_layernorm=True),
+            unserved="vLLM's class has neither parallel residuals nor norms of queries and keys",
+        ),
         Family("phi", dict(num_key_value_heads=6)),
         # like llama
         Family("llama"),
         Family("mistral"),
-        Family("ministral", dict(head_dim=64)),
+        Family("ministral", dict(head_dim=64), unserved=_NO_CLASS),
         Family("ministral3"),
         Family("qwen2"),
         Family("qwen3"),
@@ -190,8 +286,8 @@ FAMILIES = {
         Family("smollm3"),
         Family("seed_oss"),
         Family("arcee"),
-        Family("helium", dict(head_dim=32)),
-        Family("bitnet"),
+        Family("helium", dict(head_dim=32), unserved=_NO_CLASS),
+        Family("bitnet", unserved=_NO_CLASS),
         Family("apertus"),
         Family("exaone4"),
         Family("hunyuan_v1_dense", dict(head_dim=64, num_key_value_heads=2)),
@@ -201,11 +297,20 @@ FAMILIES = {
         Family("gemma"),
         Family("gemma2"),
         Family("gemma3_text", dict(layer_types=["sliding_attention", "full_attention"])),
-        Family("gemma3n_text", dict(activation_sparsity_pattern=[0.95, 0.0], intermediate_size=[_INNER] * 2,
-                                    layer_types=["sliding_attention", "full_attention"], num_kv_shared_layers=0)),
+        Family(
+            "gemma3n_text",
+            dict(
+                activation_sparsity_pattern=[0.95, 0.0],
+                intermediate_size=[_INNER] * 2,
+                layer_types=["sliding_attention", "full_attention"],
+                num_kv_shared_layers=0,
+            ),
+        ),
         Family("gemma4_text", _GEMMA4),
-        Family("gemma4_text@moe", dict(_GEMMA4, enable_moe_block=True, num_experts=4, top_k_experts=2,
-                                       moe_intermediate_size=96)),
+        Family(
+            "gemma4_text@moe",
+            dict(_GEMMA4, enable_moe_block=True, num_experts=4, top_k_experts=2, moe_intermediate_size=96),
+        ),
         Family("vaultgemma"),
         Family("cohere"),
         Family("cohere2"),
@@ -221,32 +326,53 @@ FAMILIES = {
         Family("qwen3_moe"),
         Family("olmoe"),
         Family("flex_olmo"),
-        Family("phimoe"),
+        Family("phimoe", architecture="PhiMoEForCausalLM"),
         Family("granitemoe"),
         Family("granitemoeshared"),
-        Family("glm4_moe"),
+        Family("glm4_moe", dict(head_dim=64)),
         Family("ernie4_5_moe"),
         Family("hunyuan_v1_moe", dict(head_dim=64, num_key_value_heads=2, moe_topk=[2, 2], num_shared_expert=[1, 1])),
-        Family("dots1", dict(n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=2, num_key_value_heads=2)),
-        Family("minimax_m2"),
+        Family(
+            "dots1",
+            dict(n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=2, num_key_value_heads=2),
+            unserved=_NO_CLASS,
+        ),
+        Family("minimax_m2", dict(rotary_dim=32)),
         Family("gpt_oss"),
-        Family("jetmoe"),
-        Family("llama4_text", dict(num_hidden_layers=4, interleave_moe_layer_step=2, moe_layers=[1, 3],
-                                   intermediate_size=96, layer_types=None, no_rope_layers=None)),
+        Family("jetmoe", unserved=_NO_CLASS),
+        Family(
+            "llama4_text",
+            dict(
+                num_hidden_layers=4,
+                interleave_moe_layer_step=2,
+                moe_layers=[1, 3],
+                intermediate_size=96,
+                layer_types=None,
+                no_rope_layers=None,
+            ),
+        ),
         # latent attention
-        Family("deepseek_v2", dict(_MLA, num_experts_per_tok=2)),
-        Family("deepseek_v3", _MLA),
-        Family("deepseek_v32", _MLA),
-        Family("glm4_moe_lite", _MLA),
+        Family("deepseek_v2", dict(_MLA, num_experts_per_tok=2), dtype="bfloat16"),
+        Family("deepseek_v3", dict(_MLA, topk_method="noaux_tc", scoring_func="sigmoid"), dtype="bfloat16"),
+        Family(
+            "deepseek_v32",
+            dict(_MLA, topk_method="noaux_tc", scoring_func="sigmoid"),
+            unserved="vLLM has no sparse attention on CPUs",
+        ),
+        Family("glm4_moe_lite", _MLA, dtype="bfloat16"),
         # linear attention, state spaces, convolutions
-        Family("qwen3_next", dict(_LINEAR, mlp_only_layers=[], decoder_sparse_step=1, full_attention_interval=4)),
+        Family(
+            "qwen3_next",
+            dict(_LINEAR, mlp_only_layers=[], decoder_sparse_step=1, full_attention_interval=4),
+            dtype="bfloat16",
+        ),
         Family("qwen3_5_text", _LINEAR),
         Family("qwen3_5_moe_text", _LINEAR),
-        Family("kimi_linear", _MLA),
-        Family("minimax"),
+        Family("kimi_linear", _MLA, dtype="bfloat16"),
+        Family("minimax", unserved=_NO_CLASS),
         Family("mamba2", dict(num_heads=12, head_dim=32)),
-        Family("jamba", dict(num_hidden_layers=4)),
-        Family("bamba", dict(attn_layer_indices=[1])),
+        Family("jamba", dict(num_hidden_layers=4), unserved=_MAMBA1),
+        Family("bamba", dict(attn_layer_indices=[1]), unserved=_NO_CLASS),
         Family("falcon_h1"),
         Family("nemotron_h"),
         Family("granitemoehybrid", dict(layer_types=["mamba", "attention"])),
@@ -265,4 +391,4 @@ FAMILIES = {
         Family("glm4v", _mrope(4, 6, 6)),
         Family("internvl"),
     )
-}  # fmt: skip
+}

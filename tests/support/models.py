@@ -24,7 +24,12 @@ EXTRA = {
     "gpt_oss": dict(num_local_experts=4, num_experts_per_tok=2, sliding_window=16, layer_types=None),
     "granitemoe": dict(num_local_experts=4, num_experts_per_tok=2, attention_multiplier=0.2),
     "llama4_text": dict(
-        num_local_experts=4, moe_layers=[1, 2], intermediate_size_mlp=128, no_rope_layers=[1, 0, 1], layer_types=None
+        num_local_experts=4,
+        num_hidden_layers=4,
+        interleave_moe_layer_step=2,  # by which vLLM knows the blocks that have experts
+        intermediate_size_mlp=128,
+        no_rope_layers=[1, 0, 1, 1],
+        layer_types=None,
     ),
     "mixtral": dict(num_local_experts=4, num_experts_per_tok=2),
     "phi3": dict(pad_token_id=1, head_dim=16),

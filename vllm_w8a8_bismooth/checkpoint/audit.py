@@ -83,7 +83,7 @@ def audit(checkpoint: Headers, blueprint: Blueprint, tensors: Mapping[str, Heade
     if replaced:
         yield _replaced(kind, replaced, strange)
     missing = {name: shape for name, shape in missing.items() if name not in set(replaced)}
-    yield from _missing(config, names, missing, promise, blueprint.views(bound))
+    yield from _missing(config, names, missing, promise, blueprint.views)
     if promise.endless:
         yield Problem(
             CONFIG, f"implies many more tensors than the {bound} in the files", "mend it or download the rest"

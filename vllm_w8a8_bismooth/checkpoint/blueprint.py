@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -38,6 +38,7 @@ class Blueprint:
         known_by: where all of this is from, see :class:`basis.Basis`.
         record: what was found out or given.
         unproven: why no site is known, so that only methods without smoothing do; ``None`` where sites are known.
+        views: full names of matrices that the files may have as parts of other tensors, or transposed -> how.
     """
 
     names: Names
@@ -50,6 +51,7 @@ class Blueprint:
     known_by: str = TABLE
     record: "Discovery | None" = None
     unproven: BismoothError | None = None
+    views: Mapping[str, View] = field(default_factory=dict)
 
     @classmethod
     def of(cls, checkpoint: Headers, means: Means, tensors: Mapping[str, Header] | None = None) -> "Blueprint":
@@ -113,6 +115,7 @@ class Blueprint:
             layers=lambda bound: layers,
             outside={name: shape for name, shape in around.items() if name in needed},
             optional={names.head: (vocabulary, hidden)} | {n: shape for n, shape in around.items() if n not in needed},
+            views=findings.views_of(layers, names),
             known_by=by,
             record=found,
         )
@@ -175,19 +178,6 @@ class Blueprint:
             outside=outside,
             optional={names.head: outside[names.embedding]},
         )
-
-    def views(self, bound: int) -> dict[str, View]:
-        """Full names of the matrices in the first so many blocks that may be stored otherwise -> how.
-
-        The table has none, and its experts may be as many as a config likes.
-        """
-        if self.record is None:
-            return {}
-        return {
-            self.names.block(i) + name: replace(view, tensor=self.names.block(i) + view.tensor)
-            for i, layer in enumerate(self.layers(bound))
-            for name, view in layer.views.items()
-        }
 
 
 def _moved(names: Names, tensors: Iterable[str]) -> Callable[[str], str]:

@@ -10,6 +10,7 @@ from vllm_w8a8_bismooth.model.construction import Construction, Experts, Found, 
 from vllm_w8a8_bismooth.model.floats import TOWER
 from vllm_w8a8_bismooth.model.fusions import fused_among
 from vllm_w8a8_bismooth.model.layers import Layer, Site, View
+from vllm_w8a8_bismooth.model.names import Names
 
 if TYPE_CHECKING:
     from vllm_w8a8_bismooth.discovery import record
@@ -26,6 +27,15 @@ def layers_of(found: "record.Discovery") -> list[Layer]:
     each = zip(found.layers, found.stored, found.experts, strict=True)
     kinds = [replace(_layer(layer), views=_views(stored, experts)) for layer, stored, experts in each]
     return [kinds[kind] for kind in found.blocks]
+
+
+def views_of(layers: list[Layer], names: Names) -> dict[str, View]:
+    """Full name of each matrix that files may have otherwise -> how, with the full name of the tensor that has it."""
+    return {
+        names.block(i) + name: replace(view, tensor=names.block(i) + view.tensor)
+        for i, layer in enumerate(layers)
+        for name, view in layer.views.items()
+    }
 
 
 def _views(stored: "record.Stored", experts: int) -> dict[str, View]:

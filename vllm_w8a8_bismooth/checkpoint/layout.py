@@ -52,7 +52,7 @@ class Layout:
             self.known_by, self.record = blueprint.known_by, blueprint.record
             self.names = headers.names = blueprint.names
             self.construction, self.sizes, self.unproven = blueprint.construction, blueprint.sizes, blueprint.unproven
-            self.problems += headers.show(blueprint.views(len(tensors) + len(headers.lost)))
+            self.problems += headers.show(blueprint.views)
             tensors = headers.headers
             if tensors:
                 found = audit(headers, blueprint, tensors)

@@ -62,7 +62,8 @@ def convert(ready: Preparation, progress: Progress = silent) -> Outcome:
         for index, record in walk.records.items():
             outcome.linears |= record["linears"]
             outcome.sites[index] = record["sites"]
-        outcome.resumed, outcome.notes = walk.resumed, outcome.notes + outcome.unread()
+        outcome.resumed = walk.resumed
+        outcome.notes += [*outcome.unread(), *_unmeasured(ready, outcome)]
         outcome.granularity, outcome.estimated_kl = stages.evidence(), stages.estimate()
         _finish(journal.partial, ready, plan, outcome, checksums | walk.checksums)
         journal.commit()
@@ -80,6 +81,17 @@ def _outcome(ready: Preparation) -> Outcome:
     outcome.ignored = full_names(ready.within(ready.ignored), source.names)
     outcome.already_float, outcome.floats = already_float(source, ready.recipe), source.kept_in_float()
     return outcome
+
+
+def _unmeasured(ready: Preparation, outcome: Outcome) -> list[str]:
+    """A sentence without its full stop on sites inside experts of which calibration could not see what they read."""
+    if ready.tokens is None or ready.recipe.smoothing is None:
+        return []
+    seen = {index: {site["site"] for site in sites} for index, sites in outcome.sites.items()}
+    layers = ready.source.layers
+    left = [f"{site.name} in block {i}" for i in seen for site in layers[i].sites if site.name not in seen[i]]
+    what = "experts that compute something unusual are not taken apart, and what is inside them was not measured"
+    return [f"{what}: {len(left)} sites, like {left[0]}, are left as they are"] if left else []
 
 
 def _read_back(ready: Preparation) -> Outcome:

@@ -50,20 +50,21 @@ def parts_of(stack: str) -> tuple[str, ...]:
 
 
 _RULES: tuple[tuple[Callable[[Matrix], bool], str], ...] = (
-    (lambda m: len(m.shape) > 2 and "expert" in m.name.lower() or (len(m.shape) > 2 and m.rows > 0),
-     "experts stored as one tensor"),
+    (lambda m: bool(re.search(r"A_log|(^|\.)[AD]$", m.name)), "a state-space parameter"),
+    (lambda m: len(m.shape) > 2 and (m.rows > 0 or "expert" in m.name.lower()), "experts stored as one tensor"),
     (lambda m: m.name.endswith("bias"), "biases of experts"),
     (lambda m: not m.rows and "norm" in m.owner.lower(), "a norm's gain"),
-    (lambda m: not m.rows and bool(re.search(r"A_log|(^|\.)[AD]$", m.name)), "a state-space parameter"),
     (lambda m: not m.rows and "conv" in f"{m.owner} {m.name}".lower(), "a convolution"),
     (lambda m: not m.rows, "nothing was seen to be multiplied with it"),
     (lambda m: m.counted, "a router or gate: one row for each expert or head"),
+    (lambda m: "router" in m.name or (m.name.endswith(".gate.weight") and "experts" in m.beside), "a router"),
     (lambda m: {"x_proj", "dt_proj"} <= m.beside, "a Mamba-1 mixer, which vLLM does not quantize"),
     (lambda m: bool(re.search(r"indexer\.(wk|weights_proj|k_proj)\b", m.name)), "an indexer, which vLLM keeps so"),
     (lambda m: "per_layer" in m.name, "per-layer embeddings, which vLLM keeps in float"),
     (lambda m: m.columns % _MULTIPLE > 0, f"its columns are no multiple of {_MULTIPLE}"),
     (lambda m: min(m.rows, m.columns) < _MULTIPLE, "it is tiny"),
-)  # fmt: skip
+)
+"""The first that applies counts."""
 
 
 def reason(matrix: Matrix) -> str | None:

@@ -28,7 +28,7 @@ _LENGTHS = re.compile(
 _POSITIONS = re.compile(
     r"max_position_embeddings|n_positions|n_ctx|max_seq(uence)?_len(gth)?|seq_length|model_max_length|max_sequence_length"
 )
-_TEXT = re.compile(r"(text|llm|language|decoder)_config")
+_TEXT = re.compile(r"(text|llm|language|decoder|attn|ffn)_config")
 _UNUSED = ("transformers_version", "architectures", "dtype", "torch_dtype", "id2label", "label2id")
 _ROTARY_LISTS = ("short_factor", "long_factor")
 """A number for each pair of a head's channels."""

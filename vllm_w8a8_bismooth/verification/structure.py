@@ -70,7 +70,7 @@ class Structure:
             blueprint = Blueprint.of(checkpoint, means, tensors)
             self.known_by, self.record = blueprint.known_by, blueprint.record
             checkpoint.names = blueprint.names
-            self.problems += checkpoint.show(blueprint.views(len(tensors)))
+            self.problems += checkpoint.show(blueprint.views)
             self._headers = checkpoint.headers
             tensors = {name: header for name, header in self._headers.items() if not name.endswith(SCALE)}
             sizes = blueprint.sizes
