@@ -80,13 +80,13 @@ def test_an_error_is_that_of_the_whole_block(make_checkpoint, calibration_text, 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return torch.nn.functional.linear(rounded(x / s), self.weight, self.bias)
 
-    hidden = block.hidden.float()
+    hidden, windows = block.hidden.float(), range(len(block.hidden))
     with block.lend() as (module, run):
-        true = run(hidden)
+        true = run(hidden, windows)
         half, _, name = linear.rpartition(".")
         original = getattr(module.get_submodule(half), name)
         setattr(module.get_submodule(half), name, Quantized(original))
-        moved = run(hidden)
+        moved = run(hidden, windows)
         setattr(module.get_submodule(half), name, original)
     by_hand = ((moved - true).square().sum(-1) / true.square().sum(-1)).mean()
     assert block.measure(v=Variant(smoothed=smoothed))[linear]["v"] == pytest.approx(float(by_hand), rel=1e-5)
@@ -123,15 +123,16 @@ def test_weights_are_given_back(make_checkpoint, calibration_text):
     block = Block(make_checkpoint(), calibration_text)
     with block.lend() as (module, run):
         before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-        true = run(block.hidden.float())
+        hidden, windows = block.hidden.float(), range(len(block.hidden))
+        true = run(hidden, windows)
         folds = {name: block.smoothing.fold(name) for name in block.layer.linears}
         with pytest.raises(ZeroDivisionError), quantized(module, folds, Variant()):
-            assert not torch.equal(run(block.hidden.float()), true)
+            assert not torch.equal(run(hidden, windows), true)
             assert not any(torch.equal(module.get_submodule(n).weight, before[f"{n}.weight"]) for n in folds)
             1 / 0  # noqa: B018
         after = module.state_dict()
         assert before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in before)
-        assert torch.equal(run(block.hidden.float()), true), "no hook is left"
+        assert torch.equal(run(hidden, windows), true), "no hook is left"
 
 
 def test_a_block_that_fails_is_named(make_checkpoint, calibration_text):
