@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.support import own
 from tests.support.contents import digests
 from tests.support.conversion import convert
 from tests.support.damage import edit_json
@@ -97,6 +98,18 @@ def test_inspect_reads_no_weights(hub, bismooth, checkpoint):
     assert sum(hub.served[name] for name in shards) < there["source_bytes"] / 2
     small = {"config.json", "model.safetensors.index.json", "generation_config.json", "tokenizer_config.json"}
     assert set(hub.served) - shards == small
+
+
+def test_sites_read_the_config_and_code_alone(hub, bismooth, tmp_path):
+    """Code is downloaded, and runs, only if it is trusted."""
+    hub.repositories["org/own"] = tmp_path / "own"
+    own.write_code(tmp_path / "own")
+    done = bismooth(hub.endpoint, "sites", "org/own")
+    assert done.returncode == 2 and "--trust-remote-code" in done.stderr and set(hub.served) == {"config.json"}
+    done = bismooth(hub.endpoint, "sites", "org/own", "--trust-remote-code", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["model_type"] == "own"
+    assert set(hub.served) == {"config.json", "configuration_own.py", "modeling_own.py"}
 
 
 @pytest.mark.slow

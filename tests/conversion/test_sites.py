@@ -1,7 +1,6 @@
 """Conversions of models that the table does not have: sites found out, given, noted and checked again; own code."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -193,6 +192,22 @@ def test_types_that_nobody_knows_are_inspected(make_checkpoint):
     assert len(found.kinds) == 1 and len(found.kinds[0].linears) == 4 and found.sizes["blocks"] == 3
 
 
+@pytest.mark.parametrize(
+    ("model_type", "key", "remove", "parts"),
+    [
+        ("no-such", "num_hidden_layers", False, ["gpt_neox.layers.3.*", "is missing", "num_hidden_layers = 4"]),
+        ("no-such", "num_hidden_layers", True, ["gpt_neox.layers.2.*", "belong to no block", "num_hidden_layers = 2"]),
+        ("gpt2", "n_layer", False, ["transformer.h.3.*", "1 whole block is missing", "set n_layer to 3"]),
+        ("gpt2", "n_layer", True, ["transformer.h.2.*", "belong to no block", "n_layer = 2"]),
+    ],
+)
+def test_another_number_of_blocks_than_the_config_says(make_checkpoint, tmp_path, model_type, key, remove, parts):
+    source = make_checkpoint("gpt2" if model_type == "gpt2" else TYPE)
+    edit_json(source / "config.json", lambda c: c.update({"model_type": model_type, key: 2 if remove else 4}))
+    code, text = run("convert", source, tmp_path / "out", "--method", "rtn")
+    assert code == 2 and all(part in text for part in parts), text
+
+
 def test_known_types_of_which_no_model_is_built(make_checkpoint, tmp_path):
     """The message names what failed and how to go on, which then works."""
     source, out = make_checkpoint(TYPE), tmp_path / "out"
@@ -276,12 +291,10 @@ def test_what_own_code_computes_is_measured(modules, tmp_path, calibration_text,
 
 
 def test_types_that_transformers_has_need_no_trust(make_checkpoint, tmp_path):
-    """Even if the config names code, which then does not run."""
+    """Even if the config names code, which does not run then, whether it may or not."""
     source = make_checkpoint(TYPE)
     (source / "evil.py").write_text("raise SystemExit('it ran')")
     edit_json(source / "config.json", lambda c: c.update(auto_map={"AutoConfig": "evil.C", "AutoModel": "evil.M"}))
     outcome = b.convert(source, tmp_path / "out", calibration="none")
     assert outcome.sites and layout_of(tmp_path / "out")["from"] == "discovery"
-    shutil.rmtree(tmp_path / "out")
-    code, text = run("sites", source, "--trust-remote-code")
-    assert code == 2 or "it ran" in text
+    assert run("sites", source, "--trust-remote-code")[0] == 0

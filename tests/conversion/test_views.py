@@ -41,7 +41,7 @@ def kept_records(tmp_path_factory):
 def model_of(model_type: str) -> torch.nn.Module:
     if model_type != "qwen3_vl_moe":
         return tiny_model(model_type)
-    text = tiny_config("qwen3_moe", mlp_only_layers=[], num_hidden_layers=2).to_dict()
+    text = tiny_config("qwen3_moe", mlp_only_layers=[], num_hidden_layers=2, moe_intermediate_size=48).to_dict()
     del text["model_type"]
     text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 4, 4]}
     vision = dict(depth=2, hidden_size=32, intermediate_size=48, num_heads=2, out_hidden_size=64, patch_size=4)
@@ -97,6 +97,20 @@ def test_same_bytes_as_from_experts_of_their_own(tmp_path, calibration_text, mod
     assert made.source_bytes == expected.source_bytes
     for each in (source, apart):
         assert not verify(made.destination, each, engine=False).findings
+
+
+def test_same_bytes_as_from_stacks_the_other_way_round(tmp_path):
+    source = write(tmp_path / "source", "qwen3_vl_moe")
+    made = convert(source, tmp_path / "out", METHODS["data-free"][0])
+
+    def turn(tensors: dict[str, torch.Tensor]) -> None:
+        stacks = {name: tensor.mT.contiguous() for name, tensor in tensors.items() if ".experts." in name}
+        assert len(stacks) == 2 * 2
+        tensors.update(stacks)
+
+    edit(source / "model.safetensors", turn)
+    assert codes(convert(source, tmp_path / "turned", METHODS["data-free"][0]).destination) == codes(made.destination)
+    assert not verify(tmp_path / "out", source, engine=False).findings
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", *STACKED])

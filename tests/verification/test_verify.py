@@ -731,13 +731,13 @@ def test_errors_of_reading_stay_errors(pairs, monkeypatch):
     _, out = pairs("llama")
     from vllm_w8a8_bismooth.checkpoint.reader import Checkpoint
 
-    pieces = Checkpoint.pieces
+    pieces = Checkpoint.stored_pieces
 
     def shrinking(self, name, digest=None):
         os.truncate(self.folder / self.headers[name].file, 100)
         return pieces(self, name, digest)
 
-    monkeypatch.setattr(Checkpoint, "pieces", shrinking)
+    monkeypatch.setattr(Checkpoint, "stored_pieces", shrinking)
     with pytest.raises(BismoothError, match="can no longer be read"):
         verify(out, engine=False)
 

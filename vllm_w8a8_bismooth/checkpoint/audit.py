@@ -10,6 +10,7 @@ from vllm_w8a8_bismooth.checkpoint.heads import head_problems
 from vllm_w8a8_bismooth.checkpoint.reader import BUFFER_DTYPES, FLOAT_DTYPES, Header, Headers
 from vllm_w8a8_bismooth.checkpoint.strays import stray_problems, strays
 from vllm_w8a8_bismooth.errors import BismoothError, Problem
+from vllm_w8a8_bismooth.model.configs import count_of
 from vllm_w8a8_bismooth.model.layers import View
 from vllm_w8a8_bismooth.model.names import Names
 
@@ -110,14 +111,15 @@ def audit(checkpoint: Headers, blueprint: Blueprint, tensors: Mapping[str, Heade
             "only if it was not",
         )
     if beyond and not predicts(config, beyond.values()):
+        key = count_of(config)[0]
         own = {index: inside for index, inside in beyond.items() if not predicts({}, [inside])}
         if sorted(own) == list(range(blueprint.sizes["blocks"], max(own) + 1)):
-            remedy = f"set num_hidden_layers to {max(own) + 1} in {CONFIG} if the model has so many blocks, or remove"
+            remedy = f"set {key} to {max(own) + 1} in {CONFIG} if the model has so many blocks, or remove"
         else:
             remedy = "download the checkpoint again if the model has so many blocks, or remove"
         yield Problem(
             f"{names.block(min(own))}*",
-            f"{sum(map(len, own.values()))} tensors belong to no block, because {CONFIG} says num_hidden_layers = "
+            f"{sum(map(len, own.values()))} tensors belong to no block, because {CONFIG} says {key} = "
             f"{blueprint.sizes['blocks']}",
             f"{remedy} the tensors if they are left from another model",
         )
@@ -201,12 +203,12 @@ def _missing(
             what = f"tensor of shape {list(shape)} is missing"
             yield Problem(name, what, f"download the checkpoint again or mend {CONFIG}")
     if whole and not promise.endless:
+        key = count_of(config)[0]
         present = sorted(wanted.keys() - whole)
         fewer = present == list(range(len(present)))
         yield Problem(
             f"{names.block(min(whole))}*",
-            f"{_counted(len(whole), 'whole block')} missing, because {CONFIG} says "
-            f"num_hidden_layers = {config['num_hidden_layers']}",
+            f"{_counted(len(whole), 'whole block')} missing, because {CONFIG} says {key} = {len(wanted)}",
             "download the checkpoint again"
-            + (f", or set num_hidden_layers to {len(present)} in {CONFIG} if the model has no more" if fewer else ""),
+            + (f", or set {key} to {len(present)} in {CONFIG} if the model has no more" if fewer else ""),
         )

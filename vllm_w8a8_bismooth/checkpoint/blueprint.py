@@ -12,6 +12,7 @@ from vllm_w8a8_bismooth.checkpoint.files import CONFIG
 from vllm_w8a8_bismooth.checkpoint.reader import Header, Headers
 from vllm_w8a8_bismooth.errors import BismoothError, Problem, Unproven
 from vllm_w8a8_bismooth.model.architectures import Architecture, Template, architecture_of
+from vllm_w8a8_bismooth.model.configs import count_of
 from vllm_w8a8_bismooth.model.construction import Construction, Renamed
 from vllm_w8a8_bismooth.model.layers import Layer, View
 from vllm_w8a8_bismooth.model.names import Names
@@ -68,7 +69,7 @@ class Blueprint:
         tensors = checkpoint.headers if tensors is None else tensors
         model_type = config.get("model_type")
         if not isinstance(model_type, str):
-            what = f"model_type = {model_type!r} names no type of model"
+            what = f"model_type = {repr(model_type)[:80]} names no type of model"
             raise BismoothError.of(CONFIG, what, "give the folder of a Hugging Face checkpoint")
         if means.known is not None and means.known.record is not None:
             return cls.discovered(config, means.known.record, tensors, means.known.by)
@@ -128,6 +129,11 @@ class Blueprint:
         """
         names = stacks.names_among(tensors)
         layers = stacks.layers_among(tensors, names)
+        key, count = count_of(config)
+        if count is not None and count > len(layers):
+            what = f"is missing, because {CONFIG} says {key} = {count}"
+            raise BismoothError.of(f"{names.block(len(layers))}*", what, "download the checkpoint again")
+        layers = layers[:count]
         vocabulary, hidden = tensors[names.embedding].shape
         known = {key: value for key, value in config.items() if type(value) is int and 0 < value < 2**48}
         heads = next((known[key] for key in findings.HEADS if key in known), 1)

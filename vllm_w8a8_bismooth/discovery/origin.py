@@ -82,11 +82,11 @@ class Origin:
         named = named if isinstance(named, dict) else {}
         entries = {key: decoded(value) for key, value in given.items() if key not in _ELSEWHERE}
         self.own: Any = None
-        has_own = code is not None and "AutoConfig" in named
-        if not has_own and not is_known(given.get("model_type")):
+        known = is_known(given.get("model_type"))
+        if not known and (code is None or "AutoConfig" not in named):
             raise _unknown(given, bool(named) and code is None)
         try:
-            if code is not None and has_own:
+            if code is not None and not known:
                 self.config: PretrainedConfig = _loaded(named["AutoConfig"], code)(**entries)
                 self.own = _loaded(named["AutoModelForCausalLM"], code)
             else:
@@ -118,7 +118,7 @@ def is_known(model_type: object) -> bool:
 def _unknown(given: Mapping[str, Any], has_code: bool) -> UnknownModel:
     import transformers
 
-    what = f"model_type = {given.get('model_type')!r} is unknown to transformers {transformers.__version__}"
+    what = f"model_type = {repr(given.get('model_type'))[:80]} is unknown to transformers {transformers.__version__}"
     without = "--method rtn converts it without smoothing"
     if has_code:
         what += ", and is code of the model's own, which does not run unless it is trusted"

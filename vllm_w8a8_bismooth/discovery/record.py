@@ -291,7 +291,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):  # an empty shape is that of a number
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, frozenset):
-        return sorted(value)
+        return sorted(value, key=str)
     return [_plain(item) for item in value] if isinstance(value, tuple | list) else value
 
 

@@ -6,6 +6,7 @@ from typing import Any
 _FLOAT = "__float__"
 """The key under which transformers writes infinities and NaN, which JSON does not have."""
 _TEXT = ("text_config", "llm_config", "language_config", "thinker_config")
+_BLOCKS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length", "n_ctx")
 
 
@@ -28,3 +29,10 @@ def positions_of(config: Mapping[str, Any]) -> int | None:
     text = text_of(config)
     found = (text[key] for key in _POSITIONS if type(text.get(key)) is int and text[key] > 0)
     return next(found, None)
+
+
+def count_of(config: Mapping[str, Any]) -> tuple[str, int | None]:
+    """The key that says how many blocks the model has, and what it says; ``None`` if nothing does."""
+    text = text_of(config)
+    found = ((key, text[key]) for key in _BLOCKS if type(text.get(key)) is int and text[key] > 0)
+    return next(found, (_BLOCKS[0], None))
