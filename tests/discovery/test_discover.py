@@ -1,6 +1,7 @@
 """The record of a config: the same every time, kept, and refused with a reason where no model can be made."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -95,7 +96,7 @@ def test_configs_of_which_no_model_is_made_are_refused(config, kind, changes, wh
 
 def test_a_models_own_code_runs_only_if_it_may(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
-    folder = tmp_path / "model"
+    folder = tmp_path / f"discovered{os.getpid()}"  # transformers keeps code by this name, for all processes
     config = own.write_code(folder, num_hidden_layers=3)
     with pytest.raises(BismoothError, match="--trust-remote-code"):
         discover(config)

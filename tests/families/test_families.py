@@ -23,4 +23,5 @@ def test_a_family_is_found_out_converted_and_keeps_its_function(tmp_path, calibr
     assert (proof.stream is None) is FAMILIES[name].uncalibrated and (proof.stream or 0) < 1e-4
     assert not proof.faults
     assert set(proof.floats) == FAMILIES[name].floats and all(proof.floats.values())
-    assert proof.sites and set(proof.converted.values()) == {proof.linears}
+    # All that JetMoE's norms feed is stacks of experts, which vLLM takes in float alone.
+    assert (proof.sites or proof.family == "jetmoe") and set(proof.converted.values()) == {proof.linears}
