@@ -1,10 +1,14 @@
 """Small real checkpoints, made by transformers with random weights and written to disk."""
 
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+# Before transformers looks at it: models' own code is kept by the name of its folder, and other processes have others.
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="hf-modules-")
 import torch
 from hypothesis import HealthCheck, settings
 

@@ -20,6 +20,7 @@ def cache(tmp_path: Path, monkeypatch) -> None:
 
 @pytest.mark.engine
 @pytest.mark.slow
+@pytest.mark.soak  # ninety engines: too long for every run of CI
 @pytest.mark.parametrize("first", range(0, len(SERVED), _ENGINES))
 def test_vllm_serves_families(tmp_path, calibration_text, first):
     families: Sequence[Family] = SERVED[first : first + _ENGINES]
