@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from tests.support.models import tiny_config
 from vllm_w8a8_bismooth.measure.experts import Experts, separate_experts
 from vllm_w8a8_bismooth.model.construction import Experts as Mixture
-from vllm_w8a8_bismooth.model.construction import Found, Kind, Part
+from vllm_w8a8_bismooth.model.construction import Found, Inventory, Part
 
 GATED = ("gate_proj", "up_proj", "down_proj")
 TYPES = {
@@ -49,7 +49,7 @@ def test_they_compute_what_stacked_ones_do(model_type):
     state = copy.deepcopy(dict(block.get_submodule(path).named_parameters()))
     parts = {f"{path}.{name}": (Part("?", transposed=transposed),) for name in state}
     names = tuple(f"{path}.{{}}.{name}" for name in linears)
-    separate_experts([block], Found(kinds=(Kind(parts, Mixture(path, names)),), kind=(0,)))
+    separate_experts([block], Found(kinds=(Inventory(parts, Mixture(path, names)),), kind=(0,)))
     own = block.get_submodule(path)
     assert isinstance(own, Experts)
     for e, expert in enumerate(own.children()):
@@ -74,7 +74,7 @@ def test_those_that_no_token_was_sent_to_read_what_others_were_given():
     path, linears, _ = TYPES["granitemoe"]
     names = tuple(f"{path}.{{}}.{name}" for name in linears)
     parts = {f"{path}.down_proj": (Part("?"),)}
-    separate_experts([block], Found(kinds=(Kind(parts, Mixture(path, names)),), kind=(0,)))
+    separate_experts([block], Found(kinds=(Inventory(parts, Mixture(path, names)),), kind=(0,)))
     own = block.get_submodule(path)
     given = torch.randn(5, 64, dtype=torch.float64)
     chosen = torch.tensor([[0, 3]] * 5)

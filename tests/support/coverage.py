@@ -215,7 +215,7 @@ def serve(families: Sequence[Family], folder: Path) -> Iterator[Served]:
             yardstick=yardstick,
             linears=sum(ours["schemes"].values()),
             experts=ours["experts"],
-            expected=sum(len(units(layer)) for layer in Source(path).layers),
+            expected=family.apart + sum(len(units(layer)) for layer in Source(path).layers),
         )
 
 

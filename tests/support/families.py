@@ -166,6 +166,7 @@ class Family:
         architecture: as published checkpoints say it, where transformers says it otherwise.
         dtype: in which vLLM computes.
         uncalibrated: whether calibration refuses it.
+        apart: how many more linears vLLM has than model/fusions.py merges: its class keeps some apart.
         unserved: why vLLM does not serve it on a CPU; empty if it does.
     """
 
@@ -174,6 +175,7 @@ class Family:
     architecture: str = ""
     dtype: str = "float32"
     uncalibrated: bool = False
+    apart: int = 0
     unserved: str = ""
 
     @property
@@ -326,7 +328,7 @@ FAMILIES = {
         Family("olmo3"),
         Family("glm"),
         Family("glm4"),
-        Family("minicpm3", dict(_MLA, qk_nope_head_dim=64)),
+        Family("minicpm3", dict(_MLA, qk_nope_head_dim=64), apart=2),
         # mixtures
         Family("mixtral"),
         Family("qwen2_moe"),
@@ -384,7 +386,7 @@ FAMILIES = {
         Family("nemotron_h", unserved="vLLM has experts without a gate for GPUs only"),
         Family("nemotron_h@dense", dict(num_hidden_layers=3, layers_block_type=["mamba", "mlp", "attention"])),
         Family("granitemoehybrid", dict(layer_types=["mamba", "attention"])),
-        Family("lfm2", dict(conv_dim=_HIDDEN, layer_types=["conv", "full_attention"])),
+        Family("lfm2", dict(conv_dim=_HIDDEN, block_dim=_HIDDEN, layer_types=["conv", "full_attention"])),
         Family(
             "lfm2_moe",
             dict(num_hidden_layers=4, conv_dim=_HIDDEN, num_dense_layers=2, layer_types=["conv", "full_attention"] * 2),

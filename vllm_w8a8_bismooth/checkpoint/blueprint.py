@@ -109,7 +109,7 @@ class Blueprint:
         vocabulary, hidden = around[names.embedding]
         return cls(
             names=names,
-            sizes=findings.sizes_of(found, config, layers),
+            sizes=findings.sizes_of(config, layers, around[names.embedding], max(found.experts)),
             construction=construction,
             tied=found.names.tied,
             layers=lambda bound: layers,
@@ -134,26 +134,16 @@ class Blueprint:
             what = f"is missing, because {CONFIG} says {key} = {count}"
             raise BismoothError.of(f"{names.block(len(layers))}*", what, "download the checkpoint again")
         layers = layers[:count]
-        vocabulary, hidden = tensors[names.embedding].shape
-        known = {key: value for key, value in config.items() if type(value) is int and 0 < value < 2**48}
-        heads = next((known[key] for key in findings.HEADS if key in known), 1)
+        table = tensors[names.embedding].shape
         inside = {name: header.shape for name, header in tensors.items() if not names.inside(name)}
-        widths = [max(shape) for layer in layers for shape in layer.linears.values()]
         return cls(
             names=names,
-            sizes={
-                "blocks": len(layers),
-                "hidden": hidden,
-                "intermediate": max(widths, default=hidden),
-                "heads": heads,
-                "kv_heads": known.get("num_key_value_heads", heads),
-                "vocab": vocabulary,
-            },
+            sizes=findings.sizes_of(config, layers, table),
             construction=Renamed(),
             tied=names.head not in tensors,
             layers=lambda bound: layers,
             outside={name: shape for name, shape in inside.items() if name != names.head},
-            optional={names.head: (vocabulary, hidden)},
+            optional={names.head: table},
             known_by=NAMES,
             unproven=unproven,
         )

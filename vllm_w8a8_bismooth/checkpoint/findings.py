@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from vllm_w8a8_bismooth.model.configs import text_of
-from vllm_w8a8_bismooth.model.construction import Construction, Experts, Found, Kind, Part
+from vllm_w8a8_bismooth.model.construction import Construction, Experts, Found, Inventory, Part
 from vllm_w8a8_bismooth.model.floats import TOWER
 from vllm_w8a8_bismooth.model.fusions import fused_among
 from vllm_w8a8_bismooth.model.layers import Layer, Site, View
@@ -102,7 +102,7 @@ def _gate_of(site: "record.Site", layer: "record.Layer") -> str | None:
             name
             for name, shape in layer.linears.items()
             if shape == (rows, columns) and name.rpartition(".")[0] == parent and name != site.producer
-            if _GATE.search(name.rpartition(".")[2]) or _GATE.search(name)
+            if _GATE.search(name)
         ),
         None,
     )
@@ -118,7 +118,7 @@ def construction_of(found: "record.Discovery", moved: Callable[[str], str]) -> C
         norm=modules.norm and modules.norm.removeprefix(base),
         outside={name.removeprefix(base): moved(tensor) for name, tensor in modules.outside.items() if _is_text(name)},
         returned=modules.returned,
-        kinds=tuple(_kind(stored) for stored in found.stored),
+        kinds=tuple(Inventory(stored.parameters, _mixture(stored.parameters)) for stored in found.stored),
         kind=found.blocks,
     )
 
@@ -126,14 +126,6 @@ def construction_of(found: "record.Discovery", moved: Callable[[str], str]) -> C
 def _is_text(parameter: str) -> bool:
     """Whether a parameter outside the blocks may have a part in what the decoder makes of text."""
     return not TOWER.search(parameter)
-
-
-def _kind(stored: "record.Stored") -> Kind:
-    parameters = {
-        name: tuple(Part(part.tensor, part.into, part.start, part.transposed) for part in parts)
-        for name, parts in stored.parameters.items()
-    }
-    return Kind(parameters, _mixture(parameters))
 
 
 def _mixture(parameters: Mapping[str, tuple[Part, ...]]) -> Experts | None:
@@ -147,17 +139,23 @@ def _mixture(parameters: Mapping[str, tuple[Part, ...]]) -> Experts | None:
     return None
 
 
-def sizes_of(found: "record.Discovery", config: Mapping, layers: list[Layer]) -> dict[str, int]:
-    """Blueprint's sizes: ``blocks``, ``hidden``, ``intermediate``, ``heads``, ``kv_heads``, ``vocab``, ``experts``."""
+def sizes_of(config: Mapping, layers: list[Layer], table: tuple[int, ...], experts: int = 0) -> dict[str, int]:
+    """Blueprint's sizes: ``blocks``, ``hidden``, ``intermediate``, ``heads``, ``kv_heads``, ``vocab``, ``experts``.
+
+    Args:
+        config: says how many heads there are.
+        layers: of all blocks.
+        table: shape of the embedding.
+        experts: of a mixture; 0 for none.
+    """
     known = {key: value for key, value in text_of(config).items() if type(value) is int and 0 < value < 2**48}
-    assert found.names.embedding is not None
-    vocabulary, hidden = found.outside[found.names.embedding]
+    vocabulary, hidden = table
     heads = next((known[key] for key in HEADS if key in known), 1)
     kv_heads = next((known[key] for key in ("num_key_value_heads", "num_kv_heads") if key in known), heads)
     widths = [max(shape) for layer in layers for shape in layer.linears.values()]
     sizes = {"blocks": len(layers), "hidden": hidden, "heads": heads, "kv_heads": kv_heads, "vocab": vocabulary}
     sizes["intermediate"] = max(widths, default=hidden)
-    return sizes | ({"experts": max(found.experts)} if any(found.experts) else {})
+    return sizes | ({"experts": experts} if experts else {})
 
 
 HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")

@@ -71,8 +71,12 @@ def layers_among(headers: Mapping[str, Header], names: Names) -> list[Layer]:
 def _layer(tensors: Mapping[str, Header]) -> Layer:
     linears: dict[str, tuple[int, int]] = {}
     routers: dict[str, str] = {}
+    beside: dict[str, set[str]] = defaultdict(set)
+    for name in tensors:
+        parent, _, leaf = name.removesuffix(".weight").rpartition(".")
+        beside[parent].add(leaf)
     for name, rows, columns in _matrices(tensors):
-        if reason := reason_for(name, rows, columns):
+        if reason := reason_for(name, rows, columns, beside[name.rpartition(".")[0]]):
             routers[name] = reason
         else:
             linears[name] = rows, columns

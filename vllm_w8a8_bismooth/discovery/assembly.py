@@ -1,23 +1,18 @@
 """From what was found in a small model to the record of a real one: the checkpoint's names, real sizes."""
 
-import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 
 from vllm_w8a8_bismooth.discovery.block import Block, Tie
-from vllm_w8a8_bismooth.discovery.record import Layer, Part, Runs, Site, Stored, each, runs
+from vllm_w8a8_bismooth.discovery.record import Layer, Site, Stored, each, runs
 from vllm_w8a8_bismooth.discovery.rules import Matrix, reason
 from vllm_w8a8_bismooth.discovery.storage import Region
 from vllm_w8a8_bismooth.discovery.titles import titled
 from vllm_w8a8_bismooth.discovery.views import Shown, is_turned
 from vllm_w8a8_bismooth.discovery.watch import Unit
-
-_EXPERT = re.compile(r"(?<=experts\.)\d+(?=\.)")
-
-
-def template(name: str) -> str:
-    """A name with ``{}`` for the number of an expert."""
-    return _EXPERT.sub("{}", name, count=1)
+from vllm_w8a8_bismooth.model.construction import Part
+from vllm_w8a8_bismooth.model.layers import Runs
+from vllm_w8a8_bismooth.model.names import template
 
 
 class Unfit(Exception):

@@ -5,7 +5,8 @@ from dataclasses import fields
 from itertools import chain
 from typing import Any
 
-from vllm_w8a8_bismooth.discovery.record import Discovery, Layer, Names, Runs, Site, Stored, View
+from vllm_w8a8_bismooth.discovery.record import Discovery, Layer, Names, Site, Stored, View
+from vllm_w8a8_bismooth.model.layers import Runs
 
 _MOST_BLOCKS, _MOST_EXPERTS, _MOST_NAMES = 2**10, 2**11, 2**20
 _WIDEST = 2**48

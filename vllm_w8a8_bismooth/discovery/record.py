@@ -5,8 +5,8 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cached_property
 from typing import Any
 
-Runs = tuple[tuple[int, int], ...]
-"""(start, length) of consecutive indices, one after the other."""
+from vllm_w8a8_bismooth.model.construction import Part
+from vllm_w8a8_bismooth.model.layers import Runs
 
 
 def runs(indices: Iterable[int]) -> Runs:
@@ -107,24 +107,6 @@ class Layer:
 def _numbered(names: Iterable[str], experts: int) -> Iterator[str]:
     for name in names:
         yield from (name.format(e) for e in range(experts)) if "{}" in name else (name,)
-
-
-@dataclass(frozen=True)
-class Part:
-    """A piece of a parameter, and where the checkpoint has it.
-
-    Attributes:
-        tensor: name inside the block; ``{}`` stands for the number of the expert, which is the parameter's first index.
-        into: (start, length) of the parameter's (or its slice's) rows that it is, or columns if it is transposed;
-            ``None`` for all of it.
-        start: the first of the tensor's rows that are meant.
-        transposed: whether the tensor's last two axes are the parameter's in reverse.
-    """
-
-    tensor: str
-    into: tuple[int, int] | None = None
-    start: int = 0
-    transposed: bool = False
 
 
 @dataclass(frozen=True)

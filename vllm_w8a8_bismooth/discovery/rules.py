@@ -4,8 +4,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-_MULTIPLE = 16
-"""Of columns, that INT8 kernels ask for."""
+from vllm_w8a8_bismooth.model.floats import INDEXER, MAMBA1, MULTIPLE, PER_LAYER, is_mamba1
 
 
 @dataclass(frozen=True)
@@ -58,11 +57,13 @@ _RULES: tuple[tuple[Callable[[Matrix], bool], str], ...] = (
     (lambda m: not m.rows, "nothing was seen to be multiplied with it"),
     (lambda m: m.counted, "a router or gate: one row for each expert or head"),
     (lambda m: "router" in m.name or (m.name.endswith(".gate.weight") and "experts" in m.beside), "a router"),
-    (lambda m: {"x_proj", "dt_proj"} <= m.beside, "a Mamba-1 mixer, which vLLM does not quantize"),
-    (lambda m: bool(re.search(r"indexer\.(wk|weights_proj|k_proj)\b", m.name)), "an indexer, which vLLM keeps so"),
-    (lambda m: "per_layer" in m.name, "per-layer embeddings, which vLLM keeps in float"),
-    (lambda m: m.columns % _MULTIPLE > 0, f"its columns are no multiple of {_MULTIPLE}"),
-    (lambda m: min(m.rows, m.columns) < _MULTIPLE, "it is tiny"),
+    (lambda m: is_mamba1(m.beside), MAMBA1),
+    (lambda m: bool(re.search(r"indexer\.(wk|weights_proj|k_proj)\b", m.name)), INDEXER),
+    (lambda m: "per_layer" in m.name, PER_LAYER),
+    # DBRX has its experts below each other in one matrix.
+    (lambda m: not m.name.endswith(".weight"), "a parameter of its own, and no linear's, which vLLM loads as it is"),
+    (lambda m: m.columns % MULTIPLE > 0, f"its columns are no multiple of {MULTIPLE}"),
+    (lambda m: min(m.rows, m.columns) < MULTIPLE, "it is tiny"),
 )
 """The first that applies counts."""
 

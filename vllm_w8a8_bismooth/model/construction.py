@@ -1,10 +1,9 @@
 """How transformers builds the model of a checkpoint: where its parts are, and what they are called there."""
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-_EXPERT = re.compile(r"(?<=experts\.)\d+(?=\.)")
+from vllm_w8a8_bismooth.model.names import EXPERT, template
 
 
 @dataclass(frozen=True)
@@ -98,8 +97,8 @@ class Renamed(Construction):
 
 
 @dataclass(frozen=True)
-class Kind:
-    """Blocks of one kind, as they were found out.
+class Inventory:
+    """What the checkpoint has of blocks of one kind, as it was found out.
 
     Attributes:
         parameters: of the block -> what the checkpoint has of them.
@@ -119,36 +118,33 @@ class Found(Construction):
         kind: the number of that of each block.
     """
 
-    kinds: tuple[Kind, ...] = ()
+    kinds: tuple[Inventory, ...] = ()
     kind: tuple[int, ...] = ()
 
     def parts(self, index: int, parameter: str) -> Sequence[Part]:
         kind = self.kinds[self.kind[index]]
         if parameter in kind.parameters:
             return kind.parameters[parameter]
-        if match := _EXPERT.search(parameter):  # experts that are modules of their own in transformers, too
-            parts = kind.parameters.get(_EXPERT.sub("{}", parameter, count=1))
+        if match := EXPERT.search(parameter):  # experts that are modules of their own in transformers, too
+            parts = kind.parameters.get(template(parameter))
             if parts is not None:
                 return [replace(part, tensor=part.tensor.format(match[0])) for part in parts]
         assert kind.mixture is not None, parameter
         number, leaf = parameter.removeprefix(f"{kind.mixture.module}.").removesuffix(".weight").split(".")
-        (template,) = (name for name in kind.mixture.linears if name.endswith(f".{leaf}"))
-        return (Part(f"{template.format(number)}.weight"),)
+        (linear,) = (name for name in kind.mixture.linears if name.endswith(f".{leaf}"))
+        return (Part(f"{linear.format(number)}.weight"),)
 
     def built(self, index: int, linear: str) -> str:
         kind = self.kinds[self.kind[index]]
         if kind.mixture is not None:
-            for template in kind.mixture.linears:
-                before, after = template.split("{}")
+            for name in kind.mixture.linears:
+                before, after = name.split("{}")
                 if linear.startswith(before) and linear.endswith(after):
                     return f"{kind.mixture.module}.{linear[len(before) : len(linear) - len(after)]}{after}"
-        stored = f"{linear}.weight"
-        if match := _EXPERT.search(linear):
-            stored = _EXPERT.sub("{}", stored, count=1)
-            (name,) = (name for name, parts in kind.parameters.items() if [part.tensor for part in parts] == [stored])
-            return name.removesuffix(".weight").format(match[0])
+        stored = template(f"{linear}.weight")
         (name,) = (name for name, parts in kind.parameters.items() if [part.tensor for part in parts] == [stored])
-        return name.removesuffix(".weight")
+        numbers = EXPERT.findall(linear)[:1]
+        return name.removesuffix(".weight").format(*numbers)
 
     def experts(self, index: int) -> Experts | None:
         return self.kinds[self.kind[index]].mixture

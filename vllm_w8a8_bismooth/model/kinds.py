@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from vllm_w8a8_bismooth.model.layers import Layer, Runs, Site
+from vllm_w8a8_bismooth.model.names import EXPERT, template
 
-_EXPERT = re.compile(r"(?<=experts\.)\d+(?=\.)")
 _T = TypeVar("_T")
 
 
@@ -48,7 +48,7 @@ def kinds_of(layers: Sequence[Layer]) -> list[Kind]:
 
 
 def _kind(layer: Layer, blocks: list[int]) -> Kind:
-    numbers = {match[0] for name in (*layer.linears, *layer.routers) for match in _EXPERT.finditer(name)}
+    numbers = {match[0] for name in (*layer.linears, *layer.routers) for match in EXPERT.finditer(name)}
     return Kind(
         blocks=[*blocks],
         experts=len(numbers),
@@ -56,11 +56,6 @@ def _kind(layer: Layer, blocks: list[int]) -> Kind:
         floats=_templates(layer.routers),
         sites=tuple(dict.fromkeys(map(_template, layer.sites))),
     )
-
-
-def template(name: str) -> str:
-    """A name with ``{}`` for the number of an expert."""
-    return _EXPERT.sub("{}", name, count=1)
 
 
 def _templates(given: Mapping[str, _T]) -> dict[str, _T]:

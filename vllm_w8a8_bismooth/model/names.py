@@ -11,6 +11,8 @@ from vllm_w8a8_bismooth.model.classes import HEADS
 _BLOCK = re.compile(r"(?P<trunk>|.*?\.)layers\.(?P<index>0|[1-9]\d*)\.(?P<inside>.+)")
 _INSIDE = re.compile(r"(?P<index>0|[1-9]\d*)\.(?P<inside>.+)")
 _NUMBERED = re.compile(r"(?:.*?\.)?(?P<index>0|[1-9]\d*)\.(?P<inside>.+)")
+EXPERT = re.compile(r"(?<=experts\.)\d+(?=\.)")
+"""The number of an expert in a name."""
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module"}
 """What torch.compile, FSDP, activation checkpointing and data parallelism put among the parts of a name."""
 _PEFT = "base_model.model."
@@ -85,6 +87,11 @@ def block_of(name: str) -> tuple[int, str] | None:
     """The block of a full name inside one, and the name inside it, whatever its model is: the first number in it."""
     match = _NUMBERED.fullmatch(name)
     return (int(match["index"]), match["inside"]) if match else None
+
+
+def template(name: str) -> str:
+    """A name with ``{}`` for the number of an expert."""
+    return EXPERT.sub("{}", name, count=1)
 
 
 def unwrapped(names: Collection[str], own: str | None = "model.") -> tuple[dict[str, str], str | None]:
