@@ -53,6 +53,17 @@ class Tile:
         }
 
 
+_LARGE = (
+    Tile(16, 64, 128, 4, 6),
+    Tile(16, 128, 128, 4, 5),
+    Tile(32, 64, 128, 4, 5),
+    Tile(32, 128, 128, 4, 5),
+    Tile(64, 64, 128, 4, 5),
+    Tile(64, 128, 128, 8, 5),
+    Tile(128, 64, 128, 8, 4),
+    Tile(128, 128, 128, 8, 4),
+)
+"""For instructions that take 64 weights at least, and much shared memory."""
 TILES: Mapping[str, Sequence[Tile]] = {
     # NVIDIA Ampere, Ada and consumer Blackwell: mma.sync; 99 KiB of shared memory where there is least.
     "mma": (
@@ -65,28 +76,8 @@ TILES: Mapping[str, Sequence[Tile]] = {
         Tile(128, 64, 64, 8, 4),
         Tile(128, 128, 64, 8, 4),
     ),
-    # NVIDIA Hopper: wgmma, of 64 weights at least
-    "wgmma": (
-        Tile(16, 64, 128, 4, 6),
-        Tile(16, 128, 128, 4, 5),
-        Tile(32, 64, 128, 4, 5),
-        Tile(32, 128, 128, 4, 5),
-        Tile(64, 64, 128, 4, 5),
-        Tile(64, 128, 128, 8, 5),
-        Tile(128, 64, 128, 8, 4),
-        Tile(128, 128, 128, 8, 4),
-    ),
-    # NVIDIA Blackwell of data centres: tcgen05, of 64 weights at least
-    "tcgen05": (
-        Tile(16, 64, 128, 4, 6),
-        Tile(16, 128, 128, 4, 5),
-        Tile(32, 64, 128, 4, 5),
-        Tile(32, 128, 128, 4, 5),
-        Tile(64, 64, 128, 4, 5),
-        Tile(64, 128, 128, 8, 5),
-        Tile(128, 64, 128, 8, 4),
-        Tile(128, 128, 128, 8, 4),
-    ),
+    "wgmma": _LARGE,  # NVIDIA Hopper
+    "tcgen05": _LARGE,  # NVIDIA Blackwell of data centres
     # AMD Instinct: MFMA; 64 lanes, and 64 KiB of shared memory
     "mfma": (
         Tile(16, 64, 128, 4, 2),
