@@ -11,8 +11,9 @@ import numpy as np
 import torch
 
 from vllm_w8a8_bismooth import ops
+from vllm_w8a8_bismooth.checkpoint.blueprint import Blueprint
+from vllm_w8a8_bismooth.discovery.discover import discover
 from vllm_w8a8_bismooth.measure.experts import separate_experts
-from vllm_w8a8_bismooth.model.architectures import ARCHITECTURES
 
 
 class W8A8Linear(torch.nn.Module):
@@ -51,12 +52,17 @@ def load(folder: Path) -> torch.nn.Module:
 
     settings = json.loads((folder / "config.json").read_text())
     settings.pop("quantization_config", None)
-    config, construction = AutoConfig.for_model(**settings), ARCHITECTURES[settings["model_type"]].construction
+    config, construction = (
+        AutoConfig.for_model(**settings),
+        Blueprint.discovered(settings, discover(settings)).construction,
+    )
     tensors = {}
     for shard in sorted(folder.glob("*.safetensors")):
         for name, tensor in load_file(shard).items():
-            block = re.match(r"model\.layers\.\d+\.|", name)[0]
-            tensors[block + construction.built(0, name.removeprefix(block))] = tensor
+            if block := re.match(r"model\.layers\.(\d+)\.", name):
+                module, _, leaf = name.removeprefix(block[0]).rpartition(".")
+                name = f"{block[0]}{construction.built(int(block[1]), module)}.{leaf}"
+            tensors[name] = tensor
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention_of(config))
     separate_experts(model.model.layers, construction)
     for scale in [name for name in tensors if name.endswith(".weight_scale")]:

@@ -215,7 +215,7 @@ def inspect(
         calibration_tokens: of a calibrated conversion, for the estimates.
         group_size: columns per scale, for which tensor parallelism is checked.
         trust_remote_code: as of :func:`convert`.
-        progress: as of :func:`convert`; counts blocks in the stage ``discover``, for types that the table lacks.
+        progress: as of :func:`convert`; counts blocks in the stage ``discover``.
 
     Returns:
         What the headers hold; ``kinds`` has the blocks and their sites, and ``problems`` is empty if the checkpoint can

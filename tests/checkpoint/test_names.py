@@ -186,7 +186,7 @@ def test_stacked_experts(make, tmp_path):
     refused(
         source,
         tmp_path,
-        "model.layers.1.mlp.experts.0.gate_proj.weight (and 23 more): missing, while model.layers.1.mlp.experts.",
+        "model.layers.1.mlp.experts.0.down_proj.weight (and 23 more): missing, while model.layers.1.mlp.experts.",
         "(and 3 more) holds stacked experts, as transformers 5 keeps them in memory",
         "download the original checkpoint, which has one tensor an expert",
     )
@@ -197,7 +197,10 @@ def test_experts_in_modules_of_another_name(make, tmp_path):
     source = make("mixtral")
     renamed(source, lambda name: name.replace("block_sparse_moe.", "mlp."))
     refused(
-        source, tmp_path, "block_sparse_moe.gate.weight (and 38 more): missing, while model.layers.0.mlp.", "stores"
+        source,
+        tmp_path,
+        "block_sparse_moe.experts.0.w1.weight (and 38 more): missing, while model.layers.0.mlp.",
+        "stores",
     )
     assert "save" not in run("convert", source, tmp_path / "out", "--method", "rtn")[1]
 
@@ -369,7 +372,7 @@ def test_every_class_finds_its_decoder(model_type):
     assert found or model_type == "gemma3_text"
     for name in found:
         prefix = vars(built)[name].base_model_prefix
-        assert classes.trunk_of({"architectures": [name]}) == f"{prefix}.", name
+        assert classes.trunk_of({"model_type": model_type, "architectures": [name]}) == f"{prefix}.", name
 
 
 @pytest.mark.parametrize("around", ["", "_orig_mod.", "actor."])

@@ -55,26 +55,11 @@ def test_people_read_it(make_config):
         assert part in text, text
 
 
-def test_types_of_the_table_are_found_out_too(make_config):
+def test_kinds_of_blocks_and_what_stays_in_float_are_shown(make_config):
     code, text = run("sites", make_config("qwen2_moe").parent)
     assert code == 0
-    assert "The table has this type, which says the same; a conversion goes by the table" in text
     assert "block 0\n" in text and "blocks 1-2, 4 experts" in text and "experts.up->down" in text
     assert "float: mlp.gate, mlp.shared_expert_gate (a router or gate" in text
-
-
-def test_where_the_table_says_otherwise_is_listed(make_config, monkeypatch):
-    from dataclasses import replace
-
-    from vllm_w8a8_bismooth.model.architectures import ARCHITECTURES
-
-    llama = ARCHITECTURES["llama"]
-    fewer = replace(llama.dense, sites=llama.dense.sites[1:], vectors={**llama.dense.vectors, "extra": "hidden"})
-    monkeypatch.setitem(ARCHITECTURES, "llama", replace(llama, dense=fewer))
-    found = b.sites(make_config("llama"))
-    assert found.in_table and len(found.differences) == 2, found.differences
-    assert found.differences[0] == "tensor extra.weight: only in the table (first in block 0)"
-    assert found.differences[1].startswith("site behind ") and "only found" in found.differences[1]
 
 
 def test_the_record_is_what_the_option_takes(make_config, tmp_path):
@@ -184,9 +169,9 @@ def test_inspect_says_where_the_layout_is_from(make_checkpoint):
     assert kind["sites"][0]["consumers"] == ["attention.dense"] and kind["floats"] == {}
 
 
-def test_inspect_of_types_in_the_table(make_checkpoint):
+def test_inspect_of_several_kinds_of_blocks(make_checkpoint):
     code, text = inspected(make_checkpoint("qwen2_moe"), "--sites")
-    assert code == 0 and "layout by the table: 9 sites in 2 kinds of blocks" in text
+    assert code == 0 and "found out on a small model of its class, and proven: 9 sites in 2 kinds of blocks" in text
     assert "blocks 1-2, 4 experts" in text and "mlp.experts.{}.up_proj" in text and "experts.0" not in text
 
 

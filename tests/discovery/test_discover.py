@@ -9,9 +9,9 @@ import pytest
 from tests.support import own
 from tests.support.models import tiny_config
 from vllm_w8a8_bismooth.discovery import discover as module
+from vllm_w8a8_bismooth.discovery.bounds import MOST_BLOCKS, MOST_EXPERTS
 from vllm_w8a8_bismooth.discovery.discover import discover
 from vllm_w8a8_bismooth.discovery.find import find
-from vllm_w8a8_bismooth.discovery.origin import MOST_BLOCKS, MOST_EXPERTS
 from vllm_w8a8_bismooth.discovery.record import Discovery
 from vllm_w8a8_bismooth.errors import BismoothError, UnknownModel, Unproven
 

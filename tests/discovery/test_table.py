@@ -4,13 +4,16 @@ from dataclasses import replace
 
 import pytest
 
+from tests.support.contents import digests
+from tests.support.conversion import convert
 from tests.support.models import MODEL_TYPES, tiny_config
+from tests.support.table import tabled
 from vllm_w8a8_bismooth.checkpoint.blueprint import Blueprint
 from vllm_w8a8_bismooth.discovery import find
 from vllm_w8a8_bismooth.discovery.record import Discovery, each, runs
-from vllm_w8a8_bismooth.model.architectures import ARCHITECTURES
+from vllm_w8a8_bismooth.measure.text import read_text
 from vllm_w8a8_bismooth.model.layers import Site
-from vllm_w8a8_bismooth.model.names import Names
+from vllm_w8a8_bismooth.recipe import Recipe
 
 BIASES = {
     "llama": dict(attention_bias=True, mlp_bias=True),
@@ -32,13 +35,12 @@ def plain(site: Site) -> Site:
 @pytest.mark.parametrize(("model_type", "changes"), CASES)
 def test_discovery_finds_what_the_table_says(model_type, changes):
     config = tiny_config(model_type, **changes).to_dict()
-    table = Blueprint.tabled(config, Names(), ARCHITECTURES[model_type])
+    table = tabled(config)
     found = find.find(config)
     blueprint = Blueprint.discovered(config, found)
     assert blueprint.names == table.names and blueprint.tied == table.tied
     assert {**blueprint.outside, **blueprint.optional} == {**table.outside, **table.optional}
-    layers = table.layers(table.sizes["blocks"])
-    for mine, layer in zip(blueprint.layers(len(layers)), layers, strict=True):
+    for mine, layer in zip(blueprint.layers, table.layers, strict=True):
         for field in ("tensors", "linears", "posts", "fused", "row_parallel", "experts"):
             assert getattr(mine, field) == getattr(layer, field), field
         assert mine.routers.keys() == layer.routers.keys()
@@ -63,3 +65,18 @@ def test_discovery_finds_what_the_table_says(model_type, changes):
     tied = config["tie_word_embeddings"]
     assert found.names.tied is tied and found.names.head == (None if tied else "lm_head.weight")
     assert Discovery.from_json(found.to_json()) == found
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_conversions_by_either_have_the_same_bytes(make_checkpoint, tmp_path, monkeypatch, model_type):
+    source, text = make_checkpoint(model_type), tmp_path / "text.txt"
+    text.write_text("".join(map(chr, range(33, 127))) * 20)
+
+    def written(by: str) -> dict[str, str]:
+        convert(source, tmp_path / by, Recipe.of("bismooth", calibration_tokens=256), read_text(text))
+        kept = digests(tmp_path / by)
+        return {name: sha256 for name, sha256 in kept.items() if name.endswith(".safetensors") or name == "config.json"}
+
+    found = written("discovery")
+    monkeypatch.setattr(Blueprint, "of", lambda checkpoint, *rest: tabled(checkpoint.config))
+    assert written("table") == found and len(found) >= 2

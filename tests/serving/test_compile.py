@@ -91,7 +91,7 @@ def test_nothing_is_offered_without_a_kernel_or_the_hook(make_layer, activate, m
     if lacking == "hook":  # vLLM before 0.32
         monkeypatch.setattr(fusion, "REGISTRY", None)
     else:
-        monkeypatch.setattr(ops, "has_kernel", lambda *_: False)
+        monkeypatch.setattr(ops, "server", lambda *_: ops.REFERENCE)
     layer = make_layer(None)
     x = activate(torch.randn(3, 192), layer)
     assert isinstance(x, torch.Tensor) and layer.scheme.apply_weights(layer, x, None).shape == (3, 64)

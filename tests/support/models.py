@@ -4,8 +4,7 @@ from pathlib import Path
 
 import torch
 
-from vllm_w8a8_bismooth.checkpoint.blueprint import sizes_of
-from vllm_w8a8_bismooth.model.architectures import ARCHITECTURES
+from tests.support.table import ARCHITECTURES, sizes_of
 from vllm_w8a8_bismooth.model.layers import Layer
 
 SHARD = "60KB"

@@ -3,9 +3,12 @@
 OPTIONS = {
     "K and group size": (["--method", "mixed", "--group-size", "64", "--group-layers", "down_proj"], ["K = 96", "32"]),
     "group size of 48": (["--method", "mixed", "--group-size", "48"], ["--group-size 48", "multiple of 32"]),
-    "names no linear": (["--method", "mixed", "--group-layers", "lm_head"], ["'lm_head': names no linear", "q_proj"]),
+    "names no linear": (
+        ["--method", "mixed", "--group-layers", "lm_head"],
+        ["'lm_head': names no linear", "like model.layers.0."],
+    ),
     "no expression": (["--method", "mixed", "--group-layers", "("], ["no regular expression"]),
-    "ignores no linear": (["--ignore", "lm_heads"], ["--ignore 'lm_heads': names no linear", "q_proj"]),
+    "ignores no linear": (["--ignore", "lm_heads"], ["--ignore 'lm_heads': names no linear", "like model.layers.0."]),
     "two of three ignore nothing": (
         ["--ignore", "down_proj,dwn_proj", "--ignore", "re:down_proj"],
         ["--ignore 'dwn_proj': names no linear", "also: --ignore 're:down_proj': names no linear"],

@@ -1,4 +1,4 @@
-"""What the layout of a model rests on: the table, what was found out, a file that somebody gave, or bare names."""
+"""What the layout of a model rests on: what was found out, a file that somebody gave, or bare names."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ from vllm_w8a8_bismooth.model.kinds import kinds_of
 from vllm_w8a8_bismooth.model.layers import Layer
 from vllm_w8a8_bismooth.progress import Progress, silent
 
-TABLE, DISCOVERY, GIVEN, NAMES = "table", "discovery", "file", "names"
+DISCOVERY, GIVEN, NAMES = "discovery", "file", "names"
 _LIBRARIES = ("transformers", "torch")
 """What a record depends on beside this package."""
 
@@ -24,8 +24,8 @@ class Basis:
     """What is known of a model, and from where.
 
     Attributes:
-        by: :data:`TABLE`, :data:`DISCOVERY`, :data:`GIVEN` (a file, proven like what is found out) or :data:`NAMES`
-            (guessed, without sites).
+        by: :data:`DISCOVERY`, :data:`GIVEN` (a file, proven like what is found out) or :data:`NAMES` (guessed, without
+            sites).
         sha256: of what it says.
         versions: of what said so.
         record: of what was found out or given.
@@ -44,9 +44,7 @@ class Basis:
             by, record: see the class.
             layers: of all blocks, for what has no record.
         """
-        versions = {"vllm_w8a8_bismooth": __version__}
-        if by != TABLE:
-            versions |= {name: _version(name) for name in _LIBRARIES}
+        versions = {"vllm_w8a8_bismooth": __version__} | {name: _version(name) for name in _LIBRARIES}
         sha256 = _hash([asdict(kind) for kind in kinds_of(layers)]) if record is None else digest(record)
         return cls(by, sha256, versions, record)
 
@@ -62,13 +60,13 @@ class Basis:
         Raises:
             ValueError: it is not of that form.
         """
-        if not isinstance(value, dict) or value.get("from") not in (TABLE, DISCOVERY, GIVEN, NAMES):
+        if not isinstance(value, dict) or value.get("from") not in (DISCOVERY, GIVEN, NAMES):
             raise ValueError("it does not say where the sites are from")
         versions, sha256 = value.get("versions"), value.get("sha256")
         if not isinstance(versions, dict) or not all(isinstance(v, str) for v in (*versions.values(), sha256)):
             raise ValueError("it does not say of which versions they are")
-        if value["from"] in (TABLE, NAMES):
-            return cls(value["from"], str(sha256), versions)
+        if value["from"] == NAMES:
+            return cls(NAMES, str(sha256), versions)
         record = read(value.get("record"))
         if digest(record) != sha256:
             raise ValueError("the record does not have the SHA-256 beside it")
@@ -82,10 +80,10 @@ class Basis:
 
 @dataclass(frozen=True)
 class Means:
-    """By what a model may be known that the table does not have.
+    """By what a model may be known.
 
     Attributes:
-        given: a record that somebody gave; it is proven before it is used, and takes the place of the table, too.
+        given: a record that somebody gave; it is proven before it is used, and nothing is searched for.
         known: what an earlier step has proven, used as it is.
         trusted: whether code that the checkpoint holds and its config names may run.
         progress: of what has to be found out.

@@ -1,17 +1,15 @@
-"""What a config.json says of a model, before any tensor is looked at: by the table, or found out."""
+"""What a config.json says of a model, before any tensor is looked at; where it says nothing, what the tensors say."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING
 
 from vllm_w8a8_bismooth.checkpoint import findings, stacks
-from vllm_w8a8_bismooth.checkpoint.basis import DISCOVERY, GIVEN, NAMES, TABLE, Means
+from vllm_w8a8_bismooth.checkpoint.basis import DISCOVERY, GIVEN, NAMES, Means
 from vllm_w8a8_bismooth.checkpoint.files import CONFIG
 from vllm_w8a8_bismooth.checkpoint.reader import Header, Headers
-from vllm_w8a8_bismooth.errors import BismoothError, Problem, Unproven
-from vllm_w8a8_bismooth.model.architectures import Architecture, Template, architecture_of
+from vllm_w8a8_bismooth.errors import BismoothError, Unproven
 from vllm_w8a8_bismooth.model.configs import count_of
 from vllm_w8a8_bismooth.model.construction import Construction, Renamed
 from vllm_w8a8_bismooth.model.layers import Layer, View
@@ -30,10 +28,10 @@ class Blueprint:
 
     Attributes:
         names: of the decoder's parts in the checkpoint.
-        sizes: ``blocks``, ``hidden``, ``heads``, ``kv_heads``, ``vocab`` and others, see :func:`sizes_of`.
+        sizes: ``blocks``, ``hidden``, ``heads``, ``kv_heads``, ``vocab`` and others, see :func:`findings.sizes_of`.
         construction: how transformers builds it.
         tied: whether the head is the embedding.
-        layers: what each of the first so many blocks holds.
+        layers: what each block holds.
         outside, optional: tensors outside the blocks that must and that may be there.
         known_by: where all of this is from, see :class:`basis.Basis`.
         record: what was found out or given.
@@ -45,10 +43,10 @@ class Blueprint:
     sizes: Mapping[str, int]
     construction: Construction
     tied: bool
-    layers: Callable[[int], list[Layer]]
+    layers: list[Layer]
     outside: Shapes
     optional: Shapes
-    known_by: str = TABLE
+    known_by: str
     record: "Discovery | None" = None
     unproven: BismoothError | None = None
     views: Mapping[str, View] = field(default_factory=dict)
@@ -58,7 +56,7 @@ class Blueprint:
         """What follows from a config, or where it says nothing, from the tensors.
 
         Args:
-            checkpoint: its config is not trusted; its names are those of a type in the table.
+            checkpoint: its config is not trusted.
             means: by which it may be found out.
             tensors: those that count; ``None`` for all.
 
@@ -73,9 +71,7 @@ class Blueprint:
             raise BismoothError.of(CONFIG, what, "give the folder of a Hugging Face checkpoint")
         if means.known is not None and means.known.record is not None:
             return cls.discovered(config, means.known.record, tensors, means.known.by)
-        if means.given is None and (architecture := architecture_of(config)):
-            return cls.tabled(config, checkpoint.names, architecture)
-        from vllm_w8a8_bismooth.discovery.discover import discover  # which imports torch and transformers
+        from vllm_w8a8_bismooth.discovery.discover import discover
 
         try:
             found = discover(config, checkpoint.code, means.progress, means.given)
@@ -112,7 +108,7 @@ class Blueprint:
             sizes=findings.sizes_of(config, layers, around[names.embedding], max(found.experts)),
             construction=construction,
             tied=found.names.tied,
-            layers=lambda bound: layers,
+            layers=layers,
             outside={name: shape for name, shape in around.items() if name in needed},
             optional={names.head: (vocabulary, hidden)} | {n: shape for n, shape in around.items() if n not in needed},
             views=findings.views_of(layers, names),
@@ -141,32 +137,11 @@ class Blueprint:
             sizes=findings.sizes_of(config, layers, table),
             construction=Renamed(),
             tied=names.head not in tensors,
-            layers=lambda bound: layers,
+            layers=layers,
             outside={name: shape for name, shape in inside.items() if name != names.head},
             optional={names.head: table},
             known_by=NAMES,
             unproven=unproven,
-        )
-
-    @classmethod
-    def tabled(cls, config: Mapping, names: Names, architecture: Architecture) -> "Blueprint":
-        """By a row of the table.
-
-        Raises:
-            BismoothError: see :func:`sizes_of`.
-        """
-        sizes = sizes_of(config, architecture)
-        outside: dict[str, tuple[int, ...]] = {names.embedding: (sizes["vocab"], sizes["hidden"])}
-        if names.norm is not None:
-            outside[names.norm] = (sizes["hidden"],)
-        return cls(
-            names=names,
-            sizes=sizes,
-            construction=architecture.construction,
-            tied=config.get("tie_word_embeddings", architecture.tied),
-            layers=partial(layers_of, config, architecture, sizes),
-            outside=outside,
-            optional={names.head: outside[names.embedding]},
         )
 
 
@@ -193,89 +168,9 @@ class Promise:
         """Listed up to twice ``bound``, the number in the headers: the config's word for its blocks is not trusted."""
         names = blueprint.names
         found = cls(dict(blueprint.outside), dict(blueprint.optional), blueprint.sizes.get("experts", 0) > bound)
-        for i, layer in enumerate(() if found.endless else blueprint.layers(bound)):
+        for i, layer in enumerate(() if found.endless else blueprint.layers):
             found.required |= {names.block(i) + name: shape for name, shape in layer.tensors.items()}
             if len(found.required) > 2 * bound:
                 found.endless = True
                 break
         return found
-
-
-def sizes_of(config: Mapping, architecture: Architecture) -> dict[str, int]:
-    """Sizes named in :class:`Layer`, plus ``blocks`` and ``vocab``.
-
-    Raises:
-        BismoothError: with every size that is missing, no positive integer, or given twice differently, and heads that
-            do not divide.
-    """
-    problems: list[Problem] = []
-
-    def size(key: str, derived: int | None = None) -> int:
-        value = config.get(key)
-        value = architecture.silent.get(key, derived) if value is None else value
-        if type(value) is int and 0 < value < 2**48:  # products of two can still be printed
-            return value
-        problems.append(Problem(CONFIG, f"{key} = {config.get(key)!r} is no positive integer below 2**48", "mend it"))
-        return 1
-
-    def alias(keys: Sequence[str]) -> int:
-        found = [key for key in keys if key in config] or keys[:1]
-        values = {key: size(key) for key in found}
-        if len(set(values.values())) > 1:
-            problems.append(Problem(CONFIG, f"{values} contradict each other", "remove one of the keys"))
-        return values[found[0]]
-
-    hidden, heads = size("hidden_size"), size("num_attention_heads")
-    kv_heads = size("num_key_value_heads", heads)
-    if heads % kv_heads:
-        what = f"num_attention_heads = {heads} is not a multiple of num_key_value_heads = {kv_heads}"
-        problems.append(Problem(CONFIG, what, "mend it"))
-    head = size("head_dim", 1 if problems else hidden // heads)
-    sizes = {
-        "blocks": size("num_hidden_layers"),
-        "hidden": hidden,
-        "intermediate": size("intermediate_size"),
-        "head": head,
-        "heads": heads,
-        "kv_heads": kv_heads,
-        "query": heads * head,
-        "key": kv_heads * head,
-        "vocab": size("vocab_size"),
-        "one": 1,
-        **{name: alias(keys) for name, keys in architecture.sizes.items()},
-    }
-    if problems:
-        raise BismoothError(*problems)
-    return sizes
-
-
-def layers_of(config: Mapping, architecture: Architecture, sizes: Mapping[str, int], bound: int) -> list[Layer]:
-    """What each block holds, experts expanded; of at most ``bound``.
-
-    Which blocks of a mixture are dense follows ``mlp_only_layers`` and ``decoder_sparse_step``, as in transformers'
-    Qwen2-MoE.
-
-    Raises:
-        BismoothError: one of those keys is not what it must be.
-    """
-
-    blocks = min(sizes["blocks"], bound)
-
-    def sized(template: Template) -> Layer:
-        return template.sized(sizes, config, architecture.offset)
-
-    if architecture.sparse is None:
-        assert architecture.dense is not None
-        return [sized(architecture.dense)] * blocks
-    if architecture.dense is None:
-        return [sized(architecture.sparse)] * blocks
-    dense, step = config.get("mlp_only_layers") or [], config.get("decoder_sparse_step", 1)
-    if not isinstance(dense, list) or type(step) is not int or step < 1:
-        raise BismoothError.of(
-            CONFIG,
-            f"mlp_only_layers = {dense!r} and decoder_sparse_step = {step!r} must be a list of block numbers and a "
-            "positive integer",
-            "mend them",
-        )
-    kinds = {True: sized(architecture.sparse), False: sized(architecture.dense)}
-    return [kinds[i not in dense and (i + 1) % step == 0] for i in range(blocks)]

@@ -93,7 +93,7 @@ class Weights:
 
     def __bool__(self) -> bool:
         """Whether the checkpoint is in such a format, however damaged."""
-        return bool(self.encodings or self.lost or self.problems)
+        return bool(self.encodings or self.hidden or self.lost or self.problems)
 
     def shown(self, stored: Mapping[str, Tensor], dtype: str, size: int) -> dict[str, Tensor]:
         """The tensors as others see them, in the order of the files: each weight is where its codes are.

@@ -23,7 +23,7 @@ class Layout:
     """What the headers of a checkpoint hold, as a model; nothing more than headers is needed.
 
     Attributes:
-        checkpoint, construction, sizes, names, known_by, record, unproven: see their modules.
+        checkpoint, construction, sizes, names, tied, known_by, record, unproven: see their modules.
         layers: what each block holds.
         blocks: per block, the names inside it, in the order of the files.
         outside: full names of everything else.
@@ -50,7 +50,8 @@ class Layout:
             headers.code = headers.place.code() if means.trusted else None
             blueprint = Blueprint.of(headers, means)
             self.known_by, self.record = blueprint.known_by, blueprint.record
-            self.names = headers.names = blueprint.names
+            self.names, self.tied = blueprint.names, blueprint.tied
+            headers.names = self.names
             self.construction, self.sizes, self.unproven = blueprint.construction, blueprint.sizes, blueprint.unproven
             self.problems += headers.show(blueprint.views)
             tensors = headers.headers
@@ -62,7 +63,7 @@ class Layout:
             raise BadSource(*self.problems, *error.problems) from None
         if max(self.sizes["blocks"], self.sizes.get("experts", 0)) > len(tensors) + len(headers.lost):
             raise BadSource(*self.problems)  # too large to lay out, and no header backs it
-        self.layers: list[Layer] = blueprint.layers(self.sizes["blocks"])
+        self.layers: list[Layer] = blueprint.layers
         self.blocks: list[list[str]] = [[] for _ in self.layers]
         self.outside: list[str] = []
         self.notes = [*headers.notes]

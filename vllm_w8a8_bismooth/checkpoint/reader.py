@@ -18,7 +18,6 @@ from vllm_w8a8_bismooth.checkpoint.files import CONFIG, INDEX, Checksum, Folder,
 from vllm_w8a8_bismooth.checkpoint.formats import FP8, KEYS, Weights
 from vllm_w8a8_bismooth.checkpoint.views import Shown, fill
 from vllm_w8a8_bismooth.errors import BadSource, BismoothError, Problem
-from vllm_w8a8_bismooth.model.architectures import architecture_of
 from vllm_w8a8_bismooth.model.classes import trunk_of
 from vllm_w8a8_bismooth.model.layers import View
 from vllm_w8a8_bismooth.model.names import Names, unwrapped
@@ -120,8 +119,7 @@ class Headers:
 
     def _unwrap(self) -> None:
         try:
-            own = trunk_of(self.config) if architecture_of(self.config) else None
-            plain, note = unwrapped([*self.headers, *self.lost], own)
+            plain, note = unwrapped([*self.headers, *self.lost], trunk_of(self.config))
         except BismoothError as error:
             self.problems += error.problems
             return

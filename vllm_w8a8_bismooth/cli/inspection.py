@@ -125,8 +125,6 @@ def _layout(found: "Survey") -> str:
     """In one line where it is known from what the blocks hold."""
     count = sum(len(kind.sites) for kind in found.kinds)
     held = f"{counted(count, 'site')} in {counted(len(found.kinds), 'kind')} of blocks"
-    if found.known_by == "table":
-        return f"by the table: {held}"
     if found.known_by == "names":
         return f"guessed by names and shapes, without sites, for --method rtn or mixed: {found.unproven}"
     return f"found out on a small model of its class, and proven: {held}"

@@ -28,7 +28,7 @@ GivenOption = Annotated[
         metavar="FILE",
         help="A record of the model's sites, as bismooth sites prints it, perhaps edited; it is proven before it is "
         "used.",
-        show_default="known for some types, else found out",
+        show_default="found out",
     ),
 ]
 
@@ -74,10 +74,9 @@ def show(console: "Console", found: "Sites", given: Path | None, output: Path | 
     record = found.record
     console.print(f"[bold]{escape(found.source)}[/bold]: {escape(record.model_type)}, {len(record.blocks)} blocks")
     blocks.show(console, found.kinds)
-    for line in (*_proof(record.proof, record.seconds), _whose(found, given)):
+    by = "This is the given record." if given is not None else "A conversion goes by this."
+    for line in (*_proof(record.proof, record.seconds), by):
         console.print(line, markup=False)
-    for line in found.differences:
-        console.print(f"  {line}", markup=False)
     if output is not None:
         console.print(f"Wrote {word(output)}. Next: bismooth convert SRC DST --sites {word(output)}", markup=False)
 
@@ -96,10 +95,3 @@ def _proof(proof: "Proof", seconds: float) -> Iterator[str]:
         yield f"Not used, block {place}: {why}."
     if proof.unseen:
         yield f"Nothing was seen to be multiplied with {', '.join(proof.unseen)}."
-
-
-def _whose(found: "Sites", given: Path | None) -> str:
-    if not found.in_table:
-        return "This is the given record." if given is not None else "A conversion goes by this."
-    against = "which says the same" if not found.differences else "which differs"
-    return f"The table has this type, {against}; a conversion goes by the table, unless --sites gives it a record."

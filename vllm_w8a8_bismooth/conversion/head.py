@@ -3,7 +3,6 @@
 import itertools
 
 from vllm_w8a8_bismooth.checkpoint.reader import Checkpoint, Headers
-from vllm_w8a8_bismooth.model.architectures import architecture_of
 
 _IGNORED = (
     "vLLM ignores it and takes the embedding; if the head was trained apart, set tie_word_embeddings to false in the "
@@ -11,22 +10,21 @@ _IGNORED = (
 )
 
 
-def is_tied(headers: Headers) -> bool | None:
-    """Whether the config makes the embedding the head; ``None`` if it leaves that to a model type that is unknown."""
-    architecture = architecture_of(headers.config)
-    return headers.config.get("tie_word_embeddings", architecture.tied if architecture else None)
+def notes(source: Headers, tied: bool) -> list[str]:
+    """What the headers say: there may be nothing, or a sentence without its full stop.
 
-
-def notes(source: Headers) -> list[str]:
-    """What the headers say: there may be nothing, or a sentence without its full stop."""
-    if source.names.head not in source.headers or not is_tied(source):
+    Args:
+        source: laid out, so that its names are known.
+        tied: whether the model takes its embedding for its head.
+    """
+    if source.names.head not in source.headers or not tied:
         return []
     return [f"{source.names.head} is stored, though config.json ties the head to the embedding: {_IGNORED}"]
 
 
-def notes_with_values(source: Checkpoint) -> list[str]:
+def notes_with_values(source: Checkpoint, tied: bool) -> list[str]:
     """What headers and values say; a head that equals the embedding is not worth a word."""
-    if found := notes(source):
+    if found := notes(source, tied):
         names, headers = (source.names.embedding, source.names.head), source.headers
         pieces = (source.pieces(name) for name in names)
         if len({headers[name].dtype for name in names}) == 1 and all(

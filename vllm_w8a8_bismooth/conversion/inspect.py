@@ -70,7 +70,7 @@ class Survey:
         source: the folder or the repository.
         hub_id, revision: of the repository; ``None`` for folders of unknown origin.
         model_type: as config.json has it.
-        sizes: blocks, hidden, heads, ...; see :func:`blueprint.sizes_of`.
+        sizes: blocks, hidden, heads, ...; see :func:`findings.sizes_of`.
         tied: whether the head is the embedding.
         parameters, source_bytes: numbers in the tensors, and bytes in the files.
         dtypes: safetensors' name -> what is stored in it, largest first.
@@ -138,7 +138,7 @@ def survey(place: Folder | Repository, calibration_tokens: int, group_size: int,
         revision=place.revision,
         model_type=model_type,
         sizes={},
-        tied=head.is_tied(headers),
+        tied=None,
         parameters=sum(math.prod(header.shape) for header in headers.headers.values()),
         source_bytes=headers.nbytes(),
         dtypes=dtypes,
@@ -154,12 +154,12 @@ def survey(place: Folder | Repository, calibration_tokens: int, group_size: int,
     except BismoothError as error:
         result.problems, result.sizes = list(islice(error.problems, PROBLEMS)), _sizes(headers, means)
         return result
-    result.problems, result.sizes = layout.problems, layout.sizes
+    result.problems, result.sizes, result.tied = layout.problems, layout.sizes, layout.tied
     result.known_by, result.kinds = layout.known_by, kinds_of(layout.layers)
     if layout.unproven is not None:
         result.unproven = layout.unproven.problems[0].what
     try:
-        result.left_out, result.notes = headers.left_out(), layout.notes + head.notes(headers)
+        result.left_out, result.notes = headers.left_out(), layout.notes + head.notes(headers, layout.tied)
     except BismoothError as error:
         result.problems += error.problems
         return result

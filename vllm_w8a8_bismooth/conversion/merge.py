@@ -132,7 +132,7 @@ def merge(ready: Merger, progress: Progress = silent) -> Outcome:
         source.stored_nbytes(),
         blocks=len(source.layers),
         quantized=source.checkpoint.quantized,
-        notes=source.notes + head.notes(source.checkpoint),
+        notes=source.notes + head.notes(source.checkpoint, source.tied),
     )
     outcome.already_float, outcome.floats = already_float(source, ready.recipe), source.kept_in_float()
     if ready.reused:

@@ -77,7 +77,7 @@ def _outcome(ready: Preparation) -> Outcome:
     outcome.quantized = source.checkpoint.quantized
     outcome.left_out, outcome.notes = source.checkpoint.left_out(), [*source.notes]
     if source.outside_with(ready.blocks):
-        outcome.notes += head.notes_with_values(source.checkpoint)
+        outcome.notes += head.notes_with_values(source.checkpoint, source.tied)
     outcome.ignored = full_names(ready.within(ready.ignored), source.names)
     outcome.already_float, outcome.floats = already_float(source, ready.recipe), source.kept_in_float()
     return outcome

@@ -118,5 +118,5 @@ def preview(ready: Preparation) -> Preview:
         seconds=need.seconds,
         free_bytes=free_space(journal.partial),
         left_out=source.checkpoint.left_out(),
-        notes=source.notes + head.notes(source.checkpoint),
+        notes=source.notes + head.notes(source.checkpoint, source.tied),
     )

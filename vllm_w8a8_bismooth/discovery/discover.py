@@ -5,11 +5,11 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from vllm_w8a8_bismooth.discovery.find import find
-from vllm_w8a8_bismooth.discovery.origin import check_bounds, explained, refused
+from vllm_w8a8_bismooth.discovery.bounds import check_bounds
 from vllm_w8a8_bismooth.discovery.record import Discovery
 from vllm_w8a8_bismooth.errors import BismoothError
 from vllm_w8a8_bismooth.progress import Progress, silent
@@ -49,6 +49,9 @@ def discover(
         return Discovery.from_json(json.loads(kept.read_text()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass  # not there, or not of this form: it is found again
+    from vllm_w8a8_bismooth.discovery.find import find  # which imports torch
+    from vllm_w8a8_bismooth.discovery.origin import explained, refused
+
     try:
         found = find(config, code, progress, given)
     except BismoothError:
@@ -67,12 +70,9 @@ def _folder() -> Path:
 def _key(config: Mapping[str, Any], code: Path | None, given: Discovery | None) -> str:
     """A hash of the config, the model's own code, the versions of transformers and torch, this room's sources, and the
     record that is to be proven."""
-    import torch
-    import transformers
-
     relevant = {key: value for key, value in config.items() if key not in _IRRELEVANT}
     digest = hashlib.sha256(json.dumps(relevant, sort_keys=True, default=str).encode())
-    digest.update(f"{transformers.__version__} {torch.__version__}".encode())
+    digest.update(f"{version('transformers')} {version('torch')}".encode())  # without their imports, which take seconds
     for source in (*sorted(Path(__file__).parent.glob("*.py")), *(sorted(code.glob("*.py")) if code else ())):
         digest.update(source.read_bytes())
     if given is not None:

@@ -1,6 +1,5 @@
 """The class of transformers that a config asks for: its own config object, and models of it."""
 
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,16 +8,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vllm_w8a8_bismooth.discovery import widths
-from vllm_w8a8_bismooth.errors import BismoothError, Problem, UnknownModel, Unproven
+from vllm_w8a8_bismooth.discovery.bounds import check_bounds
+from vllm_w8a8_bismooth.errors import Problem, UnknownModel, Unproven
 from vllm_w8a8_bismooth.model.configs import decoded
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-MOST_BLOCKS, MOST_EXPERTS, WIDEST = 1024, 2048, 2**24
-"""A config.json is not trusted: more is refused before anything is built."""
-_COUNT = re.compile(r"\w*(layers?|depth|blocks)|\w*experts")
-_MOST_ITEMS, _DEEPEST = 2**14, 32
 _ELSEWHERE = ("model_type", "quantization_config", "auto_map")
 _REMEDY = "mend config.json, or convert with --method rtn, which does not run the model"
 
@@ -32,31 +28,6 @@ def explained(error: BaseException) -> str:
     """An exception in one line."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:200]}"
-
-
-def check_bounds(config: Mapping) -> None:
-    """Raises :class:`BismoothError` for a config whose model would have absurdly many parts, or absurdly wide ones:
-    no such model is converted in any way."""
-    stack: list[tuple[str, Any, int]] = [(key, value, 0) for key, value in config.items()]
-
-    def refuse(what: str) -> None:
-        raise BismoothError.of("config.json", what, "mend it")
-
-    while stack:
-        key, value, depth = stack.pop()
-        if depth > _DEEPEST:
-            refuse(f"holds objects that are nested more than {_DEEPEST} deep")
-        if isinstance(value, dict):
-            stack += ((inner, item, depth + 1) for inner, item in value.items())
-        elif isinstance(value, list):
-            if len(value) > _MOST_ITEMS and "token" not in key:
-                refuse(f"{key} has {len(value)} entries, more than a model has parts")
-            stack += ((key, item, depth + 1) for item in value)
-        elif type(value) is int:
-            bound = (MOST_EXPERTS if "expert" in key else MOST_BLOCKS) if _COUNT.fullmatch(key) else WIDEST
-            if value > bound and (_COUNT.fullmatch(key) or widths.is_width(key, value) or "heads" in key):
-                shown = value if value < 2**64 else "a larger number"
-                refuse(f"{key} = {shown} is beyond what any model has (up to {bound})")
 
 
 class Origin:

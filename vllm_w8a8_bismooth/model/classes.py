@@ -13,6 +13,11 @@ _TRUNKS = dict.fromkeys(
     (f"{family}ForQuestionAnswering" for family in ("Llama", "Qwen2", "Qwen3", "Qwen3Moe")), "transformer."
 )
 """Classes of transformers that do not call their decoder ``model``."""
+_PLAIN = (
+    *("gemma2", "gemma3_text", "granite", "llama", "mistral", "mixtral", "phi3"),
+    *("qwen2", "qwen2_moe", "qwen3", "qwen3_moe"),
+)
+"""Types whose other classes all do, so that what else stands before it was left by a wrapper."""
 _IMPLIED = {
     "score.weight": "ForSequenceClassification",
     "qa_outputs.weight": "ForQuestionAnswering",
@@ -38,10 +43,12 @@ def head_of(config: Mapping) -> str | None:
     return next((kind for ending, kind in _KINDS if name.endswith(ending)), "other" if "For" in name else "language")
 
 
-def trunk_of(config: Mapping) -> str:
-    """What the names of the decoder's tensors begin with in files of this class; nothing for the bare decoder, and
+def trunk_of(config: Mapping) -> str | None:
+    """What the names of the decoder's tensors begin with in files of this class, nothing for the bare decoder; ``None``
     where that is not known."""
     name = class_of(config)
+    if config.get("model_type") not in _PLAIN:
+        return None
     return _TRUNKS.get(name, "model.") if "For" in name or head_of(config) == "language" else ""
 
 

@@ -89,6 +89,16 @@ def block_of(name: str) -> tuple[int, str] | None:
     return (int(match["index"]), match["inside"]) if match else None
 
 
+def kind_of(linear: str) -> tuple[str, int]:
+    """What a linear is in every block (``q_proj``; all experts as one: ``experts.*.up_proj``), and its block."""
+    place = block_of(linear)
+    assert place is not None, linear
+    block, name = place
+    for part in ("self_attn.", "mlp.", "block_sparse_moe."):
+        name = name.removeprefix(part)
+    return re.sub(r"\.\d+\.", ".*.", name), block
+
+
 def template(name: str) -> str:
     """A name with ``{}`` for the number of an expert."""
     return EXPERT.sub("{}", name, count=1)

@@ -14,7 +14,7 @@ from vllm_w8a8_bismooth.checkpoint.files import RECIPE, REPORT, disk_errors, rea
 from vllm_w8a8_bismooth.errors import BismoothError
 from vllm_w8a8_bismooth.measure.bundled import NAME
 from vllm_w8a8_bismooth.measure.weights import VULNERABLE
-from vllm_w8a8_bismooth.model.architectures import kind_of
+from vllm_w8a8_bismooth.model.names import kind_of
 from vllm_w8a8_bismooth.recipe import Recipe
 from vllm_w8a8_bismooth.report import figures, front_matter, licence, record, section
 from vllm_w8a8_bismooth.report.labels import Labels

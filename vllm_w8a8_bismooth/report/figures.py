@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from vllm_w8a8_bismooth.errors import BismoothError
 from vllm_w8a8_bismooth.measure.weights import VULNERABLE, Analysis, Measure
-from vllm_w8a8_bismooth.model.architectures import kind_of
+from vllm_w8a8_bismooth.model.names import kind_of
 
 # A background of its own and dark ink: legible on light and dark pages alike.
 STYLE: dict[str, Any] = {

@@ -2,8 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
-from vllm_w8a8_bismooth.model.architectures import kind_of
-from vllm_w8a8_bismooth.model.names import block_of
+from vllm_w8a8_bismooth.model.names import block_of, kind_of
 
 
 def in_few_words(names: Iterable[str]) -> str:

@@ -3,12 +3,12 @@
 from pathlib import Path
 
 from vllm_w8a8_bismooth.checkpoint.basis import GIVEN, Basis, Means, digest
-from vllm_w8a8_bismooth.checkpoint.files import RECIPE, read_json
+from vllm_w8a8_bismooth.checkpoint.files import CONFIG, RECIPE, read_json
 from vllm_w8a8_bismooth.checkpoint.reader import Checkpoint
 from vllm_w8a8_bismooth.errors import BismoothError, Problem, Unproven
 
 _KEY = "layout"
-_AGAIN = "convert the source again"
+_AGAIN = f"put {CONFIG} back if it was changed, or convert the source again"
 
 
 def noted(folder: Path) -> Basis | None:
@@ -51,7 +51,7 @@ def compare(before: Basis, now: Basis, checkpoint: Checkpoint, means: Means) -> 
         why = ""
     if same:
         return [], []
-    what = f"are not those that this model has now{why}"
+    what = f"are not those of a model with this {CONFIG}{why}"
     if dict(before.versions) == dict(here):
         return [Problem(f"{RECIPE}: {_KEY}", what, _AGAIN)], []
     older = ", ".join(f"{name} {before.versions[name]}" for name in sorted(before.versions))

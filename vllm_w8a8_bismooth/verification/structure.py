@@ -38,7 +38,7 @@ class Structure:
     def __init__(self, checkpoint: Checkpoint, schemes: Schemes | None, marked: bool, means: Means):
         self._headers, self._schemes, self._marked = checkpoint.headers, schemes, marked
         self.problems: list[Problem] = []
-        self.known_by = NAMES
+        self.known_by, self.tied = NAMES, False
         self.record: Discovery | None = None
         self.layers = self._lay_out(checkpoint, means)
         self.names, inside = checkpoint.names, list(enumerate(self.layers))
@@ -68,7 +68,7 @@ class Structure:
         checkpoint.code = checkpoint.place.code() if means.trusted else None
         try:
             blueprint = Blueprint.of(checkpoint, means, tensors)
-            self.known_by, self.record = blueprint.known_by, blueprint.record
+            self.known_by, self.record, self.tied = blueprint.known_by, blueprint.record, blueprint.tied
             checkpoint.names = blueprint.names
             self.problems += checkpoint.show(blueprint.views)
             self._headers = checkpoint.headers
@@ -77,7 +77,7 @@ class Structure:
             self.problems += audit(checkpoint, blueprint, tensors)
             self.problems += module_problems(checkpoint.place)
             if max(sizes["blocks"], sizes.get("experts", 0)) <= len(tensors):  # else the audit has said so
-                return blueprint.layers(sizes["blocks"])
+                return blueprint.layers
         except BismoothError as error:
             self.problems += error.problems
         return []

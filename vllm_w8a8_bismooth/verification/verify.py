@@ -136,7 +136,7 @@ def verify(
         strange = [n for n in checkpoint.headers if not n.startswith(names.blocks) and n not in known]
         found.notes += [f"tensor {name} is outside the blocks and unknown; check it with --against" for name in strange]
     if not {structure.names.head, structure.names.embedding} & unreadable:
-        found.notes += head.notes_with_values(checkpoint)
+        found.notes += head.notes_with_values(checkpoint, structure.tied)
     if isinstance(config, dict):
         asked = [key for key in ("kv_cache_scheme", "sparsity_config") if config.get(key)]
         found.notes += [f"{KEY}.{key} in {CONFIG} asks vLLM for more, which was not checked" for key in asked]

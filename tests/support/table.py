@@ -1,13 +1,16 @@
-"""What the converter knows of each model type: tensor names and shapes, couplings, fused siblings. Tables, not code."""
+"""What eleven model types hold, written by hand: tensor names and shapes, couplings, fused siblings.
 
-import re
+Discovery has to find the same.
+"""
+
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
+from vllm_w8a8_bismooth.checkpoint.blueprint import Blueprint
 from vllm_w8a8_bismooth.model.construction import Construction, Experts, Renamed
 from vllm_w8a8_bismooth.model.floats import ROUTER
 from vllm_w8a8_bismooth.model.layers import Layer, Runs, Site
-from vllm_w8a8_bismooth.model.names import block_of
+from vllm_w8a8_bismooth.model.names import Names
 
 
 @dataclass(frozen=True)
@@ -291,17 +294,60 @@ ARCHITECTURES: Mapping[str, Architecture] = {
 }
 
 
-def architecture_of(config: Mapping) -> Architecture | None:
-    """The row of the table for a ``config.json``, which is not trusted; ``None`` if there is none."""
-    model_type = config.get("model_type")
-    return ARCHITECTURES.get(model_type) if isinstance(model_type, str) else None
+def sizes_of(config: Mapping, architecture: Architecture) -> dict[str, int]:
+    """Sizes named in :class:`Layer`, plus ``blocks`` and ``vocab``."""
+
+    def size(*keys: str, derived: int | None = None) -> int:
+        value = next((config[key] for key in keys if config.get(key) is not None), None)
+        value = architecture.silent.get(keys[0], derived) if value is None else value
+        assert value is not None, keys
+        return value
+
+    hidden, heads = size("hidden_size"), size("num_attention_heads")
+    kv_heads = size("num_key_value_heads", derived=heads)
+    head = size("head_dim", derived=hidden // heads)
+    return {
+        "blocks": size("num_hidden_layers"),
+        "hidden": hidden,
+        "intermediate": size("intermediate_size"),
+        "head": head,
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "query": heads * head,
+        "key": kv_heads * head,
+        "vocab": size("vocab_size"),
+        "one": 1,
+        **{name: size(*keys) for name, keys in architecture.sizes.items()},
+    }
 
 
-def kind_of(linear: str) -> tuple[str, int]:
-    """What a linear is in every block (``q_proj``; all experts as one: ``experts.*.up_proj``), and its block."""
-    place = block_of(linear)
-    assert place is not None, linear
-    block, name = place
-    for part in ("self_attn.", "mlp.", "block_sparse_moe."):
-        name = name.removeprefix(part)
-    return re.sub(r"\.\d+\.", ".*.", name), block
+def layers_of(config: Mapping, architecture: Architecture, sizes: Mapping[str, int]) -> list[Layer]:
+    """What each block holds, experts expanded.
+
+    Which blocks of a mixture are dense follows ``mlp_only_layers`` and ``decoder_sparse_step``, as in transformers'
+    Qwen2-MoE.
+    """
+    dense, step = config.get("mlp_only_layers") or [], config.get("decoder_sparse_step", 1)
+    kinds = [
+        template.sized(sizes, config, architecture.offset)
+        for template in (architecture.dense, architecture.sparse)
+        if template is not None
+    ]
+    return [kinds[-1 if i not in dense and (i + 1) % step == 0 else 0] for i in range(sizes["blocks"])]
+
+
+def tabled(config: Mapping) -> Blueprint:
+    """A model as the table has it."""
+    architecture = ARCHITECTURES[config["model_type"]]
+    sizes, names = sizes_of(config, architecture), Names()
+    table, norm = (sizes["vocab"], sizes["hidden"]), (sizes["hidden"],)
+    return Blueprint(
+        names=names,
+        sizes=sizes,
+        construction=architecture.construction,
+        tied=config.get("tie_word_embeddings", architecture.tied),
+        layers=layers_of(config, architecture, sizes),
+        outside={names.embedding: table, str(names.norm): norm},
+        optional={names.head: table},
+        known_by="table",
+    )
