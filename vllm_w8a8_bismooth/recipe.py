@@ -257,7 +257,7 @@ def expressions(chosen: Sequence[set[str]], layers: Sequence[Layer], names: Name
 
 def _all_experts(linear: str) -> str:
     """An expression for whatever is in an expert of the same list as a linear of one, however deep in the block."""
-    return r"(.*\.)?" + re.sub(r"(?:.*\.)?([^.]+)\.\d+\..*", r"\1", linear) + r"\.\d+\..*"
+    return r"(.*\.|)" + re.sub(r"(?:.*\.)?([^.]+)\.\d+\..*", r"\1", linear) + r"\.\d.*"  # few repeats, see guard.py
 
 
 def _blocks(names: Names) -> str:
