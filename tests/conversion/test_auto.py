@@ -191,7 +191,7 @@ def test_of_other_types(make_checkpoint, tmp_path, calibration_text, model_type)
 
 
 def test_experts_are_chosen_together(make_checkpoint, tmp_path, calibration_text):
-    """With a target that takes all groups that help, which are also those of experts; half of these work for a token."""
+    """A target takes all groups that help, which are also those of experts; half of these work for a token."""
     source, text, out = make_checkpoint("mixtral"), read_text(calibration_text), tmp_path / "out"
     without = convert(source, tmp_path / "without", recipe_of(group_budget=0), text).granularity
     least = sum(min(entry.per_channel, entry.per_group) for entry in without)

@@ -67,7 +67,8 @@ def measure(
 
     Returns:
         Unit -> ``per_channel`` and ``per_group`` -> ``weights`` and ``activations`` -> nats a token, and the gradients
-        of what the block reads. Where groups do not divide K there is no ``per_group``.
+        of what the block reads. Where groups do not divide K there is no ``per_group``, and there are no experts that
+        run as transformers has them, stacked.
     """
     layer = calibration.source.layers[index]
     built = partial(calibration.source.construction.built, index)
@@ -84,9 +85,12 @@ def measure(
                 kept = draw < len(gradients) - 1
                 (carried,) = torch.autograd.grad(out, leaf, gradient[None], retain_graph=kept)
                 before[draw, i] = carried[0]
+        modules = {name for name, _ in block.named_modules()}
         with torch.no_grad():
             for unit, parts in measured_units(layer).items():
                 folds: dict[str, Fold] = {built(part): smoothing.fold(part) for part in parts}
+                if not folds.keys() <= modules:
+                    continue
                 columns = {layer.linears[part][1] for part in parts}
                 found[unit] = {}
                 for name, ways in variants(group_size).items():
