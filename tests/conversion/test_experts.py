@@ -49,7 +49,7 @@ def outlier(model_type: str) -> torch.nn.Module:
     return model
 
 
-@pytest.mark.parametrize(("model_type", "arm"), sweep([(t, arm) for arm in ARMS for t in INSIDE], fast=3))
+@pytest.mark.parametrize(("model_type", "arm"), sweep([(t, arm) for arm in ARMS for t in INSIDE], fast=2))
 def test_all_experts_of_a_block_get_groups(tmp_path, calibration_text, model_type, arm):
     """What names or weights say of one of them holds for all; everything else is as without groups."""
     source, out = write_checkpoint(tmp_path / "source", outlier(model_type)), tmp_path / "out"
@@ -83,6 +83,7 @@ def test_all_experts_of_a_block_get_groups(tmp_path, calibration_text, model_typ
     assert run("convert", source, out, "--method", "mixed")[0] == 2, "another recipe"
 
 
+@pytest.mark.slow
 def test_vllm_takes_them_as_they_are_stored(tmp_path):
     """vLLM itself, asked for the scheme of each kind of linear; no engine."""
     source = write_checkpoint(tmp_path / "source", tiny_model("mixtral"))
