@@ -235,8 +235,8 @@ def expressions(chosen: Sequence[set[str]], layers: Sequence[Layer], names: Name
 
     Readers match either the parts (transformers) or the fused linear (vLLM before 0.32 only the latter), so the
     expression of a fused linear names both. Unanchored names would be wrong: ``v_proj`` is the end of ``qkv_proj``.
-    A block's experts, which are chosen together, are named by the list that they are in: vLLM may call their linears
-    otherwise (Llama 4, whose gate and up are one), and have the list a module deeper (Gemma 4).
+    A block's experts, which are chosen together, are named by the list that they are in: vLLM may call what is in them
+    otherwise (Llama 4, whose gate and up are one), and what the list is in (MiniMax-M2).
 
     Args:
         chosen: names of linears inside each block, with all that must be alike.
@@ -256,7 +256,7 @@ def expressions(chosen: Sequence[set[str]], layers: Sequence[Layer], names: Name
 
 
 def _all_experts(linear: str) -> str:
-    """An expression for whatever is in an expert of the same list as a linear of one, however deep in the block."""
+    """An expression for whatever is in an expert of the same list as a linear of one, wherever in the block it is."""
     return r"(.*\.|)" + re.sub(r"(?:.*\.)?([^.]+)\.\d+\..*", r"\1", linear) + r"\.\d.*"  # few repeats, see guard.py
 
 

@@ -430,17 +430,24 @@ def test_experts_of_our_checkpoints_have_a_method(tmp_path, model_type, options,
 
 
 @pytest.mark.parametrize("option", ["group_layers", "ignore"])
-def test_experts_that_vllm_calls_otherwise(tmp_path, option):
-    """Llama 4's gate and up are one in vLLM, whatever the checkpoint has."""
+@pytest.mark.parametrize(
+    ("model_type", "owner", "names"),
+    [
+        ("llama4_text", "feed_forward", ["gate_up_proj", "down_proj", "gate_up_proj"]),
+        ("mixtral", "mlp", ["w1", "w2", "w3"]),
+    ],
+)
+def test_experts_that_vllm_calls_otherwise(tmp_path, model_type, owner, names, option):
+    """Llama 4's gate and up are one in vLLM; what MiniMax-M2 has in block_sparse_moe is in mlp there."""
     from vllm_w8a8_bismooth.serving.moe import method_of
 
     recipe = Recipe.of("mixed", group_size=64, **{option: r"\.experts\."})
-    convert(write(tmp_path / "source", "llama4_text"), tmp_path / "out", recipe)
+    convert(write(tmp_path / "source", model_type), tmp_path / "out", recipe)
     config = config_class().from_config(
         json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     )
-    names = {"ckpt_gate_proj_name": "gate_up_proj", "ckpt_up_proj_name": "gate_up_proj"}
-    method = method_of(config, vllms_layer(**names), "model.layers.1.feed_forward.experts")
+    ours = dict(zip(("ckpt_gate_proj_name", "ckpt_down_proj_name", "ckpt_up_proj_name"), names, strict=True))
+    method = method_of(config, vllms_layer(**ours), f"model.layers.1.{owner}.experts")
     assert method is None if option == "ignore" else method.weight_group_size == 64
 
 
