@@ -65,7 +65,8 @@ def convert(
             calibration.
         group_size: columns per scale in per-group linears, a multiple of 32. If it is ``None``, ``mixed`` takes 128,
             and ``auto`` the largest of 128, 64 and 32 that fits all linears.
-        group_layers: patterns of the linears to make per-group, see :mod:`patterns`.
+        group_layers: patterns of the linears to make per-group, see :mod:`patterns`. Those that vLLM fuses with them
+            come with them, and with an expert all others of its block.
         group_budget: with ``auto``, the share of the linears' multiplications that may have per-group scales, ``0.15``
             or ``"15%"``.
         target_kl: with ``auto``, the estimated KL divergence to the source at which no more groups are given, in nats a

@@ -235,10 +235,11 @@ def expressions(chosen: Sequence[set[str]], layers: Sequence[Layer], names: Name
 
     Readers match either the parts (transformers) or the fused linear (vLLM before 0.32 only the latter), so the
     expression of a fused linear names both. Unanchored names would be wrong: ``v_proj`` is the end of ``qkv_proj``.
-    Experts are named by any number, as a block's are chosen together.
+    A block's experts, which are chosen together, are named by the list that they are in: vLLM may call what is in them
+    otherwise (Llama 4, whose gate and up are one), and what the list is in (MiniMax-M2).
 
     Args:
-        chosen: names of linears inside each block, closed under fusion.
+        chosen: names of linears inside each block, with all that must be alike.
         layers: those of the same blocks, for the fused names.
         names: of the checkpoint; transformers calls the blocks of a bare decoder as it does, vLLM as a causal LM's.
     """
@@ -246,11 +247,17 @@ def expressions(chosen: Sequence[set[str]], layers: Sequence[Layer], names: Name
     for index, (linears, layer) in enumerate(zip(chosen, layers, strict=True)):
         fusions = {**fused_among(layer.routers), **layer.fused}
         unit_of = {part: (fused, *parts) for fused, parts in fusions.items() for part in parts}
-        units = {"|".join(map(re.escape, sorted(unit_of.get(name, (name,))))) for name in linears}
-        for unit in {re.sub(r"\\\.\d+\\\.", r"\\.\\d+\\.", unit) for unit in units}:
+        units = {"|".join(map(re.escape, sorted(unit_of.get(name, (name,))))) for name in linears - layer.experts}
+        units = {re.sub(r"\\\.\d+\\\.", r"\\.\\d+\\.", unit) for unit in units}
+        for unit in units | set(map(_all_experts, linears & layer.experts)):
             where.setdefault(unit, []).append(index)
     blocks = _blocks(names)
     return [rf"re:{blocks}\.({'|'.join(map(str, indices))})\.({unit})$" for unit, indices in sorted(where.items())]
+
+
+def _all_experts(linear: str) -> str:
+    """An expression for whatever is in an expert of the same list as a linear of one, wherever in the block it is."""
+    return r"(.*\.|)" + re.sub(r"(?:.*\.)?([^.]+)\.\d+\..*", r"\1", linear) + r"\.\d.*"  # few repeats, see guard.py
 
 
 def _blocks(names: Names) -> str:

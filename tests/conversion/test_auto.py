@@ -185,8 +185,24 @@ def test_columns_that_groups_do_not_divide(make_checkpoint, tmp_path, calibratio
 def test_of_other_types(make_checkpoint, tmp_path, calibration_text, model_type):
     source, text, out = make_checkpoint(model_type), read_text(calibration_text), tmp_path / "out"
     report = convert(source, out, a_tenth_better(source, text, tmp_path), text)
-    assert grouped(report) and not any("experts" in name for name in grouped(report))
+    assert grouped(report)
     assert json.loads((out / "recipe.json").read_text())["recipe"]["method"] == "auto"
+    assert verify(out, tmp_path / "source", engine=False).ok
+
+
+def test_experts_are_chosen_together(make_checkpoint, tmp_path, calibration_text):
+    """A target takes all groups that help, which are also those of experts; half of these work for a token."""
+    source, text, out = make_checkpoint("mixtral"), read_text(calibration_text), tmp_path / "out"
+    without = convert(source, tmp_path / "without", recipe_of(group_budget=0), text).granularity
+    least = sum(min(entry.per_channel, entry.per_group) for entry in without)
+    report = convert(source, out, recipe_of(target_kl=1.0001 * least), text)
+    experts = [entry for entry in report.granularity if entry.unit.endswith(".experts")]
+    assert len(experts) == 3 and any(entry.chosen for entry in experts)
+    for entry in experts:
+        found = {report.linears[name]["group_size"] for name in entry.linears}
+        assert len(entry.linears) == 4 * 3 and found == ({32} if entry.chosen else {None})
+        assert entry.work == pytest.approx(2 * 3 * 64 * 96 / (3 * (2 * 3 * 64 * 96 + 2 * 64 * 96 + 2 * 64 * 48)))
+    assert report.estimated_kl == pytest.approx(least, rel=1e-3)
     assert verify(out, tmp_path / "source", engine=False).ok
 
 

@@ -215,6 +215,17 @@ def test_unusual_experts_run_as_they_are(tmp_path, calibration_text, monkeypatch
     assert not verify(tmp_path / "out", source, engine=False).findings
 
 
+def test_auto_passes_unusual_experts_over(tmp_path, calibration_text, monkeypatch):
+    source, text = write(tmp_path / "source", "llama4_text"), read_text(calibration_text)
+    recipe = Recipe.of("auto", calibration_tokens=500, group_size=32)
+    usual = convert(source, tmp_path / "usual", recipe, text)
+    monkeypatch.setattr(experts, "_KINDS", {})
+    made = convert(source, tmp_path / "out", recipe, text)
+    units, left = ({entry.unit for entry in report.granularity} for report in (usual, made))
+    assert units - left == {"model.layers.1.experts", "model.layers.3.experts"} and left < units
+    assert not any(".experts." in name and entry["group_size"] for name, entry in made.linears.items())
+
+
 def test_experts_that_vllm_serves_in_float_only(tmp_path):
     source = write(tmp_path / "source", "gpt_oss")
     made = convert(source, tmp_path / "out", METHODS["data-free"][0])

@@ -126,12 +126,22 @@ def test_what_is_said_can_be_checked():
     assert "too little for" in last.reason and not last.chosen
 
 
-def test_experts_cost_but_get_no_groups():
+@pytest.mark.parametrize(
+    ("ways", "budget", "chosen", "reason"),
+    [
+        ({CHANNEL: 18.0, GROUP: 1.0}, 1.0, True, "removes 85.0% of the error for 75.0% of the work"),
+        ({CHANNEL: 18.0, GROUP: 1.0}, 0.74, False, "would remove 85.0% of the error, but the budget is spent"),
+        ({CHANNEL: 2.0}, 1.0, False, "K is not a multiple of the group size"),
+    ],
+)
+def test_experts_are_one_unit(ways, budget, chosen, reason):
+    """All of a block's, or none. They count in the estimate either way."""
     layer = layer_of("mixtral", dense=False)
     assert units(layer).keys() == {"self_attn.qkv_proj", "self_attn.o_proj"}
-    costs = [{unit: {CHANNEL: 1.0, GROUP: 0.0} for unit in units(layer)} | {EXPERTS: {CHANNEL: 2.0}}]
-    found = evidence(costs, layer=layer, work=dict.fromkeys(layer.linears, 1.0))
+    costs = [{unit: {CHANNEL: 1.0, GROUP: 0.0} for unit in units(layer)} | {EXPERTS: ways}]
+    found = evidence(costs, budget, layer=layer, work=dict.fromkeys(layer.linears, 1.0))
     experts = next(entry for entry in found if entry.unit.endswith(EXPERTS))
     assert set(experts.linears) == {f"model.layers.0.{name}" for name in layer.experts}
-    assert not experts.chosen and "per-channel only" in experts.reason
-    assert estimate(found) == 2.0
+    assert experts.work == pytest.approx(12 / 16) and (experts.chosen, experts.reason) == (chosen, reason)
+    others = sum(entry.per_group if entry.chosen else entry.per_channel for entry in found if entry is not experts)
+    assert estimate(found) == others + ways[GROUP if chosen else CHANNEL]

@@ -59,12 +59,16 @@ def test_gradients_are_those_of_the_whole_model(tmp_path, model_type):
     assert [set(costs) for costs in found] == [set(sensitivity.measured_units(layer)) for layer in layers]
 
 
-def test_experts_and_odd_columns_have_no_groups(tmp_path):
+@pytest.mark.parametrize("group_size", [64, 32])
+def test_experts_and_odd_columns(tmp_path, group_size):
+    """Experts are one unit, whose linears must all have whole groups."""
     folder = write_checkpoint(tmp_path / "source", tiny_model("mixtral"), torch.float32)
     tokens = torch.randint(2, 160, (2, 24), generator=torch.Generator().manual_seed(0))
-    found, _ = measured(folder, tokens, group_size=64)
+    found, _ = measured(folder, tokens, group_size=group_size)
+    fit = {"self_attn.qkv_proj"} if group_size == 64 else {"self_attn.qkv_proj", "self_attn.o_proj", "experts"}
     for costs in found:
-        assert {unit for unit, ways in costs.items() if "per_group" in ways} == {"self_attn.qkv_proj"}  # K = 64, 96
+        assert {unit for unit, ways in costs.items() if "per_group" in ways} == fit  # K = 64, 96
+        assert costs.keys() == {"self_attn.qkv_proj", "self_attn.o_proj", "experts"}
         assert all(cost > 0 for ways in costs.values() for way in ways.values() for cost in way.values())
 
 

@@ -173,22 +173,33 @@ def test_repair_by_groups_is_named_with_its_siblings(make_checkpoint):
     name = "model.layers.0.self_attn.k_proj.weight"
     edit_shard(source, lambda tensors: tensors[name][:, 5].mul_(500), name)
     code, output = run("analyze", source)
-    assert code == 0 and "Or by per-group scales on 3 linears, 2 of them as fused siblings" in output
+    assert code == 0 and "Or by per-group scales on 3 linears, 2 of them because vLLM serves them alike" in output
     assert f"bismooth convert {source} DST --method mixed --group-size 32" in output
 
 
-def test_experts_are_left_to_smoothing(make_checkpoint):
-    source = make_checkpoint("qwen3_moe")
+def test_experts_are_repaired_together(make_checkpoint):
+    source = make_checkpoint("qwen3_moe", hidden_size=512, head_dim=16, moe_intermediate_size=64)
     name = "model.layers.1.mlp.experts.2.up_proj.weight"
-    edit_shard(source, lambda tensors: tensors[name][:, 5].mul_(1000), name)
+    edit_shard(source, lambda tensors: tensors[name][:, 5].mul_(300), name)
     code, output = run("analyze", source, "--figures", source.parent / "figures")
-    assert code == 0 and "1 of " in output and "Only this helps 1 of them: experts" in output
-    assert "--method mixed" not in output
+    assert code == 0 and "1 of " in output
+    assert "Or by per-group scales on 12 linears, 11 of them because vLLM serves them alike" in output
+    assert f"bismooth convert {source} DST --method mixed --group-size 32" in output
     drawn = (source.parent / "figures" / "errors.svg").read_text()  # text is drawn as paths, beside a comment
     assert re.findall(r"<!-- (\S+_proj) -->", drawn) == [
         *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
         *("experts.*.gate_proj", "experts.*.up_proj", "experts.*.down_proj"),
     ]
+
+
+def test_groups_must_fit_the_other_experts(make_checkpoint):
+    """Those of 32 would repair this linear, but not divide the other's 48 columns."""
+    source = make_checkpoint("qwen3_moe", hidden_size=512, head_dim=16, moe_intermediate_size=48)
+    name = "model.layers.1.mlp.experts.2.up_proj.weight"
+    edit_shard(source, lambda tensors: tensors[name][:, 5].mul_(300), name)
+    code, output = run("analyze", source)
+    assert code == 0 and "K of a vulnerable linear, or of one served like it, is not a multiple of 32" in output
+    assert "--method mixed" not in output
 
 
 def test_bad_options(make_checkpoint, tmp_path, monkeypatch):

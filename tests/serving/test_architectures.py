@@ -1,5 +1,7 @@
 """Every model type through the whole pipeline and on to what reads the result: vLLM, transformers, an emulation."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -45,10 +47,14 @@ def test_dense_types_in_vllm(tmp_path, calibration_text):
 def test_stacked_and_transposed_in_vllm(tmp_path, calibration_text):
     """What the files have as parts of other tensors, or transposed, as vLLM's loaders take it in INT8."""
     expected, calibrated = {}, Recipe.of("bismooth", calibration_tokens=1024)
+    grouped = replace(calibrated, group_size=32, group_layers=r"\.experts\.")
     for model_type in ("gpt2", "granitemoe", "llama4_text"):
         source = write(tmp_path / "sources" / model_type, model_type)
         expected[model_type] = transformers_predictions(source)
         convert(source, tmp_path / model_type, calibrated, read_text(calibration_text))
+        if model_type != "gpt2":
+            convert(source, tmp_path / f"{model_type}-g32", grouped, read_text(calibration_text))
+            expected[f"{model_type}-g32"] = expected[model_type]
 
     answers, log = engines.run(tmp_path, WINDOWS, {name: {"model": tmp_path / name} for name in expected})
     for name, (reference, yardstick) in expected.items():
@@ -58,7 +64,9 @@ def test_stacked_and_transposed_in_vllm(tmp_path, calibration_text):
         # A token whose router hesitates may be sent to another expert by any rounding at all.
         cost = np.median(divergence(reference, answer["logprobs"]))
         assert cost < 0.01 * yardstick, (name, cost, yardstick)
-        assert answer["experts"] == {"gpt2": 0, "granitemoe": 3, "llama4_text": 2}[name]
+        model_type, _, size = name.partition("-g")
+        layers = {"gpt2": 0, "granitemoe": 3, "llama4_text": 2}[model_type]
+        assert answer["experts"] == ({size or "None": layers} if layers else {})
 
 
 @pytest.mark.parametrize("model_type", SPARSE)

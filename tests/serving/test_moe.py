@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -399,20 +400,21 @@ def test_experts_in_float_are_left_to_vllm(group, ignore):
 
 @pytest.mark.parametrize("model_type", SPARSE)
 @pytest.mark.parametrize(
-    "recipe",
+    ("options", "size"),
     [
-        Recipe.of("rtn"),
-        Recipe.of("mixed", group_size=32),
-        Recipe.of("mixed", group_size=32, group_layers=r"self_attn|shared_expert\.|mlp\.(gate|up|down)_proj"),
-        Recipe.of("mixed", group_size=32, group_layers="self_attn", ignore=r"\.experts\."),
+        ({}, None),
+        ({"group_layers": r"self_attn|shared_expert\.|mlp\.(gate|up|down)_proj"}, None),
+        ({"group_layers": "self_attn", "ignore": r"\.experts\."}, "float"),
+        ({"group_layers": r"layers\.1\..*\.experts\.0"}, 32),
+        ({"group_layers": "."}, 32),
     ],
-    ids=["rtn", "by the weights", "all but the experts", "experts in float"],
+    ids=["by the weights", "all but the experts", "experts in float", "experts of one block", "everything"],
 )
-def test_experts_of_our_checkpoints_have_a_method(tmp_path, model_type, recipe):
-    """Whatever else is per-group, there is a target left for them, and it is per-channel."""
+def test_experts_of_our_checkpoints_have_a_method(tmp_path, model_type, options, size):
+    """Whatever else is per-group, there is a target for them."""
     from vllm_w8a8_bismooth.serving.moe import Experts, method_of
 
-    convert(write(tmp_path / "source", model_type), tmp_path / "out", recipe)
+    convert(write(tmp_path / "source", model_type), tmp_path / "out", Recipe.of("mixed", group_size=32, **options))
     config = config_class().from_config(
         json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     )
@@ -421,7 +423,42 @@ def test_experts_of_our_checkpoints_have_a_method(tmp_path, model_type, recipe):
     )
     ours = dict(zip(("ckpt_gate_proj_name", "ckpt_down_proj_name", "ckpt_up_proj_name"), names.split(), strict=True))
     method = method_of(config, vllms_layer(**ours), f"model.layers.1.{block}.experts")
-    assert method is None if recipe.ignore else isinstance(method, Experts)
+    if size == "float":
+        assert method is None
+    else:
+        assert isinstance(method, Experts) and method.weight_group_size == method.activation_group_size == size
+
+
+@pytest.mark.parametrize("option", ["group_layers", "ignore"])
+@pytest.mark.parametrize(
+    ("model_type", "owner", "names"),
+    [
+        ("llama4_text", "feed_forward", ["gate_up_proj", "down_proj", "gate_up_proj"]),
+        ("mixtral", "mlp", ["w1", "w2", "w3"]),
+    ],
+)
+def test_experts_that_vllm_calls_otherwise(tmp_path, model_type, owner, names, option):
+    """Llama 4's gate and up are one in vLLM; what MiniMax-M2 has in block_sparse_moe is in mlp there."""
+    from vllm_w8a8_bismooth.serving.moe import method_of
+
+    recipe = Recipe.of("mixed", group_size=64, **{option: r"\.experts\."})
+    convert(write(tmp_path / "source", model_type), tmp_path / "out", recipe)
+    config = config_class().from_config(
+        json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    )
+    ours = dict(zip(("ckpt_gate_proj_name", "ckpt_down_proj_name", "ckpt_up_proj_name"), names, strict=True))
+    method = method_of(config, vllms_layer(**ours), f"model.layers.1.{owner}.experts")
+    assert method is None if option == "ignore" else method.weight_group_size == 64
+
+
+LAYERS = {
+    "mixtral": {"None": 3},
+    "qwen2_moe": {"None": 2},
+    "qwen3_moe": {"None": 2},
+    "mixtral-grouped": {"None": 1, "32": 2},
+    "qwen2_moe-grouped": {"32": 2},
+}
+"""Converted mixtures -> how many layers of experts have which group size."""
 
 
 @pytest.mark.engine
@@ -436,13 +473,16 @@ def test_mixtures_in_vllm(tmp_path, calibration_text):
         source = write(tmp_path / "sources" / model_type, model_type)
         yardstick[model_type] = transformers_predictions(source)[1]
         convert(source, tmp_path / model_type, recipe, read_text(calibration_text))
+    grouped = replace(recipe, group_size=32, group_layers=r"layers\.[12]\..*experts\.0|self_attn")
+    for name in LAYERS.keys() - SPARSE:
+        convert(tmp_path / "sources" / name.partition("-")[0], tmp_path / name, grouped, read_text(calibration_text))
     convert(tmp_path / "sources" / "mixtral", tmp_path / "incomplete", recipe, read_text(calibration_text))
     lost = "model.layers.1.block_sparse_moe.experts.2.w3.weight_scale"
     without(tmp_path / "incomplete", lost)
     # As if made by others, whose files this package does not check as a whole.
     edit_json(tmp_path / "incomplete" / "config.json", lambda c: c["quantization_config"].pop("bismooth"))
 
-    engine = {model_type: {"model": tmp_path / model_type} for model_type in SPARSE}
+    engine = {name: {"model": tmp_path / name} for name in LAYERS}
     engine["compiled"] = engine["qwen2_moe"] | {"options": {"enforce_eager": False}, "reload": True}
     engine["incomplete"] = {"model": tmp_path / "incomplete", "options": {"quantization": "w8a8_bismooth"}}
     answers, log = engines.run(tmp_path, WINDOWS, engine)
@@ -451,11 +491,10 @@ def test_mixtures_in_vllm(tmp_path, calibration_text):
     for name, answer in answers.items():
         assert answer.get("quantization") == "w8a8_bismooth", (name, answer)
         model = Path(engine[name]["model"]).name
-        # Sparse are all three blocks of Mixtral and two of the others'.
-        assert answer["experts"] == (3 if model == "mixtral" else 2)
+        assert answer["experts"] == LAYERS[model]
         expected = emulate.log_probabilities(emulate.load(tmp_path / model), WINDOWS)
-        cost = divergence(expected, answer["logprobs"])
-        assert np.median(cost) < 0.01 * yardstick[model] and cost.mean() < 0.03 * yardstick[model], (name, cost.mean())
+        cost, scale = divergence(expected, answer["logprobs"]), yardstick[model.partition("-")[0]]
+        assert np.median(cost) < 0.01 * scale and cost.mean() < 0.03 * scale, (name, cost.mean())
     assert "saved AOT compiled function" in log
     assert np.array_equal(answers["compiled"]["reloaded"], answers["compiled"]["logprobs"])
 

@@ -214,7 +214,7 @@ def serve(families: Sequence[Family], folder: Path) -> Iterator[Served]:
             apart=float(divergence(whole, before).mean()),
             yardstick=yardstick,
             linears=sum(ours["schemes"].values()),
-            experts=ours["experts"],
+            experts=sum(ours["experts"].values()),
             expected=family.apart + sum(len(units(layer)) for layer in Source(path).layers),
         )
 

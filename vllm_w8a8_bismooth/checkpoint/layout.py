@@ -12,6 +12,7 @@ from vllm_w8a8_bismooth.checkpoint.companions import link_problems, module_probl
 from vllm_w8a8_bismooth.checkpoint.files import Folder
 from vllm_w8a8_bismooth.checkpoint.reader import Checkpoint, Headers
 from vllm_w8a8_bismooth.errors import BadSource, BismoothError, Problem
+from vllm_w8a8_bismooth.model.configs import chosen_of
 from vllm_w8a8_bismooth.model.layers import Layer
 
 _ALONE = Means()
@@ -131,10 +132,8 @@ class Layout:
     def work(self, index: int, linear: str) -> float:
         """Multiplications of a linear of a block for a token; an expert's are shared out over all tokens."""
         rows, columns = self.layers[index].linears[linear]
-        chosen = self.checkpoint.config.get("num_experts_per_tok")
-        share = 1.0
-        if linear in self.layers[index].experts and type(chosen) is int:
-            share = min(share, chosen / self.sizes["experts"])
+        chosen, experts = chosen_of(self.checkpoint.config), self.sizes.get("experts")
+        share = min(1.0, chosen / experts) if chosen and experts and linear in self.layers[index].experts else 1.0
         return share * rows * columns
 
     def block_nbytes(self) -> int:

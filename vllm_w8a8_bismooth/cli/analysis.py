@@ -99,15 +99,15 @@ def _advice(
         yield "Repair by smoothing, which helps every linear:"
     options = " ".join(f"--calibration {file if file == '-' else word(file)}" for file in calibration)
     yield f"  bismooth convert {word(source)} DST {options}"
-    if found.experts:
-        yield f"Only this helps {len(found.experts)} of them: experts are served per-channel."
     if not found.grouped:
         return
     siblings = len(set(found.grouped) - set(found.vulnerable()))
-    which = f"{len(found.grouped)} linears" + (f", {siblings} of them as fused siblings" if siblings else "")
+    others = f", {siblings} of them because vLLM serves them alike" if siblings else ""
+    which = f"{len(found.grouped)} linears{others}"
     repair = found.repair()
     if repair is None:
-        yield f"Per-group scales do not fit: a vulnerable linear's K is not a multiple of {group_size or 32}."
+        what = f"K of a vulnerable linear, or of one served like it, is not a multiple of {group_size or 32}"
+        yield f"Per-group scales do not fit: {what}."
     elif repair[1] <= VULNERABLE:
         yield f"Or by per-group scales on {which}, which would leave them a column error of {repair[1]:.3f} at most:"
         yield f"  bismooth convert {word(source)} DST --method mixed --group-size {repair[0]}"

@@ -94,7 +94,8 @@ def convert(
         list[str] | None,
         typer.Option(
             metavar="PATTERNS",
-            help="Linears to make per-group, instead of finding them from the weights; written as with --ignore.",
+            help="Linears to make per-group, instead of finding them from the weights; written as with --ignore. "
+            "Of a block's experts, one stands for all.",
         ),
     ] = None,
     group_budget: Annotated[

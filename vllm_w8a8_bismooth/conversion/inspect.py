@@ -21,6 +21,7 @@ from vllm_w8a8_bismooth.conversion.proposal import propose
 from vllm_w8a8_bismooth.conversion.rates import measured
 from vllm_w8a8_bismooth.errors import BismoothError, Problem
 from vllm_w8a8_bismooth.model.kinds import Kind, kinds_of
+from vllm_w8a8_bismooth.model.names import template
 
 _ALONE = Means()
 TENSOR_PARALLEL = (1, 2, 4, 8, 16)
@@ -34,6 +35,9 @@ def parallel_problems(source: Layout, group_size: int | None) -> dict[int, list[
         group_size: the groups that row-parallel linears would have; only these cut K. ``None`` is per-channel.
     """
     sizes, problems = source.sizes, {}
+    kinds = {id(layer): layer for layer in source.layers}.values()
+    alone = {n: layer.linears[n][1] for layer in kinds for n in layer.row_parallel - layer.experts}
+    experts = {template(n): layer.linears[n][1] for layer in kinds for n in layer.row_parallel & layer.experts}
     for ranks in TENSOR_PARALLEL:
         found = []
         if sizes["heads"] % ranks:
@@ -41,14 +45,16 @@ def parallel_problems(source: Layout, group_size: int | None) -> dict[int, list[
         kv_heads = sizes["kv_heads"]
         if kv_heads % ranks and ranks % kv_heads:
             found.append(f"num_key_value_heads = {kv_heads} neither divides the ranks nor is a multiple of them")
-        kinds = {id(layer): layer for layer in source.layers}.values()
-        for linear, (_, width) in sorted(
-            {n: layer.linears[n] for layer in kinds for n in layer.row_parallel - layer.experts}.items()
-        ):
+        share = "a rank's share of K = {} is not a multiple of group_size = {}"
+        for linear, width in sorted(alone.items()):
             if width % ranks:
                 found.append(f"{linear}: K = {width} is not a multiple of the ranks")
             elif not grouping.fits(width // ranks, group_size):
-                found.append(f"{linear}: a rank's share of K = {width} is not a multiple of group_size = {group_size}")
+                found.append(f"{linear}: {share.format(width, group_size)}")
+        for linear, width in sorted(experts.items()):
+            if not (width % ranks or grouping.fits(width // ranks, group_size)):
+                why = share.format(width, group_size)
+                found.append(f"{linear}: {why}, if experts have groups and expert parallelism is off")
         problems[ranks] = found
     return problems
 

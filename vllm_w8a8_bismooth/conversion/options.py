@@ -32,7 +32,7 @@ def _linears(source: Layout) -> dict[str, None]:
 
 
 def _named(source: Layout, field: str, given: Sequence[str]) -> list[set[str]]:
-    """Per block, the linears that the patterns of an option mean, with siblings.
+    """Per block, the linears that the patterns of an option mean.
 
     Raises:
         BismoothError: with all patterns that name nothing; for ``ignore``, nothing at all.
@@ -50,7 +50,7 @@ def _named(source: Layout, field: str, given: Sequence[str]) -> list[set[str]]:
             problems.append(Problem(f"{option_of(field)} {pattern!r}", "names no linear", remedy))
     if problems:
         raise BismoothError(*problems)
-    return [layer.with_siblings(found) for layer, found in zip(source.layers, chosen, strict=True)]
+    return chosen
 
 
 def _as_given(field: str, given: Sequence[str] | None) -> str:
@@ -70,7 +70,8 @@ def ignored_by_name(source: Layout, recipe: Recipe) -> list[set[str]]:
         raise BismoothError.of(source.checkpoint.place, what, "serve it as it is")
     if recipe.ignore is None:
         return [set() for _ in source.layers]
-    chosen, option = _named(source, "ignore", recipe.ignore), _as_given("ignore", recipe.ignore)
+    named, option = _named(source, "ignore", recipe.ignore), _as_given("ignore", recipe.ignore)
+    chosen = [layer.with_siblings(found) for layer, found in zip(source.layers, named, strict=True)]
     if all(names == layer.linears.keys() for names, layer in zip(chosen, source.layers, strict=True)):
         what = "names every linear: nothing would be left to quantize"
         raise BismoothError.of(option, what, "let it name fewer")
@@ -87,27 +88,25 @@ def ignored_by_name(source: Layout, recipe: Recipe) -> list[set[str]]:
 
 
 def chosen_by_name(source: Layout, recipe: Recipe, ignored: Sequence[set[str]]) -> list[set[str]] | None:
-    """Per block, the per-group linears that the recipe names; ``None`` if the weights decide.
+    """Per block, the per-group linears that the recipe names, and those that vLLM serves like them; ``None`` if the
+    weights decide.
 
     Raises:
-        BismoothError: a pattern of ``group_layers`` names no linear, or they name an expert, an ignored one, or one
-            whose K is not a multiple of ``group_size``.
+        BismoothError: a pattern of ``group_layers`` names no linear, or they name an ignored one, or one whose K is not
+            a multiple of ``group_size``.
     """
     if recipe.group_size is None:
         return [set() for _ in source.layers]
     if recipe.group_layers is None:
         return None
-    chosen, option = _named(source, "group_layers", recipe.group_layers), _as_given("group_layers", recipe.group_layers)
+    named, option = _named(source, "group_layers", recipe.group_layers), _as_given("group_layers", recipe.group_layers)
+    chosen = [layer.alike(found) for layer, found in zip(source.layers, named, strict=True)]
     if both := full_names([chosen[i] & names for i, names in enumerate(ignored)], source.names):
         raise BismoothError.of(
             f"{option} and {_as_given('ignore', recipe.ignore)}",
-            f"both name {both[0]}, or a sibling that vLLM fuses with it",
+            f"both name {both[0]}, or a sibling that vLLM serves like it",
             "leave it out of one",
         )
-    for i, layer in enumerate(source.layers):
-        if experts := sorted(chosen[i] & layer.experts):
-            what = f"names {source.names.block(i)}{experts[0]}: experts are served per-channel only"
-            raise BismoothError.of(option, what, "leave them out")
     check_group_size(source, recipe, chosen)
     return chosen
 

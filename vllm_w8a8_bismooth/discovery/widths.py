@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from vllm_w8a8_bismooth.model.configs import CHOSEN
+
 _WIDTH = re.compile(
     r"\w*_(size|dim|dims|rank|width)(_mlp|_per_layer_input)?|n_embd|d_model|n_inner|dim|d_(ff|kv|head|inner|state)|"
     r"mamba_(d_ssm|d_head|d_state|headdim)|kv_channels|dim_model_base|rotary_dim|\w*head_dim\w*"
@@ -16,7 +18,6 @@ _NO_WIDTH = re.compile(
     r".*|max_.*|num_.*"
 )
 _EXPERTS = re.compile(r"(moe_)?(num|n)_(local_|routed_)?experts|moe_num_experts|num_moe_experts")
-_CHOSEN = re.compile(r"\w*experts?_per_tok(en)?|moe_(top)?k|moe_top_k|top_k_experts|num_selected_experts|moe_topk")
 _COUNT = re.compile(r"(\w+_)?(num|n)_\w+|\w*heads|\w*experts")
 _GROUPS = re.compile(r"n_group|topk_group|num_expert_group|n_expert_groups?|n_limited_groups")
 _BLOCKS = re.compile(r"num_hidden_layers|n_layers?|num_layers|depth|num_decoder_layers|encoder_layers|decoder_layers")
@@ -191,7 +192,7 @@ def _entry(key: str, value: Any, factor: int, experts: int) -> Any:
 
 _CHANGES = (
     (_EXPERTS, lambda number, experts: min(number, experts)),
-    (_CHOSEN, lambda number, experts: experts),
+    (CHOSEN, lambda number, experts: experts),
     (_GROUPS, lambda number, experts: 1),
     (_LENGTHS, lambda number, experts: min(number, _WINDOW)),
     (_POSITIONS, lambda number, experts: min(number, _POSITIONS_KEPT)),

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from vllm_w8a8_bismooth.measure.sensitivity import CHANNEL, EXPERTS, GROUP, measured_units
+from vllm_w8a8_bismooth.measure.sensitivity import CHANNEL, GROUP, measured_units
 from vllm_w8a8_bismooth.model.layers import Layer
 from vllm_w8a8_bismooth.model.names import Names
 
@@ -84,9 +84,7 @@ def choose(
     for prefix, unit, parts, found, work, gain in sorted(candidates, key=lambda c: -c[5] / c[4]):
         would = f"would remove {gain:.1%} of the error"
         chosen = False
-        if unit == EXPERTS:
-            reason = "vLLM serves experts per-channel only"
-        elif GROUP not in found:
+        if GROUP not in found:
             reason = "K is not a multiple of the group size"
         elif gain <= 0 or (target is None and gain < work):
             reason = f"{would}, too little for {work:.1%} of the work"

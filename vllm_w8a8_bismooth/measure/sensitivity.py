@@ -22,7 +22,7 @@ from vllm_w8a8_bismooth.model.layers import Layer
 DRAWS = 2
 """Tokens that are drawn at each place: with 1024 places, units are told apart where their costs differ by a tenth."""
 EXPERTS = "experts"
-"""All experts of a block, which are measured together: vLLM serves them per-channel only."""
+"""All experts of a block, which are measured and chosen together: vLLM serves them alike."""
 CHANNEL, GROUP = "per_channel", "per_group"
 COMPENSATED = 0.6
 """Of the cost of nearest codes, what error-compensating rounding leaves (on SmolLM2-135M, docs/experiments.md)."""
@@ -67,7 +67,8 @@ def measure(
 
     Returns:
         Unit -> ``per_channel`` and ``per_group`` -> ``weights`` and ``activations`` -> nats a token, and the gradients
-        of what the block reads. Where groups do not divide K, and for experts, there is no ``per_group``.
+        of what the block reads. Where groups do not divide K there is no ``per_group``, and there are no experts that
+        run as transformers has them, stacked.
     """
     layer = calibration.source.layers[index]
     built = partial(calibration.source.construction.built, index)
@@ -84,13 +85,16 @@ def measure(
                 kept = draw < len(gradients) - 1
                 (carried,) = torch.autograd.grad(out, leaf, gradient[None], retain_graph=kept)
                 before[draw, i] = carried[0]
+        modules = {name for name, _ in block.named_modules()}
         with torch.no_grad():
             for unit, parts in measured_units(layer).items():
                 folds: dict[str, Fold] = {built(part): smoothing.fold(part) for part in parts}
+                if not folds.keys() <= modules:
+                    continue
                 columns = {layer.linears[part][1] for part in parts}
                 found[unit] = {}
                 for name, ways in variants(group_size).items():
-                    if name == GROUP and (unit == EXPERTS or not all(grouping.fits(k, group_size) for k in columns)):
+                    if name == GROUP and not all(grouping.fits(k, group_size) for k in columns):
                         continue
                     found[unit][name] = {}
                     for what, variant in ways.items():

@@ -1,7 +1,7 @@
 """What INT8 does to each linear, from the weights alone: how much is lost, why, and what would repair it."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -59,7 +59,8 @@ class Measure:
         shape: N, K.
         column_error, sqnr: see :class:`quantize.Loss`; per-channel scales.
         columns, rows: how their largest magnitudes spread.
-        groups: group size -> the column error that per-group scales would leave. Only sizes that divide K.
+        groups: group size -> the column error that per-group scales would leave. Only sizes that divide K, and that of
+            all linears that would get the same.
     """
 
     shape: tuple[int, int]
@@ -93,7 +94,11 @@ class Measure:
 
 
 def measure(
-    weight: torch.Tensor, group_size: int | None = None, search: bool = False, threads: Threads = ALONE
+    weight: torch.Tensor,
+    group_size: int | None = None,
+    search: bool = False,
+    threads: Threads = ALONE,
+    beside: Collection[int] = (),
 ) -> Measure:
     """Measure a stored ``[N, K]`` weight.
 
@@ -102,6 +107,7 @@ def measure(
         group_size: measure this one too, if it divides K.
         search: without a ``group_size``, try :data:`GROUP_SIZES` on a vulnerable weight.
         threads: that do the work.
+        beside: K of other weights that would have the same groups, which must divide these, too.
     """
     rows, columns = weight.shape
     extents = torch.empty(rows, device=weight.device)
@@ -114,7 +120,7 @@ def measure(
     sizes = [group_size] if group_size else GROUP_SIZES if search and error > VULNERABLE else []
     groups: dict[int, float] = {}
     for size in sizes:
-        if grouping.fits(columns, size):
+        if all(grouping.fits(k, size) for k in (columns, *beside)):
             groups[size] = quantize_folded(weight, Fold(), size, threads=threads).column_error()
             if groups[size] <= VULNERABLE:
                 break
@@ -132,10 +138,11 @@ def measure_block(
     block: Block, layer: Layer, threads: Threads, group_size: int | None = None, search: bool = False
 ) -> dict[str, Measure]:
     """Linear (by name inside the block) -> :func:`measure` of its weight; each is released before the next is read."""
-    measured = {}
+    measured, of_experts = {}, {layer.linears[name][1] for name in layer.experts}
     for name in block:
         if (linear := layer.linear_of(name)) is not None:
-            measured[linear] = measure(block[name], group_size, search, threads)
+            beside = of_experts if linear in layer.experts else ()
+            measured[linear] = measure(block[name], group_size, search, threads, beside)
             block.release(name)
     return measured
 
@@ -146,13 +153,12 @@ class Analysis:
 
     Attributes:
         linears: full name -> its measure, block after block.
-        grouped: the linears that ``--method mixed`` gives per-group scales: vulnerable ones and their fused siblings.
-        experts: vulnerable linears for which it does not, because vLLM serves experts per-channel only.
+        grouped: the linears that ``--method mixed`` gives per-group scales: vulnerable ones, and those that vLLM serves
+            like them.
     """
 
     linears: Mapping[str, Measure]
     grouped: list[str]
-    experts: list[str]
 
     def ranked(self) -> list[str]:
         """All linears, worst first."""
@@ -191,7 +197,6 @@ def analyze(run: Run, group_size: int | None = None) -> Analysis:
     """
     linears: dict[str, Measure] = {}
     grouped: list[str] = []
-    experts: list[str] = []
     with Threads() as threads:
         for index, block in run.walk(ANALYZE):
             layer = run.source.layers[index]
@@ -199,13 +204,10 @@ def analyze(run: Run, group_size: int | None = None) -> Analysis:
             linears |= {block.prefix + name: measure for name, measure in measured.items()}
             chosen = vulnerable({name: measure.column_error for name, measure in measured.items()}, layer)
             grouped += [block.prefix + name for name in sorted(chosen)]
-            experts += [block.prefix + name for name in sorted(layer.experts) if measured[name].vulnerable()]
-    return Analysis(linears, grouped, experts)
+    return Analysis(linears, grouped)
 
 
 def vulnerable(errors: Mapping[str, float], layer: Layer) -> set[str]:
-    """The linears of one block (by name inside it) that need finer scales: above :data:`VULNERABLE`, with siblings.
-
-    Experts are left out, because vLLM serves them per-channel only.
-    """
-    return layer.with_siblings(name for name, error in errors.items() if error > VULNERABLE) - layer.experts
+    """The linears of one block (by name inside it) that need finer scales: above :data:`VULNERABLE`, and those that
+    must be alike."""
+    return layer.alike(name for name, error in errors.items() if error > VULNERABLE)

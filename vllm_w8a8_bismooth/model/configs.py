@@ -1,5 +1,6 @@
 """What a config.json says, in Python's numbers, and where in it a language model's own part is."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,6 +8,8 @@ _FLOAT = "__float__"
 """The key under which transformers writes infinities and NaN, which JSON does not have."""
 _TEXT = ("text_config", "llm_config", "language_config", "thinker_config")
 _BLOCKS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+CHOSEN = re.compile(r"\w*experts?_per_tok(en)?|moe_(top)?k|moe_top_k|top_k_experts|num_selected_experts|moe_topk")
+"""Keys under which configs have how many experts a token is sent to."""
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length", "n_ctx")
 
 
@@ -29,6 +32,12 @@ def positions_of(config: Mapping[str, Any]) -> int | None:
     text = text_of(config)
     found = (text[key] for key in _POSITIONS if type(text.get(key)) is int and text[key] > 0)
     return next(found, None)
+
+
+def chosen_of(config: Mapping[str, Any]) -> int | None:
+    """How many experts a token is sent to; ``None`` if the config does not say."""
+    found = (value for key, value in text_of(config).items() if CHOSEN.fullmatch(key) and type(value) is int)
+    return next((number for number in found if number > 0), None)
 
 
 def count_of(config: Mapping[str, Any]) -> tuple[str, int | None]:

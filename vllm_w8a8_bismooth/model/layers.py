@@ -88,7 +88,7 @@ class Layer:
             site divides their rows or gains, so that whatever reads the stream reads what it read before.
         fused: what vLLM merges into one linear -> its parts, which must share factor and granularity.
         row_parallel: linears that tensor parallelism cuts along their columns.
-        experts: linears of experts, which vLLM serves per-channel only.
+        experts: linears of experts, which vLLM serves alike: all in float, or all INT8 in one granularity.
     """
 
     tensors: Mapping[str, tuple[int, ...]]
@@ -119,3 +119,8 @@ class Layer:
             if chosen & set(parts):
                 chosen |= set(parts)
         return chosen
+
+    def alike(self, names: Iterable[str]) -> set[str]:
+        """Names inside the block, and all that must have their granularity: siblings, and with an expert all others."""
+        chosen = self.with_siblings(names)
+        return chosen | self.experts if chosen & self.experts else chosen

@@ -47,7 +47,7 @@ def method_of(config: CompressedTensorsConfig, layer: RoutedExperts, prefix: str
     if other := next((name for name, another in others if another != scheme), None):  # vLLM looks at one expert alone
         raise ValueError(
             f"{first} and {other} differ in quantization_config; vLLM serves all experts of a layer alike: "
-            "convert again with all of them per-channel, or leave all of them in float"
+            "convert again with all of them per-channel or all per-group, or leave all of them in float"
         )
     if not scheme:
         return None

@@ -183,14 +183,15 @@ class Structure:
                 yield Problem(block + fused, what, _CONVERT)
 
     def _experts(self, experts: set[str]) -> Iterator[Problem]:
-        """The experts of a block are served alike, and per-channel."""
+        """The experts of a block are served alike."""
         if 0 < len(floats := sorted(experts.intersection(self.ignored))) < len(experts):
             what = f"is float as {len(floats)} of its block's {len(experts)} experts' linears; vLLM serves all alike"
             yield Problem(floats[0], what, "convert again")
-        for linear in sorted(experts):
-            if self.linears.get(linear) is not None:
-                what = "is an expert with per-group scales, which vLLM does not serve"
-                yield Problem(linear, what, "convert again")
+        sizes = {linear: self.linears[linear] for linear in sorted(experts) if linear in self.linears}
+        first = next(iter(sizes), "")
+        if other := next((linear for linear in sizes if sizes[linear] != sizes[first]), None):
+            what = f"has group_size {sizes[other]}, {first} {sizes[first]}; vLLM serves all experts of a block alike"
+            yield Problem(other, what, "convert again")
 
 
 def _group_size_of(weight: Header, scale: Header) -> int | None:

@@ -5,7 +5,7 @@
 and ``reload``, whether to lose the INT8 weights in the end and load them again. ``FOLDER/<name>.npy`` gets the
 log-probabilities of the windows' tokens as in :mod:`benchmarks.score`, ``FOLDER/<name>-reloaded.npy`` those afterwards,
 and ``FOLDER/<name>.json`` the quantization method that vLLM settled on, how many linears run on which group size of
-ours (``"None"`` = per-channel), and how many layers of experts on ours; or the error that the engine ended in.
+ours (``"None"`` = per-channel), and how many layers of experts; or the error that the engine ended in.
 """
 
 import gc
@@ -53,10 +53,12 @@ def schemes(model) -> Counter:
     return Counter(str(scheme.weight_group_size) for scheme in found if isinstance(scheme, W8A8Scheme))
 
 
-def experts(model) -> int:
+def experts(model) -> Counter:
+    """The same of layers of experts."""
     from vllm_w8a8_bismooth.serving.moe import Experts
 
-    return sum(isinstance(getattr(module, "quant_method", None), Experts) for module in model.modules())
+    found = (getattr(module, "quant_method", None) for module in model.modules())
+    return Counter(str(method.weight_group_size) for method in found if isinstance(method, Experts))
 
 
 def erase(model) -> None:
