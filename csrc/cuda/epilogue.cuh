@@ -85,16 +85,20 @@ __device__ __forceinline__ bool sum_parts(const Gemm& gemm, int (&sums)[COUNT], 
   return true;
 }
 
-/// Copies `rows` staged rows of `columns` 16-bit outputs to d at token m, weight row n, 16 bytes at a time.
-template <int THREADS>
-__device__ __forceinline__ void store_rows(const Gemm& gemm, const uint16_t* staged, int pitch, int rows, int columns,
-                                           int m, int n, int thread) {
-  int chunks = columns / 8;
-  for (int i = thread; i < rows * chunks; i += THREADS) {
-    int row = i / chunks, column = i % chunks * 8;
-    if (m + row < gemm.m && n + column < gemm.n) {
-      uint16_t* to = static_cast<uint16_t*>(gemm.d) + int64_t(m + row) * gemm.n + n + column;
-      *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(staged + row * pitch + column);
+/// Copies ROWS staged rows of COLUMNS 16-bit outputs to d at token m, weight row n, 16 bytes at a time.
+template <int THREADS, int ROWS, int COLUMNS>
+__device__ __forceinline__ void store_rows(const Gemm& gemm, const uint16_t* staged, int pitch, int m, int n,
+                                           int thread) {
+  constexpr int CHUNKS = COLUMNS / 8, STEP = THREADS / CHUNKS;
+  static_assert(THREADS % CHUNKS == 0 && ROWS % STEP == 0);
+  const int first = thread / CHUNKS, column = thread % CHUNKS * 8, rows_left = gemm.m - m - first;
+  if (n + column >= gemm.n) return;
+  uint16_t* const to = static_cast<uint16_t*>(gemm.d) + int64_t(m + first) * gemm.n + n + column;
+  const uint16_t* const from = staged + first * pitch + column;
+#pragma unroll
+  for (int next = 0; next < ROWS; next += STEP) {
+    if (next < rows_left) {
+      *reinterpret_cast<uint4*>(to + int64_t(next) * gemm.n) = *reinterpret_cast<const uint4*>(from + next * pitch);
     }
   }
 }

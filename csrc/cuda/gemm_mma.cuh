@@ -6,6 +6,8 @@
 // warps share one tile and divide k: more loads in flight, while groups are still added in ascending order.
 #pragma once
 
+#include <type_traits>
+
 #include "epilogue.cuh"
 
 constexpr int MAGIC_BITS = 0x4B400000;
@@ -47,39 +49,52 @@ __global__ void __launch_bounds__(layout::TILES[TILE].threads(), 1) gemm_mma(con
   auto tokens_at = [&](int block) { return weights_at(block) + WEIGHTS * tile.block(); };
   auto scales_at = [&](int block, int k) { return scales + (block % STAGES * WARPS_K + k) * SCALES; };
 
-  // One operand of a block: WARPS_K tiles of `rows` rows of 128 bytes.
-  auto load = [&](uint8_t* to, const int8_t* from, int rows, int first, int limit, int block) {
+  // One operand of a block: WARPS_K tiles of ROWS rows of 128 bytes. A thread copies the same chunk, and the same place
+  // of the swizzle, of every STEPth row, so that all that changes from copy to copy is constant.
+  auto load = [&](auto rows, uint8_t* to, const int8_t* from, int first, int limit, int block) {
+    constexpr int OF_TILE = decltype(rows)::value, STEP = THREADS / 8;
+    static_assert(OF_TILE % STEP == 0 && STEP % 8 == 0);
+    const int row = thread / 8, chunk = thread % 8, rows_left = limit - first - row;
+    const int k = block * WARPS_K * BLOCK + chunk * 16, k_left = gemm.k - k;
+    const int8_t* source = from + int64_t(first + row) * gemm.k + k;
+    uint8_t* const target = to + swizzled(row, chunk);
 #pragma unroll
-    for (int i = thread; i < rows * 8 * WARPS_K; i += THREADS) {
-      int chunk = i % 8, row = i / 8 % rows, slice = i / 8 / rows;
-      int k = (block * WARPS_K + slice) * BLOCK + chunk * 16;
-      bool inside = first + row < limit && k < gemm.k;
-      const int8_t* source = inside ? from + int64_t(first + row) * gemm.k + k : from;
-      ptx::cp_async<16>(to + slice * rows * BLOCK + swizzled(row, chunk), source, inside ? 16 : 0);
+    for (int next = 0; next < OF_TILE; next += STEP, source += int64_t(STEP) * gemm.k) {
+#pragma unroll
+      for (int slice = 0; slice < WARPS_K; ++slice) {
+        bool inside = next < rows_left && slice * BLOCK < k_left;
+        ptx::cp_async<16>(target + (slice * OF_TILE + next) * BLOCK, inside ? source + slice * BLOCK : from,
+                          inside ? 16 : 0);
+      }
     }
   };
+  // Scales of one operand's rows, for every group of a block.
+  auto load_scales = [&](auto rows, int offset, const float* from, int64_t by_row, int64_t by_group, int first,
+                         int limit, int block) {
+    constexpr int OF_TILE = decltype(rows)::value;
+#pragma unroll
+    for (int base = 0; base < OF_TILE * WARPS_K; base += THREADS) {
+      const int i = base + thread, row = i % OF_TILE, slice = i / OF_TILE, group = block * WARPS_K + slice;
+      if (OF_TILE * WARPS_K % THREADS != 0 && i >= OF_TILE * WARPS_K) break;
+      bool inside = first + row < limit && group < gemm.groups;
+      const float* source = inside ? from + (first + row) * by_row + group * by_group : from;
+      ptx::cp_async<4>(scales_at(block, slice) + offset + row, source, inside ? 4 : 0);
+    }
+  };
+  using WeightRows = std::integral_constant<int, WEIGHTS>;
+  using TokenRows = std::integral_constant<int, TOKENS>;
   auto load_weights = [&](int block) {
     if (block >= unit.end) return;
-    load(weights_at(block), gemm.b, WEIGHTS, n0, gemm.n, block);
+    load(WeightRows{}, weights_at(block), gemm.b, n0, gemm.n, block);
     if constexpr (STAGED_SCALES) {
-      for (int i = thread; i < WEIGHTS * WARPS_K; i += THREADS) {
-        int n = n0 + i % WEIGHTS, group = block * WARPS_K + i / WEIGHTS;
-        bool inside = n < gemm.n && group < gemm.groups;
-        const float* source = inside ? gemm.b_scale + n * gemm.b_scale_row + group * gemm.b_scale_group : gemm.b_scale;
-        ptx::cp_async<4>(scales_at(block, i / WEIGHTS) + i % WEIGHTS, source, inside ? 4 : 0);
-      }
+      load_scales(WeightRows{}, 0, gemm.b_scale, gemm.b_scale_row, gemm.b_scale_group, n0, gemm.n, block);
     }
   };
   auto load_tokens = [&](int block) {
     if (block >= unit.end) return;
-    load(tokens_at(block), gemm.a, TOKENS, m0, gemm.m, block);
+    load(TokenRows{}, tokens_at(block), gemm.a, m0, gemm.m, block);
     if constexpr (STAGED_SCALES && A_GROUPS) {
-      for (int i = thread; i < TOKENS * WARPS_K; i += THREADS) {
-        int m = m0 + i % TOKENS, group = block * WARPS_K + i / TOKENS;
-        bool inside = m < gemm.m && group < gemm.groups;
-        const float* source = inside ? gemm.a_scale + m * gemm.a_scale_row + group * gemm.a_scale_group : gemm.a_scale;
-        ptx::cp_async<4>(scales_at(block, i / TOKENS) + WEIGHTS + i % TOKENS, source, inside ? 4 : 0);
-      }
+      load_scales(TokenRows{}, WEIGHTS, gemm.a_scale, gemm.a_scale_row, gemm.a_scale_group, m0, gemm.m, block);
     }
   };
 
@@ -245,6 +260,9 @@ __global__ void __launch_bounds__(layout::TILES[TILE].threads(), 1) gemm_mma(con
       }
     }
     uint16_t* staged = reinterpret_cast<uint16_t*>(memory);
+    const int thread = ptx::thread_again(), lane = thread % 32;
+    const int warp_row = thread / 32 / WARPS_K % (WEIGHTS / tile.warp_weights) * tile.warp_weights;
+    const int warp_token = thread / 32 / WARPS_K / (WEIGHTS / tile.warp_weights) * tile.warp_tokens;
 #pragma unroll
     for (int i = 0; i < ROWS; ++i) {
 #pragma unroll
@@ -266,6 +284,6 @@ __global__ void __launch_bounds__(layout::TILES[TILE].threads(), 1) gemm_mma(con
     }
     if (gemm.d_type == Float::fp32) return;
     __syncthreads();
-    store_rows<THREADS>(gemm, staged, WEIGHTS + 8, TOKENS, WEIGHTS, m0, n0, thread);
+    store_rows<THREADS, TOKENS, WEIGHTS>(gemm, staged, WEIGHTS + 8, m0, n0, thread);
   }
 }

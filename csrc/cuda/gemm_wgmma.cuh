@@ -231,7 +231,7 @@ __global__ void __launch_bounds__(384, 1)
             ptx::stmatrix_transposed(staged + token * PITCH + weight, packed[0], packed[1], packed[2], packed[3]);
           }
           sync();
-          store_rows<128>(gemm, staged, PITCH, STAGED, 64, m0 + first, n0 + slab * 64, in_group);
+          store_rows<128, STAGED, 64>(gemm, staged, PITCH, m0 + first, n0 + slab * 64, in_group);
           sync();  // before the staging is filled again
         }
       }

@@ -1,35 +1,49 @@
 """What the compiler made of the CUDA GEMM kernels: the instructions they are built around, and none that they avoid."""
 
+import math
 import pathlib
 import re
-from collections import Counter
+from typing import NamedTuple
 
 import pytest
 
 from tests.support.sass import dump  # which skips this module where there is no library or no cuobjdump
 
 ROOT = pathlib.Path(__file__).parents[2]
-CHANNEL = 0
-INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?\s*(\w[\w.]*)")
+CHANNEL, GROUP_128 = 0, 1
+INSTRUCTION = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?\s*(\w[\w.]*)(?: (0x[0-9a-f]+))?")
 NAME = re.compile(r"gemm_(mma|wgmma)ILi(\d+)ELi(\d)ELb([01])E")
 
 
-def kernels(architecture: str) -> dict[tuple[str, int, int, bool], Counter]:
-    """(kind, tile, granularity, a_groups) -> how often each instruction, with all its modifiers, occurs."""
-    found, counts = {}, None
+class Instruction(NamedTuple):
+    """Address, name with all modifiers, and what it begins with if that is an address (of a branch)."""
+
+    address: int
+    name: str
+    target: int | None
+
+
+def kernels(architecture: str) -> dict[tuple[str, int, int, bool], list[Instruction]]:
+    """(kind, tile, granularity, a_groups) -> code."""
+    found, code = {}, []
     for line in dump("-sass", "-arch", architecture).splitlines():
         if "Function :" in line:
-            name = NAME.search(line)
-            counts = Counter()
+            name, code = NAME.search(line), []
             if name:
-                found[name[1], int(name[2]), int(name[3]), name[4] == "1"] = counts
-        elif counts is not None and (code := INSTRUCTION.match(line)):
-            counts[code[1]] += 1
+                found[name[1], int(name[2]), int(name[3]), name[4] == "1"] = code
+        elif match := INSTRUCTION.match(line):
+            code.append(Instruction(int(match[1], 16), match[2], int(match[3], 16) if match[3] else None))
     return found
 
 
-def count(instructions: Counter, prefix: str) -> int:
-    return sum(number for name, number in instructions.items() if name.startswith(prefix))
+def count(code: list[Instruction], prefix: str) -> int:
+    return sum(each.name.startswith(prefix) for each in code)
+
+
+def loops(code: list[Instruction]) -> list[list[Instruction]]:
+    """What branches back go over again, each by itself."""
+    back = [(each.target, each.address) for each in code if each.name.startswith("BRA") and each.target is not None]
+    return [[e for e in code if first <= e.address <= last] for first, last in back if first < last]
 
 
 def tiles() -> list[dict]:
@@ -117,9 +131,26 @@ def test_mma_kernels(architecture, request):
             assert count(found, "LDL") + count(found, "STL") == 0, where
 
 
+@pytest.mark.parametrize("architecture", ["ampere", "hopper"])
+def test_the_loop_over_k_copies_without_loops(architecture, request):
+    """One loop multiplies, and no other is in it: each thread's copies follow each other, as many as it has."""
+    for (kind, index, granularity, a_groups), found in request.getfixturevalue(architecture).items():
+        if kind == "mma":
+            tile, where = tiles()[index], f"{index} {granularity} {a_groups}"
+            (body,) = (loop for loop in loops(found) if count(loop, "IMMA"))
+            assert sum(each in body for each in (loop[-1] for loop in loops(found))) == 1, where
+            slices, weights, tokens = tile["warps_k"], tile["weights"], tile["tokens"]
+            threads = weights * tokens // (tile["warp_weights"] * tile["warp_tokens"]) * slices * 32
+            copies = (weights + tokens) * slices * 8 // threads
+            if granularity == GROUP_128:
+                copies += math.ceil(weights * slices / threads)
+                copies += math.ceil(tokens * slices / threads) if a_groups else 0
+            assert count(body, "LDGSTS") == copies, where
+
+
 def test_ampere_groups_convert_without_i2f(ampere):
     """Conversions of sums are slow there, and per group would double the kernel. (.RP: of an index, to divide it.)"""
     for (kind, index, granularity, a_groups), found in ampere.items():
         if kind == "mma" and granularity != CHANNEL:
-            conversions = [name for name in found if name.startswith("I2F") and not name.endswith(".RP")]
+            conversions = [each for each in found if each.name.startswith("I2F") and not each.name.endswith(".RP")]
             assert not conversions, f"{index} {granularity} {a_groups}: {conversions}"

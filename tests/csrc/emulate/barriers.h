@@ -75,5 +75,6 @@ void registers_shrink() {
 }
 inline void wait_for_previous_kernel() {}
 inline void let_next_kernel_start() {}
+inline int thread_again() { return threadIdx.x; }
 
 }  // namespace ptx
