@@ -10,6 +10,7 @@ from typing import Any
 from vllm_w8a8_bismooth import FORMAT, MARKER, patterns
 from vllm_w8a8_bismooth.checkpoint.layout import Layout
 from vllm_w8a8_bismooth.errors import BismoothError
+from vllm_w8a8_bismooth.model.configs import predictors_of
 from vllm_w8a8_bismooth.model.fusions import fused_among
 from vllm_w8a8_bismooth.model.layers import Layer
 from vllm_w8a8_bismooth.model.names import Names
@@ -295,9 +296,9 @@ def _anywhere(module: str, names: Names) -> str:
 
 def _in_any_expert(module: str) -> str:
     """An expression for a module inside a block; all experts, if it is a stack of them or belongs to one."""
-    owner = module.rpartition(".")[0]
-    if owner.rpartition(".")[2] == "experts":  # vLLM asks for each expert of a stack by its number
-        return re.escape(owner) + r"\..*"
+    # vLLM asks for each expert of a stack by its number; DBRX has one module more around its stacks
+    if stack := re.fullmatch(r"((?:.*\.)?experts)(?:\.mlp)?\.[^.]+", module):
+        return re.escape(stack[1]) + r"\..*"
     return re.sub(r"\\\.\d+\\\.", r"\\.\\d+\\.", re.escape(module))
 
 
@@ -312,7 +313,7 @@ def float_modules(source: Layout, ignored: Sequence[set[str]]) -> list[str]:
     routers = sorted(set(map(_in_any_expert, floats - linears)))
     somewhere = [i | (layer.routers.keys() & linears) for i, layer in zip(ignored, source.layers, strict=True)]
     places = {module: source.names.inside(module) for module in source.floats()}
-    beyond = sorted({place[0] for place in places.values() if place})
+    beyond = sorted({place[0] for place in places.values() if place} | set(_predictors(source)))
     towers = _towers([module for module, place in places.items() if place is None], source.names)
     heads = [module for module, place in places.items() if place is None and _part(module, source.names) not in towers]
     outside = sorted({_anywhere(module, source.names) for module in heads} - {"lm_head"})
@@ -327,6 +328,14 @@ def float_modules(source: Layout, ignored: Sequence[set[str]]) -> list[str]:
         *(rf"re:{_blocks(source.names)}\.\d+\.{router}$" for router in routers),
         *expressions(somewhere, source.layers, source.names),
     ]
+
+
+def _predictors(source: Layout) -> range:
+    """The numbers under which vLLM has blocks that predict further tokens, where the files call them otherwise: MiMo's
+    are ``mtp_layers``, ERNIE's ``mtp_block``."""
+    apart = [name for name in source.outside if ".mtp" in f".{name}"]
+    count = min(predictors_of(source.checkpoint.config), len(apart))
+    return range(len(source.layers), len(source.layers) + count)
 
 
 def quantization_config(

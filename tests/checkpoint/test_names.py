@@ -1,6 +1,7 @@
 """Checkpoints that hold more, less or otherwise called tensors than a causal LM: what is right is taken as it is."""
 
 import importlib
+import re
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from tests.support.contents import tensors_of
 from tests.support.damage import config, edit_json
 from tests.support.models import MODEL_TYPES
 from tests.support.rename import architecture, bare, edit_tensors, renamed
+from vllm_w8a8_bismooth.checkpoint.files import read_json
 from vllm_w8a8_bismooth.model import classes
 from vllm_w8a8_bismooth.model.names import Names, unwrapped
 from vllm_w8a8_bismooth.verification import verify
@@ -315,6 +317,29 @@ def test_blocks_like_others_predict_if_the_config_counts_them(make, tmp_path, ke
     source = make()
     config(num_hidden_layers=2, **{key: 1})(source)
     assert "block 2, which predicts further tokens (MTP)" in converted(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize("called", ["mtp_layers", "mtp_block"])
+def test_predictors_of_other_names_stay_in_float_under_vllms(make, tmp_path, called):
+    """MiMo's and ERNIE's: vLLM asks about them as blocks behind the last."""
+    source = make()
+    edit_tensors(
+        source,
+        lambda tensors: (
+            tensors
+            | {n.replace("layers.1.", f"{called}.0."): t.clone() for n, t in tensors.items() if "layers.1." in n}
+        ),
+    )
+    config(num_nextn_predict_layers=1)(source)
+    converted(source, tmp_path / "out")
+    ignored = read_json(tmp_path / "out" / "config.json")["quantization_config"]["ignore"]
+
+    def stays(module: str) -> bool:
+        return any(re.match(pattern.removeprefix("re:"), module) for pattern in ignored)
+
+    assert stays("model.layers.3.self_attn.qkv_proj") and stays(f"model.{called}.0.mlp.gate_up_proj")
+    assert not stays("model.layers.2.self_attn.qkv_proj") and not stays("model.layers.4.mlp.down_proj")
+    assert verify(tmp_path / "out", source, engine=False).ok
 
 
 def test_an_own_block_before_one_that_predicts_further_tokens(make, tmp_path):

@@ -133,7 +133,7 @@ HOSTILE = {
     "an unknown type": (dict(model_type="no-such"), ["model_type = 'no-such' is unknown to transformers", "upgrade"]),
     "own code": (
         dict(model_type="no-such", auto_map={"AutoConfig": "evil.Config"}),
-        ["code of the model's own, which does not run unless it is trusted", "--trust-remote-code"],
+        ["code of the model's own, which does not run without --trust-remote-code", "--trust-remote-code"],
     ),
 }
 

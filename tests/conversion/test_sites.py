@@ -219,23 +219,11 @@ def test_absurd_configs_are_refused_whatever_the_method(make_checkpoint, tmp_pat
     assert code == 2 and "config.json" in text and "also:" not in text and not (tmp_path / "out").exists()
 
 
-@pytest.fixture(scope="module")
-def modules(tmp_path_factory) -> Path:
-    """Where transformers puts code that it runs. It reads the variable when it is imported."""
-    from transformers import dynamic_module_utils
-
-    folder = tmp_path_factory.mktemp("modules")
-    before = dynamic_module_utils.HF_MODULES_CACHE
-    dynamic_module_utils.HF_MODULES_CACHE = str(folder)
-    yield folder
-    dynamic_module_utils.HF_MODULES_CACHE = before
-
-
 @pytest.mark.parametrize("model_class", own.CLASSES)
-def test_own_code_runs_only_if_it_may(modules, tmp_path, calibration_text, model_class):
+def test_own_code_runs_only_if_it_may(tmp_path, calibration_text, model_class):
     source = own.write(tmp_path / "source", model_class)
     code, text = run("convert", source, tmp_path / "rtn")
-    assert code == 0 and "does not run unless it is trusted" in text and "become INT8 without smoothing" in text
+    assert code == 0 and "does not run without --trust-remote-code" in text and "become INT8 without smoothing" in text
     assert layout_of(tmp_path / "rtn")["from"] == "names"
     trusted = {"trust_remote_code": True}
     found = b.inspect(source, **trusted)
@@ -251,7 +239,7 @@ def test_own_code_runs_only_if_it_may(modules, tmp_path, calibration_text, model
 
 
 @pytest.mark.parametrize("model_class", own.CLASSES)
-def test_what_own_code_computes_is_measured(modules, tmp_path, calibration_text, model_class):
+def test_what_own_code_computes_is_measured(tmp_path, calibration_text, model_class):
     """Calibration sees the hidden states that the model itself has, buffers that are in no checkpoint included."""
     import torch
     from safetensors.torch import load_file

@@ -105,3 +105,30 @@ def test_a_models_own_code_runs_only_if_it_may(tmp_path, monkeypatch):
     sites = {(site.producer, site.consumers, site.rows) for site in found.layers[0].sites}
     assert sites == {("wi", ("wo",), None), ("ln", ("wi",), None)}
     assert module.discover(config, code=folder) == found
+
+
+def test_experts_that_are_rows_of_one_matrix():
+    """DBRX's: each is a part of a parameter that is no stack, and only whole ones could be told apart before."""
+    config = dict(
+        model_type="dbrx",
+        d_model=128,
+        n_heads=4,
+        n_layers=2,
+        max_seq_len=128,
+        vocab_size=160,
+        tie_word_embeddings=False,
+        attn_config={"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 500000.0},
+        ffn_config={
+            "ffn_hidden_size": 192,
+            "moe_num_experts": 4,
+            "moe_top_k": 2,
+            "ffn_act_fn": {"name": "silu"},
+            "moe_normalize_expert_weights": 1.0,
+        },
+    )
+    found = discover(config)
+    (layer,) = found.templates
+    assert found.proof.unseen == () and [site.name for site in layer.sites] == ["norm->Wqkv"]
+    assert {f"ffn.experts.mlp.{name}" for name in ("w1", "v1", "w2")} < layer.floats.keys()
+    # clipped values move nothing on to what reads them
+    assert set(found.proof.dropped.values()) == {"does not hold where weights are large"}

@@ -9,6 +9,7 @@ from huggingface_hub import save_torch_state_dict
 
 from tests.support.moments import moments, noise
 from tests.support.stored import as_stored
+from vllm_w8a8_bismooth.checkpoint.basis import Means
 from vllm_w8a8_bismooth.checkpoint.layout import Source
 from vllm_w8a8_bismooth.method.balance import by_range
 from vllm_w8a8_bismooth.method.smooth import Factors, smooth_block
@@ -16,9 +17,9 @@ from vllm_w8a8_bismooth.method.smooth import Factors, smooth_block
 RULE = partial(by_range, alpha=0.5)  # the fastest; what a fold costs does not depend on it
 
 
-def smoothed_copy(folder: Path, destination: Path) -> list[Factors]:
+def smoothed_copy(folder: Path, destination: Path, means: Means | None = None) -> list[Factors]:
     """The checkpoint with every site smoothed for random activations over four decades, and nothing quantized."""
-    source, records = Source(folder), []
+    source, records = Source(folder, means or Means()), []
     names = source.names
     tensors = {name: source.checkpoint.read(name) for name in source.outside}
     for index, layer in enumerate(source.layers):

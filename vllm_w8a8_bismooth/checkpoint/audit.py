@@ -10,13 +10,12 @@ from vllm_w8a8_bismooth.checkpoint.heads import head_problems
 from vllm_w8a8_bismooth.checkpoint.reader import BUFFER_DTYPES, FLOAT_DTYPES, Header, Headers
 from vllm_w8a8_bismooth.checkpoint.strays import stray_problems, strays
 from vllm_w8a8_bismooth.errors import BismoothError, Problem
-from vllm_w8a8_bismooth.model.configs import count_of
+from vllm_w8a8_bismooth.model.configs import count_of, predictors_of
 from vllm_w8a8_bismooth.model.layers import View
 from vllm_w8a8_bismooth.model.names import Names
 
 _MTP = ("eh_proj", "enorm", "hnorm", "shared_head", "mtp", "embed_tokens", "token_layernorm", "final_layernorm")
 """What blocks that predict further tokens hold beside an ordinary block's tensors (DeepSeek, GLM, MiMo)."""
-_MTP_COUNT = re.compile(r"(num_(mtp|nextn)|(mtp|nextn)_num)(_\w+)?_(layers|modules)")
 _TRACES = {"weight_scale", "weight_scale_inv", "qweight", "qzeros", "absmax", "quant_map", "SCB", "weight_packed"}
 """Parts of names that only quantized weights have."""
 _STACKED = (".experts.gate_up_proj", ".experts.down_proj")
@@ -146,10 +145,7 @@ def predicts(config: Mapping, beyond: Collection[Collection[str]]) -> bool:
         config: of the checkpoint.
         beyond: names inside each of them.
     """
-    counts = [value for key, value in config.items() if _MTP_COUNT.fullmatch(key) and type(value) is int]
-    return max(counts, default=0) >= len(beyond) or all(
-        any(name.startswith(_MTP) for name in names) for names in beyond
-    )
+    return predictors_of(config) >= len(beyond) or all(any(name.startswith(_MTP) for name in names) for names in beyond)
 
 
 def _replaced(kind: str, missing: Sequence[str], strange: Sequence[str]) -> Problem:

@@ -151,7 +151,7 @@ def sizes_of(config: Mapping, layers: list[Layer], table: tuple[int, ...], exper
     known = {key: value for key, value in text_of(config).items() if type(value) is int and 0 < value < 2**48}
     vocabulary, hidden = table
     heads = next((known[key] for key in HEADS if key in known), 1)
-    kv_heads = next((known[key] for key in ("num_key_value_heads", "num_kv_heads") if key in known), heads)
+    kv_heads = next((known[key] for key in _KV_HEADS if key in known), heads)
     widths = [max(shape) for layer in layers for shape in layer.linears.values()]
     sizes = {"blocks": len(layers), "hidden": hidden, "heads": heads, "kv_heads": kv_heads, "vocab": vocabulary}
     sizes["intermediate"] = max(widths, default=hidden)
@@ -160,3 +160,4 @@ def sizes_of(config: Mapping, layers: list[Layer], table: tuple[int, ...], exper
 
 HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
 """Keys under which configs have the number of query heads."""
+_KV_HEADS = ("num_key_value_heads", "num_kv_heads", "multi_query_group_num")

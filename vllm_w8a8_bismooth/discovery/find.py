@@ -203,7 +203,7 @@ class _Search:
                 {t[len(begin) :]: [_inner(r, own, begin) for r in f] for t, f in held.items() if t.startswith(begin)}
             )
         embedding = next(n for n, m in model.named_modules() if m is model.get_input_embeddings())
-        out = model.get_output_embeddings()
+        out = model.get_output_embeddings() or _unnamed_head(model, sample.path)
         head = next((n for n, m in model.named_modules() if out is not None and m is out), None)
         norm = _last_norm(sample)
         tied = out is not None and out.weight is model.get_input_embeddings().weight
@@ -238,6 +238,17 @@ def _base_of(model: Any, blocks: str, embedding: str) -> str:
         return f"{model.base_model_prefix}."
     parts = zip(blocks.split("."), embedding.split("."), strict=False)  # Llama 4 names another prefix than it has
     return "".join(f"{part}." for part, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], parts))
+
+
+def _unnamed_head(model: Any, blocks: str) -> torch.nn.Module | None:
+    """The head of a class that does not say which module it is: the one linear of the embedding's shape."""
+    shape = model.get_input_embeddings().weight.shape
+    found = [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and module.weight.shape == shape and not name.startswith(f"{blocks}.")
+    ]
+    return found[0] if len(found) == 1 else None
 
 
 def _prefix_of(tensors: list[str], index: str) -> str:

@@ -92,8 +92,8 @@ def _unknown(given: Mapping[str, Any], has_code: bool) -> UnknownModel:
     what = f"model_type = {repr(given.get('model_type'))[:80]} is unknown to transformers {transformers.__version__}"
     without = "--method rtn converts it without smoothing"
     if has_code:
-        what += ", and is code of the model's own, which does not run unless it is trusted"
-        return UnknownModel(Problem("config.json", what, f"give --trust-remote-code if you trust it; {without}"))
+        what += ", and is code of the model's own, which does not run without --trust-remote-code"
+        return UnknownModel(Problem("config.json", what, f"give that if you trust it; {without}"))
     return UnknownModel(Problem("config.json", what, f"upgrade transformers if a later one has it; {without}"))
 
 

@@ -89,8 +89,14 @@ class Calibration:
         if given[0].hidden[0].ndim != 3:
             what = "its blocks read several hidden states of each token, which calibration does not carry"
             raise BismoothError.of(checkpoint.folder, what, "use --calibration none, or --method rtn")
-        self.hidden = torch.cat(given[0].hidden).to(device)
+        # one window at a time was given, so that the other axis is the window's length: the first in ChatGLM
+        self._led_by_length = given[0].hidden[0].shape[1] == 1
+        self.hidden = torch.cat([self._turned(hidden) for hidden in given[0].hidden]).to(device)
         self._arguments = [_each(lambda tensor: tensor.to(device), block.arguments) for block in given]
+
+    def _turned(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states with the window first, or from that as the blocks have them: mostly, it is the same."""
+        return hidden.transpose(0, 1) if self._led_by_length else hidden
 
     @contextmanager
     def lend(
@@ -121,7 +127,7 @@ class Calibration:
                 done = []
                 for piece, window in [(hidden, 0)] if together else zip(hidden.split(1), windows, strict=True):
                     places, names = arguments[window % len(arguments)]
-                    done.append(self._forwards[index](piece, *places, **names)[first])
+                    done.append(self._turned(self._forwards[index](self._turned(piece), *places, **names)[first]))
                 return torch.cat(done) if len(done) > 1 else done[0]
 
             yield block, run

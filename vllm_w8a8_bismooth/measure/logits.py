@@ -20,7 +20,8 @@ def predicts_tokens(source: Layout) -> bool:
 class Logits:
     """The norm behind the last block and the language model's head, with all that the model does there to its logits.
 
-    A model without such a head has its last hidden states, as the norm leaves them, in place of logits.
+    A model without such a head has its last hidden states, as the norm leaves them, in place of logits; so has one
+    whose class, of its own code, does not say which module its head is.
 
     Args:
         source: whose norm and head are read.
@@ -36,13 +37,13 @@ class Logits:
         from transformers import AutoModel, AutoModelForCausalLM
 
         checkpoint, names = source.checkpoint, source.names
-        self.language = predicts_tokens(source)
+        language = predicts_tokens(source)
         config = transformers_config(checkpoint)
         try:
             model: Any = own.language_model(checkpoint, dtype)
             if model is None:
                 with torch.device("meta"):
-                    build = AutoModelForCausalLM if self.language else AutoModel
+                    build = AutoModelForCausalLM if language else AutoModel
                     model = build.from_config(config, dtype=dtype).eval()
             model.requires_grad_(False)
         except Exception as error:
@@ -55,7 +56,8 @@ class Logits:
             return module.requires_grad_(False)
 
         construction = source.construction
-        decoder = model.get_submodule(construction.decoder.removesuffix(".")) if self.language else model
+        self.language = language and model.get_output_embeddings() is not None
+        decoder = model.get_submodule(construction.decoder.removesuffix(".")) if language else model
         self._norm: torch.nn.Module = torch.nn.Identity()
         if construction.norm is not None and names.norm is not None:
             self._norm = lend(decoder.get_submodule(construction.norm), names.norm)

@@ -6,6 +6,7 @@ HEADS = ("score", "classifier", "qa_outputs", "v_head", "value_head", "reward_he
 """What the names of heads begin with that are no language model's."""
 _KINDS = (
     ("ForCausalLM", "language"), ("ForConditionalGeneration", "language"), ("LMHeadModel", "language"),
+    ("ChatGLMModel", "language"),
     ("RewardModel", "other"), ("Model", None),
 )  # fmt: skip
 """Ending of a class's name -> its head, see :func:`head_of`."""

@@ -10,6 +10,7 @@ _TEXT = ("text_config", "llm_config", "language_config", "thinker_config")
 _BLOCKS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 CHOSEN = re.compile(r"\w*experts?_per_tok(en)?|moe_(top)?k|moe_top_k|top_k_experts|num_selected_experts|moe_topk")
 """Keys under which configs have how many experts a token is sent to."""
+_PREDICTORS = re.compile(r"(num_(mtp|nextn)|(mtp|nextn)_num)(_\w+)?_(layers|modules)")
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length", "n_ctx")
 
 
@@ -45,3 +46,8 @@ def count_of(config: Mapping[str, Any]) -> tuple[str, int | None]:
     text = text_of(config)
     found = ((key, text[key]) for key in _BLOCKS if type(text.get(key)) is int and text[key] > 0)
     return next(found, (_BLOCKS[0], None))
+
+
+def predictors_of(config: Mapping[str, Any]) -> int:
+    """How many blocks behind the last one predict further tokens (MTP)."""
+    return max((value for key, value in config.items() if _PREDICTORS.fullmatch(key) and type(value) is int), default=0)

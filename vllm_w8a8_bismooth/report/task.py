@@ -36,7 +36,7 @@ def task_of(folder: Path) -> Task:
         return Task("text-classification", runner=_POOLING)
     if (folder / _MODULES).is_file():  # embedding models may call themselves ForCausalLM
         return Task("sentence-similarity", ("sentence-transformers", "feature-extraction"), _POOLING)
-    if name.endswith(("ForCausalLM", "LMHeadModel")):
+    if name.endswith(("ForCausalLM", "LMHeadModel", "ChatGLMModel")):
         return Task("text-generation")
     if name.endswith("Model"):
         return Task("feature-extraction", runner=_POOLING)

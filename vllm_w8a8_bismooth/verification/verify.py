@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from vllm_w8a8_bismooth import MARKER
-from vllm_w8a8_bismooth.checkpoint.basis import Basis, Means
+from vllm_w8a8_bismooth.checkpoint.basis import NAMES, Basis, Means
 from vllm_w8a8_bismooth.checkpoint.files import CONFIG, REPORT, Folder, read_json, sha256
 from vllm_w8a8_bismooth.checkpoint.layout import Source
 from vllm_w8a8_bismooth.checkpoint.reader import FLOAT_DTYPES, Checkpoint
@@ -95,7 +95,8 @@ def verify(
     marked = isinstance(config, dict) and MARKER in config
     found = Verification(folder, ours=marked)
     basis = _noted(found) if marked else None
-    means = Means(known=basis, trusted=trusted, progress=progress)
+    guessed = basis is not None and basis.by == NAMES  # by names they are found again: the code did not run then
+    means = Means(known=basis, trusted=trusted and not guessed, progress=progress)
     source = Source(against, means) if against is not None else None
     if isinstance(config, dict) and not marked:
         found.notes.append(f"{CONFIG} lacks the key {MARKER}: not made by bismooth, its rounding is not judged")

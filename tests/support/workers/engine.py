@@ -4,8 +4,9 @@
 The request holds ``prompts``, ``max_tokens`` and ``engines``: name -> ``options`` for ``vllm.LLM`` and perhaps
 ``lora``, an adapter's folder. For each name the result holds the quantization method that vLLM settled on, how many
 linears run on which group size of ours (``linears``), and what :func:`answers` gives; with an adapter the latter also
-with it (``adapted``) and, after the engine reloaded its weights, without it (``reloaded``). An engine that did not
-start has only its ``error``.
+with it (``adapted``) and, after the engine reloaded its weights, without it (``reloaded``). With a drafter there are
+vLLM's counts of the tokens that it ``drafted`` and of those ``accepted``, and its ``methods``: each layer that vLLM
+asked the quantization config about -> what it made of it. An engine that did not start has only its ``error``.
 """
 
 import json
@@ -95,15 +96,30 @@ def answers(engine, request: dict, **options) -> dict:
     }
 
 
+def methods(model) -> dict[str, str]:
+    """Layers by the names under which vLLM asked for their quantization -> the class of what they got."""
+    asked = [module for module in model.modules() if getattr(module, "quant_method", None) is not None]
+    names = (getattr(module, "prefix", "") or getattr(module, "layer_name", "") for module in asked)
+    return {name: type(module.quant_method).__name__ for name, module in zip(names, asked, strict=True) if name}
+
+
 def look(request: dict, options: dict, lora: str | None) -> dict:
     from vllm import LLM
 
-    engine = LLM(**{"max_model_len": 256, "disable_log_stats": True} | options)
+    drafts = "speculative_config" in options
+    engine = LLM(**{"max_model_len": 256, "disable_log_stats": not drafts} | options)
     result = {
         "quantization": engine.llm_engine.model_config.quantization,
         "linears": engine.apply_model(schemes)[0],
         **answers(engine, request),
     }
+    if drafts:
+        counts = {metric.name: metric for metric in engine.get_metrics()}
+        result["drafted"], result["accepted"] = (
+            counts[f"vllm:spec_decode_num_{name}_tokens"].value for name in ("draft", "accepted")
+        )
+        (drafter,) = engine.collective_rpc(lambda worker: worker.model_runner.drafter.model)
+        result["methods"] = methods(drafter)
     if lora:
         from vllm.lora.request import LoRARequest
 
