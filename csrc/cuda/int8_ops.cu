@@ -292,7 +292,16 @@ std::string device_problem(int64_t device) {
   }
   if (status == cudaSuccess) return "";
   cudaGetLastError();  // or torch would report it again
-  return std::string("the compiled kernels do not load on it: ") + cudaGetErrorString(status);
+  if (status == cudaErrorNoKernelImageForDevice || status == cudaErrorInvalidDeviceFunction) {
+    return "the kernels were compiled for other architectures (TORCH_CUDA_ARCH_LIST must name this device's)";
+  }
+  return std::string("the compiled kernels do not load: ") + cudaGetErrorString(status);
+}
+
+// The version of CUDA that the driver is made for (13000: 13.0).
+int64_t driver_version() {
+  int version = 0;
+  return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0;
 }
 
 // The kernels that fit a device, in rows of 5: tile, granularity, tokens, weights of a cluster, columns of the ring.
@@ -329,6 +338,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(w8a8_bismooth, m) {
   m.def("gemm_unsupported(int n, int k, int? group_size, int capability) -> str");
   m.def("gemm_choice(int m, int n, int k, int? group_size, int device) -> str");
   m.def("device_problem(int device) -> str");
+  m.def("driver_version() -> int");
   m.def("device_tiles(int device) -> int[]");
   m.def("device_restrict(int device, int channel, int group_128, int group_any, bool splits, bool overlap) -> ()");
 }
@@ -342,6 +352,7 @@ STABLE_TORCH_LIBRARY_IMPL(w8a8_bismooth, CompositeExplicitAutograd, m) {
   m.impl("gemm_unsupported", TORCH_BOX(&gemm_unsupported));
   m.impl("gemm_choice", TORCH_BOX(&gemm_choice));
   m.impl("device_problem", TORCH_BOX(&device_problem));
+  m.impl("driver_version", TORCH_BOX(&driver_version));
   m.impl("device_tiles", TORCH_BOX(&device_tiles));
   m.impl("device_restrict", TORCH_BOX(&device_restrict));
 }
