@@ -11,16 +11,16 @@ from vllm_w8a8_bismooth.serving.servers import Platform
 
 TURING = "Triton has no INT8 product for it"
 PLATFORMS = {
-    "x86 CPU": ("cpu", Platform("cpu", COMPILED, REFERENCE)),
-    "CPU, nothing compiled": ("cpu", Platform("cpu", REFERENCE, REFERENCE)),
-    "NVIDIA 8.0 to 9.0, compiled": ("nvidia", Platform("cuda", COMPILED, TRITON, 90)),
-    "NVIDIA 8.0 to 9.0, nothing compiled": ("nvidia", Platform("cuda", TRITON, TRITON, 90)),
-    "NVIDIA 10.0 and above, compiled": ("nvidia", Platform("cuda", COMPILED, TRITON, 120)),
-    "NVIDIA 10.0 and above, nothing compiled": ("nvidia", Platform("cuda", TRITON, TRITON, 120)),
-    "NVIDIA 7.5": ("nvidia", Platform("cuda", TRITON, TRITON, 75, TURING)),
-    "AMD Instinct from MI100, Radeon from RDNA 3 (ROCm)": ("amd", Platform("cuda", TRITON, TRITON)),
-    "Intel XPU": ("intel", Platform("xpu", TRITON, TRITON)),
-    "any GPU, nothing compiled, no Triton": ("nvidia", Platform("cuda", REFERENCE, REFERENCE, 90)),
+    "x86 CPU": ("cpu", Platform("cpu", COMPILED, COMPILED, REFERENCE)),
+    "CPU, nothing compiled": ("cpu", Platform("cpu", REFERENCE, REFERENCE, REFERENCE)),
+    "NVIDIA 8.0 to 9.0, compiled": ("nvidia", Platform("cuda", COMPILED, COMPILED, TRITON, 90)),
+    "NVIDIA 8.0 to 9.0, nothing compiled": ("nvidia", Platform("cuda", TRITON, TRITON, TRITON, 90)),
+    "NVIDIA 10.0 and above, compiled": ("nvidia", Platform("cuda", COMPILED, COMPILED, TRITON, 120)),
+    "NVIDIA 10.0 and above, nothing compiled": ("nvidia", Platform("cuda", TRITON, TRITON, TRITON, 120)),
+    "NVIDIA 7.5": ("nvidia", Platform("cuda", TRITON, TRITON, TRITON, 75, TURING)),
+    "AMD Instinct from MI100, Radeon from RDNA 3 (ROCm)": ("amd", Platform("cuda", TRITON, TRITON, TRITON)),
+    "Intel XPU": ("intel", Platform("xpu", TRITON, TRITON, TRITON)),
+    "any GPU, nothing compiled, no Triton": ("nvidia", Platform("cuda", REFERENCE, REFERENCE, REFERENCE, 90)),
 }
 """In words -> who makes it, and what the rules know of it."""
 

@@ -255,7 +255,10 @@ def test_groups_must_fit_the_share_of_a_rank():
 
 @pytest.mark.parametrize(
     ("platform", "method"),
-    [(Platform("cuda", "compiled", "triton", 90), "Experts"), (Platform("cuda", "compiled", "reference", 90), None)],
+    [
+        (Platform("cuda", "compiled", "compiled", "triton", 90), "Experts"),
+        (Platform("cuda", "compiled", "compiled", "reference", 90), None),
+    ],
 )
 def test_experts_with_groups_on_a_gpu(monkeypatch, platform, method):
     """By Triton's kernels or not at all: no other could be in a CUDA graph."""
@@ -338,7 +341,7 @@ def test_vllms_own_method_gets_the_same_check(monkeypatch):
 
     from vllm_w8a8_bismooth.serving import moe
 
-    monkeypatch.setattr(servers, "here", lambda: Platform("cuda", "compiled", "triton", 90))
+    monkeypatch.setattr(servers, "here", lambda: Platform("cuda", "compiled", "compiled", "triton", 90))
     monkeypatch.setattr(vllms, "select_int8_moe_backend", lambda **_: (None, None))
     layer, tensors = vllms_layer(hidden=80, hidden_dim_unpadded=64), stored(4, 64, 96)
     assert type(layer.quant_method) is moe.StockExperts

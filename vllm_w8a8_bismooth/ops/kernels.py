@@ -124,4 +124,5 @@ def relieve(device_type: str, operation: str, granularities: Iterable[str] = GRA
     some_left = any(_SERVERS[device_type, operation, each] == COMPILED for each in GRANULARITIES)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # torch's, that this overrides a kernel
-        schema.LIBRARY.impl(operation, route if some_left else portable, key, with_keyset=some_left)
+        made = route if some_left else portable
+        schema.LIBRARY.impl(operation, made, key, with_keyset=some_left, allow_override=True)
