@@ -12,8 +12,8 @@ import torch
 from tests.support import selftest
 from tests.support.emulation import ROOT, Kernels, compile_library
 from tests.support.workers.selftest import Emulated
-from vllm_w8a8_bismooth import ops
-from vllm_w8a8_bismooth.ops import gate, kernels, switch
+from vllm_w8a8_bismooth import ops, switch
+from vllm_w8a8_bismooth.ops import gate, kernels
 from vllm_w8a8_bismooth.ops.selftest import cases, examination, machine, verdict
 from vllm_w8a8_bismooth.ops.selftest.verdict import Verdict
 
@@ -187,7 +187,7 @@ def test_this_cpu(monkeypatch):
 
 RELIEVED = """
 import json, torch
-from vllm_w8a8_bismooth import ops
+from vllm_w8a8_bismooth import ops, switch
 from vllm_w8a8_bismooth.ops import kernels, reference, schema
 calls = []
 def spy(*arguments):

@@ -14,8 +14,8 @@ import torch
 from tests.support import selftest
 from tests.support.emulation import ROOT, compile_library
 from tests.support.quantization import STOCK, TOKEN, W8A8, config_class
-from vllm_w8a8_bismooth import ops
-from vllm_w8a8_bismooth.ops import gate, kernels, switch
+from vllm_w8a8_bismooth import ops, switch
+from vllm_w8a8_bismooth.ops import gate, kernels
 from vllm_w8a8_bismooth.ops.selftest import examination, machine, verdict
 from vllm_w8a8_bismooth.serving import servers
 

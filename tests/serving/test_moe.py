@@ -23,6 +23,7 @@ from vllm_w8a8_bismooth import ops
 from vllm_w8a8_bismooth.measure.text import read_text
 from vllm_w8a8_bismooth.method.quantize import dequantize_weight, quantize_weight
 from vllm_w8a8_bismooth.recipe import Recipe
+from vllm_w8a8_bismooth.ops.gate import Ruling
 from vllm_w8a8_bismooth.serving import servers
 from vllm_w8a8_bismooth.serving.servers import Platform
 
@@ -268,6 +269,24 @@ def test_experts_with_groups_on_a_gpu(monkeypatch, platform, method):
             vllms_layer(checkpoint=grouped(GROUPED[1]))
     else:
         assert type(vllms_layer(checkpoint=grouped(GROUPED[1])).quant_method).__name__ == method
+
+
+@pytest.mark.parametrize("kernels_of_vllm", [True, False])
+def test_experts_switched_off_on_a_cpu(monkeypatch, kernels_of_vllm):
+    """vLLM's own method where it has kernels for the CPU; else ours, on the reference, which is said aloud at load."""
+    from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
+        compressed_tensors_moe_w8a8_int8 as vllms,
+    )
+
+    def select(**_):
+        if not kernels_of_vllm:
+            raise NotImplementedError("No Int8 MoE backend supports the deployment configuration.")
+        return None, None
+
+    off = Platform("cpu", "reference", "reference", "reference", ruling=Ruling("off", "BISMOOTH_KERNELS=off"))
+    monkeypatch.setattr(servers, "here", lambda: off)
+    monkeypatch.setattr(vllms, "select_int8_moe_backend", select)
+    assert type(vllms_layer().quant_method).__name__ == ("StockExperts" if kernels_of_vllm else "Experts")
 
 
 def test_routing_weights_on_the_input():

@@ -299,6 +299,19 @@ def test_marked_checkpoint_is_detected_and_stock_serves_it_alike(checkpoints, st
 
 
 @pytest.mark.engine
+def test_switched_off_it_gives_the_numbers_of_vllms_own_kernels(checkpoints, stock, served, monkeypatch, tmp_path):
+    """To the last bit; and graphs that an engine compiled with ours, for the same checkpoint, are not taken."""
+    monkeypatch.setenv("BISMOOTH_KERNELS", "off")
+    model, theirs = checkpoints["bismooth"], stock["bismooth"]
+    off = ask_each(tmp_path, {"eager": {"model": model, "enforce_eager": True}, "compiled": {"model": model}})
+    for answer in off.values():
+        assert answer["quantization"] == "w8a8_bismooth" and answer["linears"] == {} != served["compiled"]["linears"]
+    assert "BISMOOTH_KERNELS=off: per-channel on vLLM's own kernel (BISMOOTH_KERNELS=off); " in off["eager"]["log"]
+    assert off["eager"]["tokens"] == theirs["tokens"] and off["eager"]["logprobs"] == theirs["logprobs"]
+    assert_same_up_to_near_ties(off["compiled"], theirs)
+
+
+@pytest.mark.engine
 def test_checkpoint_of_others_by_the_flag(stock, served):
     """Without our marker, with ``--quantization w8a8_bismooth``: served by our ops, like stock."""
     ours = served["flagged"]

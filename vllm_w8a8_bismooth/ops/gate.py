@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from vllm_w8a8_bismooth.ops import kernels, switch
+from vllm_w8a8_bismooth import switch
+from vllm_w8a8_bismooth.ops import kernels
 from vllm_w8a8_bismooth.ops.selftest import examination, machine, verdict
 from vllm_w8a8_bismooth.ops.selftest.verdict import Verdict
 

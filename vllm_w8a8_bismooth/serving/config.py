@@ -12,8 +12,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBa
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
 from vllm.model_executor.layers.quantization.compressed_tensors.schemes import CompressedTensorsScheme
 
-from vllm_w8a8_bismooth import FORMAT, MARKER, NAME
-from vllm_w8a8_bismooth.ops import switch
+from vllm_w8a8_bismooth import FORMAT, MARKER, NAME, switch
 from vllm_w8a8_bismooth.serving import guard, moe, servers
 from vllm_w8a8_bismooth.serving.scheme import W8A8Scheme
 
@@ -85,8 +84,7 @@ class BiSmoothConfig(CompressedTensorsConfig):
         self, weight_quant: QuantizationArgs, input_quant: QuantizationArgs, *args: Any, **kwargs: Any
     ) -> CompressedTensorsScheme:
         """Chooses :class:`W8A8Scheme`, unless :mod:`servers` has vLLM's own kernel serve."""
-        platform = servers.here()
-        servers.report(logger, platform)
+        platform = servers.settle(logger)
         if weight_quant.strategy != GROUP and servers.per_channel(platform).kernel == servers.STOCK:
             return super()._get_scheme_from_parts(weight_quant, input_quant, *args, **kwargs)
         return W8A8Scheme(

@@ -61,8 +61,7 @@ def method_of(config: CompressedTensorsConfig, layer: RoutedExperts, prefix: str
                 f"{' or '.join(served)}: convert again with the experts per-channel, or leave them in float"
             )
     rule = servers.experts_per_group if weights.group_size else servers.experts
-    platform = servers.here()
-    servers.report(logger, platform)
+    platform = servers.settle(logger)
     who = rule(platform)
     if who.kernel == servers.REFUSED:
         raise ValueError(f"{prefix}: per-group experts cannot be served here: {who.reason}")

@@ -1,10 +1,12 @@
 """Which kernels serve which layers on which platform, and why: rules over plain data."""
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from vllm_w8a8_bismooth.ops import COMPILED, REFERENCE, TRITON, gate, server, switch
+from vllm_w8a8_bismooth import NAME, switch
+from vllm_w8a8_bismooth.ops import COMPILED, REFERENCE, TRITON, gate, server
 from vllm_w8a8_bismooth.ops.gate import Ruling
 from vllm_w8a8_bismooth.ops.kernels import CHANNEL, GROUP_128
 
@@ -70,7 +72,7 @@ def here() -> Platform:
     """The platform that vLLM found in this process; on a GPU, after the self-test of its kernels.
 
     Raises:
-        ValueError: the environment asks for what is unknown, see :mod:`ops.switch`.
+        ValueError: the environment asks for what is unknown, see :func:`switch.wanted`.
     """
     from vllm.platforms import current_platform
 
@@ -85,6 +87,26 @@ def here() -> Platform:
         capability and capability.to_int(),
         ruling=ruling,
     )
+
+
+def settle(logger: Any) -> Platform:
+    """:func:`here` for a model that is being built: said in the log, and part of vLLM's key for its compiled graphs,
+    which do not look alike whoever serves.
+
+    Args:
+        logger: vLLM's.
+    """
+    from vllm.config import get_current_vllm_config
+
+    platform = here()
+    report(logger, platform)
+    with suppress(AssertionError):  # vLLM's, where nothing builds a model
+        more = get_current_vllm_config().additional_config
+        if isinstance(more, dict):
+            operations = ("quantize_activations", "silu_mul_quantize", "scaled_mm", "experts")
+            who = [server(platform.device, name, size) for name in operations for size in (None, 128, 32)]
+            more[NAME] = [*(rule(platform).kernel for rule in KINDS.values()), *who]
+    return platform
 
 
 def announce(logger: Any, layers: str, device: str, group_size: int | None) -> None:
