@@ -22,8 +22,8 @@ from tests.support.workers import engines
 from vllm_w8a8_bismooth import ops
 from vllm_w8a8_bismooth.measure.text import read_text
 from vllm_w8a8_bismooth.method.quantize import dequantize_weight, quantize_weight
-from vllm_w8a8_bismooth.recipe import Recipe
 from vllm_w8a8_bismooth.ops.gate import Ruling
+from vllm_w8a8_bismooth.recipe import Recipe
 from vllm_w8a8_bismooth.serving import servers
 from vllm_w8a8_bismooth.serving.servers import Platform
 
