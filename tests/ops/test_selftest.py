@@ -1,10 +1,12 @@
 """The self-test of compiled kernels, in real processes, on this CPU and on an emulated GPU with broken kernels."""
 
+import contextlib
 import json
 import shutil
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from vllm_w8a8_bismooth.ops.selftest import cases, examination, machine, verdict
 from vllm_w8a8_bismooth.ops.selftest.verdict import Verdict
 
 needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="no g++ to compile the kernels for the host")
-TOGETHER = [machine.SPLITS, machine.OVERLAP]
+TOGETHER = (machine.SPLITS, machine.OVERLAP)
 
 
 @pytest.fixture(autouse=True)
@@ -80,9 +82,7 @@ def test_each_way_to_fail_costs_its_tile_alone(emulation):
     }
     assert found.lost() == {"other groups": "other groups tile 9: no answer in 8 s"}
     assert found.words().startswith("7 of 12 kernels passed the self-test; not per-channel tile 9 (1 of ")
-    assert Verdict.from_json(json.loads(json.dumps(found.to_json()))) == Verdict(
-        found.tiles, tuple(found.names), found.faults
-    )
+    assert Verdict.from_json(json.loads(json.dumps(found.to_json()))) == found
 
 
 @needs_compiler
@@ -128,6 +128,56 @@ def test_time_that_is_not_enough():
     limits = examination.Limits(start=1, case=1, whole=5)
     found = examination.examine(0, [sys.executable, "-c", "import time; time.sleep(60)"], limits)
     assert found.problem == "no answer in 1 s"
+
+
+HANGS = """
+import json, sys, time
+done = json.loads(sys.stdin.readline())["ended"]
+names = ["a", "b", "c", "d", "e", "f"]
+print(json.dumps({"tiles": [], "names": names}), flush=True)
+time.sleep(60)
+"""
+
+
+def test_kernels_that_all_hang():
+    """What waiting has shown is kept, or every start would wait as long."""
+    limits = examination.Limits(start=20, case=0.5, whole=1.5)
+    began = time.monotonic()
+    found = examination.examine(0, [sys.executable, "-c", HANGS], limits)
+    assert time.monotonic() - began < 20
+    assert found.problem == "" and set(found.faults) == {"a", "b", "c", "d", "e", "f"}
+    assert found.faults["a"] == "no answer in 0.5 s" and found.faults["f"] == "not tried, as 1.5 s were not enough"
+
+
+@pytest.mark.skipif(not ops.has_kernel("cpu"), reason="the CPU kernels are not built (see setup.py)")
+def test_a_gpus_launches_rehearsed_on_this_cpu(monkeypatch):
+    """What a GPU's process calls, with torch's and the kernels' functions for GPUs replaced."""
+    native, masks = torch.ops.w8a8_bismooth, []
+    rows = [9, 0, 32, 64, 512, 9, 1, 32, 64, 512, 9, 2, 32, 64, 512]
+    monkeypatch.setattr(native, "device_tiles", lambda index: rows, raising=False)
+    monkeypatch.setattr(native, "device_restrict", lambda *given: masks.append(given), raising=False)
+    one_tile = lambda *given: native.scaled_mm(*given[:6])  # noqa: E731
+    monkeypatch.setattr(native, "scaled_mm_tile", one_tile, raising=False)
+    monkeypatch.setattr(machine, "DEVICE", "cpu")
+    monkeypatch.setattr(machine, "TURNS", 5)
+    for name in ("synchronize", "set_device"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: None)
+    for name in ("stream", "graph"):
+        monkeypatch.setattr(torch.cuda, name, lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "Stream", object)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
+    device = machine.Gpu(0)
+    device.operations = machine.QUANTIZATIONS
+    assert len(cases.names(device)) == 3 + 3 + 2
+    for name in cases.names(device):
+        device.restrict({})
+        assert cases.run(name, device) == "", name
+    device.restrict({"groups of 128 tile 9": "wrong", machine.SPLITS: "wrong"})
+    assert masks == [(0, 0, 0, 0, True, True)] * 8 + [(0, 0, 1 << 9, 0, False, True)]
+    assert [group_size for *_, group_size in device._layers()] == [None, 32]
+    product = native.scaled_mm  # broken when it begins early
+    monkeypatch.setattr(native, "scaled_mm", lambda *given: product(*given[:6]) + (len(given) > 6))
+    assert "begins before the quantization" in cases.run(machine.OVERLAP, device)
 
 
 KEY = {"device": "NVIDIA H200", "driver": "580"}
@@ -182,7 +232,7 @@ def test_this_cpu(monkeypatch):
     assert found.problem == "" and not found.faults
     assert {*kernels.GRANULARITIES, "quantize_activations"} <= {*found.names}
     monkeypatch.setattr(examination, "examine", None)
-    assert gate.judge(None) == Verdict(found.tiles, tuple(found.names), {})
+    assert gate.judge(None) == found
 
 
 RELIEVED = """

@@ -80,10 +80,13 @@ class _Process:
         try:
             status = self._process.wait(1)
         except subprocess.TimeoutExpired:
-            return f"no answer in {seconds:.0f} s"
+            return f"no answer in {seconds:.3g} s"
         if status < 0:
             return f"its process died of {signal.Signals(-status).name}"
         return f"its process ended with status {status}"
+
+    def runs(self) -> bool:
+        return self._process.poll() is None
 
     def last_words(self) -> str:
         self._errors.seek(0)
@@ -102,15 +105,17 @@ def examine(device: int | None, command: Sequence[str] = COMMAND, limits: Limits
     ended: dict[str, str] = {}
     tiles: tuple[Tile, ...] = ()
     names: list[str] = []
+    waited = False
     until = time.monotonic() + limits.whole
 
-    def verdict(problem: str = "") -> Verdict:
+    def verdict(problem: str = "", lasting: bool = False) -> Verdict:
         untried = {name: f"not tried, as {problem}" for name in names if name not in ended}
-        return Verdict(tiles, names, {name: fault for name, fault in ended.items() if fault} | untried, problem)
+        faults = {name: fault for name, fault in ended.items() if fault} | untried
+        return Verdict(tiles, tuple(names), faults, "" if lasting else problem)
 
     while not names or len(ended) < len(names):
         if time.monotonic() > until:
-            return verdict(f"{limits.whole:.0f} s were not enough")
+            return verdict(f"{limits.whole:.3g} s were not enough", lasting=waited)  # or every start would wait as long
         try:
             process = _Process(command, {"device": device, "ended": ended})
         except OSError as error:
@@ -130,6 +135,7 @@ def examine(device: int | None, command: Sequence[str] = COMMAND, limits: Limits
                 if line is not None and "problem" in line:
                     return verdict(line["problem"])
                 ended[name] = process.fate(seconds) if line is None else line["fault"]
+                waited = waited or (line is None and seconds == limits.case and process.runs())
                 if line is None or line.get("last"):
                     break
     return verdict()

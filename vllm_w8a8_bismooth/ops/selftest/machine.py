@@ -14,6 +14,7 @@ SPLITS, OVERLAP = "sums in parts", "overlapping launches"
 """What several launches together are tried for: counters of tiles that are split along K, and kernels that begin before
 the one ahead of them has ended."""
 TURNS = 200
+DEVICE = "cuda"
 
 
 def compiled(device_type: str, operations: Sequence[str]) -> list[str]:
@@ -45,6 +46,7 @@ class Gpu:
         self.operations: Sequence[str] = compiled("cuda", QUANTIZATIONS)
         self.faults: Mapping[str, str] = {}
         torch.cuda.set_device(index)
+        torch.manual_seed(0)
 
     def product(self, tile: Tile, split: int, *operands: Any) -> torch.Tensor:
         a, b, a_scale, b_scale, dtype, bias = map(_moved, operands)
@@ -70,9 +72,9 @@ class Gpu:
         for group_size in (None, 128, 32):
             each = kernels.granularity(group_size)
             if any(tile.granularity == each and tile.name not in self.faults for tile in self.tiles):
-                weights = torch.randint(-127, 128, (1040, 4096), dtype=torch.int8, device="cuda")
+                weights = torch.randint(-127, 128, (1040, 4096), dtype=torch.int8, device=DEVICE)
                 groups = 4096 // (group_size or 4096)
-                yield weights, torch.rand(groups, 1040, device="cuda").t(), group_size
+                yield weights, torch.rand(groups, 1040, device=DEVICE).t(), group_size
 
     def _splits(self) -> str:
         """A graph with a product in parts, replayed beside eager launches of others on a second stream."""
@@ -80,8 +82,8 @@ class Gpu:
         for weights, scale, group_size in self._layers():
             if group_size:  # which no kernel splits
                 continue
-            a = torch.randint(-127, 128, (2, 3, 4096), dtype=torch.int8, device="cuda")
-            a_scale = torch.rand(3, 1, device="cuda")
+            a = torch.randint(-127, 128, (2, 3, 4096), dtype=torch.int8, device=DEVICE)
+            a_scale = torch.rand(3, 1, device=DEVICE)
             want = [multiply(each, weights, a_scale, scale, torch.float32) for each in a]
             side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
             torch.cuda.synchronize()
@@ -104,7 +106,7 @@ class Gpu:
             return "not tried, because quantize_activations is wrong"
         quantize, multiply = torch.ops.w8a8_bismooth.quantize_activations, torch.ops.w8a8_bismooth.scaled_mm
         for weights, scale, group_size in self._layers():
-            sources = torch.randn(4, 16, 4096, device="cuda").bfloat16()
+            sources = torch.randn(4, 16, 4096, device=DEVICE).bfloat16()
             want = []
             for source in sources:
                 codes, its_scale = quantize(source, group_size)
@@ -149,4 +151,4 @@ def _moved(value: Any) -> Any:
     """To the GPU, laid out as it was."""
     if not isinstance(value, torch.Tensor):
         return value
-    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cuda").copy_(value)
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=DEVICE).copy_(value)
