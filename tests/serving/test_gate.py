@@ -19,6 +19,7 @@ from vllm_w8a8_bismooth.ops import gate, kernels
 from vllm_w8a8_bismooth.ops.selftest import examination, machine, verdict
 from vllm_w8a8_bismooth.serving import servers
 
+slow = pytest.mark.slow
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU here is to be a pretended one")
 GROUP = {"strategy": "group", "group_size": 128}
 OURS, STOCKS, TRITON, REFERENCE = "our kernel", "vLLM's own kernel", "our Triton kernel", "the torch reference"
@@ -128,7 +129,10 @@ def test_what_passes_serves(gpu, caplog_vllm):
     assert who() == ("W8A8Scheme", OURS) and gpu.examined == [0]
 
 
-@pytest.mark.parametrize("way", ["wrong", "crash", pytest.param("hang", marks=pytest.mark.slow), "exit"])
+@pytest.mark.parametrize(
+    "way",
+    ["wrong", "crash", pytest.param("hang", marks=pytest.mark.slow), pytest.param("exit", marks=pytest.mark.slow)],
+)
 def test_each_way_to_fail_ends_with_vllms_own_kernel(gpu, way, caplog_vllm):
     """Per-channel; groups go on with the kernels that passed."""
     gpu.breaks(**{"per-channel tile 9": way})
@@ -139,7 +143,7 @@ def test_each_way_to_fail_ends_with_vllms_own_kernel(gpu, way, caplog_vllm):
     assert "per-channel on vLLM's own kernel (per-channel tile 9: " in line and "per-group on our kernel" in line
 
 
-@pytest.mark.parametrize(("triton", "portable"), [(True, TRITON), (False, REFERENCE)])
+@pytest.mark.parametrize(("triton", "portable"), [pytest.param(True, TRITON, marks=slow), (False, REFERENCE)])
 def test_groups_fall_back_to_triton_else_aloud_to_the_reference(gpu, triton, portable, monkeypatch, caplog_vllm):
     if not triton:
         monkeypatch.setitem(sys.modules, "triton", None)
@@ -154,18 +158,21 @@ def test_groups_fall_back_to_triton_else_aloud_to_the_reference(gpu, triton, por
     assert len(lines) == (not triton)
 
 
+@slow
 def test_data_centre_blackwell_has_no_kernel_of_vllms(gpu):
     gpu.platform(100)
     gpu.breaks(**{"per-channel tile 9": "wrong"})
     assert who() == ("W8A8Scheme", TRITON)
 
 
+@slow
 def test_a_wrong_quantization_takes_its_linears_along(gpu):
     gpu.breaks(quantize_activations="wrong")
     assert who() == ("CompressedTensorsW8A8Int8", STOCKS) and who(GROUP) == ("W8A8Scheme", TRITON)
     assert ops.server("cuda", "scaled_mm") == ops.COMPILED  # the product itself stays, behind Triton's quantization
 
 
+@slow
 def test_launches_that_must_not_overlap(gpu):
     gpu.breaks(**{machine.OVERLAP: "wrong"})
     assert who() == who(GROUP) == ("W8A8Scheme", OURS)
@@ -206,6 +213,7 @@ def test_what_keeps_the_gate_shut(gpu, fault, reason, monkeypatch, caplog_vllm):
     assert not list(verdict.folder().glob("*.json"))
 
 
+@slow
 def test_two_different_gpus_get_a_verdict_each(gpu):
     gpu.break_by({0: {"per-channel tile 9": "wrong"}, 1: {}})
     assert list(gate.judge(0).faults) == ["per-channel tile 9"] and not gate.judge(1).faults
@@ -231,6 +239,19 @@ def test_off_leaves_all_that_vllm_can_do_to_vllm(gpu, monkeypatch):
     monkeypatch.setattr(examination, "examine", None)
     assert who() == ("CompressedTensorsW8A8Int8", STOCKS) and who(GROUP) == ("W8A8Scheme", TRITON)
     assert {ops.server("cuda", name) for name in ("scaled_mm", *machine.QUANTIZATIONS)} == {ops.TRITON}
+
+
+def test_compiled_graphs_are_kept_apart_by_who_serves(monkeypatch):
+    """vLLM's key does not hold what a layer runs on: a graph with our operations would be loaded for its own."""
+    from vllm.config import VllmConfig, get_current_vllm_config, set_current_vllm_config
+
+    keys = []
+    for ruling in (gate.Ruling("auto"), gate.Ruling("off", "BISMOOTH_KERNELS=off"), gate.Ruling("auto")):
+        monkeypatch.setattr(gate, "settle", lambda _, ruling=ruling: ruling)
+        with set_current_vllm_config(VllmConfig()):
+            who()
+            keys.append(get_current_vllm_config().compute_hash())
+    assert keys[0] == keys[2] != keys[1]
 
 
 def test_an_unknown_value_is_one_error(monkeypatch):
