@@ -185,6 +185,7 @@ def test_launches_that_must_not_overlap(gpu):
         ("another architecture", "the kernels were compiled for other architectures"),
         ("an old driver", "torch finds no GPU: The NVIDIA driver on your system is too old"),
         ("no memory", "the self-test did not run (RuntimeError: CUDA out of memory. Tried to allocate 20.00 MiB)"),
+        ("no sense", "the self-test did not run (JSONDecodeError: Expecting value: line 1 column 1 (char 0))"),
         ("no process", "the self-test did not run (its process could not be started: [Errno 11] Resource temporarily"),
     ],
 )
@@ -198,6 +199,9 @@ def test_what_keeps_the_gate_shut(gpu, fault, reason, monkeypatch, caplog_vllm):
             raise RuntimeError(f"{reason.partition(': ')[2]} (found version 11040).\nPlease update")
 
         monkeypatch.setattr(torch.cuda, "current_device", current_device)
+    elif fault == "no sense":
+        command = [sys.executable, "-c", "print('Hello', flush=True); input()"]
+        monkeypatch.setattr(examination, "examine", lambda _: gpu.examination(0, command))
     elif fault == "no memory":
         gpu.breaks(start="memory")
     else:

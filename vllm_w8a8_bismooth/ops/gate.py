@@ -5,7 +5,6 @@ have been seen to do right, there, by the processes of :mod:`selftest`.
 """
 
 import functools
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,8 +16,6 @@ from vllm_w8a8_bismooth import switch
 from vllm_w8a8_bismooth.ops import kernels
 from vllm_w8a8_bismooth.ops.selftest import examination, machine, verdict
 from vllm_w8a8_bismooth.ops.selftest.verdict import Verdict
-
-_logger = logging.getLogger("vllm.w8a8_bismooth")
 
 
 @dataclass(frozen=True)
@@ -59,7 +56,11 @@ def settle(device_type: str) -> Ruling:
         return _without(device_type, wanted, problem)
     if wanted == switch.ON:
         return Ruling(wanted, proof=f"{switch.VARIABLE}={wanted}, no self-test")
-    return apply(device_type, index, wanted, judge(index))
+    try:
+        found = judge(index)
+    except Exception as error:  # whatever the self-test could not foresee: the engine starts all the same
+        found = Verdict(problem=f"{type(error).__name__}: {error}")
+    return apply(device_type, index, wanted, found)
 
 
 def judge(index: int | None, anew: bool = False) -> Verdict:
