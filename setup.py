@@ -5,7 +5,8 @@ Environment:
     BISMOOTH_CPU, BISMOOTH_CUDA: 1 requires these kernels, 0 leaves them out. Unset, CPU kernels are built where that is
         possible, and CUDA kernels, which take minutes, where also a GPU is seen, torch is built for CUDA, or
         TORCH_CUDA_ARCH_LIST is set.
-    TORCH_CUDA_ARCH_LIST: CUDA architectures, such as "8.0 9.0a 12.0+PTX" (default: every supported one).
+    TORCH_CUDA_ARCH_LIST: CUDA architectures, such as "8.0 9.0a 12.0+PTX" (default: every supported one); those that
+        have no kernels, or that nvcc does not know, are left out.
     CUDA_HOME, CXX, MAX_JOBS: as usual.
 """
 
@@ -112,6 +113,25 @@ def wanted(name: str, missing: str | None, unused: str | None = None) -> bool:
     return True
 
 
+def architectures(listed: str, known: str) -> list[str]:
+    """Those to compile for, with a line on the others.
+
+    Args:
+        listed: TORCH_CUDA_ARCH_LIST, which is often written for torch's own kernels.
+        known: what ``nvcc --list-gpu-arch`` prints.
+    """
+    asked, virtual = listed.replace(";", " ").split(), re.findall(r"compute_(\d+)", known)
+    kept = []
+    for arch in asked:
+        major, _, minor = arch.partition("+")[0].partition(".")
+        if major.isdigit() and int(major) >= 8 and f"{major}{minor.rstrip('af')}" in virtual:
+            kept.append(arch)
+    if left_out := [arch for arch in asked if arch not in kept]:
+        needed = "they need a number from 8.0 on, which this nvcc knows"
+        print(f"CUDA kernels: not for {', '.join(left_out)} of TORCH_CUDA_ARCH_LIST: {needed}", file=sys.stderr)
+    return kept if asked else CUDA_ARCHES
+
+
 def gencode(arches: list[str]) -> list[str]:
     """Machine code for each architecture, and for "X+PTX" also the PTX that later ones compile."""
     flags = []
@@ -151,11 +171,13 @@ class BuildKernels(build_ext):
                 command = [compiler, *common, *CPU_FLAGS, *flags, f"-DW8A8_LEVEL={level}"]
                 self.add(command, CSRC / "cpu/kernels.cpp", f"kernels_{level}.o")
         cuda = sorted((CSRC / "cuda").glob("*.cu"))
-        no_cuda = no_torch or no_cxx or no_nvcc or no_cutlass
+        listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+        arches = architectures(listed, run([nvcc, "--list-gpu-arch"])) if nvcc and listed else CUDA_ARCHES
+        no_arch = None if arches else f"TORCH_CUDA_ARCH_LIST={listed} has none that they run on"
+        no_cuda = no_torch or no_cxx or no_nvcc or no_cutlass or no_arch
         if cuda and wanted("CUDA", no_cuda, torch and cuda_unused(torch)):
-            asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split() or CUDA_ARCHES
             host = [f for f in common if f.startswith(("-std", "-D", "-I"))]
-            command = [nvcc, *host, "-DUSE_CUDA", f"-I{cutlass}", *CUDA_FLAGS, *gencode(asked), f"-ccbin={compiler}"]
+            command = [nvcc, *host, "-DUSE_CUDA", f"-I{cutlass}", *CUDA_FLAGS, *gencode(arches), f"-ccbin={compiler}"]
             for source in cuda:
                 self.add(command, source)
             # nvcc may be a script somewhere else, so it is asked where its libraries are.

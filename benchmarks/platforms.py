@@ -6,21 +6,27 @@ They are put there by :mod:`benchmarks.tables`.
 from collections.abc import Iterator
 
 from vllm_w8a8_bismooth.ops import COMPILED, REFERENCE, TRITON
+from vllm_w8a8_bismooth.ops.gate import Ruling
 from vllm_w8a8_bismooth.serving import servers
 from vllm_w8a8_bismooth.serving.servers import Platform
 
 TURING = "Triton has no INT8 product for it"
+FAILED, OFF = Ruling("auto", "the self-test did not pass"), Ruling("off", "BISMOOTH_KERNELS=off")
 PLATFORMS = {
-    "x86 CPU": ("cpu", Platform("cpu", COMPILED, REFERENCE)),
-    "CPU, nothing compiled": ("cpu", Platform("cpu", REFERENCE, REFERENCE)),
-    "NVIDIA 8.0 to 9.0, compiled": ("nvidia", Platform("cuda", COMPILED, TRITON, 90)),
-    "NVIDIA 8.0 to 9.0, nothing compiled": ("nvidia", Platform("cuda", TRITON, TRITON, 90)),
-    "NVIDIA 10.0 and above, compiled": ("nvidia", Platform("cuda", COMPILED, TRITON, 120)),
-    "NVIDIA 10.0 and above, nothing compiled": ("nvidia", Platform("cuda", TRITON, TRITON, 120)),
-    "NVIDIA 7.5": ("nvidia", Platform("cuda", TRITON, TRITON, 75, TURING)),
-    "AMD Instinct from MI100, Radeon from RDNA 3 (ROCm)": ("amd", Platform("cuda", TRITON, TRITON)),
-    "Intel XPU": ("intel", Platform("xpu", TRITON, TRITON)),
-    "any GPU, nothing compiled, no Triton": ("nvidia", Platform("cuda", REFERENCE, REFERENCE, 90)),
+    "x86 CPU": ("cpu", Platform("cpu", COMPILED, COMPILED, REFERENCE)),
+    "x86 CPU, off": ("cpu", Platform("cpu", REFERENCE, REFERENCE, REFERENCE, ruling=OFF)),
+    "CPU, nothing compiled": ("cpu", Platform("cpu", REFERENCE, REFERENCE, REFERENCE)),
+    "NVIDIA 8.0 to 9.0, self-test passed": ("nvidia", Platform("cuda", COMPILED, COMPILED, TRITON, 90)),
+    "NVIDIA 8.0 to 9.0, not passed": ("nvidia", Platform("cuda", TRITON, TRITON, TRITON, 90, ruling=FAILED)),
+    "NVIDIA 8.0 to 9.0, off": ("nvidia", Platform("cuda", TRITON, TRITON, TRITON, 90, ruling=OFF)),
+    "NVIDIA 8.0 to 9.0, nothing compiled": ("nvidia", Platform("cuda", TRITON, TRITON, TRITON, 90)),
+    "NVIDIA 10.0 and above, self-test passed": ("nvidia", Platform("cuda", COMPILED, COMPILED, TRITON, 120)),
+    "NVIDIA 10.0 and above, not passed, or off": ("nvidia", Platform("cuda", TRITON, TRITON, TRITON, 120, ruling=OFF)),
+    "NVIDIA 10.0 and above, nothing compiled": ("nvidia", Platform("cuda", TRITON, TRITON, TRITON, 120)),
+    "NVIDIA 7.5": ("nvidia", Platform("cuda", TRITON, TRITON, TRITON, 75, TURING)),
+    "AMD Instinct from MI100, Radeon from RDNA 3 (ROCm)": ("amd", Platform("cuda", TRITON, TRITON, TRITON)),
+    "Intel XPU": ("intel", Platform("xpu", TRITON, TRITON, TRITON)),
+    "any GPU, nothing compiled, no Triton": ("nvidia", Platform("cuda", REFERENCE, REFERENCE, REFERENCE, 90)),
 }
 """In words -> who makes it, and what the rules know of it."""
 
@@ -28,7 +34,10 @@ MAKERS = {"cpu": "a CPU", "nvidia": "NVIDIA", "amd": "AMD", "intel": "Intel XPU"
 _INTERPRETED = "bit for bit in Triton's interpreter"
 PROVEN = {
     ("cpu", "our kernel"): "all tests, bit for bit at each level; vLLM engines",
-    ("nvidia", "our kernel"): "bit for bit in an emulation of PTX, machine code read; **never run**",
+    (
+        "nvidia",
+        "our kernel",
+    ): "bit for bit in an emulation of PTX, machine code read; its self-test, on that; **never run**",
     ("nvidia", "our Triton kernel"): f"{_INTERPRETED}; compiles for 8.0, 9.0, 10.0, 12.0, **never run**",
     ("amd", "our Triton kernel"): f"{_INTERPRETED}; compiles for gfx942, gfx1100, **never run**",
     ("intel", "our Triton kernel"): f"{_INTERPRETED}; never compiled, **never run**",

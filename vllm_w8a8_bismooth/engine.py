@@ -12,18 +12,19 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-_PATIENCE = 300  # seconds for vLLM to start and answer; 15 are usual
+PATIENCE = 300.0
+"""Seconds for vLLM to start and answer; 15 are usual."""
 
 
 class Silent(Exception):
     """vLLM gave no answer; the message says why, without a full stop."""
 
 
-def ask(module: str, request: Any = None) -> Any:
+def ask(module: str, request: Any = None, patience: float = PATIENCE) -> Any:
     """What ``python -m vllm_w8a8_bismooth.serving.<module> ANSWER.json`` answers to a request on stdin, both JSON.
 
     Raises:
-        Silent: vLLM is not installed, cannot be imported, or did not answer in five minutes.
+        Silent: vLLM is not installed, cannot be imported, or did not answer in so many seconds.
     """
     refuse_absence()
     with tempfile.TemporaryDirectory() as scratch:
@@ -35,10 +36,10 @@ def ask(module: str, request: Any = None) -> Any:
                 capture_output=True,
                 text=True,
                 errors="replace",
-                timeout=_PATIENCE,
+                timeout=patience,
             )
         except subprocess.TimeoutExpired:
-            raise Silent(f"vLLM did not answer in {_PATIENCE} s") from None
+            raise Silent(f"vLLM did not answer in {patience:.0f} s") from None
         # Not the exit code: vLLM sometimes aborts in the interpreter's teardown, after all work is done.
         if not answer.exists():
             reason = (done.stderr.strip() or "no message").splitlines()[-1]

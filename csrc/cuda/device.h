@@ -6,7 +6,12 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <atomic>
+
 constexpr int MAX_DEVICES = 64;
+
+/// Devices on which no kernel may start before the one ahead of it has ended, nor load weights early.
+inline std::atomic<bool> one_after_another[MAX_DEVICES];
 
 /// From the CUDA half of libtorch, which is looked up at the first call: a library linked against it would not load
 /// beside a CPU build of torch. (The stable ABI's own way to a stream's handle begins with torch 2.13.)

@@ -7,6 +7,7 @@
 #include <atomic>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "device.h"
 #include "gemm.cuh"
@@ -23,6 +24,10 @@ using torch::stable::Tensor;
     cudaError_t status = (call);                                                    \
     STD_TORCH_CHECK(status == cudaSuccess, #call ": ", cudaGetErrorString(status)); \
   } while (0)
+
+// What device_restrict forbids.
+std::atomic<unsigned> left_out[MAX_DEVICES][layout::GRANULARITIES];
+std::atomic<bool> never_split[MAX_DEVICES];
 
 layout::Device device_properties(int index) {
   static std::atomic<bool> known[MAX_DEVICES];
@@ -42,7 +47,10 @@ layout::Device device_properties(int index) {
     devices[index] = layout::device(capability, code, sms, shared);  // racing threads write the same
     known[index].store(true, std::memory_order_release);
   }
-  return devices[index];
+  layout::Device device = devices[index];
+  for (int g = 0; g < layout::GRANULARITIES; ++g) device.left_out[g] = left_out[index][g].load();
+  device.splits = !never_split[index].load();
+  return device;
 }
 
 __device__ unsigned split_tickets[Tickets::COUNT];
@@ -110,7 +118,8 @@ void launch(const Gemm& gemm, const layout::Device& device, int device_index, cu
     STD_TORCH_CHECK(clusters > 0, "no room for a cluster of ", tile.cluster, " CTAs");
     resident[device_index].store(clusters);
   }
-  if (device.capability >= 90) {  // may start before the kernel ahead of it has ended: it waits for it itself
+  // May start before the kernel ahead of it has ended: it waits for it itself.
+  if (device.capability >= 90 && !one_after_another[device_index].load()) {
     attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
   }
@@ -200,7 +209,7 @@ Tensor multiply(const Tensor& a_any, const Tensor& b_any, const Tensor& a_scale,
     choice.split = int(split);
     choice.whole = split > 1 ? 0 : layout::schedule(shape, layout::TILES[tile_index], 0, 1).tiles();
   }
-  STD_TORCH_CHECK(choice.tile >= 0, "no kernel fits into the shared memory of this device");
+  STD_TORCH_CHECK(choice.tile >= 0, "no kernel fits this device, or none that is not left out");
   const layout::Tile& tile = layout::TILES[choice.tile];
   layout::Schedule schedule = layout::schedule(shape, tile, choice.whole, choice.split);
   STD_TORCH_CHECK(choice.split <= schedule.blocks, "tile ", choice.tile, " has fewer blocks of K than split ", split);
@@ -218,7 +227,8 @@ Tensor multiply(const Tensor& a_any, const Tensor& b_any, const Tensor& a_scale,
   gemm.bias_type = bias ? float_type(bias->scalar_type(), "bias") : Float::fp32;
   gemm.d = d.mutable_data_ptr();
   gemm.d_type = d_type;
-  gemm.early_weights = constant_b && gemm.b == b_any.const_data_ptr();  // a copy of b is still being written
+  gemm.early_weights = constant_b && gemm.b == b_any.const_data_ptr() &&  // a copy of b is still being written
+                       !one_after_another[device_index].load();
   gemm.schedule = schedule;
   cudaStream_t stream = current_stream(device_index);
   int64_t ctas = schedule.split > 1 ? int64_t(schedule.split_tiles()) * tile.cluster : 0;
@@ -264,6 +274,61 @@ std::string gemm_choice(int64_t m, int64_t n, int64_t k, std::optional<int64_t> 
          ", split " + std::to_string(choice.split);
 }
 
+// Why these kernels run nothing on a device, or nothing. Never throws: a driver may be too old, and the code another's.
+std::string device_problem(int64_t device) {
+  int count = 0, capability = 0;
+  cudaError_t status = cudaGetDeviceCount(&count);
+  if (status == cudaSuccess && (device < 0 || device >= count || device >= MAX_DEVICES)) {
+    return "there is no CUDA device " + std::to_string(device);
+  }
+  if (status == cudaSuccess) {
+    status = cudaDeviceGetAttribute(&capability, cudaDevAttrComputeCapabilityMajor, int(device));
+  }
+  if (status == cudaSuccess && capability < 8) return "the kernels need compute capability 8.0";
+  if (status == cudaSuccess) {
+    torch::stable::accelerator::DeviceGuard guard(static_cast<int32_t>(device));
+    cudaFuncAttributes code{};
+    status = cudaFuncGetAttributes(&code, GemmKernel<0, layout::CHANNEL, false>::function());
+  }
+  if (status == cudaSuccess) return "";
+  cudaGetLastError();  // or torch would report it again
+  if (status == cudaErrorNoKernelImageForDevice || status == cudaErrorInvalidDeviceFunction) {
+    return "the kernels were compiled for other architectures (TORCH_CUDA_ARCH_LIST must name this device's)";
+  }
+  return std::string("the compiled kernels do not load: ") + cudaGetErrorString(status);
+}
+
+// The version of CUDA that the driver is made for (13000: 13.0).
+int64_t driver_version() {
+  int version = 0;
+  return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0;
+}
+
+// The kernels that fit a device, in rows of 5: tile, granularity, tokens, weights of a cluster, columns of the ring.
+std::vector<int64_t> device_tiles(int64_t index) {
+  const layout::Device device = device_properties(int(index));
+  std::vector<int64_t> rows;
+  for (int i = 0; i < layout::TILE_COUNT; ++i) {
+    const layout::Tile& tile = layout::TILES[i];
+    for (int g = 0; g < layout::GRANULARITIES; ++g) {
+      if (!layout::fits(tile, g, device)) continue;
+      for (int each : {i, g, tile.tokens, tile.weights * tile.cluster, tile.ring(g)}) rows.push_back(each);
+    }
+  }
+  return rows;
+}
+
+// What a device must not do from now on: choose tiles (bits of layout::TILES for each granularity), divide them along
+// k, start kernels ahead of time. Graphs that are captured keep what they have.
+void device_restrict(int64_t device, int64_t channel, int64_t group_128, int64_t group_any, bool splits, bool overlap) {
+  STD_TORCH_CHECK(device >= 0 && device < MAX_DEVICES, "no CUDA device ", device);
+  left_out[device][layout::CHANNEL].store(unsigned(channel));
+  left_out[device][layout::GROUP_128].store(unsigned(group_128));
+  left_out[device][layout::GROUP_ANY].store(unsigned(group_any));
+  never_split[device].store(!splits);
+  one_after_another[device].store(!overlap);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(w8a8_bismooth, m) {
@@ -272,6 +337,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(w8a8_bismooth, m) {
       "int tile, int split, bool constant_b=False) -> Tensor");
   m.def("gemm_unsupported(int n, int k, int? group_size, int capability) -> str");
   m.def("gemm_choice(int m, int n, int k, int? group_size, int device) -> str");
+  m.def("device_problem(int device) -> str");
+  m.def("driver_version() -> int");
+  m.def("device_tiles(int device) -> int[]");
+  m.def("device_restrict(int device, int channel, int group_128, int group_any, bool splits, bool overlap) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(w8a8_bismooth, CUDA, m) {
@@ -282,4 +351,8 @@ STABLE_TORCH_LIBRARY_IMPL(w8a8_bismooth, CUDA, m) {
 STABLE_TORCH_LIBRARY_IMPL(w8a8_bismooth, CompositeExplicitAutograd, m) {
   m.impl("gemm_unsupported", TORCH_BOX(&gemm_unsupported));
   m.impl("gemm_choice", TORCH_BOX(&gemm_choice));
+  m.impl("device_problem", TORCH_BOX(&device_problem));
+  m.impl("driver_version", TORCH_BOX(&driver_version));
+  m.impl("device_tiles", TORCH_BOX(&device_tiles));
+  m.impl("device_restrict", TORCH_BOX(&device_restrict));
 }

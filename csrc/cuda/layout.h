@@ -65,6 +65,7 @@ enum Granularity {
   GROUP_128,  // one scale a weight row and 128 columns
   GROUP_ANY,  // groups of any multiple of 32 columns
 };
+constexpr int GRANULARITIES = 3;
 LAYOUT_FUNCTION Granularity granularity_of(int64_t k, int64_t channels) {
   return channels == k ? CHANNEL : channels == 128 ? GROUP_128 : GROUP_ANY;
 }
@@ -97,6 +98,9 @@ struct Tile {
     int stage = stage_bytes() + scales(granularity) * 4 + 16;
     return least(12, (shared_limit(90) - staging_bytes() - 16) / stage);
   }
+
+  /// Columns of k in all of its stages.
+  LAYOUT_FUNCTION int ring(int granularity) const { return block() * (wgmma ? wgmma_stages(granularity) : stages); }
 
   LAYOUT_FUNCTION int shared_bytes(int granularity) const {
     if (wgmma) {
@@ -132,14 +136,17 @@ constexpr int TILE_COUNT = sizeof(TILES) / sizeof(TILES[0]);
 /// What the choice depends on: the product and the device.
 struct Problem { int m, n, k, granularity; };
 struct Device {
-  int capability;    // 80, 86, 89, 90, ...; as far as the kernels' code uses it
-  int sms;           // multiprocessors
-  int shared_bytes;  // of a CTA, opted in, and at most what the kernels' code is compiled for
+  int capability;                         // 80, 86, 89, 90, ...; as far as the kernels' code uses it
+  int sms;                                // multiprocessors
+  int shared_bytes;                       // of a CTA, opted in, and at most what the kernels' code is compiled for
+  unsigned left_out[GRANULARITIES] = {};  // bits of TILES that must not be chosen
+  bool splits = true;                     // whether tiles may be divided along k
 };
 /// A device as kernels see it whose code was compiled for the architecture `code`: older code has no wgmma, and code
 /// for less shared memory lacks tiles.
 LAYOUT_FUNCTION Device device(int capability, int code, int sms, int shared_bytes) {
-  return {capability < 90 ? capability : least(capability, code), sms, least(shared_bytes, shared_limit(code))};
+  return {
+      capability < 90 ? capability : least(capability, code), sms, least(shared_bytes, shared_limit(code)), {}, true};
 }
 
 struct Choice {
@@ -181,7 +188,7 @@ inline Choice choose(const Problem& p, const Device& device) {
   Choice best;
   for (int index = 0; index < TILE_COUNT; ++index) {
     const Tile& tile = TILES[index];
-    if (!fits(tile, p.granularity, device)) continue;
+    if (!fits(tile, p.granularity, device) || device.left_out[p.granularity] >> index & 1) continue;
     Schedule plain = schedule(p, tile, 0, 1);
     int slots = device.sms / tile.cluster, tiles = plain.tiles();
     double block = block_clocks(tile, p.granularity, device.capability) * tile.warps_k;
@@ -190,7 +197,8 @@ inline Choice choose(const Problem& p, const Device& device) {
     double memory = (double(p.n) * p.k + double(p.m) * p.k + 2.0 * p.m * p.n) / (20.0 * device.sms);
     int full = tiles / slots, rest = tiles % slots;
     for (int split = 1; split <= 16; ++split) {
-      if (split > 1 && (p.granularity != CHANNEL || rest * split > slots || split * 2 > plain.blocks)) break;
+      if (split > 1 && (!device.splits || p.granularity != CHANNEL)) break;
+      if (split > 1 && (rest * split > slots || split * 2 > plain.blocks)) break;
       double clocks = full * (plain.blocks * block + overhead);
       if (rest) clocks += ceil_div(plain.blocks, split) * block + overhead;
       if (split > 1) clocks += 1500 + split * area * 4 / 32;

@@ -39,7 +39,7 @@ void launch(const Source& source, const quant::Groups& groups, int threads, cons
   config.dynamicSmemBytes = groups.shared_bytes(Source::kNorm);
   config.stream = current_stream(device);
   config.attrs = &overlap;
-  config.numAttrs = architecture[device].load() >= 90;
+  config.numAttrs = architecture[device].load() >= 90 && !one_after_another[device].load();
   auto* codes = static_cast<int8_t*>(std::get<0>(out).mutable_data_ptr());
   auto* scales = static_cast<float*>(std::get<1>(out).mutable_data_ptr());
   const cudaError_t status = cudaLaunchKernelEx(&config, kernel, source, groups, codes, scales);

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.support.command import run
-from vllm_w8a8_bismooth import doctor, ops
+from vllm_w8a8_bismooth import doctor, engine, ops
 
 BISMOOTH = str(Path(sys.executable).with_name("bismooth"))
 
@@ -25,6 +25,18 @@ def test_this_installation_is_whole():
     assert found["kernels"]["cpu"] == ops.cpu_level()
     assert found["serving"]["platform"] == "cpu" and found["serving"]["registered"]
     assert {kernel for kernel, *_ in found["serving"]["layers"].values()} == {"our kernel"}
+
+
+@pytest.mark.engine
+def test_the_self_test_on_demand(tmp_path):
+    """Of this CPU's kernels, too; a verdict is printed and kept."""
+    if not ops.has_kernel("cpu"):
+        pytest.skip("the CPU kernels are not built (see setup.py)")
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
+    done = subprocess.run([BISMOOTH, "doctor", "--self-test"], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"self-test\n  this CPU  (\d+) of \1 kernels passed the self-test\n", done.stdout)
+    assert len(list(tmp_path.glob("bismooth/selftest/*.json"))) == 1
 
 
 @pytest.mark.engine
@@ -46,6 +58,22 @@ def test_without_vllm(without_vllm):
     assert found.serving is None and ["vLLM is not installed" in problem.what for problem in found.problems] == [True]
     code, message = run("doctor")
     assert code == 1 and "Problem: serving: vLLM is not installed" in message
+
+
+def test_a_switch_that_is_none(monkeypatch):
+    monkeypatch.setenv("BISMOOTH_KERNELS", "yes")
+    code, message = run("doctor")
+    assert code == 1
+    assert "Problem: environment: BISMOOTH_KERNELS='yes' is unknown; expected auto, on or off; set it to one" in message
+
+
+def test_what_fails_its_self_test_is_a_problem(monkeypatch):
+    found = {"words": "7 of 8 kernels passed the self-test; not per-channel tile 3 (wrong)", "faults": {"x": "wrong"}}
+    answer = {"problem": None, "registered": True, "tests": {"NVIDIA H200": found}, "layers": {}}
+    monkeypatch.setattr(engine, "ask", lambda *_: answer | {"platform": "cuda", "device": "", "capability": "9.0"})
+    code, message = run("doctor")
+    assert code == 1 and "self-test\n  NVIDIA H200  7 of 8 kernels passed the self-test; not per-channel" in message
+    assert "Problem: self-test: on NVIDIA H200, 7 of 8 kernels" in message and "BISMOOTH_KERNELS=off does" in message
 
 
 def test_without_kernels(without_vllm, monkeypatch):

@@ -72,16 +72,22 @@ extern "C" const char* run_gemm(const Arguments* arguments) { return run(*argume
 
 extern "C" int tile_count() { return layout::TILE_COUNT; }
 
-/// The whole table: wgmma, tokens, weights, cluster, granularities, shared bytes by granularity.
+/// The whole table: wgmma, tokens, weights, cluster, granularities, block, threads; then by granularity shared bytes
+/// and columns of the ring.
 extern "C" void tile_at(int index, int* out) {
   const layout::Tile& tile = layout::TILES[index];
   int values[] = {tile.wgmma,   tile.tokens,    tile.weights,         tile.cluster,         int(tile.granularities),
-                  tile.block(), tile.threads(), tile.shared_bytes(0), tile.shared_bytes(1), tile.shared_bytes(2)};
-  for (int i = 0; i < 10; ++i) out[i] = values[i];
+                  tile.block(), tile.threads(), tile.shared_bytes(0), tile.shared_bytes(1), tile.shared_bytes(2),
+                  tile.ring(0), tile.ring(1),   tile.ring(2)};
+  for (int i = 0; i < 13; ++i) out[i] = values[i];
 }
 
-extern "C" double choose(int m, int n, int k, int granularity, int capability, int sms, int shared, int* out) {
-  layout::Choice choice = layout::choose({m, n, k, granularity}, {capability, sms, shared});
+/// `left_out` holds the bits of tiles that are not to be chosen.
+extern "C" double choose(int m, int n, int k, int granularity, int capability, int sms, int shared, unsigned left_out,
+                         int splits, int* out) {
+  layout::Device device{capability, sms, shared};
+  device.left_out[granularity] = left_out, device.splits = splits;
+  layout::Choice choice = layout::choose({m, n, k, granularity}, device);
   out[0] = choice.tile, out[1] = choice.whole, out[2] = choice.split;
   return choice.clocks;
 }

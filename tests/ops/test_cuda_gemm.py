@@ -226,6 +226,29 @@ def test_too_little_shared_memory_is_no_choice(kernels):
     assert kernels.choose(1, 4096, 4096, CHANNEL, 80, 108, 16384)[0] == -1
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_choice_leaves_out_what_it_must(kernels, device):
+    """One by one, until none is left; the next choice is then the best of the others."""
+    capability, sms, shared = DEVICES[device]
+    for (n, k), m, granularity in itertools.product(LLAMA[:4], (1, 64, 4096), (CHANNEL, GROUP_128, GROUP_ANY)):
+        left_out, before = [], 0.0
+        fitting = [
+            tile
+            for tile in kernels.tiles
+            if tile.granularities >> granularity & 1
+            and tile.shared[granularity] <= shared
+            and (capability == 90 or not tile.wgmma)
+        ]
+        for _ in fitting:
+            tile, _, split, clocks = kernels.choose(m, n, k, granularity, capability, sms, shared, left_out)
+            assert tile not in left_out and clocks >= before
+            assert kernels.choose(m, n, k, granularity, capability, sms, shared, left_out, splits=False)[2] == 1
+            before = clocks
+            left_out.append(tile)
+        assert sorted(left_out) == [tile.index for tile in fitting]
+        assert kernels.choose(m, n, k, granularity, capability, sms, shared, left_out)[0] == -1
+
+
 def test_captured_launches_share_no_tickets(kernels):
     """A graph may run beside any launch: eager ones go round in their own ring, and graphs find none in the end."""
     take, most, ring, captured = kernels.library.take_tickets, 4096, 1 << 20, 1 << 22

@@ -23,6 +23,7 @@ from tests.support.workers import engines
 from vllm_w8a8_bismooth import ops
 from vllm_w8a8_bismooth.measure.text import read_text
 from vllm_w8a8_bismooth.method.quantize import dequantize_weight, quantize_weight
+from vllm_w8a8_bismooth.ops.gate import Ruling
 from vllm_w8a8_bismooth.recipe import Recipe
 from vllm_w8a8_bismooth.serving import servers
 from vllm_w8a8_bismooth.serving.servers import Platform
@@ -256,7 +257,10 @@ def test_groups_must_fit_the_share_of_a_rank():
 
 @pytest.mark.parametrize(
     ("platform", "method"),
-    [(Platform("cuda", "compiled", "triton", 90), "Experts"), (Platform("cuda", "compiled", "reference", 90), None)],
+    [
+        (Platform("cuda", "compiled", "compiled", "triton", 90), "Experts"),
+        (Platform("cuda", "compiled", "compiled", "reference", 90), None),
+    ],
 )
 def test_experts_with_groups_on_a_gpu(monkeypatch, platform, method):
     """By Triton's kernels or not at all: no other could be in a CUDA graph."""
@@ -266,6 +270,24 @@ def test_experts_with_groups_on_a_gpu(monkeypatch, platform, method):
             vllms_layer(checkpoint=grouped(GROUPED[1]))
     else:
         assert type(vllms_layer(checkpoint=grouped(GROUPED[1])).quant_method).__name__ == method
+
+
+@pytest.mark.parametrize("kernels_of_vllm", [True, False])
+def test_experts_switched_off_on_a_cpu(monkeypatch, kernels_of_vllm):
+    """vLLM's own method where it has kernels for the CPU; else ours, on the reference, which is said aloud at load."""
+    from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
+        compressed_tensors_moe_w8a8_int8 as vllms,
+    )
+
+    def select(**_):
+        if not kernels_of_vllm:
+            raise NotImplementedError("No Int8 MoE backend supports the deployment configuration.")
+        return None, None
+
+    off = Platform("cpu", "reference", "reference", "reference", ruling=Ruling("off", "BISMOOTH_KERNELS=off"))
+    monkeypatch.setattr(servers, "here", lambda: off)
+    monkeypatch.setattr(vllms, "select_int8_moe_backend", select)
+    assert type(vllms_layer().quant_method).__name__ == ("StockExperts" if kernels_of_vllm else "Experts")
 
 
 def test_routing_weights_on_the_input():
@@ -339,7 +361,7 @@ def test_vllms_own_method_gets_the_same_check(monkeypatch):
 
     from vllm_w8a8_bismooth.serving import moe
 
-    monkeypatch.setattr(servers, "here", lambda: Platform("cuda", "compiled", "triton", 90))
+    monkeypatch.setattr(servers, "here", lambda: Platform("cuda", "compiled", "compiled", "triton", 90))
     monkeypatch.setattr(vllms, "select_int8_moe_backend", lambda **_: (None, None))
     layer, tensors = vllms_layer(hidden=80, hidden_dim_unpadded=64), stored(4, 64, 96)
     assert type(layer.quant_method) is moe.StockExperts

@@ -16,6 +16,8 @@ from tests.support.quantization import JSON, STOCK, TOKEN, W8A8, config_class
 from tests.support.workers.engine import PROMPTS, ask_each
 from vllm_w8a8_bismooth import ops
 from vllm_w8a8_bismooth.method.quantize import quantize_weight
+from vllm_w8a8_bismooth.ops import gate
+from vllm_w8a8_bismooth.ops.gate import Ruling
 from vllm_w8a8_bismooth.recipe import Recipe
 from vllm_w8a8_bismooth.serving import servers
 from vllm_w8a8_bismooth.serving.servers import Platform
@@ -97,50 +99,64 @@ def test_who_serves_per_channel_linears(monkeypatch, device, capability, server,
     )
     monkeypatch.setattr(platforms, "current_platform", platform)
     monkeypatch.setattr(servers, "server", lambda *_: server)
+    monkeypatch.setattr(gate, "settle", lambda *_: Ruling("auto"))  # see test_gate.py
     found = servers.per_channel(servers.here())
     assert (found.kernel == servers.STOCK) == (stock is not None) and (stock or "") in found.reason
 
 
 @pytest.mark.parametrize(("capability", "name"), [(90, "CompressedTensorsW8A8Int8"), (100, "W8A8Scheme")])
 def test_the_rule_chooses_the_scheme(monkeypatch, capability, name):
-    monkeypatch.setattr(servers, "here", lambda: Platform("cuda", "triton", "triton", capability))
+    monkeypatch.setattr(servers, "here", lambda: Platform("cuda", "triton", "triton", "triton", capability))
     groups = {"g": {"targets": ["Linear"], "weights": W8A8, "input_activations": TOKEN}}
     config = config_class().from_config(STOCK | {"config_groups": groups})
     scheme = config.get_scheme(torch.nn.Linear(1, 1, device="meta"), "model.layers.0.mlp.down_proj")
     assert type(scheme).__name__ == name
 
 
-CPU = Platform("cpu", "compiled", "reference")
+OFF = Ruling("off", "BISMOOTH_KERNELS=off")
+CPU = Platform("cpu", "compiled", "compiled", "reference")
 
 
 @pytest.mark.parametrize(
     ("platform", "expected"),
     [
         (CPU, ("our kernel",) * 4),
-        (replace(CPU, linears="reference"), ("the torch reference",) * 4),
+        (replace(CPU, per_channel="reference", per_group="reference"), ("the torch reference",) * 4),
         (
-            Platform("cuda", "compiled", "triton", 90),
+            Platform("cuda", "compiled", "compiled", "triton", 90),
             ("our kernel", "our kernel", "vLLM's own method", "our Triton kernel"),
         ),
         (
-            Platform("cuda", "compiled", "reference", 90),
+            Platform("cuda", "compiled", "compiled", "reference", 90),
             ("our kernel", "our kernel", "vLLM's own method", "none, refused at load"),
         ),
         (
-            Platform("cuda", "triton", "triton", 90),
+            Platform("cuda", "triton", "triton", "triton", 90),
             ("vLLM's own kernel", "our Triton kernel", "vLLM's own method", "our Triton kernel"),
         ),
         (
-            Platform("cuda", "triton", "triton", 120),
+            Platform("cuda", "triton", "triton", "triton", 120),
             ("our Triton kernel", "our Triton kernel", "vLLM's own method", "our Triton kernel"),
         ),
         (
-            Platform("cuda", "triton", "triton", 75, "7.5 has none"),
+            Platform("cuda", "triton", "triton", "triton", 75, "7.5 has none"),
             ("vLLM's own kernel", "none, refused at load", "vLLM's own method", "none, refused at load"),
         ),
         (
-            Platform("xpu", "reference", "reference"),
+            Platform("xpu", "reference", "reference", "reference"),
             ("vLLM's own kernel", "the torch reference", "vLLM's own method", "none, refused at load"),
+        ),
+        (
+            Platform("cuda", "triton", "triton", "triton", 90, ruling=OFF),
+            ("vLLM's own kernel", "our Triton kernel", "vLLM's own method", "our Triton kernel"),
+        ),
+        (
+            Platform("cuda", "triton", "triton", "triton", 100, ruling=OFF),  # where vLLM's own fails
+            ("our Triton kernel", "our Triton kernel", "vLLM's own method", "our Triton kernel"),
+        ),
+        (
+            Platform("cpu", "reference", "reference", "reference", ruling=OFF),
+            ("vLLM's own kernel", "the torch reference", "vLLM's own method", "the torch reference"),
         ),
     ],
 )
@@ -280,6 +296,19 @@ def test_marked_checkpoint_is_detected_and_stock_serves_it_alike(checkpoints, st
     assert theirs["quantization"] == "compressed-tensors" and "w8a8_bismooth:" not in theirs["log"]
     assert_close_to_emulation(checkpoints["bismooth"], PROMPTS, ours["first_steps"])
     assert_same_up_to_near_ties(ours, theirs)
+
+
+@pytest.mark.engine
+def test_switched_off_it_gives_the_numbers_of_vllms_own_kernels(checkpoints, stock, served, monkeypatch, tmp_path):
+    """To the last bit; and graphs that an engine compiled with ours, for the same checkpoint, are not taken."""
+    monkeypatch.setenv("BISMOOTH_KERNELS", "off")
+    model, theirs = checkpoints["bismooth"], stock["bismooth"]
+    off = ask_each(tmp_path, {"eager": {"model": model, "enforce_eager": True}, "compiled": {"model": model}})
+    for answer in off.values():
+        assert answer["quantization"] == "w8a8_bismooth" and answer["linears"] == {} != served["compiled"]["linears"]
+    assert "BISMOOTH_KERNELS=off: per-channel on vLLM's own kernel (BISMOOTH_KERNELS=off); " in off["eager"]["log"]
+    assert off["eager"]["tokens"] == theirs["tokens"] and off["eager"]["logprobs"] == theirs["logprobs"]
+    assert_same_up_to_near_ties(off["compiled"], theirs)
 
 
 @pytest.mark.engine

@@ -46,6 +46,7 @@ class Tile:
     block: int
     threads: int
     shared: tuple[int, int, int]
+    ring: tuple[int, int, int]
 
     def __str__(self):
         return f"{'wgmma' if self.wgmma else 'mma'}-{self.tokens}x{self.weights}"
@@ -62,9 +63,9 @@ class Kernels:
         self.tiles = [self._tile(i) for i in range(library.tile_count())]
 
     def _tile(self, index: int) -> Tile:
-        out = (ctypes.c_int * 10)()
+        out = (ctypes.c_int * 13)()
         self.library.tile_at(index, out)
-        return Tile(index, bool(out[0]), *out[1:7], tuple(out[7:10]))
+        return Tile(index, bool(out[0]), *out[1:7], tuple(out[7:10]), tuple(out[10:13]))
 
     def gemm(self, tile, a, b, a_scale, b_scale, dtype, bias=None, *, whole=None, split=1, grid=0, seed=0):
         """``scaled_mm`` by one kernel, with the first ``whole`` tiles not split.
@@ -105,10 +106,11 @@ class Kernels:
         self.library.device(capability, code, sms, shared, out)
         return tuple(out)
 
-    def choose(self, m, n, k, granularity, capability=90, sms=132, shared=232448):
-        """(tile, number of whole tiles, split, predicted clocks)."""
+    def choose(self, m, n, k, granularity, capability=90, sms=132, shared=232448, left_out=(), splits=True):
+        """(tile, number of whole tiles, split, predicted clocks); the tile is none of those that are left out."""
         out = (ctypes.c_int * 3)()
-        clocks = self.library.choose(m, n, k, granularity, capability, sms, shared, out)
+        mask = sum(1 << tile for tile in set(left_out))
+        clocks = self.library.choose(m, n, k, granularity, capability, sms, shared, mask, splits, out)
         return *out, clocks
 
 

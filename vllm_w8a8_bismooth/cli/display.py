@@ -321,6 +321,8 @@ def diagnosis(console: "Console", found: "Diagnosis") -> None:
     section("environment", found.environment)
     if found.serving is not None:
         section("vLLM", {name: found.serving[name] for name in ("platform", "device", "capability", "registered")})
+        for device, test in found.serving["tests"].items():
+            section("self-test", {device: test["words"]} | test["faults"])
         section("layers", {kind: f"{kernel} ({why})" for kind, (kernel, why, _) in found.serving["layers"].items()})
     for problem in found.problems:
         console.print("[red]Problem:[/red] ", end="")

@@ -327,6 +327,10 @@ def verify(
 
 @app.command()
 def doctor(
+    self_test: Annotated[
+        bool,
+        typer.Option("--self-test", help="Have the compiled kernels run their self-test now."),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
     """Say which kernels would serve which layers here, and why: versions, machine, vLLM, and what is missing.
@@ -336,7 +340,7 @@ def doctor(
     from vllm_w8a8_bismooth.doctor import diagnose
 
     with display.console(stderr=True).status("asking vLLM"):
-        found = diagnose()
+        found = diagnose(self_test)
     if as_json:
         print(json.dumps(display.with_sentences(found), indent=2))
     else:

@@ -26,7 +26,7 @@ def unsupported(rows: int, columns: int, group_size: int | None, device: torch.d
         group_size: columns that share a weight scale; ``None`` is per-channel.
         device: where the weight is.
     """
-    server = kernels.server(device.type)
+    server = kernels.server(device.type, group_size=group_size)
     if server == kernels.TRITON:
         from vllm_w8a8_bismooth.ops.triton import tiles
 

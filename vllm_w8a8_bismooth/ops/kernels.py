@@ -2,39 +2,52 @@
 
 The compiled kernels of ``csrc/``, where they were built, register themselves for their own device (``CPU``, ``CUDA``).
 Where torch is a build for a GPU, Triton's are registered for what is then missing there. torch's dispatcher prefers
-either to the reference, and nothing above this module changes.
+either to the reference, and nothing above this module changes. What the compiled ones should not do, see :mod:`gate`,
+they can be relieved of.
 """
 
 import logging
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from vllm_w8a8_bismooth.ops import schema
 
 COMPILED, TRITON, REFERENCE = "compiled", "triton", "reference"
+GRANULARITIES = CHANNEL, GROUP_128, GROUP_ANY = "per-channel", "groups of 128", "other groups"
+"""What compiled products are specialised for, in the order of ``csrc/cuda/layout.h``."""
+LIBRARY_FILE = Path(__file__).parents[1] / "_C.so"
+"""The compiled kernels, if there are any."""
 _BUILDS: Mapping[str, str | None] = {"cuda": torch.version.cuda or torch.version.hip, "xpu": torch.version.xpu}
 """Type of a device that Triton compiles for -> the version of its platform, if torch is a build for it."""
 _logger = logging.getLogger("vllm.w8a8_bismooth")
 
 
 def _load_library() -> None:
-    path = Path(__file__).parents[1] / "_C.so"
-    if not path.exists():
+    if not LIBRARY_FILE.exists():
         return
     try:
-        torch.ops.load_library(path)
+        torch.ops.load_library(LIBRARY_FILE)
     except OSError as error:
         _logger.warning("the compiled kernels do not load, so they are not used: %s", error)
+
+
+def granularity(group_size: int | None) -> str:
+    """The one of :data:`GRANULARITIES` that serves groups of so many columns; ``None`` is the whole row."""
+    return {None: CHANNEL, 128: GROUP_128}.get(group_size, GROUP_ANY)
 
 
 def _registered(device: str, operation: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"w8a8_bismooth::{operation}", device.upper())
 
 
-def _register_triton(device: str, operations: list[str]) -> bool:
-    """Have Triton's kernels do these operations on a kind of device; whether they can."""
+def _triton(device: str, operations: Iterable[str]) -> Mapping[str, Callable]:
+    """Triton's kernels for a kind of device, by operation; nothing where there are none, aloud if there should be."""
+    if not _BUILDS.get(device):
+        return {}
     try:
         from vllm_w8a8_bismooth.ops import triton
     except Exception as error:  # triton is absent, or broken, in which case it can raise anything
@@ -45,35 +58,71 @@ def _register_triton(device: str, operations: list[str]) -> bool:
             ", ".join(operations),
             device,
         )
-        return False
-    for operation in operations:
-        schema.LIBRARY.impl(operation, triton.OPERATIONS[operation], device.upper())
-    return True
+        return {}
+    return triton.OPERATIONS
 
 
-def _servers() -> dict[tuple[str, str], str]:
-    """Register all that there is: (type of a device, operation) -> who does it; the reference does the others."""
+def _servers() -> dict[tuple[str, str, str], str]:
+    """Register all that there is: (type of a device, operation, granularity) -> who; the reference does the others."""
     _load_library()
-    found = {
-        (device, operation): COMPILED
-        for device in ("cpu", *_BUILDS)
-        for operation in schema.OPERATIONS
-        if _registered(device, operation)
-    }
-    for device, version in _BUILDS.items():
-        missing = [operation for operation in schema.OPERATIONS if (device, operation) not in found]
-        if version and missing and _register_triton(device, missing):
-            found |= dict.fromkeys(((device, operation) for operation in missing), TRITON)
+    found: dict[tuple[str, str, str], str] = {}
+    for device in ("cpu", *_BUILDS):
+        compiled = [operation for operation in schema.OPERATIONS if _registered(device, operation)]
+        missing = [operation for operation in schema.OPERATIONS if operation not in compiled]
+        triton = _triton(device, missing) if missing else {}
+        for operation in missing if triton else ():
+            schema.LIBRARY.impl(operation, triton[operation], device.upper())
+        who = dict.fromkeys(compiled, COMPILED) | (dict.fromkeys(missing, TRITON) if triton else {})
+        found |= {(device, operation, each): name for operation, name in who.items() for each in GRANULARITIES}
     return found
 
 
 _SERVERS = _servers()
+_COMPILED: dict[tuple[str, str], Any] = {}
+"""Type of a device, operation -> the compiled kernel that was relieved of something."""
 
 
-def server(device_type: str, operation: str = "scaled_mm") -> str:
+def server(device_type: str, operation: str = "scaled_mm", group_size: int | None = None) -> str:
     """Who does an operation on this kind of device (``cpu``, ``cuda``, ``xpu``).
 
+    Args:
+        device_type: torch's type; that of ROCm's devices is ``cuda``.
+        operation: a key of :data:`schema.OPERATIONS`.
+        group_size: of the weights of a product; ``None`` is per-channel.
+
     Returns:
-        :data:`COMPILED`, :data:`TRITON` or :data:`REFERENCE`. ROCm's devices are of torch's type ``cuda``.
+        :data:`COMPILED`, :data:`TRITON` or :data:`REFERENCE`.
     """
-    return _SERVERS.get((device_type, operation), REFERENCE)
+    return _SERVERS.get((device_type, operation, granularity(group_size)), REFERENCE)
+
+
+def relieve(device_type: str, operation: str, granularities: Iterable[str] = GRANULARITIES) -> None:
+    """Have Triton's kernels, or else the reference, do what the compiled kernels of a kind of device do until now.
+
+    In this process, for good. Where compiled kernels do not do it, nothing changes.
+
+    Args:
+        device_type, operation: see :func:`server`.
+        granularities: of :data:`GRANULARITIES`, those of the product that go. Of other operations all go.
+    """
+    going = [(device_type, operation, each) for each in granularities]
+    if COMPILED not in (_SERVERS.get(each) for each in going):
+        return
+    name, key = f"w8a8_bismooth::{operation}", device_type.upper()
+    compiled: Any = _COMPILED.setdefault((device_type, operation), torch.library.get_kernel(name, key))
+    triton = _triton(device_type, [operation])
+    _SERVERS.update(dict.fromkeys(going, TRITON if triton else REFERENCE))
+    portable: Callable = triton.get(operation, schema.OPERATIONS[operation])
+
+    def route(keys: torch.DispatchKeySet, a: torch.Tensor, b: torch.Tensor, *more: Any) -> torch.Tensor:
+        columns, groups = a.shape[1], more[1].shape[1]
+        group_size = None if groups == 1 else columns // groups
+        if server(device_type, operation, group_size) == COMPILED:
+            return compiled.call_boxed(keys, a, b, *more)
+        return portable(a, b, *more)
+
+    some_left = any(_SERVERS[device_type, operation, each] == COMPILED for each in GRANULARITIES)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # torch's, that this overrides a kernel
+        made = route if some_left else portable
+        schema.LIBRARY.impl(operation, made, key, with_keyset=some_left, allow_override=True)

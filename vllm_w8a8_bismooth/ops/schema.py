@@ -4,6 +4,8 @@ The schemas, the fakes (shapes for torch.compile) and a reference implementation
 at import; :mod:`kernels` adds what is faster.
 """
 
+from collections.abc import Callable, Mapping
+
 import torch
 
 from vllm_w8a8_bismooth.grouping import groups
@@ -24,7 +26,7 @@ LIBRARY.define(
     "experts(Tensor x, Tensor shares, Tensor chosen, Tensor w13, Tensor w13_scale, Tensor w2, Tensor w2_scale, "
     "str activation, int? group_size=None) -> Tensor"
 )
-OPERATIONS = {
+OPERATIONS: Mapping[str, Callable] = {
     "quantize_activations": reference.quantize_activations,
     "rms_norm_quantize": reference.rms_norm_quantize,
     "silu_mul_quantize": reference.silu_mul_quantize,

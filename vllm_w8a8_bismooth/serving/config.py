@@ -12,7 +12,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBa
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
 from vllm.model_executor.layers.quantization.compressed_tensors.schemes import CompressedTensorsScheme
 
-from vllm_w8a8_bismooth import FORMAT, MARKER, NAME
+from vllm_w8a8_bismooth import FORMAT, MARKER, NAME, switch
 from vllm_w8a8_bismooth.serving import guard, moe, servers
 from vllm_w8a8_bismooth.serving.scheme import W8A8Scheme
 
@@ -42,8 +42,10 @@ class BiSmoothConfig(CompressedTensorsConfig):
 
         Raises:
             ValueError: linears are quantized in a way that this package has no kernels for, or none is; see also
-                :func:`guard.check_patterns`; or compressed-tensors does not understand the config.
+                :func:`guard.check_patterns`; or compressed-tensors does not understand the config; or the environment
+                asks for what is unknown, see :func:`switch.wanted`.
         """
+        switch.wanted()
         guard.check_patterns(config)
         groups = config.get("config_groups")
         if not isinstance(groups, Mapping) or not all(isinstance(group, Mapping) for group in groups.values()):
@@ -82,9 +84,8 @@ class BiSmoothConfig(CompressedTensorsConfig):
         self, weight_quant: QuantizationArgs, input_quant: QuantizationArgs, *args: Any, **kwargs: Any
     ) -> CompressedTensorsScheme:
         """Chooses :class:`W8A8Scheme`, unless :mod:`servers` has vLLM's own kernel serve."""
-        served = servers.per_channel(servers.here())
-        if weight_quant.strategy != GROUP and served.kernel == servers.STOCK:
-            logger.info_once("w8a8_bismooth: per-channel linears run on %s, because %s", served.kernel, served.reason)
+        platform = servers.settle(logger)
+        if weight_quant.strategy != GROUP and servers.per_channel(platform).kernel == servers.STOCK:
             return super()._get_scheme_from_parts(weight_quant, input_quant, *args, **kwargs)
         return W8A8Scheme(
             weight_group_size=weight_quant.group_size if weight_quant.strategy == GROUP else None,

@@ -1,6 +1,7 @@
 """Shows who would serve our layers in the installed vLLM, and why; runs in a process of its own.
 
-``python -m vllm_w8a8_bismooth.serving.doctor ANSWER.json`` writes what :func:`answer` returns.
+``python -m vllm_w8a8_bismooth.serving.doctor ANSWER.json`` reads from stdin what :func:`answer` takes, as JSON, and
+writes what it returns.
 """
 
 import json
@@ -11,16 +12,20 @@ from typing import Any
 
 import torch
 
-from vllm_w8a8_bismooth import NAME
+from vllm_w8a8_bismooth import NAME, switch
 from vllm_w8a8_bismooth.serving import servers
 
 
-def answer() -> dict[str, Any]:
+def answer(test: bool) -> dict[str, Any]:
     """What vLLM says of itself here, as its own processes would see it.
+
+    Args:
+        test: run the self-test of the compiled kernels now, also if there is a verdict, and on a CPU.
 
     Returns:
         ``platform`` (``cpu``, ``cuda``, ...), ``device`` (its name), ``capability`` (``9.0``, or ``None``),
-        ``registered``, ``problem`` (why not, or ``None``), and ``layers``, see :func:`_layers`.
+        ``registered``, ``problem`` (why not, or ``None``), ``tests``, see :func:`_tests`, and ``layers``, see
+        :func:`_layers`.
     """
     from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
     from vllm.platforms import current_platform
@@ -34,16 +39,33 @@ def answer() -> dict[str, Any]:
         "capability": capability and capability.as_version_str(),
         "registered": NAME in QUANTIZATION_METHODS,
         "problem": None,
+        "tests": {},
         "layers": {},
     }
     try:
         from vllm_w8a8_bismooth.serving import register
 
         register()
+        found["tests"] = _tests(current_platform.device_type, test)
         found["layers"] = _layers()
     except Exception as error:
         found["problem"] = f"{type(error).__name__}: {error}"
     return found
+
+
+def _tests(device_type: str, anew: bool) -> dict[str, dict[str, Any]]:
+    """Device -> what the self-test of its kernels found, in ``words``, and all ``faults``; equal GPUs are one."""
+    from vllm_w8a8_bismooth.ops import COMPILED, gate, server
+
+    if server(device_type) != COMPILED or not (anew or (device_type == "cuda" and switch.wanted() == switch.AUTO)):
+        return {}
+    if device_type == "cpu":
+        devices: dict[str, int | None] = {"this CPU": None}
+    else:
+        count = torch.cuda.device_count()
+        devices = {torch.cuda.get_device_name(index): index for index in reversed(range(count))}
+    found = {name: gate.judge(index, anew) for name, index in devices.items()}
+    return {name: {"words": verdict.words(), "faults": verdict.faults} for name, verdict in found.items()}
 
 
 def _layers() -> dict[str, servers.Served]:
@@ -56,4 +78,4 @@ def _layers() -> dict[str, servers.Served]:
 
 
 if __name__ == "__main__":
-    Path(sys.argv[1]).write_text(json.dumps(answer()))
+    Path(sys.argv[1]).write_text(json.dumps(answer(**json.load(sys.stdin))))

@@ -61,11 +61,17 @@ def method_of(config: CompressedTensorsConfig, layer: RoutedExperts, prefix: str
                 f"{' or '.join(served)}: convert again with the experts per-channel, or leave them in float"
             )
     rule = servers.experts_per_group if weights.group_size else servers.experts
-    who = rule(servers.here())
+    platform = servers.settle(logger)
+    who = rule(platform)
     if who.kernel == servers.REFUSED:
         raise ValueError(f"{prefix}: per-group experts cannot be served here: {who.reason}")
     if who.kernel == servers.STOCK_EXPERTS:
-        return StockExperts(weights, inputs, layer.moe_config)
+        try:
+            return StockExperts(weights, inputs, layer.moe_config)
+        except NotImplementedError as error:  # vLLM has INT8 experts for some CPUs only
+            if platform.device != "cpu":
+                raise
+            logger.warning_once("w8a8_bismooth: vLLM's own method does not serve experts on this CPU: %s", error)
     return Experts(layer.moe_config, weights.group_size, inputs.group_size)
 
 
@@ -125,7 +131,7 @@ class Experts(FusedMoEMethodBase):
             ValueError: see :func:`check_scales`.
         """
         device = layer.w13_weight.device.type
-        servers.announce(logger, "experts", device)
+        servers.announce(logger, "experts", device, self.weight_group_size)
         check_scales(layer)
         for name in ("w13_weight_scale", "w2_weight_scale"):  # group by group, as W8A8Scheme stores them
             scale = getattr(layer, name).data

@@ -6,6 +6,7 @@ a list of ``[where, what]``, empty if vLLM takes everything as it is meant.
 
 import copy
 import json
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from vllm.model_executor.layers.quantization import get_quantization_config
 
-from vllm_w8a8_bismooth import NAME
+from vllm_w8a8_bismooth import NAME, switch
 from vllm_w8a8_bismooth.serving import register
 from vllm_w8a8_bismooth.serving.claim import Claim
 
@@ -62,4 +63,5 @@ def _text(error: Exception) -> str:
 
 
 if __name__ == "__main__":
+    os.environ[switch.VARIABLE] = switch.OFF  # who would serve is not asked, so no GPU is woken for it
     Path(sys.argv[1]).write_text(json.dumps(list(problems(json.load(sys.stdin)))))

@@ -117,7 +117,7 @@ class W8A8Scheme(CompressedTensorsScheme):
         device = weight.device.type
         kind = "per-channel" if self.weight_group_size is None else f"per-group ({self.weight_group_size})"
         static = " with static activations" if self.static else ""
-        servers.announce(logger, f"{kind} linears{static}", device)
+        servers.announce(logger, f"{kind} linears{static}", device, self.weight_group_size)
         self._check_arrived(layer, "weight_scale", scale.isfinite(), "not finite")
         if self.per_tensor:
             widths = torch.tensor(layer.logical_widths, device=scale.device)
@@ -130,7 +130,7 @@ class W8A8Scheme(CompressedTensorsScheme):
             replace_parameter(layer, "input_scale", largest)
         rows, columns = weight.shape
         if reason := ops.unsupported(rows, columns, group_size=self.weight_group_size, device=weight.device):
-            compiled = "use a smaller tensor parallel size, or install without the CUDA kernels (BISMOOTH_CUDA=0)"
+            compiled = "use a smaller tensor parallel size, or do without the compiled kernels (BISMOOTH_KERNELS=off)"
             remedy = compiled if ops.has_kernel(device) else "convert the model per-channel"
             raise ValueError(f"{getattr(layer, 'prefix', 'linear')}: {reason}; {remedy}")
         if device == "cpu" and ops.has_kernel(device):

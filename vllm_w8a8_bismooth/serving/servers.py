@@ -1,10 +1,14 @@
 """Which kernels serve which layers on which platform, and why: rules over plain data."""
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from vllm_w8a8_bismooth.ops import COMPILED, REFERENCE, TRITON, server
+from vllm_w8a8_bismooth import NAME, switch
+from vllm_w8a8_bismooth.ops import COMPILED, REFERENCE, TRITON, gate, server
+from vllm_w8a8_bismooth.ops.gate import Ruling
+from vllm_w8a8_bismooth.ops.kernels import CHANNEL, GROUP_128
 
 
 @dataclass(frozen=True)
@@ -13,16 +17,29 @@ class Platform:
 
     Attributes:
         device: torch's type, ``cpu``, ``cuda`` or ``xpu``.
-        linears, experts: who does our ``scaled_mm`` and ``experts`` there, as :func:`ops.server` says.
+        per_channel, per_group: who does our linears there, as :func:`ours` says.
+        experts: who does our ``experts``, as :func:`ops.server` says.
         capability: of an NVIDIA GPU, 90 for 9.0; ``None`` for others.
         unsupported: why our products cannot, as :func:`ops.unsupported` says, or ``""``.
+        ruling: why compiled kernels do what they do.
     """
 
     device: str
-    linears: str
+    per_channel: str
+    per_group: str
     experts: str
     capability: int | None = None
     unsupported: str = ""
+    ruling: Ruling = Ruling(switch.AUTO)
+
+    @property
+    def off(self) -> bool:
+        """Whether compiled kernels are not wanted."""
+        return self.ruling.switch == switch.OFF
+
+    def lack(self, granularity: str) -> str:
+        """Why compiled kernels that are there do not serve, or ``""``."""
+        return self.ruling.lost.get(granularity) or self.ruling.reason
 
 
 class Served(NamedTuple):
@@ -45,65 +62,117 @@ OLDEST, NEWEST = 80, 100
 _WORDS = {COMPILED: "the {} kernel", TRITON: "the Triton kernel for {}", REFERENCE: "the torch reference, slow"}
 
 
+def ours(device: str, group_size: int | None) -> str:
+    """Who does our linears on a kind of device: :data:`ops.COMPILED`, or the slowest of those who do a part of it."""
+    parts = server(device, "quantize_activations"), server(device, "scaled_mm", group_size)
+    return max(parts, key=(COMPILED, TRITON, REFERENCE).index)
+
+
 def here() -> Platform:
-    """The platform that vLLM found in this process, without touching its devices."""
+    """The platform that vLLM found in this process; on a GPU, after the self-test of its kernels.
+
+    Raises:
+        ValueError: the environment asks for what is unknown, see :func:`switch.wanted`.
+    """
     from vllm.platforms import current_platform
 
     device = current_platform.device_type
+    ruling = gate.settle(device)
     capability = current_platform.get_device_capability() if current_platform.is_cuda() else None
-    return Platform(device, server(device), server(device, "experts"), capability and capability.to_int())
+    return Platform(
+        device,
+        ours(device, None),
+        ours(device, 128),
+        server(device, "experts"),
+        capability and capability.to_int(),
+        ruling=ruling,
+    )
 
 
-def announce(logger: Any, layers: str, device: str) -> None:
+def settle(logger: Any) -> Platform:
+    """:func:`here` for a model that is being built: said in the log, and part of vLLM's key for its compiled graphs,
+    which do not look alike whoever serves.
+
+    Args:
+        logger: vLLM's.
+    """
+    from vllm.config import get_current_vllm_config
+
+    platform = here()
+    report(logger, platform)
+    with suppress(AssertionError):  # vLLM's, where nothing builds a model
+        more = get_current_vllm_config().additional_config
+        if isinstance(more, dict):
+            operations = ("quantize_activations", "silu_mul_quantize", "scaled_mm", "experts")
+            who = [server(platform.device, name, size) for name in operations for size in (None, 128, 32)]
+            more[NAME] = [*(rule(platform).kernel for rule in KINDS.values()), *who]
+    return platform
+
+
+def announce(logger: Any, layers: str, device: str, group_size: int | None) -> None:
     """Say once what ``layers`` run on where their weights are, aloud if that is the reference.
 
     Args:
         logger: vLLM's.
         layers: in words.
         device: torch's type.
+        group_size: columns that share a weight scale; ``None`` is per-channel.
     """
-    found = server(device)
+    found = ours(device, group_size)
     say = logger.warning_once if found == REFERENCE else logger.info_once
     say("w8a8_bismooth: %s run on %s", layers, _WORDS[found].format(device))
 
 
-def _ours(platform: Platform) -> Served:
+def report(logger: Any, platform: Platform) -> None:
+    """Say once who serves what here, and why; on a CPU only if somebody chose otherwise, as there is no more to say."""
+    if platform.device == "cpu" and platform.ruling.switch == switch.AUTO:
+        return
+    found = {kind: rule(platform) for kind, rule in KINDS.items()}
+    say = logger.info_once if all(served.meant for served in found.values()) else logger.warning_once
+    words = "; ".join(f"{kind} on {served.kernel} ({served.reason})" for kind, served in found.items())
+    say("w8a8_bismooth, %s=%s: %s", switch.VARIABLE, platform.ruling.switch, words)
+
+
+def _ours(platform: Platform, kernel: str, granularity: str) -> Served:
     if platform.unsupported:
         return Served(REFUSED, platform.unsupported, False)
+    lack, proof = platform.lack(granularity), platform.ruling.proof
+    absent = f"this package was installed without its kernels for {platform.device}"
     return {
-        COMPILED: Served("our kernel", f"compiled for {platform.device}", True),
-        TRITON: Served("our Triton kernel", f"none was compiled for {platform.device}", True),
-        REFERENCE: Served(
-            "the torch reference", f"this package was installed without its kernels for {platform.device}: slow", False
+        COMPILED: Served("our kernel", f"compiled for {platform.device}{proof and ', '}{proof}", True),
+        TRITON: Served(
+            "our Triton kernel", lack or f"none was compiled for {platform.device}", not lack or platform.off
         ),
-    }[platform.linears]
+        REFERENCE: Served("the torch reference", f"{lack or absent}: slow", False),
+    }[kernel]
 
 
 def per_channel(platform: Platform) -> Served:
     """Who serves per-channel linears.
 
     vLLM's own kernel is faster than the reference, and has run, which Triton's has not, so it takes the place of
-    compiled kernels that are missing, but not on CUDA of compute capability 10 and above (vLLM issue 54311).
+    compiled kernels that are missing or not to be relied on, but not on CUDA of compute capability 10 and above (vLLM
+    issue 54311).
     """
-    capability = platform.capability
-    if platform.device != "cpu":
+    capability, absent = platform.capability, "this package was installed without its kernels for this device"
+    if platform.device != "cpu" or platform.off:
         if capability and capability < OLDEST:
             return Served(STOCK, "this package's kernels need compute capability 8.0", False)
-        if platform.linears != COMPILED and not (capability and capability >= NEWEST):
-            return Served(STOCK, "this package was installed without its kernels for this device", False)
-    return _ours(platform)
+        if (platform.off or platform.per_channel != COMPILED) and not (capability and capability >= NEWEST):
+            return Served(STOCK, platform.lack(CHANNEL) or absent, platform.off)
+    return _ours(platform, platform.per_channel, CHANNEL)
 
 
 def per_group(platform: Platform) -> Served:
     """Who serves per-group linears, which vLLM has no kernel for."""
-    return _ours(platform)
+    return _ours(platform, platform.per_group, GROUP_128)
 
 
 def experts(platform: Platform) -> Served:
     """Who serves per-channel experts: vLLM's own method on every GPU, because it has run there."""
-    if platform.device == "cpu":
-        return _ours(platform)
-    return Served(STOCK_EXPERTS, "it has a kernel for every GPU", True)
+    if platform.device == "cpu" and not platform.off:
+        return _ours(platform, platform.per_channel, CHANNEL)
+    return Served(STOCK_EXPERTS, platform.ruling.reason if platform.off else "it has a kernel for every GPU", True)
 
 
 def experts_per_group(platform: Platform) -> Served:
@@ -112,7 +181,7 @@ def experts_per_group(platform: Platform) -> Served:
     The reference would ask the GPU how many tokens each expert has, which no CUDA graph can hold.
     """
     if platform.device == "cpu" or platform.unsupported:
-        return _ours(platform)
+        return _ours(platform, platform.per_group, GROUP_128)
     if platform.experts == TRITON:
         return Served("our Triton kernel", "no other has groups", True)
     return Served(REFUSED, f"Triton, which would serve them, is not installed for {platform.device}", False)
