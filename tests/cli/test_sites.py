@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import vllm_w8a8_bismooth as b
-from tests.support.command import run
+from tests.support.command import json_of, run
 from tests.support.damage import edit_json
 from tests.support.models import tiny_config
 from vllm_w8a8_bismooth.discovery.reading import read
@@ -35,7 +35,7 @@ def record_of(source: Path, *options) -> dict:
     """What is printed for programs, behind what progress says."""
     code, text = run("sites", source, "--json", *options)
     assert code == 0, text
-    return json.loads(text[text.index('{"') :])
+    return json_of(text)
 
 
 def test_people_read_it(make_config):
@@ -128,8 +128,8 @@ HOSTILE = {
     "no type": (dict(model_type=None), ["model_type = None is unknown"]),
     "nested without end": (dict(rope_parameters=json.loads('{"a":' * 400 + "1" + "}" * 400)), ["nested more than 32"]),
     "lists without end": (dict(layer_types=["x"] * 10**5), ["layer_types has 100000 entries"]),
-    "garbage": (dict(num_attention_heads={"a": [None]}, hidden_act=7), ["--method rtn"]),
-    "negative": (dict(num_hidden_layers=-4), ["--method rtn"]),
+    "garbage": (dict(num_attention_heads={"a": [None]}, hidden_act=7), ["is no positive integer"]),
+    "negative": (dict(num_hidden_layers=-4), ["num_hidden_layers = -4 is no positive integer"]),
     "an unknown type": (dict(model_type="no-such"), ["model_type = 'no-such' is unknown to transformers", "upgrade"]),
     "own code": (
         dict(model_type="no-such", auto_map={"AutoConfig": "evil.Config"}),
@@ -162,7 +162,7 @@ def test_inspect_says_where_the_layout_is_from(make_checkpoint):
     assert "norm->query_key_value" not in text
     assert "norm->query_key_value" in inspected(source, "--sites")[1]
     code, text = run("inspect", source, "--json")
-    found = json.loads(text[text.index("{\n") :])
+    found = json_of(text)
     assert found["known_by"] == "discovery" and found["unproven"] is None
     (kind,) = found["kinds"]
     assert kind["blocks"] == [0, 1, 2] and len(kind["sites"]) == 3

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 from transformers import AutoTokenizer
 
-from tests.support.command import patience, run
+from tests.support.command import json_of, patience, run
 from tests.support.damage import edit_json
 from vllm_w8a8_bismooth.checkpoint.reader import Checkpoint
 from vllm_w8a8_bismooth.errors import BismoothError
@@ -526,7 +526,7 @@ def test_analyze_reads_the_same(make_checkpoint, tmp_path):
     path.write_text(json.dumps([{"messages": CHAT}] * 60 + [{}]))
     code, out = run("analyze", make_checkpoint(), "--calibration", path, "--calibration-tokens", "256", "--json")
     assert code == 0
-    found = json.loads(out[out.index("{") :])["calibration"]
+    found = json_of(out)["calibration"]
     assert found["files"] == ["chats.json"] and found["skipped"] == 1 and found["windows"] == 2
 
 

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.convert import WHOLE_70B
 from benchmarks.random_llama import checkpoint, hole
-from tests.support.command import run
+from tests.support.command import json_of, run
 from tests.support.conversion import convert
 from tests.support.damage import CASES, INDEX, Q, edit_json, edit_shard, index_to, shard_of, truncate
 from tests.support.models import MODEL_TYPES
@@ -22,7 +22,7 @@ from vllm_w8a8_bismooth.recipe import Recipe
 
 def inspect(source: Path, *options) -> tuple[int, dict]:
     code, out = run("inspect", source, "--json", *options)
-    return code, json.loads(out[out.index("{\n") :])  # behind what progress says
+    return code, json_of(out)
 
 
 def test_whole_70b_takes_no_torch_and_little_time(tmp_path):

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from tests.support.command import run
+from tests.support.command import json_of, run
 from tests.support.contents import digests
 from tests.support.conversion import convert
 from tests.support.damage import edit_json, edit_shard
@@ -504,10 +504,10 @@ def test_the_command(make_checkpoint, tmp_path, calibration_text):
         command = ("convert", source, tmp_path / blocks[0], "--blocks", blocks, *options)
         code, text = run(*command, "--dry-run", "--json")
         assert code == 0 and not (tmp_path / blocks[0]).exists()
-        plans[blocks] = json.loads(text)
+        plans[blocks] = json_of(text)
         code, text = run(*command, "--json")
         assert code == 0, text
-        reports[blocks] = json.loads(text[text.index("{\n") :])
+        reports[blocks] = json_of(text)
         assert plans[blocks]["written_bytes"] == reports[blocks]["written_bytes"]
         assert plans[blocks]["shards"].keys() == {path.name for path in (tmp_path / blocks[0]).glob("*.safetensors")}
         assert plans[blocks]["part"] == reports[blocks]["part"]
@@ -518,13 +518,13 @@ def test_the_command(make_checkpoint, tmp_path, calibration_text):
     assert plans["2:"]["blocks"] == 1 and plans["2:"]["seconds"] > 0.6 * plans[":2"]["seconds"]
     parts, before = (tmp_path / "2", tmp_path / ":"), digests(tmp_path)
     code, text = run("merge", tmp_path / "out", *parts, "--dry-run", "--json")
-    plan = json.loads(text)
+    plan = json_of(text)
     assert code == 0 and list(plan["parts"].values()) == [[0, 2], [2, 3]] and not plan["reused"]
     code, text = run("merge", tmp_path / "out", *parts, "--dry-run")
     assert code == 0 and "the parts fit together" in text and digests(tmp_path) == before
     code, text = run("merge", tmp_path / "out", *parts, "--json")
     assert code == 0, text
-    report = json.loads(text[text.index("{\n") :])
+    report = json_of(text)
     assert report["written_bytes"] == plan["written_bytes"] == sum(r["written_bytes"] for r in reports.values())
     assert report["source_bytes"] == sum(r["source_bytes"] for r in reports.values()) and report["part"] is None
     code, text = run("merge", tmp_path / "out", *parts)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.support.command import run
+from tests.support.command import json_of, run
 from tests.support.conversion import convert
 from vllm_w8a8_bismooth.checkpoint.layout import Source
 from vllm_w8a8_bismooth.conversion.options import ignored_by_name
@@ -34,7 +34,7 @@ def test_patterns_as_people_write_them(make_checkpoint, tmp_path, case):
     source, out = make_checkpoint(num_hidden_layers=12), tmp_path / "out"
     options = [word for pattern in given for word in ("--ignore", pattern)]
     code, text = run("convert", source, out, *RTN, "--dry-run", "--json", *options)
-    plan = json.loads(text)
+    plan = json_of(text)
     if expected is None:
         expected = [f"model.layers.1.{name}" for name in Source(source).layers[1].linears]
     assert code == 0 and sorted(plan["ignored"]) == sorted(expected) and plan["already_float"] == in_float

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.support.command import converted, refused, run
+from tests.support.command import converted, json_of, refused, run
 from tests.support.contents import digests
 from tests.support.conversion import convert
 from tests.support.damage import INDEX, config, edit_json, edit_shard
@@ -121,8 +121,8 @@ def test_what_is_said_of_it(fp8, tmp_path):
     how = "FP8 with a scale for each block of 48 x 40"
     code, said = run("inspect", fp8)
     assert code == 0 and "F8_E4M3" in said and f"quantized already ({how})" in said
-    found = json.loads(run("inspect", fp8, "--json")[1])
-    plain = json.loads(run("inspect", fp8.with_name("fp8-in-float"), "--json")[1])
+    found = json_of(run("inspect", fp8, "--json")[1])
+    plain = json_of(run("inspect", fp8.with_name("fp8-in-float"), "--json")[1])
     assert found["quantized"] == how and plain["quantized"] is None
     assert found["parameters"] == plain["parameters"] and found["source_bytes"] < plain["source_bytes"]
     assert found["needs"]["data-free"]["written_bytes"] == plain["needs"]["data-free"]["written_bytes"]

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from tests.support.command import run
+from tests.support.command import json_of, run
 from tests.support.contents import tensors_of
 from tests.support.damage import CASES, INDEX, Q, edit_json, edit_shard
 from tests.support.options import OPTIONS
@@ -119,7 +119,7 @@ def follow(message: str, source: Path, whole: Path) -> None:
     """Does what each line of a refusal says."""
     lines = message.splitlines()
     if "bismooth inspect lists them" in lines[-1]:
-        lines = json.loads(run("inspect", source, "--json")[1])["problems"]
+        lines = json_of(run("inspect", source, "--json")[1])["problems"]
     for line in lines:
         problem, _, remedy = line.strip().removeprefix("also: ").rpartition("; ")
         where = problem.removeprefix(f"{source}: ").partition(": ")[0]

@@ -82,9 +82,9 @@ def test_json_has_experts_once():
         (UnknownModel, dict(model_type="no-such-model"), "no-such-model"),
         (UnknownModel, dict(model_type=None), "model_type = None is unknown"),
         (BismoothError, dict(text_config=json.loads('{"a":' * 40 + "0" + "}" * 40)), "nested more than 32 deep"),
-        (Unproven, dict(hidden_size=-1), "transformers refuses it"),
+        (BismoothError, dict(hidden_size=-1), "hidden_size = -1 is no positive integer"),
         (Unproven, dict(hidden_act="no-such-function"), "no-such-function"),
-        (Unproven, dict(num_attention_heads=0), "refuses|builds no model|runs"),
+        (BismoothError, dict(num_attention_heads=0), "is no positive integer"),
     ],
 )
 def test_configs_of_which_no_model_is_made_are_refused(config, kind, changes, what):

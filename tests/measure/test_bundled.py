@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 import vllm_w8a8_bismooth as b
 from benchmarks.calibration.sources import OWN, SOURCES
 from benchmarks.testbed import BEDS, CORPUS, PYTHON
-from tests.support.command import run
+from tests.support.command import json_of, run
 from tests.support.contents import digests
 from tests.support.damage import drop
 from vllm_w8a8_bismooth.checkpoint.reader import Checkpoint
@@ -212,6 +212,6 @@ def test_without_a_tokenizer_the_remedy_works(make_checkpoint, tmp_path, options
 def test_analyze_takes_it_when_asked(make_checkpoint):
     source = make_checkpoint()
     code, message = run("analyze", source, "--json", "--calibration", "bundled", *FEW)
-    assert code == 0 and json.loads(message[message.index("{") :])["calibration"]["files"] == [bundled.NAME]
+    assert code == 0 and json_of(message)["calibration"]["files"] == [bundled.NAME]
     code, message = run("analyze", source, "--json")
-    assert code == 0 and json.loads(message[message.index("{") :])["calibration"] is None
+    assert code == 0 and json_of(message)["calibration"] is None

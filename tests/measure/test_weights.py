@@ -1,4 +1,3 @@
-import json
 import re
 import sys
 from pathlib import Path
@@ -10,7 +9,7 @@ from hypothesis import strategies as st
 
 from benchmarks.testbed import PYTHON
 from benchmarks.testbed.plant import plant
-from tests.support.command import run
+from tests.support.command import json_of, run
 from tests.support.damage import edit_shard
 from tests.support.models import layer_of
 from vllm_w8a8_bismooth.measure import weights
@@ -113,7 +112,7 @@ def planted(tmp_path_factory) -> Path:
 
 def test_planted_linears_are_named_with_the_reason(planted, tmp_path):
     code, output = run("analyze", planted, "--json", "--figures", tmp_path / "figures")
-    found = json.loads(output[: output.rindex("}") + 1][output.index("{") :])
+    found = json_of(output)
     expected = {
         f"model.layers.{block}.{linear}"
         for block in (0, 1, 3)
@@ -140,7 +139,7 @@ def test_planted_linears_are_named_with_the_reason(planted, tmp_path):
 def test_perturbation_tells_weights_from_activations(planted):
     options = ("--calibration", PYTHON.calibration, "--calibration-tokens", 2048)
     code, output = run("analyze", planted, "--json", *options)
-    found = json.loads(output[: output.rindex("}") + 1][output.index("{") :])["perturbation"]
+    found = json_of(output)["perturbation"]
     assert code == 0 and len(found) == 24, "four fused linears in each of six blocks"
     for block in (0, 1, 3):
         for unit in ("self_attn.qkv_proj", "mlp.gate_up_proj"):

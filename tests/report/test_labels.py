@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
-from tests.support.command import run
+from tests.support.command import json_of, run
 from tests.support.contents import digests
 from tests.support.conversion import convert
 from tests.support.damage import edit_json
@@ -166,7 +166,7 @@ def test_another_label_rewrites_the_card_of_a_conversion_that_is_there(make_chec
         for dry in ((), ("--dry-run",)):
             code, said = run(*command, *options, *dry)
             assert code == 0 and "nothing to do" in said and "Nothing was written" not in said
-    assert json.loads(run(*command, "--dry-run", "--json")[1])["relabelled"] is None
+    assert json_of(run(*command, "--dry-run", "--json")[1])["relabelled"] is None
     assert digests(out) == digests(tmp_path / "at once")
     (out / "README.md").unlink()
     assert "its card would be rewritten.\n" in run(*command, "--dry-run")[1]
@@ -221,7 +221,7 @@ def test_merged_parts_have_labels(make_checkpoint, tmp_path):
     code, said = run(*again, "--dry-run")
     says = "its card would be rewritten (base_model: org/name, license: apache-2.0)"
     assert code == 0 and says in said and "Nothing was written" in said and digests(tmp_path / "out") == before
-    found = json.loads(run(*again, "--dry-run", "--json")[1])
+    found = json_of(run(*again, "--dry-run", "--json")[1])
     assert found["reused"] and found["relabelled"] == {"base_model": "org/name", "license": "apache-2.0"}
     card_before = (tmp_path / "out" / "README.md").read_text()
     (tmp_path / "out" / "README.md").write_text(card_before + "\nMine.\n")

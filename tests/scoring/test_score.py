@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import vllm_w8a8_bismooth as b
-from tests.support.command import run
+from tests.support.command import json_of, run
 from tests.support.conversion import convert
 from tests.support.damage import edit_json
 from vllm_w8a8_bismooth import given
@@ -340,7 +340,7 @@ def test_the_command(engines, source, out, text):
         assert part in said, said
     code, said = run(*words, "--json", "--write-card")
     assert code == 0 and "10 of them kept from an earlier run" in said and "The table is in " in said
-    found = json.loads(said[said.index("{\n") :])
+    found = json_of(said)
     assert found["windows"] == 10 and found["divergence"]["kl_interval"] and found["reused"] == 10
     code, said = run(*words, "--text", "-", "--text", "-")
     assert (code, said) == (2, "--text -: given twice, and can be read once; leave out one of the two")

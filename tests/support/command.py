@@ -1,9 +1,11 @@
 """The command in this process."""
 
+import json
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from typer.testing import CliRunner
 
@@ -37,6 +39,11 @@ def run(*arguments) -> tuple[int, str]:
     except (BismoothError, OSError) as error:  # as main catches them
         return 2, str(error)
     return result.exit_code, result.output
+
+
+def json_of(said: str) -> Any:
+    """The JSON in what a command says, behind what progress does."""
+    return json.JSONDecoder().raw_decode(said, said.index("{"))[0]
 
 
 def refused(source: Path, tmp_path: Path, *parts: str) -> None:

@@ -56,13 +56,17 @@ def _layer(layer: "record.Layer") -> Layer:
     # A norm may stand between what ends a half of the block and the stream.
     fed = {name for site in layer.sites if site.producer in layer.linears for name in site.consumers}
     order = [*(name for name in layer.linears if name in layer.experts), *layer.linears, *layer.floats]
+    posts = {name: offset for name in layer.vectors if name in layer.writers and name not in norms}
+    # What ends a half of the block in front of such a norm writes into the stream, too.
+    widths, producers = {layer.vectors[name] for name in posts}, {site.producer for site in layer.sites}
+    behind = {name for name, (rows, _) in layer.linears.items() if rows in widths and name not in producers}
     return Layer(
         tensors=layer.tensors,
         linears=layer.linears,
         sites=tuple(_site(site, layer, order) for site in layer.sites if _folds_matrices(site, layer)),
         routers=layer.floats,
-        posts={name: offset for name in layer.vectors if name in layer.writers and name not in norms},
-        writers=layer.writers,
+        posts=posts,
+        writers=layer.writers | behind,
         fused=fused_among(layer.linears),
         row_parallel=frozenset((layer.writers | fed) & layer.linears.keys()),
         experts=layer.experts,

@@ -15,7 +15,8 @@ from vllm_w8a8_bismooth.model.configs import decoded
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-_ELSEWHERE = ("model_type", "quantization_config", "auto_map")
+_ELSEWHERE = ("model_type", "quantization_config", "auto_map", "num_labels")
+"""What a config is not built with: transformers would make up a name for each of any number of labels."""
 _REMEDY = "mend config.json, or convert with --method rtn, which does not run the model"
 
 
