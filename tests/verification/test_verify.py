@@ -360,7 +360,7 @@ ALONE = {
     "another type": (
         "llama",
         lambda out: edit_json(out / "config.json", lambda c: c.update(model_type="gpt2")),
-        ["recipe.json: layout", "are not those of a model with this config.json"],
+        ["recipe.json: layout", "is not that of a model with this config.json"],
     ),
     "endless model": (
         "llama",

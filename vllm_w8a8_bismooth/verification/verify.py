@@ -133,8 +133,7 @@ def verify(
         _compare_source(found, source, checkpoint, unreadable, marked, progress)
     else:
         names = checkpoint.names
-        known = (names.embedding, names.norm, names.head)
-        strange = [n for n in checkpoint.headers if not n.startswith(names.blocks) and n not in known]
+        strange = [n for n in checkpoint.headers if not n.startswith(names.blocks) and n not in structure.around]
         found.notes += [f"tensor {name} is outside the blocks and unknown; check it with --against" for name in strange]
     if not {structure.names.head, structure.names.embedding} & unreadable:
         found.notes += head.notes_with_values(checkpoint, structure.tied)
