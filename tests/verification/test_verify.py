@@ -775,6 +775,12 @@ def test_a_checkpoint_of_llm_compressor_with_input_scales_is_not_called_faulty()
     assert code == 2 and "not made by bismooth, and target" in message and "it may be in order" in message, message
 
 
+def test_a_conversion_that_has_not_ended(tmp_path):
+    (tmp_path / "out.partial").mkdir()
+    with pytest.raises(BismoothError, match="has not ended, out.partial holds what is done; run the same"):
+        verify(tmp_path / "out")
+
+
 def test_what_is_absent_is_no_text(pairs):
     source, out = pairs("llama")
     edit_json(out / "config.json", lambda config: config.update(rope_theta=5.0))
