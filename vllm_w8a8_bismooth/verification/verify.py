@@ -89,13 +89,7 @@ def verify(
             ``against`` no checkpoint that could be converted.
     """
     folder = Path(folder)
-    partial = partial_folder(folder)
-    if not folder.exists() and partial.is_dir():
-        remedy = "run the same bismooth convert again, which goes on from there"
-        raise BismoothError.of(folder, f"its conversion has not ended, {partial.name} holds what is done", remedy)
-    if (folder / PART).is_file():
-        remedy = "bismooth merge makes a checkpoint of all its parts"
-        raise BismoothError.of(folder, "a part of a checkpoint", remedy)
+    _refuse_unfinished(folder)
     config = read_json(folder / CONFIG).get(KEY)
     marked = isinstance(config, dict) and MARKER in config
     found = Verification(folder, ours=marked)
@@ -148,6 +142,17 @@ def verify(
     if engine:
         _ask_vllm(found, config, marked, structure, progress)
     return found
+
+
+def _refuse_unfinished(folder: Path) -> None:
+    """Raises :class:`BismoothError` where there is no more than a part of a checkpoint."""
+    partial = partial_folder(folder)
+    if not folder.exists() and partial.is_dir():
+        remedy = "run the same bismooth convert again, which goes on from there"
+        raise BismoothError.of(folder, f"its conversion has not ended, {partial.name} holds what is done", remedy)
+    if (folder / PART).is_file():
+        remedy = "bismooth merge makes a checkpoint of all its parts"
+        raise BismoothError.of(folder, "a part of a checkpoint", remedy)
 
 
 def _noted(found: Verification) -> Basis | None:
