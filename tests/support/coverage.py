@@ -200,6 +200,10 @@ def serve(families: Sequence[Family], folder: Path) -> Iterator[Served]:
         answers |= found
         if len(found) < len(left):  # the process ended with the first that has no answer
             answers[next(name for name in left if name not in found)] = {"error": log[-3000:]}
+    # vLLM looks through whatever modules a process has imported, and can fail of what other engines left.
+    for name in [name for name, answer in answers.items() if "error" in answer and len(wanted) > 1]:
+        found, _ = engines.run(folder, WINDOWS, {name: wanted[name]})
+        answers |= found
     for family in families:
         source, ours = (answers[f"{family.name}-{way}"] for way in (SOURCE, _ways(family)[-1]))
         if error := source.get("error") or ours.get("error"):

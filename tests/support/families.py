@@ -345,7 +345,7 @@ FAMILIES = {
             "dots1",
             dict(n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=2, num_key_value_heads=2),
         ),
-        Family("minimax_m2", dict(rotary_dim=32)),
+        Family("minimax_m2", dict(rotary_dim=32, scoring_func="sigmoid")),
         Family("gpt_oss"),
         Family("jetmoe", unserved=_NO_CLASS),
         Family(
@@ -354,6 +354,7 @@ FAMILIES = {
                 num_hidden_layers=4,
                 interleave_moe_layer_step=2,
                 moe_layers=[1, 3],
+                attention_chunk_size=128,  # a multiple of vLLM's blocks
                 num_experts_per_tok=1,
                 intermediate_size=96,
                 layer_types=None,
