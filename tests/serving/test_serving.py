@@ -85,8 +85,8 @@ def test_schemes():
         ("cuda", 75, "compiled", "capability 8.0"),
         ("cuda", 75, "triton", "capability 8.0"),
         ("cuda", 100, "triton", None),  # vLLM's own fails there
-        ("cuda", None, "triton", "installed without its kernels"),  # ROCm, whatever capability it says it has
-        ("xpu", None, "triton", "installed without its kernels"),
+        ("cuda", None, "triton", "for CPUs and NVIDIA's GPUs"),  # ROCm, whatever capability it says it has
+        ("xpu", None, "triton", "for CPUs and NVIDIA's GPUs"),
     ],
 )
 def test_who_serves_per_channel_linears(monkeypatch, device, capability, server, stock):
