@@ -18,9 +18,9 @@ GPUS = {
     "MI300X": ("hip", "gfx942", 64),
     "RX 7900 XTX": ("hip", "gfx1100", 32),
     "RX 6900 XT": ("hip", "gfx1030", 32),
-    "Max 1550": ("xpu", "pvc", 32),
+    "Max 1550": ("xpu", {"has_subgroup_matrix_multiply_accumulate": True}, 32),
 }
-"""Name -> Triton's backend, architecture and lanes of a warp."""
+"""Name -> Triton's backend, architecture (of Intel's a dict of what it has) and lanes of a warp."""
 NAME = os.environ["PRETENDED"]
 BACKEND, ARCHITECTURE, LANES = GPUS[NAME]
 
