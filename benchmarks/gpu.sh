@@ -46,7 +46,7 @@ cd "$(dirname "$0")/.." || exit
 python=${PYTHON:-python3}
 device=cuda dry='' collect='' rehearse='' small='' out=${OUT:-build/gpu} model=${MODEL:-random:llama3-8b}
 
-declare -A limit=([build]=240 [check]=180 [quick]=100 [tiles]=180 [gemm]=280 [quant]=60 [linear]=240 [sanitize]=280
+declare -A limit=([build]=240 [check]=180 [quick]=140 [tiles]=180 [gemm]=280 [quant]=60 [linear]=240 [sanitize]=280
     [serve]=580)
 order=(build check quick tiles gemm quant linear sanitize serve)
 

@@ -76,7 +76,10 @@ def triton(p: Problem, grouped: bool) -> dict[str, timing.Run]:
     for tile in tiles.TILES[device.family][: 2 if w.device == "cpu" else None]:
         if tile.fits(p.weights.k // GROUP if grouped else 1, device.lanes):
             name = f"{tile.tokens}x{tile.weights}x{tile.columns},{tile.warps},{tile.stages}"
-            runs[name] = by(lambda *_, tile=tile: tile)
+            try:
+                runs[name] = by(lambda *_, tile=tile: tile)
+            except Exception as error:  # of Triton's: too much shared memory, say
+                print(f"! triton {name}: {type(error).__name__}: {error}".splitlines()[0], file=sys.stderr)
     return runs
 
 

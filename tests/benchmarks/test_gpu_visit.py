@@ -309,6 +309,28 @@ def test_the_gate_is_asked_where_no_doctor_answers(monkeypatch):
     assert found["faults"] == {} and found["doctor"] == {"serving": None}
 
 
+@pytest.mark.skipif(not ops.has_kernel("cpu"), reason="there are no compiled kernels")
+def test_one_bad_kernel_on_one_of_two_gpus_is_wrong(monkeypatch):
+    fault = {"per-group tile 3": "wrong in 1 of 64 results"}
+    tests = {
+        "NVIDIA A": {"words": "the self-test did not run (no memory)", "faults": {}},
+        "NVIDIA B": {"words": "7 of 8 kernels passed the self-test", "faults": fault},
+    }
+    monkeypatch.setattr(check, "ask_doctor", lambda seconds: {"serving": {"tests": tests}})
+    found = check.self_test("cpu", 100.0)
+    assert found["passed"] is False and list(found["faults"]) == ["NVIDIA B: per-group tile 3"]
+    del tests["NVIDIA B"]
+    assert check.self_test("cpu", 100.0)["passed"] is None
+
+
+def test_a_doctor_that_takes_too_long_leaves_no_process():
+    """Its group is ended, in which vLLM's process is."""
+    assert check.ask_doctor(0.5) is None
+    found = subprocess.run(["ps", "-eo", "ppid,args"], capture_output=True, text=True, check=True).stdout.splitlines()
+    mine = [line for line in found if line.split()[0] == str(os.getpid()) and "--self-test" in line]
+    assert not mine
+
+
 @pytest.mark.skipif(not hasattr(torch.ops.w8a8_bismooth, "scaled_mm_tile"), reason="the CUDA kernels are not built")
 def test_tiles_take_the_weights(monkeypatch):
     monkeypatch.setattr(timing, "prepare", lambda call, copies, device: call)
