@@ -28,7 +28,7 @@ from benchmarks import ceilings, record
 from vllm_w8a8_bismooth import ops
 from vllm_w8a8_bismooth.ops import gate
 
-TESTS, TESTS_SECONDS = "tests/ops/test_gpu.py", 60.0
+TESTS, TESTS_SECONDS = ["tests/ops/test_gpu.py", "tests/ops/test_gpu_triton.py"], 60.0
 _OUTCOME = re.compile(r"^(\S+::\S.*?) (PASSED|FAILED|SKIPPED|ERROR|XFAIL|XPASS)\b")
 _LEAST = 5.0  # seconds between two writes of the file
 
@@ -74,7 +74,7 @@ def run_tests(seconds: float, collect: bool, chosen: str = "not sanitizer") -> I
         After each, ``passed`` (``None``: none ran until now), ``words``, and the names of those that ``failed``.
     """
     how = ["-q", "--collect-only"] if collect else ["-v", "--tb=short"]
-    command = [sys.executable, "-m", "pytest", *how, "-p", "no:cacheprovider", "-m", "gpu", "-k", chosen, TESTS]
+    command = [sys.executable, "-m", "pytest", *how, "-p", "no:cacheprovider", "-m", "gpu", "-k", chosen, *TESTS]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
     cut = threading.Event()
     timer = threading.Timer(seconds, lambda: (cut.set(), process.kill()))

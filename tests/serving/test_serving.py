@@ -168,6 +168,22 @@ def test_who_serves_what(platform, expected):
         assert not served.meant or "reference" not in served.kernel
 
 
+def test_what_is_missing_depends_on_the_maker():
+    """Nobody can install kernels that there are none of; and who has vLLM's own instead misses nothing then."""
+    nothing = Platform("cuda", "reference", "reference", "reference")
+    nvidia, cpu = replace(nothing, capability=90), replace(nothing, device="cpu")
+    no_sources, not_built = (
+        "this package's kernels are for CPUs and NVIDIA's GPUs",
+        "this package was installed without",
+    )
+    assert servers.per_group(nothing).reason == f"{no_sources}, and Triton is not installed: slow"
+    assert servers.per_group(nvidia).reason == f"{not_built} its kernels for cuda, and Triton is not installed: slow"
+    assert servers.per_group(cpu).reason == f"{not_built} its kernels for cpu: slow"
+    found = {each: servers.per_channel(each) for each in (nothing, nvidia)}
+    assert [served.kernel for served in found.values()] == [servers.STOCK] * 2
+    assert [served.meant for served in found.values()] == [True, False] and found[nothing].reason == no_sources
+
+
 def made_by_vllm(group_size: int | None, rows: int, columns: int):
     """A layer with the parameters of one rank, and its scheme."""
     from vllm_w8a8_bismooth.serving.scheme import W8A8Scheme
