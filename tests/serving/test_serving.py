@@ -179,9 +179,8 @@ def test_what_is_missing_depends_on_the_maker():
     assert servers.per_group(nothing).reason == f"{no_sources}, and Triton is not installed: slow"
     assert servers.per_group(nvidia).reason == f"{not_built} its kernels for cuda, and Triton is not installed: slow"
     assert servers.per_group(cpu).reason == f"{not_built} its kernels for cpu: slow"
-    found = {each: servers.per_channel(each) for each in (nothing, nvidia)}
-    assert [served.kernel for served in found.values()] == [servers.STOCK] * 2
-    assert [served.meant for served in found.values()] == [True, False] and found[nothing].reason == no_sources
+    assert servers.per_channel(nothing) == servers.Served(servers.STOCK, no_sources, True)
+    assert servers.per_channel(nvidia) == servers.Served(servers.STOCK, f"{not_built} its kernels for cuda", False)
 
 
 def made_by_vllm(group_size: int | None, rows: int, columns: int):
