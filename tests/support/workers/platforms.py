@@ -65,7 +65,7 @@ else:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 _version = importlib.metadata.version
-importlib.metadata.version = lambda name: "0.32.0" if name == "vllm" else _version(name)
+importlib.metadata.version = lambda name: _version(name).partition("+")[0]  # +cpu, of vLLM and torch
 torch.accelerator.device_index = lambda index: nullcontext()
 
 from triton.backends.compiler import GPUTarget  # noqa: E402
@@ -75,7 +75,7 @@ from tests.support.workers.targets import Driver  # noqa: E402
 
 driver.set_active(Driver(GPUTarget(BACKEND, ARCHITECTURE, LANES)))
 
-from tests.serving.test_moe import CHECKPOINT, vllms_layer  # noqa: E402
+from tests.support.mixture import CHECKPOINT, vllms_layer  # noqa: E402
 from tests.support.quantization import STOCK, TOKEN, W8A8, config_class  # noqa: E402
 
 GROUP = {"strategy": "group", "group_size": 32}
