@@ -8,7 +8,7 @@ class Progress(Protocol):
 
     Args:
         stage: what is being done: ``calibrate``, ``analyze``, ``carry``, ``convert``, ``merge``, ``read``, ``compare``,
-            ``discover``, ``perturb``, ``engine``, ``source``, ``checkpoint``.
+            ``discover``, ``perturb``, ``engine``, ``source``, ``checkpoint``, ``vllm``.
         done, total: decoder blocks; shards in the stages ``merge`` and ``read``, windows in ``source``
             and ``checkpoint``, engines in ``engine``.
         written: bytes that this run has written.

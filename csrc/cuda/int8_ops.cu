@@ -34,17 +34,21 @@ layout::Device device_properties(int index) {
   static layout::Device devices[MAX_DEVICES];
   STD_TORCH_CHECK(index >= 0 && index < MAX_DEVICES, "no CUDA device ", index);
   if (!known[index].load(std::memory_order_acquire)) {
-    int major = 0, minor = 0, sms = 0, shared = 0;
+    int major = 0, minor = 0, sms = 0, shared = 0, clock = 0, memory_clock = 0, bus = 0;
     CHECK_CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index));
     CHECK_CUDA(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index));
     CHECK_CUDA(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, index));
     CHECK_CUDA(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, index));
+    CHECK_CUDA(cudaDeviceGetAttribute(&clock, cudaDevAttrClockRate, index));
+    CHECK_CUDA(cudaDeviceGetAttribute(&memory_clock, cudaDevAttrMemoryClockRate, index));
+    CHECK_CUDA(cudaDeviceGetAttribute(&bus, cudaDevAttrGlobalMemoryBusWidth, index));
     int capability = major * 10 + minor, code = capability;
     if (capability >= 80) {  // others have no kernels
       torch::stable::accelerator::DeviceGuard guard(index);
       code = compiled_for(reinterpret_cast<const void*>(GemmKernel<0, layout::CHANNEL, false>::function()));
     }
-    devices[index] = layout::device(capability, code, sms, shared);  // racing threads write the same
+    const int memory = layout::memory_bytes(clock, memory_clock, bus);
+    devices[index] = layout::device(capability, code, sms, shared, memory);  // racing threads write the same
     known[index].store(true, std::memory_order_release);
   }
   layout::Device device = devices[index];

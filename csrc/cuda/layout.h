@@ -133,20 +133,52 @@ constexpr Tile TILES[] = {
 };
 constexpr int TILE_COUNT = sizeof(TILES) / sizeof(TILES[0]);
 
+/// What a multiprocessor of an architecture does in a clock. Peaks of int8 are those of NVIDIA's whitepapers (A100: 624
+/// TOPS of 108 multiprocessors at 1.41 GHz, GA102, AD102 and GB202: 284, 733 and 838 of 82, 142 and 170), of which
+/// mma.sync attains about three quarters on A100 and the larger chips after it. L2: 32 bytes reproduce the published
+/// 68 % of peak of 128 x 128 tiles on H100; Ampere's and Ada's smaller chips measure about half (5 TB/s of AD102).
+struct Rates {
+  int capability;  // from this one on
+  int macs;        // int8, by mma.sync
+  int level2;      // bytes from L2
+  int shared;      // bytes of shared memory, of all of its CTAs
+  int threads;     // of all of its CTAs
+};
+constexpr Rates RATES[] = {
+    {80, 1536, 32, 167936, 2048}, {86, 1024, 16, 102400, 1536},  {89, 1024, 16, 102400, 1536},
+    {90, 1536, 32, 233472, 2048}, {100, 1536, 32, 233472, 2048}, {120, 1024, 16, 102400, 1536},
+};
+inline Rates rates(int capability) {
+  Rates found = RATES[0];
+  for (const Rates& row : RATES) {
+    if (row.capability <= capability) found = row;
+  }
+  return found;
+}
+
 /// What the choice depends on: the product and the device.
 struct Problem { int m, n, k, granularity; };
 struct Device {
   int capability;                         // 80, 86, 89, 90, ...; as far as the kernels' code uses it
   int sms;                                // multiprocessors
   int shared_bytes;                       // of a CTA, opted in, and at most what the kernels' code is compiled for
+  int memory_bytes = 0;                   // of memory a clock, for the whole device; 0 if it does not say
   unsigned left_out[GRANULARITIES] = {};  // bits of TILES that must not be chosen
   bool splits = true;                     // whether tiles may be divided along k
 };
+/// Bytes of memory a clock from the device's attributes, in kHz and bits: nine tenths of two transfers a memory clock.
+inline int memory_bytes(int clock, int memory_clock, int bus) {
+  return clock > 0 ? int(0.9 * 2 * memory_clock * (bus / 8.0) / clock) : 0;
+}
 /// A device as kernels see it whose code was compiled for the architecture `code`: older code has no wgmma, and code
 /// for less shared memory lacks tiles.
-LAYOUT_FUNCTION Device device(int capability, int code, int sms, int shared_bytes) {
-  return {
-      capability < 90 ? capability : least(capability, code), sms, least(shared_bytes, shared_limit(code)), {}, true};
+LAYOUT_FUNCTION Device device(int capability, int code, int sms, int shared_bytes, int memory_bytes = 0) {
+  return {capability < 90 ? capability : least(capability, code),
+          sms,
+          least(shared_bytes, shared_limit(code)),
+          memory_bytes,
+          {},
+          true};
 }
 
 struct Choice {
@@ -161,20 +193,43 @@ LAYOUT_FUNCTION Schedule schedule(const Problem& p, const Tile& tile, int whole,
   return s;
 }
 
-/// Clocks that one multiprocessor needs for 128 columns of k of a tile: its busiest resource. A model, not a
-/// measurement: its rates are nominal, and 32 bytes a clock from L2 reproduces the published 68 % of peak of
-/// 128x128 tiles on H100.
-LAYOUT_FUNCTION double block_clocks(const Tile& tile, int granularity, int capability) {
+/// CTAs of a tile that one multiprocessor holds. Registers of mma.sync kernels are about these, see the build's log.
+inline int resident(const Tile& tile, int granularity, int capability) {
+  if (tile.wgmma) return 1;
+  Rates sm = rates(capability);
+  int sums = tile.warp_tokens * tile.warp_weights / 32 * (granularity == CHANNEL ? 1 : 2);
+  int registers = least(256, (sums + 90 + 7) / 8 * 8);
+  int most = least(sm.shared / (tile.shared_bytes(granularity) + 1024), sm.threads / tile.threads());
+  most = least(most, 65536 / (tile.threads() * registers));
+  return most < 1 ? 1 : most;
+}
+
+/// Instructions of a warp in one turn of the loop over k of an mma.sync tile, from the machine code for 8.0.
+inline double instructions(const Tile& tile, int granularity) {
+  int rows = tile.warp_weights / 16, columns = tile.warp_tokens / 8;
+  double copies = double(tile.tokens + tile.weights) * 8 * tile.warps_k / tile.threads();
+  double promote = granularity == CHANNEL ? 0 : 3.5 * rows * columns * 4 + 25;
+  return 4 * (rows * columns + rows + columns / 2) + 5 * copies + 45 + promote;
+}
+
+/// Clocks that one multiprocessor needs for 128 columns of k of a tile, of which it holds so many at once: its busiest
+/// resource. A model, not a measurement.
+inline double block_clocks(const Tile& tile, int m, int granularity, int capability, int held) {
+  Rates sm = rates(capability);
   double area = double(tile.tokens) * tile.weights;
-  double macs = tile.wgmma ? 4096 : capability == 80 || capability == 90 || capability == 100 ? 1536 : 1024;
-  double multiply = area * BLOCK / macs;
+  double multiply = area * BLOCK / (tile.wgmma ? 4096 : sm.macs);
   double fill = tile.tokens + tile.weights;  // 128 bytes a clock into shared memory, and out of it:
   double read = tile.wgmma ? tile.weights / 64 * (64.0 + tile.tokens)
                            : area / (tile.warp_tokens * tile.warp_weights) * (tile.warp_tokens + tile.warp_weights);
-  double level2 = 4.0 * (tile.weights + double(tile.tokens) / tile.cluster);
+  double level2 = double(BLOCK) / sm.level2 * (tile.weights + double(least(tile.tokens, m)) / tile.cluster);
   double promote = granularity == CHANNEL ? 0 : granularity == GROUP_128 ? area / 64 + area / 128 : area / 12;
+  double issue = 0;
+  if (!tile.wgmma) {  // four schedulers; a warp alone on one issues every other clock
+    double warps = tile.threads() / 128.0, both = warps * held < 2 ? warps * held / 2 : 1;
+    issue = instructions(tile, granularity) * warps / both / tile.warps_k;
+  }
   double busiest = multiply;
-  for (double each : {fill + read, level2, promote}) busiest = each > busiest ? each : busiest;
+  for (double each : {fill + read, level2, promote, issue}) busiest = each > busiest ? each : busiest;
   return busiest + 0.15 * promote;
 }
 
@@ -190,19 +245,23 @@ inline Choice choose(const Problem& p, const Device& device) {
     const Tile& tile = TILES[index];
     if (!fits(tile, p.granularity, device) || device.left_out[p.granularity] >> index & 1) continue;
     Schedule plain = schedule(p, tile, 0, 1);
-    int slots = device.sms / tile.cluster, tiles = plain.tiles();
-    double block = block_clocks(tile, p.granularity, device.capability) * tile.warps_k;
+    int tiles = plain.tiles(), sms = device.sms / tile.cluster;
+    int held = least(resident(tile, p.granularity, device.capability), ceil_div(tiles, sms)), slots = sms * held;
+    double block = block_clocks(tile, p.m, p.granularity, device.capability, held) * tile.warps_k;
     double area = double(tile.tokens) * tile.weights;
     double overhead = 1000 + area / 32;
-    double memory = (double(p.n) * p.k + double(p.m) * p.k + 2.0 * p.m * p.n) / (20.0 * device.sms);
+    double bytes = double(p.n) * p.k + double(p.m) * p.k + 2.0 * p.m * p.n;
+    double memory = bytes / (device.memory_bytes > 0 ? device.memory_bytes : 20.0 * device.sms);
     int full = tiles / slots, rest = tiles % slots;
     for (int split = 1; split <= 16; ++split) {
       if (split > 1 && (!device.splits || p.granularity != CHANNEL)) break;
       if (split > 1 && (rest * split > slots || split * 2 > plain.blocks)) break;
-      double clocks = full * (plain.blocks * block + overhead);
-      if (rest) clocks += ceil_div(plain.blocks, split) * block + overhead;
+      double clocks = full * (held * plain.blocks * block + overhead);
+      if (rest) clocks += ceil_div(rest * split, sms) * ceil_div(plain.blocks, split) * block + overhead;
       if (split > 1) clocks += 1500 + split * area * 4 / 32;
-      if (clocks < memory + overhead) clocks = memory + overhead;
+      double loads = memory + overhead;  // what overlaps does not hide each other wholly
+      clocks = clocks < loads ? loads + 0.1 * clocks : clocks + 0.1 * loads;
+      if (device.capability == 90 && !tile.wgmma) clocks *= 1.03;  // where both seem alike, what TMA feeds
       if (best.tile < 0 || clocks < best.clocks) best = {index, split > 1 ? full * slots : tiles, split, clocks};
     }
   }

@@ -341,7 +341,7 @@ WRONG = {
     "a copied file is absent": (lambda folder: (folder / "tokenizer.json").unlink(), ["tokenizer.json: is absent"]),
     "another config": (
         lambda folder: edit_json(folder / "config.json", lambda config: config.update(num_hidden_layers=9)),
-        ["recipe.json: layout: are not those of a model with this config.json"],
+        ["recipe.json: layout: is not that of a model with this config.json"],
     ),
     "another's index": (leave_stale_index, ["metadata.total_size is 1"]),
     "not ours": (

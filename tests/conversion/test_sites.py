@@ -11,6 +11,7 @@ from tests.support.command import run
 from tests.support.contents import digests
 from tests.support.damage import edit_json
 from vllm_w8a8_bismooth.checkpoint.layout import Source
+from vllm_w8a8_bismooth.discovery import instance
 from vllm_w8a8_bismooth.errors import BismoothError
 
 TYPE = "gpt_neox"
@@ -66,7 +67,7 @@ def test_verify_finds_out_again(make_checkpoint, tmp_path):
 
     edit_json(out / "recipe.json", spoil)
     (fault,) = findings(out)
-    assert "recipe.json: layout" in fault and "are not those of a model with this config.json" in fault
+    assert "recipe.json: layout" in fault and "is not that of a model with this config.json" in fault
     edit_json(out / "recipe.json", lambda r: r["layout"]["versions"].update(transformers="5.0.0"))
     found = b.verify(out, engine=False)
     assert found.ok and any("noted by" in note and "transformers 5.0.0" in note for note in found.notes), found.notes
@@ -197,14 +198,30 @@ def test_another_number_of_blocks_than_the_config_says(make_checkpoint, tmp_path
     assert code == 2 and all(part in text for part in parts), text
 
 
-def test_known_types_of_which_no_model_is_built(make_checkpoint, tmp_path):
-    """The message names what failed and how to go on, which then works."""
+@pytest.mark.parametrize("method", ["rtn", "bismooth"])
+def test_known_types_of_which_no_model_is_built(make_checkpoint, tmp_path, method):
+    """vLLM would build none either."""
     source, out = make_checkpoint(TYPE), tmp_path / "out"
     edit_json(source / "config.json", lambda config: config.update(hidden_act="no-such-function"))
+    code, text = run("convert", source, out, "--method", method)
+    assert code == 2 and "no-such-function" in text and "mend it, or upgrade transformers" in text and not out.exists()
+    assert b.inspect(source).problems
+
+
+def test_types_of_which_no_small_model_runs(make_checkpoint, tmp_path, monkeypatch):
+    """The message names what failed and how to go on, which then works, and says that it is a guess."""
+    source, out = make_checkpoint(TYPE), tmp_path / "out"
+    edit_json(source / "config.json", lambda config: config.update(initializer_range=0.125))  # not found out before
+
+    def fail(*_):
+        raise RuntimeError("no kernel for that")
+
+    monkeypatch.setattr(instance, "small", fail)
     code, text = run("convert", source, out)
-    assert code == 2 and "no-such-function" in text and "--method rtn" in text and not out.exists()
-    assert b.inspect(source).unproven
-    b.convert(source, out, method="rtn")
+    assert code == 2 and "no kernel for that" in text and "--method rtn" in text and not out.exists()
+    assert "no kernel for that" in b.inspect(source).unproven
+    guessed = "what its blocks hold is guessed by names and shapes"
+    assert any(guessed in note for note in b.convert(source, out, method="rtn").notes)
     assert findings(out) == findings(out, against=source) == []
 
 

@@ -83,9 +83,9 @@ extern "C" void tile_at(int index, int* out) {
 }
 
 /// `left_out` holds the bits of tiles that are not to be chosen.
-extern "C" double choose(int m, int n, int k, int granularity, int capability, int sms, int shared, unsigned left_out,
-                         int splits, int* out) {
-  layout::Device device{capability, sms, shared};
+extern "C" double choose(int m, int n, int k, int granularity, int capability, int sms, int shared, int memory,
+                         unsigned left_out, int splits, int* out) {
+  layout::Device device{capability, sms, shared, memory};
   device.left_out[granularity] = left_out, device.splits = splits;
   layout::Choice choice = layout::choose({m, n, k, granularity}, device);
   out[0] = choice.tile, out[1] = choice.whole, out[2] = choice.split;

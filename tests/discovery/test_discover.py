@@ -83,7 +83,7 @@ def test_json_has_experts_once():
         (UnknownModel, dict(model_type=None), "model_type = None is unknown"),
         (BismoothError, dict(text_config=json.loads('{"a":' * 40 + "0" + "}" * 40)), "nested more than 32 deep"),
         (BismoothError, dict(hidden_size=-1), "hidden_size = -1 is no positive integer"),
-        (Unproven, dict(hidden_act="no-such-function"), "no-such-function"),
+        (BismoothError, dict(hidden_act="no-such-function"), "no-such-function"),
         (BismoothError, dict(num_attention_heads=0), "is no positive integer"),
     ],
 )

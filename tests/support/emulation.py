@@ -106,11 +106,14 @@ class Kernels:
         self.library.device(capability, code, sms, shared, out)
         return tuple(out)
 
-    def choose(self, m, n, k, granularity, capability=90, sms=132, shared=232448, left_out=(), splits=True):
-        """(tile, number of whole tiles, split, predicted clocks); the tile is none of those that are left out."""
+    def choose(self, m, n, k, granularity, capability=90, sms=132, shared=232448, memory=0, left_out=(), splits=True):
+        """(tile, number of whole tiles, split, predicted clocks); the tile is none of those that are left out.
+
+        ``memory`` is the device's, in bytes a clock; 0 if that is not known.
+        """
         out = (ctypes.c_int * 3)()
         mask = sum(1 << tile for tile in set(left_out))
-        clocks = self.library.choose(m, n, k, granularity, capability, sms, shared, mask, splits, out)
+        clocks = self.library.choose(m, n, k, granularity, capability, sms, shared, memory, mask, splits, out)
         return *out, clocks
 
 

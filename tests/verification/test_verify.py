@@ -360,7 +360,7 @@ ALONE = {
     "another type": (
         "llama",
         lambda out: edit_json(out / "config.json", lambda c: c.update(model_type="gpt2")),
-        ["recipe.json: layout", "are not those of a model with this config.json"],
+        ["recipe.json: layout", "is not that of a model with this config.json"],
     ),
     "endless model": (
         "llama",
@@ -773,6 +773,12 @@ def test_what_others_quantized_in_another_way_is_not_called_faulty(pairs, kind):
 def test_a_checkpoint_of_llm_compressor_with_input_scales_is_not_called_faulty():
     code, message = run("verify", DATA / "mixed")
     assert code == 2 and "not made by bismooth, and target" in message and "it may be in order" in message, message
+
+
+def test_a_conversion_that_has_not_ended(tmp_path):
+    (tmp_path / "out.partial").mkdir()
+    with pytest.raises(BismoothError, match="has not ended, out.partial holds what is done; run the same"):
+        verify(tmp_path / "out")
 
 
 def test_what_is_absent_is_no_text(pairs):

@@ -144,7 +144,8 @@ def _mixture(parameters: Mapping[str, tuple[Part, ...]]) -> Experts | None:
 
 
 def sizes_of(config: Mapping, layers: list[Layer], table: tuple[int, ...], experts: int = 0) -> dict[str, int]:
-    """Blueprint's sizes: ``blocks``, ``hidden``, ``intermediate``, ``heads``, ``kv_heads``, ``vocab``, ``experts``.
+    """Blueprint's sizes: ``blocks``, ``hidden``, ``intermediate``, ``vocab``; ``heads``, ``kv_heads`` and ``experts``
+    where there are any.
 
     Args:
         config: says how many heads there are.
@@ -154,14 +155,13 @@ def sizes_of(config: Mapping, layers: list[Layer], table: tuple[int, ...], exper
     """
     known = {key: value for key, value in text_of(config).items() if type(value) is int and 0 < value < 2**48}
     vocabulary, hidden = table
-    heads = next((known[key] for key in HEADS if key in known), 1)
-    kv_heads = next((known[key] for key in _KV_HEADS if key in known), heads)
     widths = [max(shape) for layer in layers for shape in layer.linears.values()]
-    sizes = {"blocks": len(layers), "hidden": hidden, "heads": heads, "kv_heads": kv_heads, "vocab": vocabulary}
-    sizes["intermediate"] = max(widths, default=hidden)
+    sizes = {"blocks": len(layers), "hidden": hidden, "vocab": vocabulary, "intermediate": max(widths, default=hidden)}
+    if heads := next((known[key] for key in HEADS if key in known), None):
+        sizes |= {"heads": heads, "kv_heads": next((known[key] for key in _KV_HEADS if key in known), heads)}
     return sizes | ({"experts": experts} if experts else {})
 
 
-HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
+HEADS = ("num_attention_heads", "n_head", "n_heads", "decoder_attention_heads")
 """Keys under which configs have the number of query heads."""
 _KV_HEADS = ("num_key_value_heads", "num_kv_heads", "multi_query_group_num")

@@ -9,7 +9,7 @@ from vllm_w8a8_bismooth.checkpoint.audit import audit, check_unquantized
 from vllm_w8a8_bismooth.checkpoint.basis import Basis, Means
 from vllm_w8a8_bismooth.checkpoint.blueprint import Blueprint
 from vllm_w8a8_bismooth.checkpoint.companions import link_problems, module_problems
-from vllm_w8a8_bismooth.checkpoint.files import Folder
+from vllm_w8a8_bismooth.checkpoint.files import CONFIG, Folder
 from vllm_w8a8_bismooth.checkpoint.reader import Checkpoint, Headers
 from vllm_w8a8_bismooth.errors import BadSource, BismoothError, Problem
 from vllm_w8a8_bismooth.model.configs import chosen_of
@@ -68,6 +68,9 @@ class Layout:
         self.blocks: list[list[str]] = [[] for _ in self.layers]
         self.outside: list[str] = []
         self.notes = [*headers.notes]
+        if self.unproven is not None:
+            why = self.unproven.problems[0].what
+            self.notes.append(f"what its blocks hold is guessed by names and shapes, not compared with {CONFIG}: {why}")
         beyond = set()
         for name in tensors:
             place = self.names.inside(name)

@@ -66,7 +66,7 @@ def show(console: "Console", found: "Survey", source: str, list_sites: bool) -> 
         model += [
             f"{sizes['blocks']} blocks",
             f"hidden size {sizes['hidden']}",
-            f"{sizes['heads']} heads ({sizes['kv_heads']} for keys and values)",
+            *([f"{sizes['heads']} heads ({sizes['kv_heads']} for keys and values)"] if "heads" in sizes else []),
         ]
         model += [f"{sizes['experts']} experts"] if "experts" in sizes else []
         model += [f"vocabulary {sizes['vocab']}", "tied head" if found.tied else "separate head"]
@@ -77,6 +77,10 @@ def show(console: "Console", found: "Survey", source: str, list_sites: bool) -> 
         dtypes = ", ".join(f"{escape(name)} in {dtype.tensors} tensors" for name, dtype in found.dtypes.items())
         rows["source"] = f"{readable_size(found.source_bytes)}: {dtypes}"
     for way, needs in found.needs.items():
+        if found.unproven:  # nothing but plain rounding is possible
+            if way == "calibrated":
+                continue
+            way = "rtn"
         rows["result"] = readable_size(needs.written_bytes)
         tokens = f" on {found.calibration_tokens} tokens" if way == "calibrated" else ""
         memory = readable_size(needs.memory_bytes) + (" (too much)" if needs.memory_bytes > found.memory_bytes else "")

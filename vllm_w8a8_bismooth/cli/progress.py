@@ -17,7 +17,14 @@ class Progress:
 
     PAUSE = 10.0
     """Seconds between lines of one stage."""
-    UNITS = {"read": "shards", "merge": "shards", "engine": "engines", "source": "windows", "checkpoint": "windows"}
+    UNITS = {
+        "read": "shards",
+        "merge": "shards",
+        "engine": "engines",
+        "vllm": "readings",
+        "source": "windows",
+        "checkpoint": "windows",
+    }
     """What a stage counts, if not blocks."""
 
     def __init__(self, console: "Console") -> None:

@@ -17,6 +17,7 @@ from vllm_w8a8_bismooth.checkpoint.layout import PROBLEMS, Layout
 from vllm_w8a8_bismooth.checkpoint.reader import Headers
 from vllm_w8a8_bismooth.conversion import head
 from vllm_w8a8_bismooth.conversion.estimate import Needs, needs
+from vllm_w8a8_bismooth.conversion.options import check_linears
 from vllm_w8a8_bismooth.conversion.proposal import propose
 from vllm_w8a8_bismooth.conversion.rates import measured
 from vllm_w8a8_bismooth.errors import BismoothError, Problem
@@ -36,13 +37,15 @@ def parallel_problems(source: Layout, group_size: int | None) -> dict[int, list[
     """
     sizes, problems = source.sizes, {}
     kinds = {id(layer): layer for layer in source.layers}.values()
-    alone = {n: layer.linears[n][1] for layer in kinds for n in layer.row_parallel - layer.experts}
-    experts = {template(n): layer.linears[n][1] for layer in kinds for n in layer.row_parallel & layer.experts}
+    # Where nothing says which are cut along K, all may be.
+    cut = [(layer, layer.row_parallel if source.unproven is None else layer.linears.keys()) for layer in kinds]
+    alone = {n: layer.linears[n][1] for layer, names in cut for n in names - layer.experts}
+    experts = {template(n): layer.linears[n][1] for layer, names in cut for n in names & layer.experts}
     for ranks in TENSOR_PARALLEL:
         found = []
-        if sizes["heads"] % ranks:
-            found.append(f"num_attention_heads = {sizes['heads']} is not a multiple of the ranks")
-        kv_heads = sizes["kv_heads"]
+        heads, kv_heads = sizes.get("heads", ranks), sizes.get("kv_heads", ranks)
+        if heads % ranks:
+            found.append(f"num_attention_heads = {heads} is not a multiple of the ranks")
         if kv_heads % ranks and ranks % kv_heads:
             found.append(f"num_key_value_heads = {kv_heads} neither divides the ranks nor is a multiple of them")
         share = "a rank's share of K = {} is not a multiple of group_size = {}"
@@ -162,6 +165,11 @@ def survey(place: Folder | Repository, calibration_tokens: int, group_size: int,
         return result
     result.problems, result.sizes, result.tied = layout.problems, layout.sizes, layout.tied
     result.known_by, result.kinds = layout.known_by, kinds_of(layout.layers)
+    if layout.layers:
+        try:
+            check_linears(layout)
+        except BismoothError as error:
+            result.problems += error.problems
     if layout.unproven is not None:
         result.unproven = layout.unproven.problems[0].what
     try:

@@ -57,6 +57,14 @@ def _as_given(field: str, given: Sequence[str] | None) -> str:
     return f"{option_of(field)} {','.join(given or ())!r}"
 
 
+def check_linears(source: Layout) -> None:
+    """Raises :class:`BismoothError` if nothing of the model can become INT8."""
+    if not any(layer.linears for layer in source.layers):
+        why = ", ".join(dict.fromkeys(why for layer in source.layers for why in layer.routers.values()))
+        what = f"none of its matrices can become INT8 ({why})"
+        raise BismoothError.of(source.checkpoint.place, what, "serve it as it is")
+
+
 def ignored_by_name(source: Layout, recipe: Recipe) -> list[set[str]]:
     """Per block, the linears that the recipe leaves in float.
 
@@ -64,10 +72,7 @@ def ignored_by_name(source: Layout, recipe: Recipe) -> list[set[str]]:
         BismoothError: a pattern of ``ignore`` names no module, together they name all linears, or some of a block's
             experts and not the others; or the model has no linears.
     """
-    if not any(layer.linears for layer in source.layers):
-        why = ", ".join(dict.fromkeys(why for layer in source.layers for why in layer.routers.values()))
-        what = f"none of its matrices can become INT8 ({why})"
-        raise BismoothError.of(source.checkpoint.place, what, "serve it as it is")
+    check_linears(source)
     if recipe.ignore is None:
         return [set() for _ in source.layers]
     named, option = _named(source, "ignore", recipe.ignore), _as_given("ignore", recipe.ignore)

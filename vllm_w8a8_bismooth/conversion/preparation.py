@@ -198,8 +198,8 @@ def _unsmoothed(recipe: Recipe, source: Source) -> Recipe:
     method = "mixed" if grouped else "rtn"
     choices = {"group_size": recipe.group_size, "group_layers": recipe.group_layers} if grouped else {}
     source.notes.append(
-        f"{error.problems[0].what}: its linears were found by names and shapes, and become INT8 without smoothing and "
-        f"calibration (--method {method}), which outlier columns can make useless"
+        f"no site is known, so its linears become INT8 without smoothing and calibration (--method {method}), which "
+        "outlier columns can make useless"
     )
     return Recipe.of(method, ignore=recipe.ignore, **choices)
 

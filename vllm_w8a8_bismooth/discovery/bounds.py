@@ -6,7 +6,7 @@ from typing import Any
 
 from vllm_w8a8_bismooth.discovery import widths
 from vllm_w8a8_bismooth.errors import BismoothError, Problem
-from vllm_w8a8_bismooth.model.configs import text_of
+from vllm_w8a8_bismooth.model.configs import CHOSEN, text_of
 
 MOST_BLOCKS, MOST_EXPERTS, WIDEST = 1024, 2048, 2**24
 """A config.json is not trusted: more is refused before anything is built."""
@@ -14,6 +14,8 @@ _COUNT = re.compile(r"\w*(layers?|depth|blocks)|\w*experts")
 _MOST_ITEMS, _DEEPEST = 2**14, 32
 _SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 """What every model has that names it so; some have a list, of a number for each block."""
+_MAYBE = re.compile(r"(moe_)?intermediate_size|num_key_value_heads|head_dim")
+"""What may be absent, or null where it follows from others."""
 
 
 def check_bounds(config: Mapping) -> None:
@@ -45,10 +47,19 @@ def check_bounds(config: Mapping) -> None:
 
 def _strange(config: Mapping) -> Iterator[Problem]:
     """Sizes that are none, all of them."""
-    for key in _SIZES:
-        value = config.get(key, 1)
-        if not isinstance(value, list) and (type(value) is not int or value < 1):
+    for key, value in config.items():
+        counted = widths.is_experts(key) or CHOSEN.fullmatch(key)
+        if isinstance(value, list) or not (key in _SIZES or _MAYBE.fullmatch(key) or counted):
+            continue
+        if key not in _SIZES and (value is None or (value == 0 and type(value) is int)):
+            continue  # nothing of that kind
+        if type(value) is not int or value < 1:
             yield Problem("config.json", f"{key} = {repr(value)[:80]} is no positive integer", "mend it")
+    experts = [(key, value) for key, value in config.items() if widths.is_experts(key) and type(value) is int]
+    chosen = [(key, value) for key, value in config.items() if CHOSEN.fullmatch(key) and type(value) is int]
+    if experts and chosen and chosen[0][1] > max(value for _, value in experts) > 0:
+        what = "{} = {} is more than {} = {}".format(*chosen[0], *experts[0])
+        yield Problem("config.json", what, "mend it")
     heads, kv_heads = config.get("num_attention_heads"), config.get("num_key_value_heads")
     if type(heads) is type(kv_heads) is int and 0 < kv_heads < WIDEST and 0 < heads < WIDEST and heads % kv_heads:
         what = f"num_attention_heads = {heads} is not a multiple of num_key_value_heads = {kv_heads}"

@@ -50,7 +50,7 @@ class _Search:
             self.real = origin.build(config, "meta")
             self.shapes = storage.shapes(self.real)
         except Exception as error:
-            raise refused(f"transformers builds no model of it ({explained(error)})") from None
+            raise origin.refusal(f"transformers builds no model of it ({explained(error)})", error) from None
         given = config.to_dict()
         counts = [n for _, key, value in widths.walk(given) if widths.is_experts(key) for n in widths.numbers(value)]
         self.many = max(counts, default=0)

@@ -9,7 +9,7 @@ import torch
 
 from vllm_w8a8_bismooth.discovery import widths
 from vllm_w8a8_bismooth.discovery.bounds import check_bounds
-from vllm_w8a8_bismooth.errors import Problem, UnknownModel, Unproven
+from vllm_w8a8_bismooth.errors import BismoothError, Problem, UnknownModel, Unproven
 from vllm_w8a8_bismooth.model.configs import decoded
 
 if TYPE_CHECKING:
@@ -43,9 +43,9 @@ class Origin:
         own: the class of its causal language model, where that is code of the model's own; else ``None``.
 
     Raises:
-        BismoothError: the config is of no model.
+        BismoothError: the config is of no model, or its class refuses it.
         UnknownModel: transformers does not know the type, or it is code that may not run.
-        Unproven: transformers refuses the config.
+        Unproven: the model's own code refuses it, or needs a package that is not there.
     """
 
     def __init__(self, given: Mapping[str, Any], code: Path | None = None):
@@ -55,6 +55,7 @@ class Origin:
         entries = {key: decoded(value) for key, value in given.items() if key not in _ELSEWHERE}
         self.own: Any = None
         known = is_known(given.get("model_type"))
+        self._theirs = code is not None and not known
         if not known and (code is None or "AutoConfig" not in named):
             raise _unknown(given, bool(named) and code is None)
         try:
@@ -64,7 +65,19 @@ class Origin:
             else:
                 self.config = _known(given["model_type"], entries)
         except Exception as error:
-            raise refused(f"transformers refuses it ({explained(error)})") from None
+            raise self.refusal(f"transformers refuses it ({explained(error)})", error) from None
+
+    def refusal(self, what: str, error: Exception) -> BismoothError:
+        """The error of a config that its class does not take.
+
+        Args:
+            what: in words.
+            error: the class's. Where a package is missing, or the class is code of the model's own, the config may be
+                right all the same.
+        """
+        if isinstance(error, ImportError) or self._theirs:
+            return refused(what)
+        return BismoothError.of("config.json", what, "mend it, or upgrade transformers if a later one takes it")
 
     def build(self, config: "PretrainedConfig", device: str = "cpu") -> "PreTrainedModel":
         """The causal language model of a config, whatever else belongs to it, in fp32.

@@ -14,7 +14,7 @@ from vllm_w8a8_bismooth.errors import BismoothError
 from vllm_w8a8_bismooth.measure import own
 from vllm_w8a8_bismooth.measure.arithmetic import arithmetic
 from vllm_w8a8_bismooth.measure.experts import Experts, separate_experts
-from vllm_w8a8_bismooth.measure.text import refused, transformers_config
+from vllm_w8a8_bismooth.measure.text import transformers_config
 from vllm_w8a8_bismooth.method.compensate import Gram
 from vllm_w8a8_bismooth.method.moments import Moments
 from vllm_w8a8_bismooth.method.rows import Threads
@@ -85,7 +85,8 @@ class Calibration:
             for window in tokens.split(1):
                 model(input_ids=window, use_cache=False)
         except Exception as error:
-            raise refused(checkpoint, error) from None
+            what = f"calibration cannot run this model ({' '.join(f'{type(error).__name__}: {error}'.split())[:200]})"
+            raise BismoothError.of(checkpoint.folder, what, "use --calibration none, or --method rtn") from None
         if given[0].hidden[0].ndim != 3:
             what = "its blocks read several hidden states of each token, which calibration does not carry"
             raise BismoothError.of(checkpoint.folder, what, "use --calibration none, or --method rtn")

@@ -51,11 +51,11 @@ def compare(before: Basis, now: Basis, checkpoint: Checkpoint, means: Means) -> 
         why = ""
     if same:
         return [], []
-    what = f"are not those of a model with this {CONFIG}{why}"
+    what = f"is not that of a model with this {CONFIG}{why}"
     if dict(before.versions) == dict(here):
         return [Problem(f"{RECIPE}: {_KEY}", what, _AGAIN)], []
     older = ", ".join(f"{name} {before.versions[name]}" for name in sorted(before.versions))
-    return [], [f"the sites in {RECIPE} {what}; they were noted by {older}, and are taken as noted"]
+    return [], [f"the layout in {RECIPE} {what}; it was noted by {older}, and is taken as noted"]
 
 
 def _again(before: Basis, checkpoint: Checkpoint, means: Means) -> str:

@@ -29,6 +29,7 @@ class Structure:
 
     Attributes:
         names: of the tensors.
+        around: those outside the blocks that such a model has.
         layers: what each block should hold; empty if the config does not say.
         linears: INT8 linear in which files and config agree -> group size (``None`` = per-channel).
         ignored: linears that are float, as the config says.
@@ -39,6 +40,7 @@ class Structure:
         self._headers, self._schemes, self._marked = checkpoint.headers, schemes, marked
         self.problems: list[Problem] = []
         self.known_by, self.tied = NAMES, False
+        self.around: set[str] = set()
         self.record: Discovery | None = None
         self.layers = self._lay_out(checkpoint, means)
         self.names, inside = checkpoint.names, list(enumerate(self.layers))
@@ -70,6 +72,7 @@ class Structure:
             blueprint = Blueprint.of(checkpoint, means, tensors)
             self.known_by, self.record, self.tied = blueprint.known_by, blueprint.record, blueprint.tied
             checkpoint.names = blueprint.names
+            self.around = {*blueprint.outside, *blueprint.optional}
             self.problems += checkpoint.show(blueprint.views)
             self._headers = checkpoint.headers
             tensors = {name: header for name, header in self._headers.items() if not name.endswith(SCALE)}

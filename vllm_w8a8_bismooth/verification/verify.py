@@ -8,6 +8,7 @@ from typing import Any, TypedDict
 from vllm_w8a8_bismooth import MARKER
 from vllm_w8a8_bismooth.checkpoint.basis import NAMES, Basis, Means
 from vllm_w8a8_bismooth.checkpoint.files import CONFIG, REPORT, Folder, read_json, sha256
+from vllm_w8a8_bismooth.checkpoint.journal import partial_folder
 from vllm_w8a8_bismooth.checkpoint.layout import Source
 from vllm_w8a8_bismooth.checkpoint.reader import FLOAT_DTYPES, Checkpoint
 from vllm_w8a8_bismooth.conversion import head
@@ -79,7 +80,7 @@ def verify(
     Args:
         folder: the checkpoint, ours or another INT8 W8A8 one in compressed-tensors' ``int-quantized`` format.
         against: the checkpoint that it was made from; see :mod:`fidelity` for what is compared.
-        progress: counts shards in the stage ``read``, blocks in the stage ``compare``.
+        progress: counts shards in the stage ``read``, blocks in the stage ``compare``, and vLLM's reading in ``vllm``.
         trusted: whether the model's own code may run, to find its sites again.
         engine: whether to ask vLLM, if it is installed and nothing else is wrong; that takes 10 to 20 seconds.
 
@@ -88,9 +89,7 @@ def verify(
             ``against`` no checkpoint that could be converted.
     """
     folder = Path(folder)
-    if (folder / PART).is_file():
-        remedy = "bismooth merge makes a checkpoint of all its parts"
-        raise BismoothError.of(folder, "a part of a checkpoint", remedy)
+    _refuse_unfinished(folder)
     config = read_json(folder / CONFIG).get(KEY)
     marked = isinstance(config, dict) and MARKER in config
     found = Verification(folder, ours=marked)
@@ -133,8 +132,7 @@ def verify(
         _compare_source(found, source, checkpoint, unreadable, marked, progress)
     else:
         names = checkpoint.names
-        known = (names.embedding, names.norm, names.head)
-        strange = [n for n in checkpoint.headers if not n.startswith(names.blocks) and n not in known]
+        strange = [n for n in checkpoint.headers if not n.startswith(names.blocks) and n not in structure.around]
         found.notes += [f"tensor {name} is outside the blocks and unknown; check it with --against" for name in strange]
     if not {structure.names.head, structure.names.embedding} & unreadable:
         found.notes += head.notes_with_values(checkpoint, structure.tied)
@@ -142,8 +140,19 @@ def verify(
         asked = [key for key in ("kv_cache_scheme", "sparsity_config") if config.get(key)]
         found.notes += [f"{KEY}.{key} in {CONFIG} asks vLLM for more, which was not checked" for key in asked]
     if engine:
-        _ask_vllm(found, config, marked, structure)
+        _ask_vllm(found, config, marked, structure, progress)
     return found
+
+
+def _refuse_unfinished(folder: Path) -> None:
+    """Raises :class:`BismoothError` where there is no more than a part of a checkpoint."""
+    partial = partial_folder(folder)
+    if not folder.exists() and partial.is_dir():
+        remedy = "run the same bismooth convert again, which goes on from there"
+        raise BismoothError.of(folder, f"its conversion has not ended, {partial.name} holds what is done", remedy)
+    if (folder / PART).is_file():
+        remedy = "bismooth merge makes a checkpoint of all its parts"
+        raise BismoothError.of(folder, "a part of a checkpoint", remedy)
 
 
 def _noted(found: Verification) -> Basis | None:
@@ -232,11 +241,13 @@ def _compare_source(
         found.notes.append("not made by bismooth: the linears' distance to the source was measured, not judged")
 
 
-def _ask_vllm(found: Verification, config: Any, marked: bool, structure: Structure) -> None:
+def _ask_vllm(found: Verification, config: Any, marked: bool, structure: Structure, progress: Progress) -> None:
     if not found.ok:
         found.notes.append("vLLM was not asked, because of the faults found before")
         return
+    progress("vllm", 0, 1)
     try:
         found.add(served.problems(config, marked, structure))
+        progress("vllm", 1, 1)
     except Silent as reason:
         found.notes.append(f"{reason}: its reading of the checkpoint was not checked")
