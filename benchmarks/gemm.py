@@ -1,12 +1,14 @@
-"""GEMM of LLaMA's linears: our INT8 kernels against vLLM's own, CUTLASS's and torch's, on a CPU or a GPU.
+"""GEMM of LLaMA's linears: our INT8 kernels, compiled and Triton's, against vLLM's own, CUTLASS's and torch's, on a CPU
+or a GPU.
 
     python -m benchmarks.gemm --device cpu|cuda [--quick | --dry] [--linear] [--json FILE]
                               [--m 1,64] [--shapes REGEX] [--impl REGEX]
 
 Times the product alone; with ``--linear`` the quantization of the activations and the product. All implementations run
 in one process, in turns, on random data, with weights that alternate between copies, so that no cache holds them.
-``--dry`` goes through the same motions on small shapes; its figures mean nothing.
-``x`` columns are speed relative to vLLM's INT8 kernel. GB/s counts weights, activations, scales and results once.
+``--dry`` goes through the same motions on small shapes, with TRITON_INTERPRET=1 through Triton's too; its figures mean
+nothing. ``x`` columns are speed relative to vLLM's INT8 kernel: the ratio of the two in a turn, median over the turns.
+GB/s counts weights, activations, scales and results once.
 """
 
 import argparse
@@ -21,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import ceilings, cutlass_baseline, record, timing
+from benchmarks import ceilings, cutlass_baseline, interpreter, record, timing
 from vllm_w8a8_bismooth import ops
 
 GROUP = 128
@@ -152,6 +154,21 @@ def ours(weight_groups: bool, activation_groups: bool) -> Callable[[Problem], ti
     return prepare
 
 
+def triton(weight_groups: bool, activation_groups: bool) -> Callable[[Problem], timing.Call]:
+    """Ours in Triton, whoever serves."""
+
+    def prepare(p: Problem) -> timing.Call:
+        w, operations = p.weights, interpreter.operations(p.weights.device)
+        b_scale = w.group_scales if weight_groups else [w.channel_scale] * w.copies
+        a_scale, group = (p.group_scale, GROUP) if activation_groups else (p.token_scale, None)
+        multiply, quantize = operations["scaled_mm"], operations["quantize_activations"]
+        if p.linear:
+            return lambda i: multiply(*_pair(quantize(p.x, group), w.codes[i], b_scale[i]), torch.bfloat16)
+        return lambda i: multiply(p.codes, w.codes[i], a_scale, b_scale[i], torch.bfloat16)
+
+    return prepare
+
+
 def _pair(quantized, b, b_scale):
     codes, scale = quantized
     return codes, b, scale, b_scale
@@ -246,6 +263,8 @@ IMPLEMENTATIONS: dict[str, dict[str, Callable[[Problem], timing.Call]]] = {
     "cpu": {
         "ours-channel": ours(False, False),
         "ours-group128": ours(True, True),
+        "triton-channel": triton(False, False),
+        "triton-group128": triton(True, True),
         "vllm": vllm_cpu,
         "torch-bf16": torch_bf16,
         "torch-int_mm": torch_int_mm,
@@ -255,6 +274,8 @@ IMPLEMENTATIONS: dict[str, dict[str, Callable[[Problem], timing.Call]]] = {
         "ours-channel": ours(False, False),
         "ours-group128": ours(True, True),
         "ours-group128-token": ours(True, False),
+        "triton-channel": triton(False, False),
+        "triton-group128": triton(True, True),
         "vllm": vllm_cuda,
         "cutlass": cutlass,
         "torch-bf16": torch_bf16,
@@ -312,7 +333,8 @@ def rows_of(p: Problem, layer: str, times: dict[str, list[float]]) -> list[dict]
         row["TOPS"] = round(2 * p.m * w.n * w.k / each / 1e6, 3)
         row["GB/s"] = round(p.bytes(2 if "bf16" in name else 1) / each / 1e3, 1)
         if STOCK in us:
-            row["x stock"] = round(us[STOCK] / each, 3)
+            pairs = zip(times[STOCK], times[name], strict=True)
+            row["x stock"] = round(statistics.median(stock / own for stock, own in pairs), 3)
         rows.append(row)
     return rows
 
@@ -359,7 +381,7 @@ def main() -> None:
     if device == "cuda" and not torch.cuda.is_available():
         sys.exit("--device cuda: there is no CUDA device")
     if not ops.has_kernel(device):
-        print("! no compiled kernel for this device: 'ours' is the torch reference", file=sys.stderr)
+        print(f"! no compiled kernel for this device: 'ours' is {ops.server(device)}'s", file=sys.stderr)
     torch.manual_seed(0)
     rates = ceilings.measure(device, extent.seconds and 0.5)
     print("ceilings measured: " + ", ".join(f"{rate} {what}" for what, rate in rates.items()), flush=True)

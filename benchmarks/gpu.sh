@@ -17,23 +17,25 @@
 #     benchmarks/gpu.sh pack
 #     git sparse-checkout disable                                                      # after the visit
 #
-# and then, in calls of ten minutes, each right after the other:
+# and then, as one visit has 15 minutes in all, in two calls, the second right after the first:
 #
 #     carry                                                            call
-#     .gpu/kernels.tar.xz .gpu/commit  vllm_w8a8_bismooth/_C.so         benchmarks/gpu.sh facts build test quick gemm
-#       build/cutlass
-#     .gpu  vllm_w8a8_bismooth/_C.so                                    benchmarks/gpu.sh serve
-#     as for the first                                                 benchmarks/gpu.sh quant linear sanitize tiles
-#     as for the second                                                benchmarks/gpu.sh serve     # goes on
+#     .gpu  vllm_w8a8_bismooth/_C.so  build/cutlass                    benchmarks/gpu.sh build check quick tiles
+#     the same                                                         benchmarks/gpu.sh gemm quant linear
+#
+# and in later visits, in calls of ten minutes:
+#
+#     .gpu  vllm_w8a8_bismooth/_C.so                                   benchmarks/gpu.sh serve     # goes on if repeated
+#     .gpu/kernels.tar.xz .gpu/commit  vllm_w8a8_bismooth/_C.so         benchmarks/gpu.sh sanitize
 #
 # `serve` goes on from build/serve, which stays on the machine while it is held. MODEL=random:llama3-70b-tp8-shard serves
 # another model.
 #
-# The order: figures mean something only beside the machine's own (facts), on kernels that are there (build) and right
-# (test). Then speed, first a bit of everything in case there is no more (quick), then the linears, which are most of the
-# time of an engine (gemm). The quantization of activations and both together explain them (quant, linear); what the
-# sanitizer finds and better tiles is work for later visits. `serve` matters as much as `gemm`, but fills what it gets,
-# so it is last and has calls of its own.
+# The order: kernels that are there (build; no time where they were brought along), then three minutes for what the
+# machine is, the gate, the tests and a verdict (check), because no other figure counts where that is bad. Then ours,
+# Triton's and vLLM's side by side (quick), and what better tiles would gain, of ours and of Triton's (tiles). All linears
+# (gemm), the quantization of activations and both together (quant, linear) follow; then what the sanitizer finds.
+# `serve` matters as much as `gemm`, but fills what it gets, so it is last and has calls of its own.
 #
 # Each section has its own time limit and failures do not stop the next. BUDGET (seconds, default 590) bounds the whole:
 # sections that no longer fit are named at the end, for the next call. Results, at most 8 files, go to $OUT (default
@@ -42,16 +44,15 @@
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 python=${PYTHON:-python3}
-device=cuda dry='' collect='' out=${OUT:-build/gpu} model=${MODEL:-random:llama3-8b}
+device=cuda dry='' collect='' rehearse='' small='' out=${OUT:-build/gpu} model=${MODEL:-random:llama3-8b}
 
-declare -A limit=([facts]=60 [build]=240 [test]=200 [quick]=100 [gemm]=280 [quant]=60 [linear]=240 [sanitize]=280
-    [tiles]=180 [serve]=580)
-order=(facts build test quick gemm quant linear sanitize tiles serve)
+declare -A limit=([build]=240 [check]=180 [quick]=140 [tiles]=180 [gemm]=280 [quant]=60 [linear]=240 [sanitize]=280
+    [serve]=580)
+order=(build check quick tiles gemm quant linear sanitize serve)
 
-# $dry and $collect are an option or nothing; sections run in a shell of their own.
+# $dry, $collect, $rehearse and $small are words or nothing; sections run in a shell of their own.
 # shellcheck disable=SC2086,SC2329
 {
-    section_facts() { $python -m benchmarks.ceilings --device $device $dry --json "$out/facts.json"; }
     section_build() {
         if [ $device = cpu ]; then # compiles nothing: that takes minutes
             [ -e vllm_w8a8_bismooth/_C.so ] || leave_out "no compiled kernels: python setup.py build_ext --inplace"
@@ -62,24 +63,24 @@ order=(facts build test quick gemm quant linear sanitize tiles serve)
             $python -m benchmarks.cutlass_baseline || echo "no CUTLASS baseline"
         fi
     }
-    section_test() { run_tests "not sanitizer"; }
-    section_quick() { $python -m benchmarks.gemm --device $device ${dry:---quick} --json "$out/quick.json"; }
+    section_check() { # stops itself before its limit, so that a verdict is said; without an engine it does with less
+        bring_engine
+        $python -m benchmarks.check --device $device $dry --json "$out/check.json"
+    }
+    section_quick() {
+        $rehearse $python -m benchmarks.gemm --device $device ${dry:---quick} $small --json "$out/quick.json"
+    }
     section_gemm() { $python -m benchmarks.gemm --device $device $dry --json "$out/gemm.json"; }
     section_quant() { $python -m benchmarks.quant --device $device $dry --json "$out/quant.json"; }
     section_linear() {
-        $python -m benchmarks.gemm --device $device $dry --linear --m 1,16,64,256,1024,4096 --json "$out/linear.json"
+        local m=${dry:+1,5}
+        $rehearse $python -m benchmarks.gemm --device $device $dry $small --linear --m "${m:-1,16,64,256,1024,4096}" \
+            --json "$out/linear.json"
     }
     section_sanitize() { run_tests sanitizer; }
-    section_tiles() {
-        [ $device = cuda ] || leave_out "needs a GPU"
-        $python -m benchmarks.tiles --json "$out/tiles.json"
-    }
+    section_tiles() { $rehearse $python -m benchmarks.tiles $dry --json "$out/tiles.json"; }
     section_serve() {
-        if [ -z "$dry" ] && unpack engine; then
-            [ -e "${VLLM_LIBRARY:-}" ] || leave_out "the engine needs .gpu/kernels.tar.xz too"
-            ln -sf "$VLLM_LIBRARY" build/gpu-engine/vllm/_C_stable_libtorch.abi3.so
-            export PYTHONPATH=$PWD/build/gpu-engine:$PYTHONPATH
-        fi
+        bring_engine || leave_out "the engine needs .gpu/kernels.tar.xz too"
         ! lacks vllm || leave_out "no vLLM here: carry .gpu, made by benchmarks/gpu.sh pack"
         export VLLM_NO_USAGE_STATS=1 HF_HUB_OFFLINE=1
         [ -z "$dry" ] || rm -f build/serve/random-tiny/runs-*.json # or it would find nothing left to do
@@ -90,6 +91,12 @@ order=(facts build test quick gemm quant linear sanitize tiles serve)
         $python -m pytest -q --tb=short -p no:cacheprovider -m gpu $collect -k "$1" tests/ops/test_gpu.py |
             tee build/gpu-tests.txt || return
         [ -n "$dry" ] || grep -q " passed" build/gpu-tests.txt || leave_out "every test was skipped"
+    }
+    bring_engine() { # where .gpu has one, for what runs next
+        [ -z "$dry" ] && unpack engine || return 0
+        [ -e "${VLLM_LIBRARY:-}" ] || return
+        ln -sf "$VLLM_LIBRARY" build/gpu-engine/vllm/_C_stable_libtorch.abi3.so
+        export PYTHONPATH=$PWD/build/gpu-engine:$PYTHONPATH
     }
     leave_out() { echo "left out: $1"; exit 77; }
     kernels_load() { $python -c "from vllm_w8a8_bismooth import ops; raise SystemExit(not ops.has_kernel('$device'))"; }
@@ -110,6 +117,7 @@ if [ "${1:-}" = pack ]; then exec "$python" -m benchmarks.pack; fi
 if [ "${1:-}" = --dry ]; then
     shift
     device=cpu dry=--dry collect=--collect-only out=${OUT:-build/gpu-dry} model=random:tiny
+    rehearse='env TRITON_INTERPRET=1' small='--shapes tp1.o' # Triton's interpreter takes its time
 fi
 for name in "$@"; do
     [ -n "${limit[$name]:-}" ] || { echo "no section $name; there are: ${order[*]}" >&2; exit 2; }
@@ -127,9 +135,9 @@ if [ -z "$dry" ] && unpack kernels; then
     export VLLM_LIBRARY=$PWD/build/gpu-kernels/_C_stable_libtorch.abi3.so
 fi
 
-export python device dry collect out model
+export python device dry collect rehearse small out model
 for name in "${order[@]}"; do export -f "section_$name"; done
-export -f run_tests leave_out kernels_load lacks unpack
+export -f run_tests bring_engine leave_out kernels_load lacks unpack
 summary=() late=() failed=0
 for name in "${order[@]}"; do
     left=$((${BUDGET:-590} - SECONDS + began))

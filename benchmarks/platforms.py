@@ -10,7 +10,7 @@ from vllm_w8a8_bismooth.ops.gate import Ruling
 from vllm_w8a8_bismooth.serving import servers
 from vllm_w8a8_bismooth.serving.servers import Platform
 
-TURING = "Triton has no INT8 product for it"
+NO_PRODUCT = "Triton has no INT8 product for it"
 FAILED, OFF = Ruling("auto", "the self-test did not pass"), Ruling("off", "BISMOOTH_KERNELS=off")
 PLATFORMS = {
     "x86 CPU": ("cpu", Platform("cpu", COMPILED, COMPILED, REFERENCE)),
@@ -23,15 +23,16 @@ PLATFORMS = {
     "NVIDIA 10.0 and above, self-test passed": ("nvidia", Platform("cuda", COMPILED, COMPILED, TRITON, 120)),
     "NVIDIA 10.0 and above, not passed, or off": ("nvidia", Platform("cuda", TRITON, TRITON, TRITON, 120, ruling=OFF)),
     "NVIDIA 10.0 and above, nothing compiled": ("nvidia", Platform("cuda", TRITON, TRITON, TRITON, 120)),
-    "NVIDIA 7.5": ("nvidia", Platform("cuda", TRITON, TRITON, TRITON, 75, TURING)),
+    "NVIDIA 7.5": ("nvidia", Platform("cuda", TRITON, TRITON, TRITON, 75, NO_PRODUCT)),
     "AMD Instinct from MI100, Radeon from RDNA 3 (ROCm)": ("amd", Platform("cuda", TRITON, TRITON, TRITON)),
+    "other AMD (ROCm)": ("amd", Platform("cuda", TRITON, TRITON, TRITON, unsupported=NO_PRODUCT)),
     "Intel XPU": ("intel", Platform("xpu", TRITON, TRITON, TRITON)),
     "any GPU, nothing compiled, no Triton": ("nvidia", Platform("cuda", REFERENCE, REFERENCE, REFERENCE, 90)),
 }
 """In words -> who makes it, and what the rules know of it."""
 
 MAKERS = {"cpu": "a CPU", "nvidia": "NVIDIA", "amd": "AMD", "intel": "Intel XPU"}
-_INTERPRETED = "bit for bit in Triton's interpreter"
+_INTERPRETED, _SELECTED = "bit for bit in Triton's interpreter", "vLLM selects it on a pretended GPU"
 PROVEN = {
     ("cpu", "our kernel"): "all tests, bit for bit at each level; vLLM engines",
     (
@@ -39,8 +40,8 @@ PROVEN = {
         "our kernel",
     ): "bit for bit in an emulation of PTX, machine code read; its self-test, on that; **never run**",
     ("nvidia", "our Triton kernel"): f"{_INTERPRETED}; compiles for 8.0, 9.0, 10.0, 12.0, **never run**",
-    ("amd", "our Triton kernel"): f"{_INTERPRETED}; compiles for gfx942, gfx1100, **never run**",
-    ("intel", "our Triton kernel"): f"{_INTERPRETED}; never compiled, **never run**",
+    ("amd", "our Triton kernel"): f"{_INTERPRETED}; compiles for gfx942, gfx1100; {_SELECTED}; **never run**",
+    ("intel", "our Triton kernel"): f"{_INTERPRETED}; {_SELECTED}; never compiled, **never run**",
 }
 """Maker and kernel -> what shows that it works."""
 BY_ITSELF = {

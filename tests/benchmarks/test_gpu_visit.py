@@ -1,5 +1,6 @@
 """The visit to a GPU and its benchmarks, without a GPU: nobody watches when they run, and the time there is short."""
 
+import importlib.util
 import json
 import os
 import re
@@ -8,15 +9,17 @@ import struct
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import ceilings, gemm, pack, quant, tiles, timing
+from benchmarks import ceilings, check, gemm, pack, quant, tiles, timing
+from vllm_w8a8_bismooth import ops
 
 ROOT = Path(__file__).parents[2]
-FILES = {"log.txt", "facts.json", "quick.json", "gemm.json", "quant.json", "linear.json"}
+FILES = {"log.txt", "check.json", "quick.json", "tiles.json", "gemm.json", "quant.json", "linear.json"}
 MOST_FILES = 8
 
 
@@ -50,18 +53,26 @@ def light_visit(tmp_path) -> Path:
 
 @pytest.mark.slow
 def test_dry_run(tmp_path):
-    sections = ["facts", "build", "test", "quick", "gemm", "quant", "linear", "sanitize", "tiles"]
+    sections = ["build", "check", "quick", "tiles", "gemm", "quant", "linear", "sanitize"]
     done = visit(tmp_path, "--dry", *sections)
     found = verdicts(done.stdout)
     assert done.returncode == 0 and list(found) == sections, done.stdout[-3000:]
-    assert found.pop("tiles") == "left out (needs a GPU)" and set(found.values()) == {"ok"}, done.stdout[-3000:]
+    assert set(found.values()) == {"ok"}, done.stdout[-3000:]
     assert {path.name for path in tmp_path.iterdir()} == FILES
     for file in FILES - {"log.txt"}:
         record = json.loads((tmp_path / file).read_text())
         assert f"== summary of {record['commit']}\n" in done.stdout, file
         assert record["rows"] and "dry" in (record.get("extent"), "dry" if record.get("dry") else None), file
+    if importlib.util.find_spec("triton"):
+        for file in ("quick.json", "linear.json"):
+            rows = json.loads((tmp_path / file).read_text())["rows"]
+            beside = {row["impl"] for row in rows if row.get("x stock")}
+            assert {"ours-channel", "ours-group128", "triton-channel", "triton-group128", "vllm"} <= beside
+        kernels = {(row["kernel"], row["grouped"]) for row in json.loads((tmp_path / "tiles.json").read_text())["rows"]}
+        assert kernels == {(kernel, grouped) for kernel in ("compiled", "triton") for grouped in (False, True)}
     log = (tmp_path / "log.txt").read_text()
     assert re.search(r"tests/ops/test_gpu.py::test_product_on_real_shapes", log)
+    assert re.search(r"^right \(self-test: .* kernels passed the self-test; tests: \d+/\d+ tests collected", log, re.M)
     assert re.search(r"^6/\d+ tests collected", log, re.MULTILINE)  # the sanitizer's
 
 
@@ -71,15 +82,27 @@ def test_files_of_a_whole_visit():
     limits = dict(re.findall(r"\[(\w+)\]=(\d+)", script))
     assert sorted(limits) == sorted(order) and max(map(int, limits.values())) < 590
     written = set(re.findall(r"\$out/(\w+\.\w+)", script)) | {"serve-MODEL.json"}
-    assert written == FILES | {"tiles.json", "serve-MODEL.json"} and len(written) <= MOST_FILES
+    assert written == FILES | {"serve-MODEL.json"} and len(written) <= MOST_FILES
+
+
+def test_two_calls_are_a_visit():
+    """Of 15 minutes in all; the first three are for what all else rests on, with kernels that were brought along."""
+    script = (ROOT / "benchmarks/gpu.sh").read_text()
+    limits = {name: int(seconds) for name, seconds in re.findall(r"\[(\w+)\]=(\d+)", script)}
+    calls = [
+        call.split() for call in re.findall(r"^#     .*  benchmarks/gpu.sh (build .*|gemm .*)$", script, re.MULTILINE)
+    ]
+    assert [call[0] for call in calls] == ["build", "gemm"] and limits["check"] == 180
+    used = [sum(limits[name] for name in call if name != "build") for call in calls]
+    assert max(used) < 590
 
 
 def test_a_failing_section_does_not_stop_the_next(tmp_path):
-    done = visit(tmp_path, "quick", "test", "quant", PYTHON="false")
+    done = visit(tmp_path, "quick", "check", "quant", PYTHON="false")
     assert done.returncode == 1
-    assert verdicts(done.stdout) == dict.fromkeys(["quick", "test", "quant"], "failed (1)")
+    assert verdicts(done.stdout) == dict.fromkeys(["quick", "check", "quant"], "failed (1)")
     assert [path.name for path in tmp_path.iterdir()] == ["log.txt"]
-    done = visit(tmp_path, "--dry", "facts", "test", PYTHON="false")
+    done = visit(tmp_path, "--dry", "check", "sanitize", PYTHON="false")
     assert done.returncode == 1 and set(verdicts(done.stdout).values()) == {"failed (1)"}
 
 
@@ -88,9 +111,9 @@ def test_skipped_tests_are_not_called_good(light_visit, tmp_path):
     (light_visit / "pytest.ini").write_text("[pytest]\nmarkers = gpu")
     header = "import pytest\n@pytest.mark.gpu\n"
     for skip, found in (("@pytest.mark.skip('no GPU')\n", "left out (every test was skipped)"), ("", "ok")):
-        (light_visit / "tests/ops/test_gpu.py").write_text(f"{header}{skip}def test_one(): pass")
-        done = visit(tmp_path / "out", "test", root=light_visit)
-        assert done.returncode == 0 and verdicts(done.stdout) == {"test": found}, done.stdout
+        (light_visit / "tests/ops/test_gpu.py").write_text(f"{header}{skip}def test_sanitizer(): pass")
+        done = visit(tmp_path / "out", "sanitize", root=light_visit)
+        assert done.returncode == 0 and verdicts(done.stdout) == {"sanitize": found}, done.stdout
 
 
 def test_budget(tmp_path):
@@ -101,8 +124,8 @@ def test_budget(tmp_path):
 
 def test_unknown_sections(tmp_path):
     for mode in ([], ["--dry"]):
-        done = visit(tmp_path / "out", *mode, "facts", "nothing")
-        assert done.returncode == 2 and "no section nothing; there are: facts build test quick" in done.stderr
+        done = visit(tmp_path / "out", *mode, "check", "nothing")
+        assert done.returncode == 2 and "no section nothing; there are: build check quick tiles" in done.stderr
     assert not (tmp_path / "out").exists()
 
 
@@ -204,7 +227,7 @@ def test_archives_are_whole_or_not_there(tmp_path, monkeypatch):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize(
     ("module", "asked"),
-    [*((module, ["--device", "cuda"]) for module in (ceilings, gemm, quant)), (tiles, [])],
+    [*((module, ["--device", "cuda"]) for module in (ceilings, check, gemm, quant)), (tiles, [])],
 )
 def test_without_a_gpu(monkeypatch, module, asked):
     monkeypatch.setattr(sys, "argv", ["benchmark", *asked])
@@ -247,12 +270,81 @@ def test_gemm_checks_results():
         assert grouped == ("group" in name)
 
 
+CASES = {
+    "passes": ("pass", "right", {"passed": True, "words": "1 passed", "failed": []}),
+    "fails": ("assert not 1", "WRONG", {"passed": False, "words": "1 failed", "failed": ["test_gpu.py::test_one"]}),
+    "skipped": (
+        "pytest.skip('no GPU')",
+        "left out: nothing is known",
+        {"passed": None, "words": "1 skipped", "failed": []},
+    ),
+    "hangs": ("import time; time.sleep(60)", "left out: nothing is known", {"passed": None, "failed": []}),
+    "exits": ("import os; os._exit(3)", "WRONG", {"passed": False, "failed": []}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_verdicts(tmp_path, monkeypatch, case):
+    body, word, found = CASES[case]
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu")
+    (tmp_path / "test_gpu.py").write_text(f"import pytest\n@pytest.mark.gpu\ndef test_one():\n    {body}\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(check, "TESTS", ["test_gpu.py"])
+    *_, last = check.run_tests(6.0 if case == "hangs" else 100.0, False)
+    assert found.items() <= last.items(), last
+    if case == "hangs":
+        assert last["words"] == "cut short after 6 s: nothing"
+    assert check.verdict({"self-test": {"passed": None, "words": "-"}, "tests": last}).startswith(f"{word} (")
+    if last["passed"] is not False:  # what failed is wrong, whatever else is right
+        good = {"passed": True, "words": "2 of 2 kernels passed the self-test"}
+        assert check.right({"self-test": good, "tests": last}) is True
+        assert check.right({"self-test": good | {"passed": False}, "tests": last}) is False
+
+
+@pytest.mark.skipif(not ops.has_kernel("cpu"), reason="there are no compiled kernels")
+def test_the_gate_is_asked_where_no_doctor_answers(monkeypatch):
+    """A machine with torch but without vLLM."""
+    monkeypatch.setattr(check, "ask_doctor", lambda seconds: {"serving": None})
+    found = check.self_test("cpu", 100.0)
+    assert found["passed"] is True and found["words"] == "cpu: 5 of 5 kernels passed the self-test"
+    assert found["faults"] == {} and found["doctor"] == {"serving": None}
+
+
+@pytest.mark.skipif(not ops.has_kernel("cpu"), reason="there are no compiled kernels")
+def test_one_bad_kernel_on_one_of_two_gpus_is_wrong(monkeypatch):
+    fault = {"per-group tile 3": "wrong in 1 of 64 results"}
+    tests = {
+        "NVIDIA A": {"words": "the self-test did not run (no memory)", "faults": {}},
+        "NVIDIA B": {"words": "7 of 8 kernels passed the self-test", "faults": fault},
+    }
+    monkeypatch.setattr(check, "ask_doctor", lambda seconds: {"serving": {"tests": tests}})
+    found = check.self_test("cpu", 100.0)
+    assert found["passed"] is False and list(found["faults"]) == ["NVIDIA B: per-group tile 3"]
+    del tests["NVIDIA B"]
+    assert check.self_test("cpu", 100.0)["passed"] is None
+
+
+def test_a_doctor_that_takes_too_long_leaves_no_process(tmp_path, monkeypatch):
+    """What it has started, vLLM's process for one, ends with it."""
+    script, number = tmp_path / "python", tmp_path / "number"
+    script.write_text(f"#!/bin/sh\nsleep 1000 &\necho $! >{number}\nwait\n")
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(script))
+    assert check.ask_doctor(5.0) is None
+    state = Path(f"/proc/{number.read_text().strip()}/stat")
+    for _ in range(100):
+        if not state.exists() or ") Z " in state.read_text():
+            return
+        time.sleep(0.05)
+    pytest.fail("it lives on")
+
+
 @pytest.mark.skipif(not hasattr(torch.ops.w8a8_bismooth, "scaled_mm_tile"), reason="the CUDA kernels are not built")
 def test_tiles_take_the_weights(monkeypatch):
     monkeypatch.setattr(timing, "prepare", lambda call, copies, device: call)
     problem = gemm.Problem(3, gemm.Weights(64, 256, "cpu", 2), False)
     for name, grouped in (("channel", False), ("group", True)):
-        runs = tiles.candidates(problem, grouped)
+        runs = tiles.compiled(problem, grouped)
         assert list(runs) == ["chosen"]  # tiles are those of a GPU
         gemm.check(name, problem, runs["chosen"](0))
 

@@ -85,8 +85,8 @@ def test_schemes():
         ("cuda", 75, "compiled", "capability 8.0"),
         ("cuda", 75, "triton", "capability 8.0"),
         ("cuda", 100, "triton", None),  # vLLM's own fails there
-        ("cuda", None, "triton", "installed without its kernels"),  # ROCm, whatever capability it says it has
-        ("xpu", None, "triton", "installed without its kernels"),
+        ("cuda", None, "triton", "for CPUs and NVIDIA's GPUs"),  # ROCm, whatever capability it says it has
+        ("xpu", None, "triton", "for CPUs and NVIDIA's GPUs"),
     ],
 )
 def test_who_serves_per_channel_linears(monkeypatch, device, capability, server, stock):
@@ -166,6 +166,21 @@ def test_who_serves_what(platform, expected):
     for served in found.values():  # a user is told of all that could be better
         assert served.meant or served.reason
         assert not served.meant or "reference" not in served.kernel
+
+
+def test_what_is_missing_depends_on_the_maker():
+    """Nobody can install kernels that there are none of; and who has vLLM's own instead misses nothing then."""
+    nothing = Platform("cuda", "reference", "reference", "reference")
+    nvidia, cpu = replace(nothing, capability=90), replace(nothing, device="cpu")
+    no_sources, not_built = (
+        "this package's kernels are for CPUs and NVIDIA's GPUs",
+        "this package was installed without",
+    )
+    assert servers.per_group(nothing).reason == f"{no_sources}, and Triton is not installed: slow"
+    assert servers.per_group(nvidia).reason == f"{not_built} its kernels for cuda, and Triton is not installed: slow"
+    assert servers.per_group(cpu).reason == f"{not_built} its kernels for cpu: slow"
+    assert servers.per_channel(nothing) == servers.Served(servers.STOCK, no_sources, True)
+    assert servers.per_channel(nvidia) == servers.Served(servers.STOCK, f"{not_built} its kernels for cuda", False)
 
 
 def made_by_vllm(group_size: int | None, rows: int, columns: int):

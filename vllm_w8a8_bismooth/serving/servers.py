@@ -5,8 +5,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
+
 from vllm_w8a8_bismooth import NAME, switch
-from vllm_w8a8_bismooth.ops import COMPILED, REFERENCE, TRITON, gate, server
+from vllm_w8a8_bismooth.ops import COMPILED, REFERENCE, TRITON, gate, server, unsupported
 from vllm_w8a8_bismooth.ops.gate import Ruling
 from vllm_w8a8_bismooth.ops.kernels import CHANNEL, GROUP_128
 
@@ -20,7 +22,7 @@ class Platform:
         per_channel, per_group: who does our linears there, as :func:`ours` says.
         experts: who does our ``experts``, as :func:`ops.server` says.
         capability: of an NVIDIA GPU, 90 for 9.0; ``None`` for others.
-        unsupported: why our products cannot, as :func:`ops.unsupported` says, or ``""``.
+        unsupported: why our products cannot, as :func:`ops.unsupported` says of an ordinary weight, or ``""``.
         ruling: why compiled kernels do what they do.
     """
 
@@ -36,6 +38,18 @@ class Platform:
     def off(self) -> bool:
         """Whether compiled kernels are not wanted."""
         return self.ruling.switch == switch.OFF
+
+    @property
+    def has_sources(self) -> bool:
+        """Whether this package's kernels can be compiled for it at all: for CPUs and NVIDIA's GPUs."""
+        return self.device == "cpu" or self.capability is not None
+
+    @property
+    def absence(self) -> str:
+        """Why no compiled kernel is there, if none is."""
+        if self.has_sources:
+            return f"this package was installed without its kernels for {self.device}"
+        return "this package's kernels are for CPUs and NVIDIA's GPUs"
 
     def lack(self, granularity: str) -> str:
         """Why compiled kernels that are there do not serve, or ``""``."""
@@ -85,7 +99,8 @@ def here() -> Platform:
         ours(device, 128),
         server(device, "experts"),
         capability and capability.to_int(),
-        ruling=ruling,
+        unsupported(4096, 4096, group_size=128, device=torch.device(device)),
+        ruling,
     )
 
 
@@ -137,13 +152,13 @@ def _ours(platform: Platform, kernel: str, granularity: str) -> Served:
     if platform.unsupported:
         return Served(REFUSED, platform.unsupported, False)
     lack, proof = platform.lack(granularity), platform.ruling.proof
-    absent = f"this package was installed without its kernels for {platform.device}"
+    no_triton = "" if platform.device == "cpu" else ", and Triton is not installed"
     return {
         COMPILED: Served("our kernel", f"compiled for {platform.device}{proof and ', '}{proof}", True),
         TRITON: Served(
             "our Triton kernel", lack or f"none was compiled for {platform.device}", not lack or platform.off
         ),
-        REFERENCE: Served("the torch reference", f"{lack or absent}: slow", False),
+        REFERENCE: Served("the torch reference", f"{lack or platform.absence}{no_triton}: slow", False),
     }[kernel]
 
 
@@ -154,12 +169,13 @@ def per_channel(platform: Platform) -> Served:
     compiled kernels that are missing or not to be relied on, but not on CUDA of compute capability 10 and above (vLLM
     issue 54311).
     """
-    capability, absent = platform.capability, "this package was installed without its kernels for this device"
+    capability = platform.capability
     if platform.device != "cpu" or platform.off:
         if capability and capability < OLDEST:
             return Served(STOCK, "this package's kernels need compute capability 8.0", False)
         if (platform.off or platform.per_channel != COMPILED) and not (capability and capability >= NEWEST):
-            return Served(STOCK, platform.lack(CHANNEL) or absent, platform.off)
+            meant = platform.off or not platform.has_sources
+            return Served(STOCK, platform.lack(CHANNEL) or platform.absence, meant)
     return _ours(platform, platform.per_channel, CHANNEL)
 
 

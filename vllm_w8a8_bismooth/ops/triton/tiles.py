@@ -177,13 +177,18 @@ def _device(index: int) -> Device:
     return Device(found, target.warp_size, processors)
 
 
+def current() -> Device:
+    """The current device, which has products: see :func:`unsupported`."""
+    return _device(driver.active.get_current_device())
+
+
 def choose(m: int, n: int, groups: int) -> Tile:
     """The tile for M tokens and N weight rows on the current device.
 
     As many tokens as there are, if a tile is so large, whatever N and the groups; and as many weights as fit, and leave
     each processor a tile.
     """
-    device = _device(driver.active.get_current_device())
+    device = current()
     fitting = [tile for tile in TILES[device.family] if tile.fits(groups, device.lanes)]
     tokens = min((tile.tokens for tile in fitting if tile.tokens >= m), default=max(tile.tokens for tile in fitting))
     narrow, *wider = sorted((tile for tile in fitting if tile.tokens == tokens), key=lambda tile: tile.weights)
