@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import ceilings, gemm, pack, quant, tiles, timing
+from benchmarks import ceilings, gemm, pack, quant, tiles
+from vllm_w8a8_bismooth.ops import timing
 
 ROOT = Path(__file__).parents[2]
 FILES = {"log.txt", "facts.json", "quick.json", "gemm.json", "quant.json", "linear.json"}

@@ -92,10 +92,10 @@ class Entry:
         return self.given or fastest(self.seconds)
 
     def words(self) -> str:
-        """Who serves it, and why, in one line."""
+        """Why, in one line."""
         totals = {kernel: sum_ for kernel in KERNELS if (sum_ := total(self.seconds.get(kernel, {}))) is not None}
         times = ", ".join(f"{kernel} {sum_ * 1e6:.4g} us" for kernel, sum_ in totals.items())
-        return f"{self.kernel or 'open'} ({'given' if self.given else 'measured'}{times and ': ' + times})"
+        return f"{'given' if self.given else 'measured'}: {times or 'nothing'}" if times or not self.given else "given"
 
 
 @dataclass(frozen=True)
