@@ -15,7 +15,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import record, timing
+from benchmarks import record
+from vllm_w8a8_bismooth.ops import timing
 
 GPU = [
     "name", "driver_version", "pstate", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem",

@@ -23,8 +23,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import ceilings, cutlass_baseline, interpreter, record, timing
+from benchmarks import ceilings, cutlass_baseline, interpreter, record
 from vllm_w8a8_bismooth import ops
+from vllm_w8a8_bismooth.ops import timing
 
 GROUP = 128
 STOCK = "vllm"

@@ -1,5 +1,5 @@
 // Byte dot products from registers alone, on every thread: the ceiling of any INT8 GEMM on this CPU.
-// For benchmarks/timing.py: g++ -O2 -shared -fPIC -o peak.so peak.cpp -lpthread
+// For benchmarks/ceilings.py: g++ -O2 -shared -fPIC -o peak.so peak.cpp -lpthread
 #include <chrono>
 #include <thread>
 #include <vector>

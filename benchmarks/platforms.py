@@ -16,11 +16,15 @@ PLATFORMS = {
     "x86 CPU": ("cpu", Platform("cpu", COMPILED, COMPILED, REFERENCE)),
     "x86 CPU, off": ("cpu", Platform("cpu", REFERENCE, REFERENCE, REFERENCE, ruling=OFF)),
     "CPU, nothing compiled": ("cpu", Platform("cpu", REFERENCE, REFERENCE, REFERENCE)),
-    "NVIDIA 8.0 to 9.0, self-test passed": ("nvidia", Platform("cuda", COMPILED, COMPILED, TRITON, 90)),
+    "NVIDIA 8.0 to 9.0, self-test passed": ("nvidia", Platform("cuda", COMPILED, COMPILED, TRITON, 90, planned=True)),
+    "NVIDIA 8.0 to 9.0, passed, BISMOOTH_PLAN=off": ("nvidia", Platform("cuda", COMPILED, COMPILED, TRITON, 90)),
     "NVIDIA 8.0 to 9.0, not passed": ("nvidia", Platform("cuda", TRITON, TRITON, TRITON, 90, ruling=FAILED)),
     "NVIDIA 8.0 to 9.0, off": ("nvidia", Platform("cuda", TRITON, TRITON, TRITON, 90, ruling=OFF)),
     "NVIDIA 8.0 to 9.0, nothing compiled": ("nvidia", Platform("cuda", TRITON, TRITON, TRITON, 90)),
-    "NVIDIA 10.0 and above, self-test passed": ("nvidia", Platform("cuda", COMPILED, COMPILED, TRITON, 120)),
+    "NVIDIA 10.0 and above, self-test passed": (
+        "nvidia",
+        Platform("cuda", COMPILED, COMPILED, TRITON, 120, planned=True),
+    ),
     "NVIDIA 10.0 and above, not passed, or off": ("nvidia", Platform("cuda", TRITON, TRITON, TRITON, 120, ruling=OFF)),
     "NVIDIA 10.0 and above, nothing compiled": ("nvidia", Platform("cuda", TRITON, TRITON, TRITON, 120)),
     "NVIDIA 7.5": ("nvidia", Platform("cuda", TRITON, TRITON, TRITON, 75, NO_PRODUCT)),
@@ -62,7 +66,10 @@ def layers() -> Iterator[tuple[str, ...]]:
 def proofs() -> Iterator[tuple[str, str]]:
     """Who serves anything, with the maker of the platform where it matters, and what shows that it works."""
     serving = dict.fromkeys(
-        (maker, rule(platform).kernel) for maker, platform in PLATFORMS.values() for rule in servers.KINDS.values()
+        (maker, kernel)
+        for maker, platform in PLATFORMS.values()
+        for rule in servers.KINDS.values()
+        for kernel in rule(platform).kernel.split(servers.OR)
     )
     for maker, kernel in serving:
         if kernel not in BY_ITSELF:

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import ceilings, record, timing
+from benchmarks import ceilings, record
 from benchmarks.gemm import load_vllm
 from vllm_w8a8_bismooth import ops
-from vllm_w8a8_bismooth.ops import reference
+from vllm_w8a8_bismooth.ops import reference, timing
 
 HIDDEN, MIDDLE = 8192, 28672
 TOKENS = {"cpu": [1, 16, 64, 256, 1024], "cuda": [1, 16, 64, 256, 1024, 4096, 8192]}

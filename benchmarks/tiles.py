@@ -15,8 +15,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import interpreter, record, timing
+from benchmarks import interpreter, record
 from benchmarks.gemm import DRY, GROUP, Problem, Weights, layers
+from vllm_w8a8_bismooth.ops import timing
 
 TOKENS = [1, 16, 64, 128, 256, 512, 1024, 4096]
 SPLITS = (1, 2, 3, 4, 6, 8)

@@ -131,6 +131,8 @@ def _ask_vllm(found: Diagnosis, test: bool) -> None:
         found.fault("plugin", f"does not fit this vLLM ({answer['problem']})", "install vLLM 0.26 to 0.33")
     elif not answer["registered"]:
         found.fault("plugin", "vLLM did not register it", "see the problems above")
+    if answer["plan_problem"] is not None:
+        found.fault("environment", answer["plan_problem"], f"mend the file, or do without {switch.PLAN}")
     for device, result in answer["tests"].items():
         if result["faults"]:
             remedy = f"report it with this output; {switch.VARIABLE}=off does without the compiled kernels"

@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import ceilings, check, gemm, pack, quant, tiles, timing
+from benchmarks import ceilings, check, gemm, pack, quant, tiles
 from vllm_w8a8_bismooth import ops
+from vllm_w8a8_bismooth.ops import timing
 
 ROOT = Path(__file__).parents[2]
 FILES = {"log.txt", "check.json", "quick.json", "tiles.json", "gemm.json", "quant.json", "linear.json"}

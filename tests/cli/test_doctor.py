@@ -40,6 +40,30 @@ def test_the_self_test_on_demand(tmp_path):
 
 
 @pytest.mark.engine
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("text", "status", "line"),
+    [
+        (
+            '{"shapes": [{"rows": 32, "columns": 64, "kernel": "stock"}]}',
+            0,
+            r"plan\n  given: 32 x 64, activations per token  stock \(given\)\n",
+        ),
+        (
+            "{}",
+            1,
+            "Problem: environment: .*plan.json is no plan of kernels: it is no object with a list of shapes; mend",
+        ),
+    ],
+)
+def test_a_plan_that_is_given(tmp_path, text, status, line):
+    (tmp_path / "plan.json").write_text(text)
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "BISMOOTH_PLAN": str(tmp_path / "plan.json")}
+    done = subprocess.run([BISMOOTH, "doctor", "--plan"], capture_output=True, text=True, env=environment)
+    assert done.returncode == status and re.search(line, done.stdout), done.stdout + done.stderr
+
+
+@pytest.mark.engine
 def test_a_plugin_that_is_switched_off():
     environment = os.environ | {"VLLM_PLUGINS": "", "VLLM_API_KEY": "swordfish"}
     done = subprocess.run([BISMOOTH, "doctor"], capture_output=True, text=True, env=environment)
@@ -69,11 +93,26 @@ def test_a_switch_that_is_none(monkeypatch):
 
 def test_what_fails_its_self_test_is_a_problem(monkeypatch):
     found = {"words": "7 of 8 kernels passed the self-test; not per-channel tile 3 (wrong)", "faults": {"x": "wrong"}}
-    answer = {"problem": None, "registered": True, "tests": {"NVIDIA H200": found}, "layers": {}}
+    answer = {"problem": None, "registered": True, "tests": {"NVIDIA H200": found}, "layers": {}, "plan_problem": None}
     monkeypatch.setattr(engine, "ask", lambda *_: answer | {"platform": "cuda", "device": "", "capability": "9.0"})
     code, message = run("doctor")
     assert code == 1 and "self-test\n  NVIDIA H200  7 of 8 kernels passed the self-test; not per-channel" in message
     assert "Problem: self-test: on NVIDIA H200, 7 of 8 kernels" in message and "BISMOOTH_KERNELS=off does" in message
+
+
+def test_the_plan_is_printed_when_asked_for(monkeypatch):
+    answer = {"problem": None, "registered": True, "tests": {}, "layers": {}, "plan_problem": None}
+    answer |= {
+        "platform": "cuda",
+        "device": "",
+        "capability": "9.0",
+        "plan": {"torch.bfloat16: 32 x 64": "stock (...)"},
+    }
+    monkeypatch.setattr(engine, "ask", lambda *_: answer)
+    assert "plan\n" not in run("doctor")[1]
+    assert "plan\n  torch.bfloat16: 32 x 64  stock (...)\n" in run("doctor", "--plan")[1]
+    answer["plan"] = {}
+    assert "plan\n  nothing  was measured here, and nothing is given\n" in run("doctor", "--plan")[1]
 
 
 def test_without_kernels(without_vllm, monkeypatch):

@@ -268,6 +268,49 @@ def test_products_are_relieved_by_granularity():
     assert "Warning" not in done.stderr
 
 
+CHOSEN = """
+import json, torch
+from vllm_w8a8_bismooth import ops
+from vllm_w8a8_bismooth.ops import kernels, reference, schema
+calls = []
+def spy(*arguments):
+    calls.append(list(arguments[1].shape) + [arguments[3].shape[1]])
+    return reference.scaled_mm(*arguments)
+schema.OPERATIONS["scaled_mm"] = spy
+weights = [torch.randint(-127, 128, shape, dtype=torch.int8) for shape in ((32, 256), (16, 256))]
+seen = []
+for step in (None, "reference", "compiled"):
+    if step:
+        kernels.choose("cpu", 32, 256, 2, step)
+    for b in weights:
+        for groups in (1, 2):
+            a, a_scale, b_scale = torch.ones(4, 256, dtype=torch.int8), torch.ones(4, 1), torch.rand(len(b), groups)
+            got = ops.scaled_mm(a, b, a_scale, b_scale, torch.float32)
+            torch.testing.assert_close(got, reference.scaled_mm(a, b, a_scale, b_scale, torch.float32))
+    seen.append([calls[:], ops.server("cpu")])
+    calls.clear()
+for who in ("triton", "stock"):
+    try:
+        kernels.choose("cpu", 32, 256, 2, who)
+    except ValueError as error:
+        seen.append(str(error))
+print(json.dumps(seen))
+"""
+
+
+@pytest.mark.skipif(not ops.has_kernel("cpu"), reason="the CPU kernels are not built (see setup.py)")
+def test_products_of_one_shape_go_to_who_is_chosen():
+    done = subprocess.run([sys.executable, "-c", CHOSEN], capture_output=True, text=True, check=True)
+    cannot = "the {} kernel cannot serve linears on cpu, where the compiled one does"
+    assert json.loads(done.stdout) == [
+        [[], "compiled"],
+        [[[32, 256, 2]], "compiled"],
+        [[], "compiled"],
+        cannot.format("triton"),
+        cannot.format("stock"),
+    ]
+
+
 def test_the_switch(monkeypatch):
     for value, wanted in ((None, "auto"), ("", "auto"), ("auto", "auto"), ("on", "on"), ("off", "off")):
         monkeypatch.delenv(switch.VARIABLE, raising=False)

@@ -16,13 +16,15 @@ from tests.support.emulation import ROOT, compile_library
 from tests.support.quantization import STOCK, TOKEN, W8A8, config_class
 from vllm_w8a8_bismooth import ops, switch
 from vllm_w8a8_bismooth.ops import gate, kernels
-from vllm_w8a8_bismooth.ops.selftest import examination, machine, verdict
+from vllm_w8a8_bismooth.ops.selftest import cases, examination, machine, verdict
 from vllm_w8a8_bismooth.serving import servers
 
 slow = pytest.mark.slow
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU here is to be a pretended one")
 GROUP = {"strategy": "group", "group_size": 128}
 OURS, STOCKS, TRITON, REFERENCE = "our kernel", "vLLM's own kernel", "our Triton kernel", "the torch reference"
+EITHER = f"{STOCKS} or {OURS}"
+"""By plan, which needs a GPU to be made."""
 TILES = (9,)  # which does all granularities
 EVERY = [f"{each} tile 9" for each in kernels.GRANULARITIES]
 
@@ -39,7 +41,8 @@ class Pretended:
         self._monkeypatch = monkeypatch
         self.masks, self.examined, self.names = [], [], ["NVIDIA A", "NVIDIA B"]
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-        monkeypatch.delenv(switch.VARIABLE, raising=False)
+        for variable in (switch.VARIABLE, switch.PLAN):
+            monkeypatch.delenv(variable, raising=False)
         compiled = {
             ("cuda", operation, each): ops.COMPILED
             for operation in ("scaled_mm", *machine.QUANTIZATIONS)
@@ -120,15 +123,28 @@ def who(group: dict | None = None) -> tuple[str, str]:
 
 def test_what_passes_serves(gpu, caplog_vllm):
     gpu.breaks()
-    assert who() == who(GROUP) == ("W8A8Scheme", OURS)
+    assert who() == ("Choice", EITHER) and who(GROUP) == ("W8A8Scheme", OURS)
     assert gpu.masks == [(0, 0, 0, 0, True, True)] and gpu.examined == [0]
     (line,) = caplog_vllm.messages
     assert line.startswith(
-        "w8a8_bismooth, BISMOOTH_KERNELS=auto: per-channel on our kernel (compiled for cuda, 8 of 8 kernels passed the "
-        "self-test); per-group on our kernel"
+        "w8a8_bismooth, BISMOOTH_KERNELS=auto: per-channel on vLLM's own kernel or our kernel (by plan, 8 of 8 kernels "
+        "passed the self-test); per-group on our kernel"
     )
     gate.settle.cache_clear()  # as in the next worker
-    assert who() == ("W8A8Scheme", OURS) and gpu.examined == [0]
+    assert who() == ("Choice", EITHER) and gpu.examined == [0]
+
+
+@pytest.mark.parametrize(
+    ("capability", "plan", "found"),
+    [(90, "off", ("CompressedTensorsW8A8Int8", STOCKS)), (100, "auto", ("W8A8Scheme", OURS))],
+)
+def test_what_passed_but_is_not_measured(gpu, capability, plan, found, monkeypatch):
+    """Serves only where vLLM has no kernel."""
+    monkeypatch.setenv(switch.PLAN, plan)
+    gpu.platform(capability)
+    good = [cases.Tile(9, each, 16, 64, 512) for each in kernels.GRANULARITIES]
+    monkeypatch.setattr(examination, "examine", lambda _: verdict.Verdict(good, EVERY))
+    assert who() == found
 
 
 @pytest.mark.parametrize(
@@ -154,7 +170,7 @@ def test_groups_fall_back_to_triton_else_aloud_to_the_reference(gpu, triton, por
         monkeypatch.delattr("vllm_w8a8_bismooth.ops.triton", raising=False)
     gpu.breaks(**{"groups of 128 tile 9": "wrong"})
     assert who(GROUP) == ("W8A8Scheme", portable)
-    assert who() == ("W8A8Scheme", OURS)
+    assert who() == ("Choice", EITHER)
     assert ops.server("cuda", group_size=64) == ops.COMPILED
     lines = [line for line in caplog_vllm.messages if "run on the torch reference, which is slow" in line]
     assert len(lines) == (not triton)
@@ -177,7 +193,7 @@ def test_a_wrong_quantization_takes_its_linears_along(gpu):
 @slow
 def test_launches_that_must_not_overlap(gpu):
     gpu.breaks(**{machine.OVERLAP: "wrong"})
-    assert who() == who(GROUP) == ("W8A8Scheme", OURS)
+    assert who() == ("Choice", EITHER) and who(GROUP) == ("W8A8Scheme", OURS)
     assert gpu.masks == [(0, 0, 0, 0, True, False)]
 
 

@@ -306,8 +306,8 @@ def verification(console: "Console", found: "Verification") -> None:
             console.print(f"The residual stream is the source's, unscaled: {escape(in_few_words(weights))}.")
 
 
-def diagnosis(console: "Console", found: "Diagnosis") -> None:
-    """Plain lines, made to be pasted."""
+def diagnosis(console: "Console", found: "Diagnosis", plan: bool = False) -> None:
+    """Plain lines, made to be pasted; with a ``plan``, who serves which linears by measurement, too."""
 
     def section(title: str, values: dict) -> None:
         console.print(f"[bold]{title}[/bold]")
@@ -324,6 +324,8 @@ def diagnosis(console: "Console", found: "Diagnosis") -> None:
         for device, test in found.serving["tests"].items():
             section("self-test", {device: test["words"]} | test["faults"])
         section("layers", {kind: f"{kernel} ({why})" for kind, (kernel, why, _) in found.serving["layers"].items()})
+        if plan:
+            section("plan", found.serving["plan"] or {"nothing": "was measured here, and nothing is given"})
     for problem in found.problems:
         console.print("[red]Problem:[/red] ", end="")
         console.print(f"{problem}.", markup=False, highlight=False)

@@ -331,6 +331,9 @@ def doctor(
         bool,
         typer.Option("--self-test", help="Have the compiled kernels run their self-test now."),
     ] = False,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Print who serves which linears by measurement, and the times.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
     """Say which kernels would serve which layers here, and why: versions, machine, vLLM, and what is missing.
@@ -344,7 +347,7 @@ def doctor(
     if as_json:
         print(json.dumps(display.with_sentences(found), indent=2))
     else:
-        display.diagnosis(display.console(), found)
+        display.diagnosis(display.console(), found, plan)
     raise typer.Exit(1 if found.problems else 0)
 
 

@@ -70,7 +70,7 @@ def judge(index: int | None, anew: bool = False) -> Verdict:
         index: the number of the GPU.
         anew: leave aside the one that is kept.
     """
-    key = _key(index)
+    key = key_of(index)
     with verdict.alone(key):
         found = None if anew else verdict.kept(key)
         if found is None:
@@ -103,8 +103,12 @@ def _compiled(device_type: str) -> list[str]:
     return machine.compiled(device_type, ("scaled_mm", *machine.QUANTIZATIONS))
 
 
-def _key(index: int | None) -> dict[str, Any]:
-    """All that a verdict depends on: kernels, device, driver."""
+def key_of(index: int | None) -> dict[str, Any]:
+    """All that a verdict depends on, JSON values: kernels, device, driver.
+
+    Args:
+        index: the number of the GPU; ``None`` is the CPU.
+    """
     common = {"sources": verdict.sources(), "torch": torch.__version__}
     if index is None:
         return common | {"device": "cpu", "level": torch.ops.w8a8_bismooth._cpu_level("")}

@@ -80,6 +80,8 @@ def _servers() -> dict[tuple[str, str, str], str]:
 _SERVERS = _servers()
 _COMPILED: dict[tuple[str, str], Any] = {}
 """Type of a device, operation -> the compiled kernel that was relieved of something."""
+_LEFT_OUT: set[tuple[str, int, int, int]] = set()
+"""Type of a device, N, K, groups of the weights whose products the compiled kernels leave to others."""
 
 
 def server(device_type: str, operation: str = "scaled_mm", group_size: int | None = None) -> str:
@@ -108,18 +110,56 @@ def relieve(device_type: str, operation: str, granularities: Iterable[str] = GRA
     going = [(device_type, operation, each) for each in granularities]
     if COMPILED not in (_SERVERS.get(each) for each in going):
         return
-    name, key = f"w8a8_bismooth::{operation}", device_type.upper()
-    compiled: Any = _COMPILED.setdefault((device_type, operation), torch.library.get_kernel(name, key))
+    who, portable = _portable(device_type, operation)
+    _SERVERS.update(dict.fromkeys(going, who))
+    _route(device_type, operation, portable)
+
+
+def choose(device_type: str, rows: int, columns: int, groups: int, who: str) -> None:
+    """Have products with one shape of weight done by compiled kernels, or by those who would do them otherwise.
+
+    In this process, until it is chosen anew.
+
+    Args:
+        device_type: see :func:`server`.
+        rows, columns, groups: N and K of the weight, and its scales a row.
+        who: :data:`COMPILED`, or who else does it on this kind of device.
+
+    Raises:
+        ValueError: they do not do it here.
+    """
+    now = server(device_type, "scaled_mm", None if groups == 1 else columns // groups)
+    shape = device_type, rows, columns, groups
+    if who == now:
+        _LEFT_OUT.discard(shape)
+        return
+    other, portable = _portable(device_type, "scaled_mm")
+    if now != COMPILED or who != other:
+        raise ValueError(f"the {who} kernel cannot serve linears on {device_type}, where the {now} one does")
+    _LEFT_OUT.add(shape)
+    if (device_type, "scaled_mm") not in _COMPILED:
+        _route(device_type, "scaled_mm", portable)
+
+
+def _portable(device_type: str, operation: str) -> tuple[str, Callable]:
+    """Who does it where the compiled kernels do not, and how."""
     triton = _triton(device_type, [operation])
-    _SERVERS.update(dict.fromkeys(going, TRITON if triton else REFERENCE))
-    portable: Callable = triton.get(operation, schema.OPERATIONS[operation])
+    return (TRITON, triton[operation]) if triton else (REFERENCE, schema.OPERATIONS[operation])
+
+
+def _route(device_type: str, operation: str, portable: Callable) -> None:
+    """Put in the compiled kernel's place what asks who is to do it: that, or who does it otherwise."""
+    name, key = f"w8a8_bismooth::{operation}", device_type.upper()
+    if (device_type, operation) not in _COMPILED:
+        _COMPILED[device_type, operation] = torch.library.get_kernel(name, key)
+    compiled: Any = _COMPILED[device_type, operation]
 
     def route(keys: torch.DispatchKeySet, a: torch.Tensor, b: torch.Tensor, *more: Any) -> torch.Tensor:
-        columns, groups = a.shape[1], more[1].shape[1]
-        group_size = None if groups == 1 else columns // groups
-        if server(device_type, operation, group_size) == COMPILED:
-            return compiled.call_boxed(keys, a, b, *more)
-        return portable(a, b, *more)
+        columns, (rows, groups) = a.shape[1], more[1].shape
+        who = server(device_type, operation, None if groups == 1 else columns // groups)
+        if who != COMPILED or (device_type, rows, columns, groups) in _LEFT_OUT:
+            return portable(a, b, *more)
+        return compiled.call_boxed(keys, a, b, *more)
 
     some_left = any(_SERVERS[device_type, operation, each] == COMPILED for each in GRANULARITIES)
     with warnings.catch_warnings():

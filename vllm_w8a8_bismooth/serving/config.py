@@ -1,6 +1,8 @@
 """How vLLM meets our checkpoints: compressed-tensors' own config with our linears and experts."""
 
+import functools
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,8 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
 from vllm.model_executor.layers.quantization.compressed_tensors.schemes import CompressedTensorsScheme
 
 from vllm_w8a8_bismooth import FORMAT, MARKER, NAME, switch
-from vllm_w8a8_bismooth.serving import guard, moe, servers
+from vllm_w8a8_bismooth.serving import guard, moe, plan, planning, servers
+from vllm_w8a8_bismooth.serving.choice import Choice
 from vllm_w8a8_bismooth.serving.scheme import W8A8Scheme
 
 logger = init_logger("vllm.w8a8_bismooth")
@@ -43,9 +46,10 @@ class BiSmoothConfig(CompressedTensorsConfig):
         Raises:
             ValueError: linears are quantized in a way that this package has no kernels for, or none is; see also
                 :func:`guard.check_patterns`; or compressed-tensors does not understand the config; or the environment
-                asks for what is unknown, see :func:`switch.wanted`.
+                asks for what is unknown, see :func:`switch.wanted` and :func:`planning.given`.
         """
         switch.wanted()
+        planning.given()
         guard.check_patterns(config)
         groups = config.get("config_groups")
         if not isinstance(groups, Mapping) or not all(isinstance(group, Mapping) for group in groups.values()):
@@ -83,17 +87,24 @@ class BiSmoothConfig(CompressedTensorsConfig):
     def _get_scheme_from_parts(
         self, weight_quant: QuantizationArgs, input_quant: QuantizationArgs, *args: Any, **kwargs: Any
     ) -> CompressedTensorsScheme:
-        """Chooses :class:`W8A8Scheme`, unless :mod:`servers` has vLLM's own kernel serve."""
+        """Chooses :class:`W8A8Scheme`, or vLLM's own, by what :mod:`servers` says; :class:`Choice` where a plan may."""
         platform = servers.settle(logger)
-        if weight_quant.strategy != GROUP and servers.per_channel(platform).kernel == servers.STOCK:
-            return super()._get_scheme_from_parts(weight_quant, input_quant, *args, **kwargs)
-        return W8A8Scheme(
-            weight_group_size=weight_quant.group_size if weight_quant.strategy == GROUP else None,
+        group_size = weight_quant.group_size if weight_quant.strategy == GROUP else None
+        if group_size is not None:
+            platform = replace(platform, per_group=servers.ours(platform.device, group_size))
+        ours = functools.partial(
+            W8A8Scheme,
+            weight_group_size=group_size,
             activation_group_size=input_quant.group_size if input_quant.strategy == GROUP else None,
             per_tensor=weight_quant.strategy == TENSOR,
             static=not input_quant.dynamic,
             fused=self.packed_modules_mapping,
         )
+        stock = functools.partial(super()._get_scheme_from_parts, weight_quant, input_quant, *args, **kwargs)
+        could = servers.linears(platform, group_size is not None)
+        planned = platform.planned and len(could) > 1
+        makes = {each: stock if each == plan.STOCK else functools.partial(ours, announced=planned) for each in could}
+        return Choice(makes, group_size, input_quant.strategy) if planned else makes[could[0]]()
 
 
 def _unfit(group: Mapping[str, Any], stored: str | None) -> str:

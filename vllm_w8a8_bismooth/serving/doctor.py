@@ -23,8 +23,8 @@ def answer(test: bool) -> dict[str, Any]:
 
     Returns:
         ``platform`` (``cpu``, ``cuda``, ...), ``device`` (its name), ``capability`` (``9.0``, or ``None``),
-        ``registered``, ``problem`` (why not, or ``None``), ``tests``, see :func:`_tests`, and ``layers``, see
-        :func:`_layers`.
+        ``registered``, ``problem`` (why not, or ``None``), ``tests``, see :func:`_tests`, ``layers``, see
+        :func:`_layers`, ``plan``, see :func:`_plan`, and ``plan_problem``, what is wrong with the one that is given.
     """
     from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
     from vllm.platforms import current_platform
@@ -40,6 +40,8 @@ def answer(test: bool) -> dict[str, Any]:
         "problem": None,
         "tests": {},
         "layers": {},
+        "plan": {},
+        "plan_problem": None,
     }
     try:
         from vllm_w8a8_bismooth.serving import register
@@ -47,6 +49,10 @@ def answer(test: bool) -> dict[str, Any]:
         register()
         found["tests"] = _tests(current_platform.device_type, test)
         found["layers"] = _layers()
+        try:
+            found["plan"] = _plan(current_platform.device_type)
+        except ValueError as error:
+            found["plan_problem"] = str(error)
     except Exception as error:
         found["problem"] = f"{type(error).__name__}: {error}"
     return found
@@ -65,6 +71,26 @@ def _tests(device_type: str, anew: bool) -> dict[str, dict[str, Any]]:
         devices = {torch.cuda.get_device_name(index): index for index in reversed(range(count))}
     found = {name: gate.judge(index, anew) for name, index in devices.items()}
     return {name: {"words": verdict.words(), "faults": verdict.faults} for name, verdict in found.items()}
+
+
+def _plan(device_type: str) -> dict[str, str]:
+    """Kind of linear -> its kernel, and why, by the plan that is given and those that are kept of the current device.
+
+    Raises:
+        ValueError: what is given is no plan.
+    """
+    from vllm_w8a8_bismooth.ops import COMPILED, server
+    from vllm_w8a8_bismooth.serving import planning
+
+    given = planning.given()
+    plans = {"given": given} if given else {}
+    if server(device_type) == COMPILED:
+        plans |= planning.kept(planning.here(device_type))
+    return {
+        f"{name}: {shape}": f"{entry.kernel or 'open'} ({entry.words()})"
+        for name, plan in plans.items()
+        for shape, entry in plan.entries.items()
+    }
 
 
 def _layers() -> dict[str, servers.Served]:

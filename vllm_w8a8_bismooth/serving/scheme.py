@@ -35,6 +35,7 @@ class W8A8Scheme(CompressedTensorsScheme):
         per_tensor: the checkpoint has one weight scale a linear; it becomes per-channel on loading.
         static: the checkpoint has an activation scale for each linear, ``input_scale``.
         fused: last part of a merged linear's name -> those of its parts, as the checkpoint names them, for messages.
+        announced: the log already has who serves.
     """
 
     def __init__(
@@ -44,12 +45,14 @@ class W8A8Scheme(CompressedTensorsScheme):
         per_tensor: bool = False,
         static: bool = False,
         fused: Mapping[str, Sequence[str]] = MappingProxyType({}),
+        announced: bool = False,
     ):
         self.weight_group_size = weight_group_size
         self.activation_group_size = activation_group_size
         self.per_tensor = per_tensor
         self.static = static
         self._fused = fused
+        self._announced = announced
 
     @classmethod
     def get_min_capability(cls) -> int:
@@ -117,7 +120,8 @@ class W8A8Scheme(CompressedTensorsScheme):
         device = weight.device.type
         kind = "per-channel" if self.weight_group_size is None else f"per-group ({self.weight_group_size})"
         static = " with static activations" if self.static else ""
-        servers.announce(logger, f"{kind} linears{static}", device, self.weight_group_size)
+        if not self._announced:
+            servers.announce(logger, f"{kind} linears{static}", device, self.weight_group_size)
         self._check_arrived(layer, "weight_scale", scale.isfinite(), "not finite")
         if self.per_tensor:
             widths = torch.tensor(layer.logical_widths, device=scale.device)

@@ -11,6 +11,7 @@ from vllm_w8a8_bismooth import NAME, switch
 from vllm_w8a8_bismooth.ops import COMPILED, REFERENCE, TRITON, gate, server, unsupported
 from vllm_w8a8_bismooth.ops.gate import Ruling
 from vllm_w8a8_bismooth.ops.kernels import CHANNEL, GROUP_128
+from vllm_w8a8_bismooth.serving import plan
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Platform:
         capability: of an NVIDIA GPU, 90 for 9.0; ``None`` for others.
         unsupported: why our products cannot, as :func:`ops.unsupported` says of an ordinary weight, or ``""``.
         ruling: why compiled kernels do what they do.
+        planned: whether a plan says who serves linears that several could.
     """
 
     device: str
@@ -33,6 +35,7 @@ class Platform:
     capability: int | None = None
     unsupported: str = ""
     ruling: Ruling = Ruling(switch.AUTO)
+    planned: bool = False
 
     @property
     def off(self) -> bool:
@@ -71,8 +74,12 @@ class Served(NamedTuple):
 
 
 STOCK, STOCK_EXPERTS, REFUSED = "vLLM's own kernel", "vLLM's own method", "none, refused at load"
+OR = " or "
+_KERNELS = {plan.STOCK: STOCK, COMPILED: "our kernel", TRITON: "our Triton kernel", REFERENCE: "the torch reference"}
 OLDEST, NEWEST = 80, 100
 """Compute capabilities: the first with our kernels, and the first for which vLLM picks an INT8 kernel that fails."""
+_UNPLANNED = {"cpu": (switch.OFF, switch.AUTO)}
+"""Type of a device -> what :func:`switch.plan` says where no plan counts; on others it is :data:`switch.OFF` alone."""
 _WORDS = {COMPILED: "the {} kernel", TRITON: "the Triton kernel for {}", REFERENCE: "the torch reference, slow"}
 
 
@@ -101,6 +108,7 @@ def here() -> Platform:
         capability and capability.to_int(),
         unsupported(4096, 4096, group_size=128, device=torch.device(device)),
         ruling,
+        planned=ruling.switch == switch.AUTO and switch.plan() not in _UNPLANNED.get(device, (switch.OFF,)),
     )
 
 
@@ -154,12 +162,36 @@ def _ours(platform: Platform, kernel: str, granularity: str) -> Served:
     lack, proof = platform.lack(granularity), platform.ruling.proof
     no_triton = "" if platform.device == "cpu" else ", and Triton is not installed"
     return {
-        COMPILED: Served("our kernel", f"compiled for {platform.device}{proof and ', '}{proof}", True),
-        TRITON: Served(
-            "our Triton kernel", lack or f"none was compiled for {platform.device}", not lack or platform.off
-        ),
-        REFERENCE: Served("the torch reference", f"{lack or platform.absence}{no_triton}: slow", False),
+        COMPILED: Served(_KERNELS[kernel], f"compiled for {platform.device}{proof and ', '}{proof}", True),
+        TRITON: Served(_KERNELS[kernel], lack or f"none was compiled for {platform.device}", not lack or platform.off),
+        REFERENCE: Served(_KERNELS[kernel], f"{lack or platform.absence}{no_triton}: slow", False),
     }[kernel]
+
+
+def linears(platform: Platform, grouped: bool) -> tuple[str, ...]:
+    """Who could serve linears, as :data:`plan.KERNELS` names them, first who does without a plan.
+
+    Where vLLM's own kernel works, Triton's, which no self-test has tried, is none of them.
+    """
+    mine = platform.per_group if grouped else platform.per_channel
+    capability = platform.capability or 0
+    if grouped or capability >= NEWEST:
+        both = mine == COMPILED and platform.experts == TRITON and platform.device != "cpu"
+        return (COMPILED, TRITON) if both else (mine,)
+    if platform.device == "cpu":
+        return (plan.STOCK, mine) if platform.off else (mine, plan.STOCK)
+    if mine != COMPILED or capability < OLDEST:
+        return (plan.STOCK,)
+    return (mine, plan.STOCK) if platform.ruling.switch == switch.ON else (plan.STOCK, mine)
+
+
+def _planned(platform: Platform, grouped: bool) -> Served | None:
+    """What is said where a plan says who serves."""
+    could = linears(platform, grouped)
+    if not platform.planned or len(could) == 1 or (grouped and platform.unsupported):
+        return None
+    proof = platform.ruling.proof
+    return Served(OR.join(_KERNELS[each] for each in could), f"by plan{proof and ', '}{proof}", True)
 
 
 def per_channel(platform: Platform) -> Served:
@@ -167,8 +199,10 @@ def per_channel(platform: Platform) -> Served:
 
     vLLM's own kernel is faster than the reference, and has run, which Triton's has not, so it takes the place of
     compiled kernels that are missing or not to be relied on, but not on CUDA of compute capability 10 and above (vLLM
-    issue 54311).
+    issue 54311). It also does where nobody has measured that compiled ones are faster.
     """
+    if planned := _planned(platform, False):
+        return planned
     capability = platform.capability
     if platform.device != "cpu" or platform.off:
         if capability and capability < OLDEST:
@@ -176,12 +210,14 @@ def per_channel(platform: Platform) -> Served:
         if (platform.off or platform.per_channel != COMPILED) and not (capability and capability >= NEWEST):
             meant = platform.off or not platform.has_sources
             return Served(STOCK, platform.lack(CHANNEL) or platform.absence, meant)
+        if linears(platform, False)[0] == plan.STOCK:
+            return Served(STOCK, f"{switch.PLAN}={switch.OFF}: nobody measures whether ours is faster", True)
     return _ours(platform, platform.per_channel, CHANNEL)
 
 
 def per_group(platform: Platform) -> Served:
     """Who serves per-group linears, which vLLM has no kernel for."""
-    return _ours(platform, platform.per_group, GROUP_128)
+    return _planned(platform, True) or _ours(platform, platform.per_group, GROUP_128)
 
 
 def experts(platform: Platform) -> Served:

@@ -1,20 +1,17 @@
 """What a self-test found, and the file that keeps it for the next process on the same device."""
 
-import json
-import logging
-import os
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from vllm_w8a8_bismooth.ops import kernels
 from vllm_w8a8_bismooth.ops.selftest.cases import Tile
+from vllm_w8a8_bismooth.ops.shelf import Shelf
 
-_logger = logging.getLogger("vllm.w8a8_bismooth")
+_SHELF = Shelf("selftest", "verdict", "the self-test runs anew")
 
 
 @dataclass(frozen=True)
@@ -77,12 +74,7 @@ def sources() -> str:
 
 def folder() -> Path:
     """Of the files, in the user's cache."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "bismooth" / "selftest"
-
-
-def _file(key: Mapping[str, Any]) -> Path:
-    return folder() / f"{sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]}.json"
+    return _SHELF.folder()
 
 
 def kept(key: Mapping[str, Any]) -> Verdict | None:
@@ -91,50 +83,16 @@ def kept(key: Mapping[str, Any]) -> Verdict | None:
     Args:
         key: all that it depends on.
     """
-    path = _file(key)
-    try:
-        stored = json.loads(path.read_text())
-        if stored["key"] != key:
-            raise ValueError("it is of another device or library")
-        return Verdict.from_json(stored["verdict"])
-    except FileNotFoundError:
-        return None
-    except Exception as error:  # whatever a file can hold
-        _logger.warning("%s is not what this version keeps (%s), so the self-test runs anew", path, error)
-        return None
+    return _SHELF.read(key, Verdict.from_json)
 
 
 def keep(key: Mapping[str, Any], verdict: Verdict) -> None:
     """Write a whole verdict, at once or not at all; a cache that cannot be written is none."""
-    if verdict.problem:
-        return
-    path = _file(key)
-    with suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False) as file:
-            json.dump({"key": key, "verdict": verdict.to_json()}, file, indent=1)
-        os.replace(file.name, path)
+    if not verdict.problem:
+        _SHELF.write(key, verdict.to_json())
 
 
-@contextmanager
-def alone(key: Mapping[str, Any]) -> Iterator[None]:
+def alone(key: Mapping[str, Any]) -> AbstractContextManager[None]:
     """Have other processes on such a device wait, so that one self-test serves them all. Where files cannot be locked,
     nobody waits."""
-    lock = _locked(_file(key).with_suffix(".lock"))
-    try:
-        yield
-    finally:
-        if lock is not None:
-            lock.close()
-
-
-def _locked(path: Path) -> TextIO | None:
-    try:
-        import fcntl
-
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "w")  # noqa: SIM115 -- closing it unlocks
-        fcntl.flock(file, fcntl.LOCK_EX)
-    except (OSError, ImportError):
-        return None
-    return file
+    return _SHELF.alone(key)

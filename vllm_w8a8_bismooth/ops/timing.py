@@ -1,4 +1,4 @@
-"""Times of interleaved calls."""
+"""Times of interleaved calls, on a CPU or, by replayed graphs, on a GPU."""
 
 import os
 import statistics
@@ -49,7 +49,7 @@ def times(runs: dict[str, Run], seconds: float) -> dict[str, list[float]]:
     Returns:
         Microseconds of a call in each turn, by name.
     """
-    found = {name: [] for name in runs}
+    found: dict[str, list[float]] = {name: [] for name in runs}
     names, turn, end = list(runs), 0, time.perf_counter() + seconds
     while turn < _LEAST_TURNS or time.perf_counter() < end:
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
