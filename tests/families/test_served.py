@@ -30,4 +30,4 @@ def test_vllm_serves_families(tmp_path, calibration_text, first):
     assert {one.family: one.error for one in served if one.error} == {}
     assert {one.family: one.linears for one in served} == {one.family: one.expected for one in served}
     for one in served:  # a router that hesitates sends a token elsewhere
-        assert one.cost < (0.1 if one.experts else 0.02) * one.yardstick, one
+        assert one.cost < (0.1 if one.experts else 0.05) * one.yardstick, one

@@ -212,6 +212,9 @@ def serve(families: Sequence[Family], folder: Path) -> Iterator[Served]:
         path = folder / family.name / SOURCE
         whole, yardstick = _predictions(path)
         before, after = (answer["logprobs"][..., : whole.shape[-1]] for answer in (source, ours))
+        if not np.isfinite(before).all():
+            yield Served(family.name, "vLLM's predictions of the source itself are not finite")
+            continue
         yield Served(
             family.name,
             cost=float(divergence(before, after).mean()),
