@@ -41,6 +41,8 @@ def granularity(group_size: int | None) -> str:
 
 
 def _registered(device: str, operation: str) -> bool:
+    if device == "cuda" and torch.version.hip:  # what was compiled for CUDA does not run on ROCm's devices
+        return False
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"w8a8_bismooth::{operation}", device.upper())
 
 
