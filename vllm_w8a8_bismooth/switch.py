@@ -25,8 +25,9 @@ def wanted() -> str:
 def plan() -> str | Path:
     """What :data:`PLAN` asks for; :data:`AUTO` if nothing. It counts where :func:`wanted` is :data:`AUTO`.
 
-    :data:`AUTO`: on a GPU, who serves a linear that several could is measured. :data:`ON`: on a CPU, too. :data:`OFF`:
-    nowhere. A path: a file says it, and what it does not name is as with :data:`AUTO`.
+    :data:`AUTO`: on a GPU, who serves a linear that several could is measured. :data:`ON`: on a CPU, too, and on a GPU
+    with Triton's kernels, which no self-test has tried. :data:`OFF`: nowhere. A path: a file says it, and what it does
+    not name is as with :data:`ON` on a GPU, and not measured on a CPU.
     """
     value = os.environ.get(PLAN) or AUTO
     return value if value in (AUTO, ON, OFF) else Path(value)

@@ -57,9 +57,9 @@ def _layer(layer: "record.Layer") -> Layer:
     fed = {name for site in layer.sites if site.producer in layer.linears for name in site.consumers}
     order = [*(name for name in layer.linears if name in layer.experts), *layer.linears, *layer.floats]
     posts = {name: offset for name in layer.vectors if name in layer.writers and name not in norms}
-    # What ends a half of the block in front of such a norm writes into the stream, too.
+    # What ends a half of the block in front of such a norm writes into the stream, too; q may have as many rows.
     widths, producers = {layer.vectors[name] for name in posts}, {site.producer for site in layer.sites}
-    behind = {name for name, (rows, _) in layer.linears.items() if rows in widths and name not in producers}
+    behind = {name for name in fed & layer.linears.keys() - producers if layer.linears[name][0] in widths}
     return Layer(
         tensors=layer.tensors,
         linears=layer.linears,

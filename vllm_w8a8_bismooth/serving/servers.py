@@ -26,6 +26,7 @@ class Platform:
         unsupported: why our products cannot, as :func:`ops.unsupported` says of an ordinary weight, or ``""``.
         ruling: why compiled kernels do what they do.
         planned: whether a plan says who serves linears that several could.
+        asked: whether somebody asked for one, so that kernels without a self-test may be timed, too.
     """
 
     device: str
@@ -36,6 +37,7 @@ class Platform:
     unsupported: str = ""
     ruling: Ruling = Ruling(switch.AUTO)
     planned: bool = False
+    asked: bool = False
 
     @property
     def off(self) -> bool:
@@ -109,6 +111,7 @@ def here() -> Platform:
         unsupported(4096, 4096, group_size=128, device=torch.device(device)),
         ruling,
         planned=ruling.switch == switch.AUTO and switch.plan() not in _UNPLANNED.get(device, (switch.OFF,)),
+        asked=switch.plan() not in (switch.AUTO, switch.OFF),
     )
 
 
@@ -171,12 +174,13 @@ def _ours(platform: Platform, kernel: str, granularity: str) -> Served:
 def linears(platform: Platform, grouped: bool) -> tuple[str, ...]:
     """Who could serve linears, as :data:`plan.KERNELS` names them, first who does without a plan.
 
-    Where vLLM's own kernel works, Triton's, which no self-test has tried, is none of them.
+    Triton's, which no self-test has tried, is one of them only where nobody else can, or somebody asked for a plan: a
+    kernel that hangs while it is timed takes the engine with it.
     """
     mine = platform.per_group if grouped else platform.per_channel
     capability = platform.capability or 0
     if grouped or capability >= NEWEST:
-        both = mine == COMPILED and platform.experts == TRITON and platform.device != "cpu"
+        both = platform.asked and mine == COMPILED and platform.experts == TRITON and platform.device != "cpu"
         return (COMPILED, TRITON) if both else (mine,)
     if platform.device == "cpu":
         return (plan.STOCK, mine) if platform.off else (mine, plan.STOCK)
