@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+from transformers import AutoConfig
 
 from tests.support.contents import digests
 from tests.support.conversion import convert
@@ -77,3 +78,14 @@ def test_conversions_by_either_have_the_same_bytes(make_checkpoint, tmp_path, mo
     found = written("discovery")
     monkeypatch.setattr(Blueprint, "of", lambda checkpoint, *rest: tabled(checkpoint.config))
     assert written("table") == found and len(found) >= 2
+
+
+def test_what_has_as_many_rows_as_the_stream_is_wide_does_not_write_into_it_for_that():
+    """OLMo 2 has norms behind both halves of a block, and its q as many rows as these have channels."""
+    config = AutoConfig.for_model(
+        "olmo2", hidden_size=64, num_attention_heads=4, num_key_value_heads=4, intermediate_size=96, num_hidden_layers=2
+    )
+    (layer, _) = Blueprint.discovered(config.to_dict(), find.find(config.to_dict())).layers
+    assert layer.linears["self_attn.q_proj"] == (64, 64)
+    norms = {"post_attention_layernorm", "post_feedforward_layernorm"}
+    assert layer.writers == {"self_attn.o_proj", "mlp.down_proj", *norms}

@@ -4,6 +4,7 @@ import json
 import logging
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from tests.support.quantization import TOKEN, W8A8, config_class
 from vllm_w8a8_bismooth import ops, switch
 from vllm_w8a8_bismooth.ops import COMPILED
 from vllm_w8a8_bismooth.recipe import Recipe
+from vllm_w8a8_bismooth.serving import servers
 
 pytestmark = pytest.mark.skipif(not ops.has_kernel("cpu"), reason="the CPU kernels are not built (see setup.py)")
 STOCK = "stock"
@@ -272,3 +274,10 @@ def test_an_engine_serves_by_what_it_measured(checkpoints, tmp_path):
     rows = json.loads(path.read_text())["plan"]["shapes"]
     assert tokens == 4 and len(schemes) > len(rows) > 1
     assert {*schemes.values()} == {CLASSES[row["measured"]] for row in rows}
+
+
+@pytest.mark.parametrize("capability", [90, 120])
+def test_what_no_self_test_has_tried_is_timed_only_where_it_was_asked_for(capability):
+    passed = servers.Platform("cuda", ops.COMPILED, ops.COMPILED, ops.TRITON, capability, planned=True)
+    assert servers.linears(passed, True) == (ops.COMPILED,)
+    assert servers.linears(replace(passed, asked=True), True) == (ops.COMPILED, ops.TRITON)
