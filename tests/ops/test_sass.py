@@ -146,9 +146,11 @@ def test_the_loop_over_k_copies_without_loops(architecture, request):
                 copies += math.ceil(weights * slices / threads)
                 copies += math.ceil(tokens * slices / threads) if a_groups else 0
             assert count(body, "LDGSTS") == copies, where
-            if architecture == "ampere" and granularity != GROUP_ANY:  # as docs/results.md says
-                least, most = ((100, 260), (180, 480))[granularity]
-                assert least < len(body) < most, (where, len(body))
+            if (
+                architecture == "ampere" and granularity != GROUP_ANY
+            ):  # docs/results.md says how many; another nvcc may differ
+                least, most = ((101, 258), (174, 476))[granularity]
+                assert 0.9 * least < len(body) < 1.1 * most, (where, len(body))
 
 
 def test_ampere_groups_convert_without_i2f(ampere):
