@@ -90,8 +90,8 @@ class Calibration:
         if given[0].hidden[0].ndim != 3:
             what = "its blocks read several hidden states of each token, which calibration does not carry"
             raise BismoothError.of(checkpoint.folder, what, "use --calibration none, or --method rtn")
-        # one window at a time was given, so that the other axis is the window's length: the first in ChatGLM
-        self._led_by_length = given[0].hidden[0].shape[1] == 1
+        # One window at a time was given; ChatGLM's blocks have its length first.
+        self._led_by_length = given[0].hidden[0].shape[0] != 1
         self.hidden = torch.cat([self._turned(hidden) for hidden in given[0].hidden]).to(device)
         self._arguments = [_each(lambda tensor: tensor.to(device), block.arguments) for block in given]
 
