@@ -1,6 +1,8 @@
 """Small real checkpoints, made by transformers with random weights and written to disk."""
 
+import atexit
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,6 +11,7 @@ import pytest
 
 # Before transformers looks at it: models' own code is kept by the name of its folder, and other processes have others.
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="hf-modules-")
+atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 import torch
 from hypothesis import HealthCheck, settings
 

@@ -127,7 +127,7 @@ def test_figures_of_405b(llama_405b):
     found = {size: survey(Folder(llama_405b), 16384, size) for size in grouping.SIZES}
     sizes, need = found[128].sizes, found[128].needs["data-free"]
     told = iter([row for row in rows.values() if not row[0].startswith("-")])
-    assert [int(cell) for cell in next(told)] == [sizes["heads"] * sizes["head"] // r for r in ranks]
+    assert [int(cell) for cell in next(told)] == [sizes["hidden"] // r for r in ranks]
     assert [int(cell) for cell in next(told)] == [sizes["intermediate"] // r for r in ranks]
     fitting = [[size for size in grouping.SIZES if not found[size].per_group[r]] for r in ranks]
     assert [[int(size) for size in cell.split(",")] for cell in next(told)] == fitting

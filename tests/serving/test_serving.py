@@ -99,6 +99,7 @@ def test_who_serves_per_channel_linears(monkeypatch, device, capability, server,
     )
     monkeypatch.setattr(platforms, "current_platform", platform)
     monkeypatch.setattr(servers, "server", lambda *_: server)
+    monkeypatch.setattr(servers, "unsupported", lambda *_, **__: "")
     monkeypatch.setattr(gate, "settle", lambda *_: Ruling("auto"))  # see test_gate.py
     found = servers.per_channel(servers.here())
     assert (found.kernel == servers.STOCK) == (stock is not None) and (stock or "") in found.reason
@@ -123,12 +124,33 @@ CPU = Platform("cpu", "compiled", "compiled", "reference")
         (CPU, ("our kernel",) * 4),
         (replace(CPU, per_channel="reference", per_group="reference"), ("the torch reference",) * 4),
         (
-            Platform("cuda", "compiled", "compiled", "triton", 90),
+            Platform("cuda", "compiled", "compiled", "triton", 90),  # where nobody measures which is faster
+            ("vLLM's own kernel", "our kernel", "vLLM's own method", "our Triton kernel"),
+        ),
+        (
+            Platform("cuda", "compiled", "compiled", "triton", 90, planned=True),
+            ("vLLM's own kernel or our kernel", "our kernel", "vLLM's own method", "our Triton kernel"),
+        ),
+        (
+            Platform("cuda", "compiled", "compiled", "triton", 90, planned=True, asked=True),
+            (
+                "vLLM's own kernel or our kernel",
+                "our kernel or our Triton kernel",
+                "vLLM's own method",
+                "our Triton kernel",
+            ),
+        ),
+        (
+            Platform("cuda", "compiled", "compiled", "triton", 90, ruling=Ruling("on")),
+            ("our kernel", "our kernel", "vLLM's own method", "our Triton kernel"),
+        ),
+        (
+            Platform("cuda", "compiled", "compiled", "triton", 100),  # where vLLM's own fails
             ("our kernel", "our kernel", "vLLM's own method", "our Triton kernel"),
         ),
         (
             Platform("cuda", "compiled", "compiled", "reference", 90),
-            ("our kernel", "our kernel", "vLLM's own method", "none, refused at load"),
+            ("vLLM's own kernel", "our kernel", "vLLM's own method", "none, refused at load"),
         ),
         (
             Platform("cuda", "triton", "triton", "triton", 90),

@@ -52,7 +52,7 @@ def _exact_cast(self: InterpreterBuilder, source: TensorHandle, to: tl.dtype) ->
 InterpreterBuilder.cast_impl = _exact_cast
 for _name, _operation in OPERATIONS.items():
     schema.LIBRARY.impl(_name, _operation, "CPU", allow_override=True)
-    kernels._SERVERS["cpu", _name] = kernels.TRITON
+    kernels._SERVERS.update({("cpu", _name, granularity): kernels.TRITON for granularity in kernels.GRANULARITIES})
 driver.set_active(Driver("cuda", 90, 32))
 
 
