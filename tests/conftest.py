@@ -1,6 +1,5 @@
 """Small real checkpoints, made by transformers with random weights and written to disk."""
 
-import atexit
 import os
 import shutil
 import tempfile
@@ -11,7 +10,6 @@ import pytest
 
 # Before transformers looks at it: models' own code is kept by the name of its folder, and other processes have others.
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="hf-modules-")
-atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 import torch
 from hypothesis import HealthCheck, settings
 
@@ -32,6 +30,13 @@ project = settings(
 settings.register_profile("project", project)
 settings.register_profile("quick", project, max_examples=25)  # by --hypothesis-profile, for every commit
 settings.load_profile("project")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_code() -> Iterator[None]:
+    """Leave nothing of models' own code behind."""
+    yield
+    shutil.rmtree(os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session", autouse=True)
