@@ -14,7 +14,7 @@ struct GemmKernel {
   static constexpr int shared_bytes = tile.shared_bytes(GRANULARITY);
   static constexpr bool exists = tile.does(GRANULARITY) && !(A_GROUPS && GRANULARITY == layout::CHANNEL);
   static constexpr auto function() {
-    if constexpr (tile.wgmma) {
+    if constexpr (tile.wgmma()) {
       return &gemm_wgmma<TILE, GRANULARITY, A_GROUPS>;
     } else {
       return &gemm_mma<TILE, GRANULARITY, A_GROUPS>;

@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(layout::TILES[TILE].threads(), 1) gemm_mma(con
   constexpr int ROWS = tile.warp_weights / 16, COLUMNS = tile.warp_tokens / 8;  // MMAs of a warp
   constexpr int THREADS = tile.threads(), SCALES = tile.scales(GRANULARITY);
   constexpr bool GROUPS = GRANULARITY != CHANNEL, STAGED_SCALES = GRANULARITY == GROUP_128;
-  constexpr bool EXCHANGE = WARPS_K > 1;
+  constexpr bool EXCHANGE = WARPS_K > 1, SPLITS_GROUPS = GROUPS && tile.splits(GRANULARITY);
   constexpr int OWNED = TOKENS * WEIGHTS / THREADS;  // sums of a thread when warps divide k
   constexpr int PITCH = WEIGHTS + 4;                 // of the exchange: no bank conflicts
 
@@ -183,7 +183,16 @@ __global__ void __launch_bounds__(layout::TILES[TILE].threads(), 1) gemm_mma(con
       }
     }
 
-    if constexpr (STAGED_SCALES && !EXCHANGE) {
+    if (SPLITS_GROUPS && !EXCHANGE && unit.split_tile >= 0) {  // one of several parts leaves the sums to the last
+#pragma unroll
+      for (int i = 0; i < ROWS * COLUMNS * 4; ++i) {
+        int row = warp_row + i / 4 / COLUMNS * 16 + i % 4 / 2 * 8 + lane / 4;
+        int token = warp_token + i / 4 % COLUMNS * 8 + lane % 4 * 2 + i % 2;
+        if (m0 + token >= gemm.m) continue;
+        *group_sum<TOKENS, WEIGHTS>(gemm, unit.split_tile, block, token, row) =
+            partial[i / 4 / COLUMNS][i / 4 % COLUMNS][i % 4] - MAGIC_BITS;
+      }
+    } else if constexpr (STAGED_SCALES && !EXCHANGE) {
       const float* at = scales_at(block, 0);
       float b_scale[ROWS][2];
 #pragma unroll
@@ -200,6 +209,18 @@ __global__ void __launch_bounds__(layout::TILES[TILE].threads(), 1) gemm_mma(con
         exchange[(warp_k * TOKENS + token) * PITCH + row] = partial[i / 4 / COLUMNS][i / 4 % COLUMNS][i % 4];
       }
       __syncthreads();  // the loop's own barrier protects the exchange from the next block
+
+      if (SPLITS_GROUPS && unit.split_tile >= 0) {  // one of several parts leaves the sums to the last
+        const int tokens_left = least(TOKENS, gemm.m - m0);
+#pragma unroll 1
+        for (int i = thread; i < WARPS_K * WEIGHTS * tokens_left; i += THREADS) {
+          const int row = i % WEIGHTS, k = i / WEIGHTS % WARPS_K, token = i / (WEIGHTS * WARPS_K);
+          if (block * WARPS_K + k >= gemm.groups) continue;
+          *group_sum<TOKENS, WEIGHTS>(gemm, unit.split_tile, block * WARPS_K + k, token, row) =
+              exchange[(k * TOKENS + token) * PITCH + row] - MAGIC_BITS;
+        }
+        continue;
+      }
 #pragma unroll
       for (int i = 0; i < OWNED; ++i) {
         int row = (i * THREADS + thread) % WEIGHTS, token = (i * THREADS + thread) / WEIGHTS;
@@ -218,6 +239,12 @@ __global__ void __launch_bounds__(layout::TILES[TILE].threads(), 1) gemm_mma(con
   unsigned* flag = reinterpret_cast<unsigned*>(memory);
   auto sync = [] { __syncthreads(); };
 
+  if (SPLITS_GROUPS && unit.split_tile >= 0) {
+    if (comes_last(gemm, unit.split_tile, thread, flag, sync)) {
+      add_groups<TOKENS, WEIGHTS, WEIGHTS, A_GROUPS>(gemm, unit.split_tile, 0, m0, n0, thread, THREADS);
+    }
+    return;
+  }
   if constexpr (EXCHANGE) {  // outputs are owned by threads: weight rows to neighbouring threads
     if constexpr (!GROUPS) {
 #pragma unroll
@@ -244,12 +271,7 @@ __global__ void __launch_bounds__(layout::TILES[TILE].threads(), 1) gemm_mma(con
       if (n >= gemm.n || m >= gemm.m) continue;
       float a_scale = epilogue_a_scale<A_GROUPS>(gemm, m), b_scale = epilogue_b_scale<GROUPS>(gemm, n);
       float value = finish(owned[i], a_scale, b_scale, load_bias(gemm, n));
-      int64_t at = int64_t(m) * gemm.n + n;
-      if (gemm.d_type == Float::fp32) {
-        static_cast<float*>(gemm.d)[at] = value;
-      } else {
-        static_cast<uint16_t*>(gemm.d)[at] = uint16_t(pack(gemm.d_type, value, 0.f));
-      }
+      store(gemm, m, n, value);
     }
   } else {
     if constexpr (!GROUPS) {

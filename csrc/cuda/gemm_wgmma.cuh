@@ -1,38 +1,43 @@
 // INT8 GEMM for Hopper: TMA, mbarriers and wgmma, persistent and warp-specialised. Weights are the MMA's rows, tokens
 // its columns, so that decode and prefill share one body.
 //
-// Warpgroups 0 and 1 multiply, each its own 64 weight rows (or two slabs of 64) of the tile, and share nothing but the
-// stages: one promotes or stores while the other multiplies. In warpgroup 2, one thread loads tiles with TMA and, per
-// group, one warp gathers scales. CTAs of a cluster have neighbouring weight tiles and each loads its part of the
-// activations for all of them.
+// Warpgroups that multiply have each its own 64 weight rows (or two slabs of 64) of a tile, and share nothing but the
+// stages: one promotes while the other multiplies. One may have its tile to itself: alone in its CTA, or with another
+// that has the next tile, and then they multiply by turns and one stores while the other multiplies. In the last
+// warpgroup, one thread loads tiles with TMA and, per group, one warp gathers scales. CTAs of a cluster have
+// neighbouring weight tiles and each loads its part of the activations for all of them.
 #pragma once
 
 #include "epilogue.cuh"
 
 template <int TILE, int GRANULARITY, bool A_GROUPS>
-__global__ void __launch_bounds__(384, 1)
+__global__ void __launch_bounds__(layout::TILES[TILE].threads(), 1)
     gemm_wgmma(const __grid_constant__ Gemm gemm, const __grid_constant__ ptx::TensorMap a_map,
                const __grid_constant__ ptx::TensorMap b_map) {
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using namespace layout;
   constexpr Tile tile = TILES[TILE];
-  constexpr int TOKENS = tile.tokens, WEIGHTS = tile.weights, SLABS = WEIGHTS / 128, CLUSTER = tile.cluster;
+  constexpr int TOKENS = tile.tokens, WEIGHTS = tile.weights, CLUSTER = tile.cluster;
+  constexpr int WARPGROUPS = tile.warpgroups, TEAM = tile.team(), SLABS = tile.warp_weights / 64;
   constexpr int STAGES = tile.wgmma_stages(GRANULARITY), SCALES = tile.scales(GRANULARITY);
   constexpr int COLUMNS = TOKENS / 2;  // registers of a slab
   constexpr int STAGED = tile.staging_tokens(), PITCH = 64 + 8;
-  constexpr bool GROUPS = GRANULARITY != CHANNEL;
-  // Registers of a thread at launch (65536 / 384, in eights), and what the warpgroups make of them. If they
-  // asked for more than the launch had, they would wait for ever.
+  constexpr bool GROUPS = GRANULARITY != CHANNEL, SPLITS = tile.splits(GRANULARITY);
+  constexpr bool TURNS = tile.turns();
+  static_assert(!TURNS || (TEAM == 1 && WARPGROUPS == 2 && !GROUPS));
+  // Registers of a thread at launch (65536 / 384, in eights), and what three warpgroups make of them; two have enough.
+  // If they asked for more than the launch had, they would wait for ever.
   constexpr int LAUNCHED = 168, MULTIPLYING = 232, LOADING = 40;
   static_assert(2 * MULTIPLYING + LOADING <= 3 * LAUNCHED, "more registers than the CTA has");
 
   uint8_t* const memory = ptx::shared_memory();
   float* const scales = reinterpret_cast<float*>(memory + STAGES * tile.stage_bytes());  // [stage][weights, tokens]
   uint16_t* const staging = reinterpret_cast<uint16_t*>(scales + STAGES * SCALES);       // [warpgroup][token][weight]
-  float* const token_scales = reinterpret_cast<float*>(staging + 2 * STAGED * PITCH);    // [warpgroup][token]
-  uint64_t* const full = reinterpret_cast<uint64_t*>(token_scales + 2 * TOKENS);         // [stage]: loads have landed
-  uint64_t* const empty = full + STAGES;                                                 // [stage]: all have read it
-  unsigned* const flags = reinterpret_cast<unsigned*>(empty + STAGES);                   // [warpgroup]
+  float* const token_scales = reinterpret_cast<float*>(staging + WARPGROUPS * STAGED * PITCH);  // [warpgroup][token]
+  uint64_t* const full = reinterpret_cast<uint64_t*>(token_scales + WARPGROUPS * TOKENS);  // [stage]: loads have landed
+  uint64_t* const empty = full + STAGES;                                                   // [stage]: all have read it
+  uint64_t* const turn = empty + STAGES;                                   // [warpgroup]: the other has multiplied
+  unsigned* const flags = reinterpret_cast<unsigned*>(turn + WARPGROUPS);  // [warpgroup]
 
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, warpgroup = warp / 4;
   auto rank = [] { return CLUSTER > 1 ? int(ptx::cluster_rank()) : 0; };  // read anew each time, to save registers
@@ -43,8 +48,9 @@ __global__ void __launch_bounds__(384, 1)
   if (thread == 0) {
     for (int s = 0; s < STAGES; ++s) {
       ptx::mbarrier_init(full + s, GROUPS ? 1 + 32 : 1);  // the loading thread and the lanes that gather scales
-      ptx::mbarrier_init(empty + s, CLUSTER * 8);         // every multiplying warp of the cluster
+      ptx::mbarrier_init(empty + s, CLUSTER * TEAM * 4);  // every warp of the cluster that multiplies it
     }
+    for (int w = 0; TURNS && w < WARPGROUPS; ++w) ptx::mbarrier_init(turn + w, 4);
     ptx::mbarrier_fence_init();
   }
   if constexpr (CLUSTER > 1) {
@@ -53,9 +59,9 @@ __global__ void __launch_bounds__(384, 1)
     __syncthreads();
   }
 
-  if (warpgroup == 2) {
-    ptx::registers_shrink<LOADING>();
-    if (warp == 8 && lane == 0) {
+  if (warpgroup == WARPGROUPS) {
+    if constexpr (WARPGROUPS == 2) ptx::registers_shrink<LOADING>();
+    if (warp == WARPGROUPS * 4 && lane == 0) {
       ptx::prefetch_tensor_map(&a_map);
       ptx::prefetch_tensor_map(&b_map);
       // To L2: in decode no one else reads these weights, and every CTA reads the activations.
@@ -94,7 +100,7 @@ __global__ void __launch_bounds__(384, 1)
       }
       ptx::let_next_kernel_start();
     }
-    if (GROUPS && warp == 9) {
+    if (GROUPS && warp == WARPGROUPS * 4 + 1) {
       ptx::wait_for_previous_kernel();
       unsigned count = 0;
       for (int u = blockIdx.x / CLUSTER; u < gemm.schedule.units(); u += gridDim.x / CLUSTER) {
@@ -120,10 +126,10 @@ __global__ void __launch_bounds__(384, 1)
       ptx::cp_async_wait<0>();
     }
   } else {
-    ptx::registers_grow<MULTIPLYING>();
+    if constexpr (WARPGROUPS == 2) ptx::registers_grow<MULTIPLYING>();
     ptx::wait_for_previous_kernel();
-    const int in_group = thread % 128;
-    const int row = warp % 4 * 16 + lane / 4;  // and row + 8, of every slab
+    const int in_group = thread % 128, first_slab = TEAM == 1 ? 0 : warpgroup * SLABS;  // of the tile
+    const int row = warp % 4 * 16 + lane / 4;                                           // and row + 8, of every slab
     uint16_t* const staged = staging + warpgroup * STAGED * PITCH;
     float* const a_scales = token_scales + warpgroup * TOKENS;
     auto sync = [&] { ptx::named_barrier(1 + warpgroup, 128); };
@@ -136,17 +142,24 @@ __global__ void __launch_bounds__(384, 1)
         if (to < CLUSTER) ptx::mbarrier_arrive_remote(empty + stage, to);
       }
     };
+    auto tile_of = [&](const Unit& unit) { return unit.split_tile * CLUSTER + rank(); };  // of those that are split
     auto multiply = [&](int (&to)[COLUMNS], int stage, int slab, bool accumulate) {
-      uint64_t a = ptx::wgmma_descriptor(weights_at(stage) + (warpgroup * SLABS + slab) * 64 * BLOCK);
+      uint64_t a = ptx::wgmma_descriptor(weights_at(stage) + (first_slab + slab) * 64 * BLOCK);
       uint64_t b = ptx::wgmma_descriptor(tokens_at(stage));
 #pragma unroll
       for (int step = 0; step < 4; ++step) ptx::wgmma(to, a + step * 2, b + step * 2, accumulate || step > 0);
     };
 
     unsigned count = 0;
+    int tiles = -1;  // of this CTA, before this one
     for (int u = blockIdx.x / CLUSTER; u < gemm.schedule.units(); u += gridDim.x / CLUSTER) {
       const Unit unit = gemm.schedule.unit(u);
-      const int m0 = unit.token_tile * TOKENS, n0 = first_weight(unit) + warpgroup * SLABS * 64;
+      tiles += 1;
+      if (TURNS && tiles % 2 != warpgroup) {
+        count += unit.end - unit.begin;
+        continue;
+      }
+      const int m0 = unit.token_tile * TOKENS, n0 = first_weight(unit) + first_slab * 64;
       for (int i = in_group; i < TOKENS; i += 128) a_scales[i] = epilogue_a_scale<A_GROUPS>(gemm, m0 + i);
       float b_scale[SLABS][2], bias[SLABS][2];
       auto load_rows = [&] {
@@ -157,10 +170,12 @@ __global__ void __launch_bounds__(384, 1)
           bias[i / 2][i % 2] = n < gemm.n ? load_bias(gemm, n) : 0.f;
         }
       };
-      if (!GROUPS) load_rows();  // early, where registers allow it
+      constexpr bool EARLY = !GROUPS && SLABS * COLUMNS <= 128;  // where registers allow it
+      if (EARLY) load_rows();
 
       int sums[GROUPS ? 1 : SLABS][COLUMNS] = {};  // of all k so far; per group: of this group
       float scaled[SLABS][COLUMNS] = {};           // per group: of all groups so far
+      if (TURNS && tiles > 0) ptx::mbarrier_wait(turn + warpgroup, (tiles - 1) / 2 % 2);
       for (int block = unit.begin; block < unit.end; ++block, ++count) {
         const int stage = count % STAGES;
         ptx::mbarrier_wait(full + stage, count / STAGES % 2);
@@ -178,10 +193,19 @@ __global__ void __launch_bounds__(384, 1)
             ptx::wgmma_fence(sums);
             multiply(sums[0], stage, slab, false);
             ptx::wgmma_commit();
-            const float* own = at + (warpgroup * SLABS + slab) * 64 + row;
+            const float* own = at + (first_slab + slab) * 64 + row;
             float group_scale[2] = {own[0], own[8]};
             ptx::wgmma_wait<0>(sums);
             if (!A_GROUPS && slab == SLABS - 1) release(stage);
+            if (GROUPS && SPLITS && unit.split_tile >= 0) {  // one of several parts leaves the sums to the last
+#pragma unroll
+              for (int i = 0; i < COLUMNS; ++i) {
+                int token = i / 4 * 8 + lane % 4 * 2 + i % 2, weight = first_slab * 64 + row + i / 2 % 2 * 8;
+                if (m0 + token >= gemm.m) continue;
+                *group_sum<TOKENS, WEIGHTS>(gemm, tile_of(unit), block, token, weight) = sums[0][i];
+              }
+              continue;
+            }
 #pragma unroll
             for (int i = 0; i < COLUMNS; ++i) {
               float value = __int2float_rn(sums[0][i]);
@@ -192,17 +216,29 @@ __global__ void __launch_bounds__(384, 1)
           if (A_GROUPS) release(stage);
         }
       }
+      if (GROUPS && SPLITS && unit.split_tile >= 0) {
+        const int own = tile_of(unit);
+        if (comes_last(gemm, own * TEAM + first_slab / SLABS, in_group, flags + warpgroup, sync)) {
+          add_groups<TOKENS, WEIGHTS, SLABS * 64, A_GROUPS>(gemm, own, first_slab * 64, m0, n0 - first_slab * 64,
+                                                            in_group, 128);
+        }
+        continue;
+      }
       if constexpr (!GROUPS) {
+        if constexpr (TURNS) {  // what it has begun to multiply is not waited for
+          __syncwarp();
+          if (lane == 0) ptx::mbarrier_arrive(turn + (warpgroup ^ 1));
+        }
         ptx::wgmma_wait<0>(sums);
         release((count - 1) % STAGES);
-        if (unit.split_tile >= 0) {
-          int team = (unit.split_tile * CLUSTER + rank()) * 2 + warpgroup;
+        if (SPLITS && unit.split_tile >= 0) {
+          int team = tile_of(unit) * TEAM + first_slab / SLABS;
           int (&flat)[SLABS * COLUMNS] = reinterpret_cast<int (&)[SLABS * COLUMNS]>(sums);
           if (!sum_parts(gemm, flat, team, unit.part, in_group, 128, flags + warpgroup, sync)) continue;
         }
       }
 
-      if (GROUPS) load_rows();
+      if (!EARLY) load_rows();
       sync();  // a_scales are there
 #pragma unroll
       for (int slab = 0; slab < SLABS; ++slab) {

@@ -29,6 +29,30 @@ using torch::stable::Tensor;
 std::atomic<unsigned> left_out[MAX_DEVICES][layout::GRANULARITIES];
 std::atomic<bool> never_split[MAX_DEVICES];
 
+// Clusters of two CTAs that the current device runs at once, of the tiles that have them: each fills a multiprocessor.
+int pairs_at_once(int sms) {
+  using Kernel = GemmKernel<4, layout::CHANNEL, false>;
+  static_assert(Kernel::tile.cluster == 2);
+  cudaLaunchAttribute size{};
+  size.id = cudaLaunchAttributeClusterDimension;
+  size.val.clusterDim = {2, 1, 1};
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(sms / 2 * 2);
+  config.blockDim = dim3(Kernel::tile.threads());
+  config.dynamicSmemBytes = Kernel::shared_bytes;
+  config.attrs = &size;
+  config.numAttrs = 1;
+  int pairs = 0;
+  auto function = Kernel::function();
+  if (cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, Kernel::shared_bytes) !=
+          cudaSuccess ||
+      cudaOccupancyMaxActiveClusters(&pairs, function, &config) != cudaSuccess) {
+    cudaGetLastError();  // a device, or a part of one, that has no clusters does without these tiles
+    return 0;
+  }
+  return pairs;
+}
+
 layout::Device device_properties(int index) {
   static std::atomic<bool> known[MAX_DEVICES];
   static layout::Device devices[MAX_DEVICES];
@@ -48,7 +72,12 @@ layout::Device device_properties(int index) {
       code = compiled_for(reinterpret_cast<const void*>(GemmKernel<0, layout::CHANNEL, false>::function()));
     }
     const int memory = layout::memory_bytes(clock, memory_clock, bus);
-    devices[index] = layout::device(capability, code, sms, shared, memory);  // racing threads write the same
+    layout::Device device = layout::device(capability, code, sms, shared, memory);
+    if (device.capability == 90) {
+      torch::stable::accelerator::DeviceGuard guard(index);
+      device.pairs = pairs_at_once(sms);
+    }
+    devices[index] = device;  // racing threads write the same
     known[index].store(true, std::memory_order_release);
   }
   layout::Device device = devices[index];
@@ -96,7 +125,7 @@ CUtensorMap tensor_map(const void* base, int rows, int k, int box_rows) {
   return map;
 }
 
-// Launches one kernel. Its shared memory, and how many clusters fit on the device, are settled at its first launch.
+// Launches one kernel.
 template <class Kernel>
 void launch(const Gemm& gemm, const layout::Device& device, int device_index, cudaStream_t stream) {
   constexpr layout::Tile tile = Kernel::tile;
@@ -104,7 +133,6 @@ void launch(const Gemm& gemm, const layout::Device& device, int device_index, cu
   int units = gemm.schedule.units();
   cudaLaunchAttribute attributes[2] = {};
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(units);
   config.blockDim = dim3(tile.threads());
   config.dynamicSmemBytes = Kernel::shared_bytes;
   config.stream = stream;
@@ -113,22 +141,19 @@ void launch(const Gemm& gemm, const layout::Device& device, int device_index, cu
     attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
     attributes[config.numAttrs++].val.clusterDim = {unsigned(tile.cluster), 1, 1};
   }
-  static std::atomic<int> resident[MAX_DEVICES];  // clusters that run at once
-  if (!resident[device_index].load()) {
+  static std::atomic<bool> prepared[MAX_DEVICES];
+  if (!prepared[device_index].load()) {
     CHECK_CUDA(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, Kernel::shared_bytes));
-    int clusters = device.sms;
-    config.gridDim = dim3(device.sms / tile.cluster * tile.cluster);
-    if (tile.cluster > 1) CHECK_CUDA(cudaOccupancyMaxActiveClusters(&clusters, function, &config));
-    STD_TORCH_CHECK(clusters > 0, "no room for a cluster of ", tile.cluster, " CTAs");
-    resident[device_index].store(clusters);
+    prepared[device_index].store(true);
   }
   // May start before the kernel ahead of it has ended: it waits for it itself.
   if (device.capability >= 90 && !one_after_another[device_index].load()) {
     attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
   }
-  if constexpr (tile.wgmma) {
-    config.gridDim = dim3(layout::least(units, resident[device_index].load()) * tile.cluster);
+  if constexpr (tile.wgmma()) {
+    const int at_once = tile.cluster > 1 ? device.pairs : device.sms;
+    config.gridDim = dim3(layout::least(units, at_once) * tile.cluster);
     CUtensorMap a_map = tensor_map(gemm.a, gemm.m, gemm.k, tile.tokens / tile.cluster);
     CUtensorMap b_map = tensor_map(gemm.b, gemm.n, gemm.k, tile.weights);
     CHECK_CUDA(cudaLaunchKernelEx(&config, function, gemm, a_map, b_map));
@@ -207,7 +232,7 @@ Tensor multiply(const Tensor& a_any, const Tensor& b_any, const Tensor& a_scale,
     choice = layout::choose(shape, device);
   } else {
     STD_TORCH_CHECK(tile_index < layout::TILE_COUNT && layout::fits(layout::TILES[tile_index], granularity, device) &&
-                        split >= 1 && (split == 1 || granularity == layout::CHANNEL),
+                        split >= 1 && (split == 1 || layout::TILES[tile_index].splits(granularity)),
                     "tile ", tile_index, " with split ", split, " does not fit this device or granularity");
     choice.tile = int(tile_index);
     choice.split = int(split);
@@ -238,11 +263,12 @@ Tensor multiply(const Tensor& a_any, const Tensor& b_any, const Tensor& a_scale,
   int64_t ctas = schedule.split > 1 ? int64_t(schedule.split_tiles()) * tile.cluster : 0;
   if (ctas > 0) {  // measurements capture too much for tickets of their own
     bool captured = tile_index < 0 && is_capturing(stream);
-    gemm.tickets = take_tickets(device_index, int(ctas) * (tile.wgmma ? 2 : 1), captured);
+    gemm.tickets = take_tickets(device_index, int(ctas) * tile.team(), captured);
   }
   std::optional<Tensor> partials;  // from torch's allocator: right on every stream and in a captured graph
   if (gemm.tickets) {
-    partials = torch::stable::new_empty(a, {ctas * schedule.split * tile.tokens * tile.weights}, ScalarType::Int);
+    partials =
+        torch::stable::new_empty(a, {ctas * tile.exchanged(granularity, schedule.split, int(groups))}, ScalarType::Int);
     gemm.partials = static_cast<int*>(partials->mutable_data_ptr());
   } else {  // nothing to split, or no tickets left for it: the same sums, in whole tiles
     gemm.schedule.whole = schedule.tiles(), gemm.schedule.split = 1;
@@ -273,7 +299,7 @@ std::string gemm_choice(int64_t m, int64_t n, int64_t k, std::optional<int64_t> 
   layout::Choice choice = layout::choose(shape, device_properties(int(device)));
   if (choice.tile < 0) return "none";
   const layout::Tile& tile = layout::TILES[choice.tile];
-  return std::to_string(choice.tile) + ": " + (tile.wgmma ? "wgmma " : "mma ") + std::to_string(tile.tokens) +
+  return std::to_string(choice.tile) + ": " + (tile.wgmma() ? "wgmma " : "mma ") + std::to_string(tile.tokens) +
          " tokens x " + std::to_string(tile.weights) + " weights, cluster " + std::to_string(tile.cluster) +
          ", split " + std::to_string(choice.split);
 }
@@ -308,7 +334,8 @@ int64_t driver_version() {
   return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0;
 }
 
-// The kernels that fit a device, in rows of 5: tile, granularity, tokens, weights of a cluster, columns of the ring.
+// The kernels that fit a device, in rows of 6: tile, granularity, tokens, weights of a cluster, columns of the ring,
+// whether K can be split.
 std::vector<int64_t> device_tiles(int64_t index) {
   const layout::Device device = device_properties(int(index));
   std::vector<int64_t> rows;
@@ -316,7 +343,9 @@ std::vector<int64_t> device_tiles(int64_t index) {
     const layout::Tile& tile = layout::TILES[i];
     for (int g = 0; g < layout::GRANULARITIES; ++g) {
       if (!layout::fits(tile, g, device)) continue;
-      for (int each : {i, g, tile.tokens, tile.weights * tile.cluster, tile.ring(g)}) rows.push_back(each);
+      for (int each : {i, g, tile.tokens, tile.weights * tile.cluster, tile.ring(g), int(tile.splits(g))}) {
+        rows.push_back(each);
+      }
     }
   }
   return rows;

@@ -72,17 +72,31 @@ LAYOUT_FUNCTION Granularity granularity_of(int64_t k, int64_t channels) {
 
 /// A tile shape that kernels are built for.
 struct Tile {
-  bool wgmma;                     // Hopper's warpgroup MMA; otherwise mma.sync
+  int warpgroups;                 // that multiply, with Hopper's warpgroup MMA; 0: mma.sync
   int tokens, weights;            // of one CTA
-  int warp_tokens, warp_weights;  // mma.sync: of one warp
+  int warp_tokens, warp_weights;  // mma.sync: of one warp; wgmma: weights of one warpgroup
   int warps_k;                    // mma.sync: warps that share the tile and divide k
   int stages;                     // mma.sync: of the pipeline; wgmma takes as many as fit
   int cluster;                    // CTAs with neighbouring weight tiles, which share the activations' loads
   unsigned granularities;         // bits, by Granularity
 
   LAYOUT_FUNCTION bool does(int granularity) const { return granularities >> granularity & 1; }
+  LAYOUT_FUNCTION bool wgmma() const { return warpgroups > 0; }
+  // wgmma: warpgroups that share a tile. If there are more, each has a tile of its own, and they multiply by turns:
+  // while one does, the other stores its outputs ("ping-pong").
+  LAYOUT_FUNCTION int team() const { return wgmma() ? weights / warp_weights : 1; }
+  LAYOUT_FUNCTION bool turns() const { return warpgroups > team(); }
   LAYOUT_FUNCTION int threads() const {
-    return wgmma ? 384 : tokens / warp_tokens * (weights / warp_weights) * warps_k * 32;
+    return wgmma() ? (warpgroups + 1) * 128 : tokens / warp_tokens * (weights / warp_weights) * warps_k * 32;
+  }
+  // Whether it can be split along k. Per group, parts exchange the sums of every group, too much but for few tokens;
+  // where warpgroups take turns, registers do not suffice.
+  LAYOUT_FUNCTION bool splits(int granularity) const {
+    return does(granularity) && !turns() && (granularity == CHANNEL || (granularity == GROUP_128 && tokens <= 32));
+  }
+  // int32 that parts exchange, of one tile in so many parts.
+  LAYOUT_FUNCTION int64_t exchanged(int granularity, int split, int groups) const {
+    return int64_t(tokens) * weights * (granularity == CHANNEL ? split : groups);
   }
   LAYOUT_FUNCTION int block() const { return BLOCK * warps_k; }
 
@@ -91,21 +105,21 @@ struct Tile {
   LAYOUT_FUNCTION int scales(int granularity) const { return granularity == GROUP_128 ? tokens + weights : 0; }
   LAYOUT_FUNCTION int exchange_bytes() const { return warps_k > 1 ? warps_k * tokens * (weights + 4) * 4 : 0; }
 
-  // Shared memory of a wgmma tile: stages, their scales, output staging and token scales of two warpgroups, barriers.
+  // Shared memory of a wgmma tile: stages, their scales, output staging and token scales of the warpgroups, barriers.
   LAYOUT_FUNCTION int staging_tokens() const { return least(tokens, 64); }
-  LAYOUT_FUNCTION int staging_bytes() const { return 2 * (staging_tokens() * (64 + 8) * 2 + tokens * 4); }
+  LAYOUT_FUNCTION int staging_bytes() const { return warpgroups * (staging_tokens() * (64 + 8) * 2 + tokens * 4 + 16); }
   LAYOUT_FUNCTION int wgmma_stages(int granularity) const {
     int stage = stage_bytes() + scales(granularity) * 4 + 16;
-    return least(12, (shared_limit(90) - staging_bytes() - 16) / stage);
+    return least(12, (shared_limit(90) - staging_bytes()) / stage);
   }
 
   /// Columns of k in all of its stages.
-  LAYOUT_FUNCTION int ring(int granularity) const { return block() * (wgmma ? wgmma_stages(granularity) : stages); }
+  LAYOUT_FUNCTION int ring(int granularity) const { return block() * (wgmma() ? wgmma_stages(granularity) : stages); }
 
   LAYOUT_FUNCTION int shared_bytes(int granularity) const {
-    if (wgmma) {
+    if (wgmma()) {
       int stage = stage_bytes() + scales(granularity) * 4 + 16;
-      return wgmma_stages(granularity) * stage + staging_bytes() + 16;
+      return wgmma_stages(granularity) * stage + staging_bytes();
     }
     int pipeline = stages * (stage_bytes() + scales(granularity) * warps_k * 4) + exchange_bytes();
     int output = tokens * (weights + 8) * 2;
@@ -115,21 +129,18 @@ struct Tile {
 
 constexpr unsigned C = 1u << CHANNEL, G = 1u << GROUP_128, ANY = 1u << GROUP_ANY;
 constexpr Tile TILES[] = {
-    // wgmma   tokens weights  warp's  k stages cluster
-    {true, 16, 128, 0, 0, 1, 0, 1, C | G},
-    {true, 32, 128, 0, 0, 1, 0, 1, C | G},
-    {true, 64, 128, 0, 0, 1, 0, 1, C | G},
-    {true, 128, 128, 0, 0, 1, 0, 1, C | G},
-    {true, 192, 128, 0, 0, 1, 0, 2, C | G},
-    {true, 128, 256, 0, 0, 1, 0, 2, C | G},
-    {true, 256, 128, 0, 0, 1, 0, 2, C},  // per group: too many registers
-    {false, 16, 32, 16, 32, 4, 3, 1, C | G},
-    {false, 32, 32, 32, 32, 4, 3, 1, G},
-    {false, 32, 64, 32, 16, 1, 4, 1, C | G | ANY},
-    {false, 64, 64, 32, 32, 1, 4, 1, C | G},
-    {false, 64, 128, 32, 32, 1, 4, 1, C | G},
-    {false, 128, 128, 32, 64, 1, 3, 1, C | G | ANY},
-    {false, 256, 128, 64, 64, 1, 3, 1, C},
+    // warpgroups, tokens, weights, of a warp(group): tokens, weights, k, stages, cluster
+    {2, 16, 128, 0, 64, 1, 0, 1, C | G},       {2, 32, 128, 0, 64, 1, 0, 1, C | G},
+    {2, 64, 128, 0, 64, 1, 0, 1, C | G},       {2, 128, 128, 0, 64, 1, 0, 1, C | G},
+    {2, 192, 128, 0, 64, 1, 0, 2, C | G},      {2, 128, 256, 0, 128, 1, 0, 2, C | G},
+    {2, 256, 128, 0, 64, 1, 0, 2, C},  // per group: too many registers
+    {0, 16, 32, 16, 32, 4, 3, 1, C | G},       {0, 32, 32, 32, 32, 4, 3, 1, G},
+    {0, 32, 64, 32, 16, 1, 4, 1, C | G | ANY}, {0, 64, 64, 32, 32, 1, 4, 1, C | G},
+    {0, 64, 128, 32, 32, 1, 4, 1, C | G},      {0, 128, 128, 32, 64, 1, 3, 1, C | G | ANY},
+    {0, 256, 128, 64, 64, 1, 3, 1, C},         {1, 16, 64, 0, 64, 1, 0, 1, C | G},
+    {1, 32, 64, 0, 64, 1, 0, 1, C | G},        {1, 64, 64, 0, 64, 1, 0, 1, C | G},
+    {2, 128, 128, 0, 128, 1, 0, 2, C},  // by turns; per group, warpgroups of a team do not wait for each other either
+    {2, 192, 128, 0, 128, 1, 0, 2, C},
 };
 constexpr int TILE_COUNT = sizeof(TILES) / sizeof(TILES[0]);
 
@@ -165,6 +176,7 @@ struct Device {
   int memory_bytes = 0;                   // of memory a clock, for the whole device; 0 if it does not say
   unsigned left_out[GRANULARITIES] = {};  // bits of TILES that must not be chosen
   bool splits = true;                     // whether tiles may be divided along k
+  int pairs = sms / 2;                    // clusters of two CTAs that run at once
 };
 /// Bytes of memory a clock from the device's attributes, in kHz and bits: nine tenths of two transfers a memory clock.
 inline int memory_bytes(int clock, int memory_clock, int bus) {
@@ -173,12 +185,8 @@ inline int memory_bytes(int clock, int memory_clock, int bus) {
 /// A device as kernels see it whose code was compiled for the architecture `code`: older code has no wgmma, and code
 /// for less shared memory lacks tiles.
 LAYOUT_FUNCTION Device device(int capability, int code, int sms, int shared_bytes, int memory_bytes = 0) {
-  return {capability < 90 ? capability : least(capability, code),
-          sms,
-          least(shared_bytes, shared_limit(code)),
-          memory_bytes,
-          {},
-          true};
+  return {capability < 90 ? capability : least(capability, code), sms, least(shared_bytes, shared_limit(code)),
+          memory_bytes};
 }
 
 struct Choice {
@@ -195,7 +203,7 @@ LAYOUT_FUNCTION Schedule schedule(const Problem& p, const Tile& tile, int whole,
 
 /// CTAs of a tile that one multiprocessor holds. Registers of mma.sync kernels are about these, see the build's log.
 inline int resident(const Tile& tile, int granularity, int capability) {
-  if (tile.wgmma) return 1;
+  if (tile.wgmma()) return 1;
   Rates sm = rates(capability);
   int sums = tile.warp_tokens * tile.warp_weights / 32 * (granularity == CHANNEL ? 1 : 2);
   int registers = least(256, (sums + 90 + 7) / 8 * 8);
@@ -217,14 +225,14 @@ inline double instructions(const Tile& tile, int granularity) {
 inline double block_clocks(const Tile& tile, int m, int granularity, int capability, int held) {
   Rates sm = rates(capability);
   double area = double(tile.tokens) * tile.weights;
-  double multiply = area * BLOCK / (tile.wgmma ? 4096 : sm.macs);
+  double multiply = area * BLOCK / (tile.wgmma() ? 4096 : sm.macs);
   double fill = tile.tokens + tile.weights;  // 128 bytes a clock into shared memory, and out of it:
-  double read = tile.wgmma ? tile.weights / 64 * (64.0 + tile.tokens)
-                           : area / (tile.warp_tokens * tile.warp_weights) * (tile.warp_tokens + tile.warp_weights);
+  double read = tile.wgmma() ? tile.weights / 64 * (64.0 + tile.tokens)
+                             : area / (tile.warp_tokens * tile.warp_weights) * (tile.warp_tokens + tile.warp_weights);
   double level2 = double(BLOCK) / sm.level2 * (tile.weights + double(least(tile.tokens, m)) / tile.cluster);
   double promote = granularity == CHANNEL ? 0 : granularity == GROUP_128 ? area / 64 + area / 128 : area / 12;
   double issue = 0;
-  if (!tile.wgmma) {  // four schedulers; a warp alone on one issues every other clock
+  if (!tile.wgmma()) {  // four schedulers; a warp alone on one issues every other clock
     double warps = tile.threads() / 128.0, both = warps * held < 2 ? warps * held / 2 : 1;
     issue = instructions(tile, granularity) * warps / both / tile.warps_k;
   }
@@ -233,9 +241,24 @@ inline double block_clocks(const Tile& tile, int m, int granularity, int capabil
   return busiest + 0.15 * promote;
 }
 
+/// Clocks between the last product of a tile and its last output. Where a multiprocessor holds another CTA, that
+/// multiplies meanwhile; of wgmma nothing does: instructions of the epilogue (six a thread and output) and 32 bytes a
+/// clock to L2.
+inline double store_clocks(const Tile& tile) {
+  return 1000 + double(tile.tokens) * tile.weights / (tile.wgmma() ? 9 : 32);
+}
+
+/// Clocks until the part of a split tile that comes last has added up all parts, of m tokens.
+inline double join_clocks(const Tile& tile, int m, int granularity, int split, int groups) {
+  if (granularity == CHANNEL) return 1500 + split * double(tile.tokens) * tile.weights * 4 / 32;
+  double outputs = double(least(tile.tokens, m)) * tile.weights;  // 16 groups at once, by each thread
+  double turns = ceil_div(groups, 16) * ceil_div(int(outputs), tile.threads());
+  return 1500 + turns * 400 + outputs * groups * 4 / 32;
+}
+
 LAYOUT_FUNCTION bool fits(const Tile& tile, int granularity, const Device& device) {
-  return tile.does(granularity) && (!tile.wgmma || device.capability == 90) &&
-         tile.shared_bytes(granularity) <= device.shared_bytes;
+  return tile.does(granularity) && (!tile.wgmma() || device.capability == 90) &&
+         (tile.cluster == 1 || device.pairs > 0) && tile.shared_bytes(granularity) <= device.shared_bytes;
 }
 
 /// The tile and split with the lowest predicted time.
@@ -245,23 +268,25 @@ inline Choice choose(const Problem& p, const Device& device) {
     const Tile& tile = TILES[index];
     if (!fits(tile, p.granularity, device) || device.left_out[p.granularity] >> index & 1) continue;
     Schedule plain = schedule(p, tile, 0, 1);
-    int tiles = plain.tiles(), sms = device.sms / tile.cluster;
+    int tiles = plain.tiles(), sms = tile.cluster > 1 ? device.pairs : device.sms;
     int held = least(resident(tile, p.granularity, device.capability), ceil_div(tiles, sms)), slots = sms * held;
     double block = block_clocks(tile, p.m, p.granularity, device.capability, held) * tile.warps_k;
-    double area = double(tile.tokens) * tile.weights;
-    double overhead = 1000 + area / 32;
+    double overhead = store_clocks(tile), loop = held * plain.blocks * block;
+    double wave = tile.turns() && (loop + overhead) / 2 > loop ? (loop + overhead) / 2 : loop;
+    if (!tile.turns()) wave += overhead;
     double bytes = double(p.n) * p.k + double(p.m) * p.k + 2.0 * p.m * p.n;
     double memory = bytes / (device.memory_bytes > 0 ? device.memory_bytes : 20.0 * device.sms);
     int full = tiles / slots, rest = tiles % slots;
     for (int split = 1; split <= 16; ++split) {
-      if (split > 1 && (!device.splits || p.granularity != CHANNEL)) break;
+      if (split > 1 && (!device.splits || !tile.splits(p.granularity))) break;
       if (split > 1 && (rest * split > slots || split * 2 > plain.blocks)) break;
-      double clocks = full * (held * plain.blocks * block + overhead);
+      double clocks = full * wave;
       if (rest) clocks += ceil_div(rest * split, sms) * ceil_div(plain.blocks, split) * block + overhead;
-      if (split > 1) clocks += 1500 + split * area * 4 / 32;
+      if (!rest && tile.turns()) clocks += overhead;  // of the last wave
+      if (split > 1) clocks += join_clocks(tile, p.m, p.granularity, split, p.k / BLOCK);
       double loads = memory + overhead;  // what overlaps does not hide each other wholly
       clocks = clocks < loads ? loads + 0.1 * clocks : clocks + 0.1 * loads;
-      if (device.capability == 90 && !tile.wgmma) clocks *= 1.03;  // where both seem alike, what TMA feeds
+      if (device.capability == 90 && !tile.wgmma()) clocks *= 1.03;  // where both seem alike, what TMA feeds
       if (best.tile < 0 || clocks < best.clocks) best = {index, split > 1 ? full * slots : tiles, split, clocks};
     }
   }

@@ -26,9 +26,8 @@ static const char* run(const Arguments& x) {
   const layout::Tile& tile = layout::TILES[x.tile];
   layout::Granularity granularity = layout::granularity_of(x.k, x.k / x.groups);
   auto schedule = layout::schedule({x.m, x.n, x.k, granularity}, tile, x.whole, x.split);
-  int teams = schedule.split_tiles() * (tile.wgmma ? 2 * tile.cluster : 1);
-  size_t parts = size_t(schedule.split_tiles()) * tile.cluster * x.split;
-  std::vector<int> partials(parts * tile.tokens * tile.weights, 0x5a5a5a5a);
+  int ctas = schedule.split_tiles() * tile.cluster, teams = ctas * tile.team();
+  std::vector<int> partials(ctas * tile.exchanged(granularity, x.split, x.groups), 0x5a5a5a5a);
   std::vector<unsigned> tickets(teams, 0);
   Gemm gemm{};
   gemm.a = x.a, gemm.b = x.b, gemm.m = x.m, gemm.n = x.n, gemm.k = x.k;
@@ -49,7 +48,7 @@ static const char* run(const Arguments& x) {
       if constexpr (ONLY_TILES >> Kernel::index & 1) {
         unsigned units = unsigned(schedule.units()) * tile.cluster;
         unsigned grid = x.grid ? unsigned(layout::least(x.grid * tile.cluster, int(units))) : units;
-        if constexpr (Kernel::tile.wgmma) {
+        if constexpr (Kernel::tile.wgmma()) {
           emulate::launch(
               {grid}, tile.threads(), Kernel::shared_bytes, x.seed, [&] { Kernel::function()(gemm, a_map, b_map); },
               tile.cluster);
@@ -72,14 +71,16 @@ extern "C" const char* run_gemm(const Arguments* arguments) { return run(*argume
 
 extern "C" int tile_count() { return layout::TILE_COUNT; }
 
-/// The whole table: wgmma, tokens, weights, cluster, granularities, block, threads; then by granularity shared bytes
-/// and columns of the ring.
+/// The whole table: wgmma, tokens, weights, cluster, granularities, block, threads; then by granularity shared bytes,
+/// columns of the ring, and whether it can be split.
 extern "C" void tile_at(int index, int* out) {
   const layout::Tile& tile = layout::TILES[index];
-  int values[] = {tile.wgmma,   tile.tokens,    tile.weights,         tile.cluster,         int(tile.granularities),
-                  tile.block(), tile.threads(), tile.shared_bytes(0), tile.shared_bytes(1), tile.shared_bytes(2),
-                  tile.ring(0), tile.ring(1),   tile.ring(2)};
-  for (int i = 0; i < 13; ++i) out[i] = values[i];
+  const int values[] = {tile.wgmma(), tile.tokens,   tile.weights, tile.cluster, int(tile.granularities),
+                        tile.block(), tile.threads()};
+  for (int value : values) *out++ = value;
+  for (int g = 0; g < layout::GRANULARITIES; ++g) {
+    out[g] = tile.shared_bytes(g), out[3 + g] = tile.ring(g), out[6 + g] = tile.splits(g);
+  }
 }
 
 /// `left_out` holds the bits of tiles that are not to be chosen.

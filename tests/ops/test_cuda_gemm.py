@@ -10,32 +10,20 @@ import pytest
 import torch
 
 from setup import gencode
-from tests.support.emulation import CHANNEL, GROUP_128, GROUP_ANY, ROOT, Kernels, compile_library, problem
+from tests.support.emulation import CHANNEL, DEVICES, GROUP_128, GROUP_ANY, ROOT, Kernels, compile_library, problem
 from vllm_w8a8_bismooth import ops  # noqa: F401 -- loads the compiled library
 from vllm_w8a8_bismooth.ops import reference
 
 if not shutil.which("g++"):
     pytest.skip("no g++ to compile the kernels for the host", allow_module_level=True)
 
-TILES = 14
+TILES = 19
 LLAMA = [  # (N, K) of LLaMA3-8B and of 70B under tensor parallelism 1, 2 and 4
     *[(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)],
     *[(10240, 8192), (8192, 8192), (57344, 8192), (8192, 28672)],
     *[(5120, 8192), (8192, 4096), (28672, 8192), (8192, 14336)],
     *[(2560, 8192), (8192, 2048), (14336, 8192), (8192, 7168)],
 ]
-DEVICES = {  # capability, multiprocessors, shared memory of a CTA, nine tenths of the bytes of memory a clock
-    "A100": (80, 108, 166912, 1301),
-    "A10": (86, 72, 101376, 319),
-    "3090": (86, 82, 101376, 497),
-    "L4": (89, 58, 101376, 132),
-    "L40S": (89, 142, 101376, 309),
-    "4090": (89, 128, 101376, 360),
-    "H100": (90, 132, 232448, 1523),
-    "H200": (90, 132, 232448, 2182),
-    "B200": (100, 148, 232448, 3664),
-    "5090": (120, 170, 101376, 670),
-}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -111,13 +99,16 @@ def test_any_order_of_threads(kernels, index, seeds):
 
 
 @pytest.mark.slow
-def test_splits_are_exact(kernels):
-    for tile in kernels.tiles:
-        if tile.granularities >> CHANNEL & 1:
-            blocks = 1552 // tile.block
-            for seed, (split, whole) in enumerate([(2, 0), (3, 0), (3, 2), (min(7, blocks), 1)]):
-                options = {"split": split, "whole": whole, "seed": seed, "grid": 3}
-                check(kernels, tile.index, 70, 400, 1552, 1, False, torch.bfloat16, torch.float32, **options)
+@pytest.mark.parametrize("granularity", [CHANNEL, GROUP_128])
+def test_splits_are_exact(kernels, granularity):
+    k, groups = (1552, 1) if granularity == CHANNEL else (1664, 13)
+    tiles = [tile for tile in kernels.tiles if tile.splits[granularity]]
+    assert len(tiles) == {CHANNEL: 16, GROUP_128: 7}[granularity]
+    for tile, a_groups in itertools.product(tiles, {False, groups > 1}):
+        for seed, (split, whole) in enumerate([(2, 0), (3, 0), (3, 2), (min(7, k // tile.block), 1)]):
+            options = {"split": split, "whole": whole, "seed": seed, "grid": 3}
+            check(kernels, tile.index, 70, 400, k, groups, a_groups, torch.bfloat16, torch.float32, **options)
+            check(kernels, tile.index, 3, 400, k, groups, a_groups, torch.float32, **options)
 
 
 def test_same_bits_whatever_tile_split_and_batch(kernels):
@@ -128,7 +119,8 @@ def test_same_bits_whatever_tile_split_and_batch(kernels):
         for tile in kernels.tiles:
             if not tile.granularities >> (GROUP_128 if groups > 1 else CHANNEL) & 1:
                 continue
-            for m, split in ((37, 1), (5, 1), *([(37, 2)] if groups == 1 else [])):
+            splits = tile.splits[GROUP_128 if groups > 1 else CHANNEL]
+            for m, split in ((37, 1), (5, 1), *([(37, 2), (5, 3), (1, 2)] if splits else [])):
                 got = kernels.gemm(tile.index, a[:m], b, a_scale[:m], b_scale, torch.float32, split=split, seed=m)
                 expected = got if expected is None else expected
                 assert torch.equal(got, expected[:m]), f"{tile} {m} {split} {groups}"
@@ -193,7 +185,7 @@ def test_choice_is_sane(kernels, device):
             assert tile.granularities >> granularity & 1 and tile.shared[granularity] <= shared, where
             assert not tile.wgmma or capability == 90, where
             tiles, units = kernels.units(m, n, k, index, whole, split)
-            assert split == 1 or granularity == CHANNEL and all(end > begin for _, _, begin, end, _, _ in units), where
+            assert split == 1 or tile.splits[granularity] and all(unit[3] > unit[2] for unit in units), where
             held = 1 if tile.wgmma else max(1, 233472 // tile.shared[granularity])  # at most, by a multiprocessor
             assert (tiles - whole) * split * tile.cluster <= sms * held or split == 1, (
                 where
@@ -297,7 +289,7 @@ def test_plugin_can_ask_what_is_supported():
 
 
 # Mutants: what is replaced, by what, and the kernels (tile, K, groups, options) of which one must then fail.
-MMA, EXCHANGE, HOPPER, CLUSTER = 9, 7, 3, 5  # tiles
+MMA, EXCHANGE, HOPPER, CLUSTER, NARROW, TURNS = 9, 7, 3, 5, 14, 17  # tiles
 LONG, GROUPED = {"k": 1808, "groups": 1}, {"k": 1664, "groups": 13}
 MUTANTS = {
     "mma: block not awaited by all": (
@@ -344,9 +336,33 @@ MUTANTS = {
     ),
     "split: last part not the last": (
         "epilogue.cuh",
-        "*flag + 1 != unsigned(split)",
-        "*flag + 1 != unsigned(split) - (mutant == {})",
+        "*flag + 1 != unsigned(gemm.schedule.split)",
+        "*flag + 1 != unsigned(gemm.schedule.split) - (mutant == {})",
         [(MMA, LONG | {"split": 3})],
+    ),
+    "split: groups added by the first part": (
+        "gemm_mma.cuh",
+        "if (comes_last(",
+        "if ((mutant == {}) != comes_last(",
+        [(MMA, GROUPED | {"split": 2}), (EXCHANGE, GROUPED | {"split": 2})],
+    ),
+    "split: groups of a warpgroup added by its first part": (
+        "gemm_wgmma.cuh",
+        "if (comes_last(",
+        "if ((mutant == {}) != comes_last(",
+        [(NARROW, GROUPED | {"split": 2, "grid": 3})],
+    ),
+    "turns: the other's blocks not counted": (
+        "gemm_wgmma.cuh",
+        "count += unit.end - unit.begin;",
+        "count += (mutant != {}) * (unit.end - unit.begin);",
+        [(TURNS, LONG)],
+    ),
+    "turns: both have every tile": (
+        "gemm_wgmma.cuh",
+        "if (TURNS && tiles % 2 != warpgroup) {",
+        "if (TURNS && mutant != {} && tiles % 2 != warpgroup) {",
+        [(TURNS, LONG)],
     ),
     "wgmma: full stage not awaited": (
         "gemm_wgmma.cuh",
@@ -446,7 +462,7 @@ def mutants(tmp_path_factory):
     sources["ptx.h"] += "\ninline int mutant = 0;\n"
     for name, text in sources.items():
         (folder / name).write_text(text)
-    only = sum(1 << tile for tile in (MMA, EXCHANGE, HOPPER, CLUSTER))
+    only = sum(1 << tile for tile in (MMA, EXCHANGE, HOPPER, CLUSTER, NARROW, TURNS))
     flags = ["-DMUTANTS", f"-DONLY_TILES={only}u", "-Wno-parentheses", "-Wno-misleading-indentation"]
     return Kernels(compile_library(ROOT / "tests/csrc/gemm.cpp", *flags, include=folder))
 
@@ -456,7 +472,8 @@ def mutants(tmp_path_factory):
 def test_emulation_notices(mutants, name):
     """20 seeds find every mutant, and nothing where there is none."""
     number = list(MUTANTS).index(name) + 1 if name else 0
-    cases = MUTANTS[name][3] if name else [(MMA, LONG), (EXCHANGE, GROUPED), (HOPPER, GROUPED), (CLUSTER, LONG)]
+    sound = [(MMA, LONG), (EXCHANGE, GROUPED), (HOPPER, GROUPED), (CLUSTER, LONG), (TURNS, LONG)]
+    cases = MUTANTS[name][3] if name else sound
     mutants.library.set_mutant(number)
     found = False
     for seed, (tile, options) in itertools.product(range(1, 21 if name else 3), cases):

@@ -153,7 +153,7 @@ def test_kernels_that_all_hang():
 def test_a_gpus_launches_rehearsed_on_this_cpu(monkeypatch):
     """What a GPU's process calls, with torch's and the kernels' functions for GPUs replaced."""
     native, masks = torch.ops.w8a8_bismooth, []
-    rows = [9, 0, 32, 64, 512, 9, 1, 32, 64, 512, 9, 2, 32, 64, 512]
+    rows = [9, 0, 32, 64, 512, 1, 9, 1, 32, 64, 512, 1, 9, 2, 32, 64, 512, 0]
     monkeypatch.setattr(native, "device_tiles", lambda index: rows, raising=False)
     monkeypatch.setattr(native, "device_restrict", lambda *given: masks.append(given), raising=False)
     one_tile = lambda *given: native.scaled_mm(*given[:6])  # noqa: E731
@@ -162,6 +162,7 @@ def test_a_gpus_launches_rehearsed_on_this_cpu(monkeypatch):
     monkeypatch.setattr(machine, "TURNS", 5)
     for name in ("synchronize", "set_device"):
         monkeypatch.setattr(torch.cuda, name, lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=4))
     for name in ("stream", "graph"):
         monkeypatch.setattr(torch.cuda, name, lambda _: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "Stream", object)
@@ -181,7 +182,7 @@ def test_a_gpus_launches_rehearsed_on_this_cpu(monkeypatch):
 
 
 KEY = {"device": "NVIDIA H200", "driver": "580"}
-TILE = cases.Tile(3, "per-channel", 128, 128, 768)
+TILE = cases.Tile(3, "per-channel", 128, 128, 768, True)
 GOOD = Verdict((TILE,), (TILE.name, "quantize_activations"), {"quantize_activations": "wrong"})
 
 

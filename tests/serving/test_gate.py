@@ -142,7 +142,7 @@ def test_what_passed_but_is_not_measured(gpu, capability, plan, found, monkeypat
     """Serves only where vLLM has no kernel."""
     monkeypatch.setenv(switch.PLAN, plan)
     gpu.platform(capability)
-    good = [cases.Tile(9, each, 16, 64, 512) for each in kernels.GRANULARITIES]
+    good = [cases.Tile(9, each, 16, 64, 512, True) for each in kernels.GRANULARITIES]
     monkeypatch.setattr(examination, "examine", lambda _: verdict.Verdict(good, EVERY))
     assert who() == found
 

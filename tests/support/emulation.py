@@ -35,6 +35,20 @@ class _Arguments(ctypes.Structure):
     ]
 
 
+DEVICES = {  # capability, multiprocessors, shared memory of a CTA, nine tenths of the bytes of memory a clock
+    "A100": (80, 108, 166912, 1301),
+    "A10": (86, 72, 101376, 319),
+    "3090": (86, 82, 101376, 497),
+    "L4": (89, 58, 101376, 132),
+    "L40S": (89, 142, 101376, 309),
+    "4090": (89, 128, 101376, 360),
+    "H100": (90, 132, 232448, 1523),
+    "H200": (90, 132, 232448, 2182),
+    "B200": (100, 148, 232448, 3664),
+    "5090": (120, 170, 101376, 670),
+}
+
+
 @dataclass
 class Tile:
     index: int
@@ -47,6 +61,7 @@ class Tile:
     threads: int
     shared: tuple[int, int, int]
     ring: tuple[int, int, int]
+    splits: tuple[int, int, int]
 
     def __str__(self):
         return f"{'wgmma' if self.wgmma else 'mma'}-{self.tokens}x{self.weights}"
@@ -63,9 +78,9 @@ class Kernels:
         self.tiles = [self._tile(i) for i in range(library.tile_count())]
 
     def _tile(self, index: int) -> Tile:
-        out = (ctypes.c_int * 13)()
+        out = (ctypes.c_int * 16)()
         self.library.tile_at(index, out)
-        return Tile(index, bool(out[0]), *out[1:7], tuple(out[7:10]), tuple(out[10:13]))
+        return Tile(index, bool(out[0]), *out[1:7], tuple(out[7:10]), tuple(out[10:13]), tuple(out[13:16]))
 
     def gemm(self, tile, a, b, a_scale, b_scale, dtype, bias=None, *, whole=None, split=1, grid=0, seed=0):
         """``scaled_mm`` by one kernel, with the first ``whole`` tiles not split.

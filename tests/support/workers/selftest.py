@@ -35,14 +35,16 @@ class Emulated:
     """See :class:`cases.Machine`."""
 
     operations = machine.QUANTIZATIONS
+    processors = 2
 
     def __init__(self, chosen: list[int], broken: dict[str, str]):
         self.emulation = Kernels(compile_library(ROOT / "tests/csrc/gemm.cpp"))
         self.broken = broken
         self.break_by("start")
         self.tiles = [
-            cases.Tile(tile.index, granularity, tile.tokens, tile.weights * tile.cluster, tile.ring[number])
+            cases.Tile(tile.index, granularity, tile.tokens, width, tile.ring[number], bool(tile.splits[number]))
             for tile in self.emulation.tiles
+            for width in (tile.weights * tile.cluster,)
             for number, granularity in enumerate(kernels.GRANULARITIES)
             if tile.index in chosen and tile.granularities >> number & 1
         ]
@@ -56,7 +58,7 @@ class Emulated:
 
     def product(self, tile, split, *operands):
         wrong = self.break_by(tile.name)
-        out = self.emulation.gemm(tile.index, *operands, split=split)
+        out = self.emulation.gemm(tile.index, *operands, split=split, grid=self.processors)
         out[-1, -1] += wrong
         return out
 

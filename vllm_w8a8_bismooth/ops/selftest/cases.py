@@ -1,6 +1,7 @@
 """What is tried: each kernel at small shapes, and what it must give."""
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -21,6 +22,7 @@ class Tile:
         granularity: one of :data:`kernels.GRANULARITIES`.
         tokens, weights: of the tile, or of the tiles that share loads.
         ring: columns of K that are in shared memory at once.
+        splits: whether K can be in parts.
     """
 
     index: int
@@ -28,6 +30,7 @@ class Tile:
     tokens: int
     weights: int
     ring: int
+    splits: bool
 
     @property
     def name(self) -> str:
@@ -41,10 +44,12 @@ class Machine(Protocol):
     Attributes:
         tiles: the products that there are.
         operations: the quantizations that there are.
+        processors: tiles that are computed at once, at most.
     """
 
     tiles: Sequence[Tile]
     operations: Sequence[str]
+    processors: int
 
     def product(
         self,
@@ -98,7 +103,8 @@ def _shape(tile: Tile) -> tuple[int, int]:
 
 
 def _product(tile: Tile, machine: Machine) -> str:
-    """Tokens and weight rows that fill no tile, one token alone, each type of output; per-channel also in parts."""
+    """Tokens and weight rows that fill no tile, one token alone, each type of output, K in parts; and more tiles than
+    run at once, as the same tokens again and again: some kernels go from tile to tile, or take turns."""
     random = torch.Generator().manual_seed(0)
     (k, groups), n = _shape(tile), 2 * tile.weights + 16
     b = torch.randint(-128, 128, (n, k), generator=random, dtype=torch.int8)
@@ -110,12 +116,20 @@ def _product(tile: Tile, machine: Machine) -> str:
             a_scale = torch.rand(m, a_groups, generator=random) * 0.02 + 0.001
             dtype, bias = FLOATS[turn % 3], None if turn == 1 else offset.to(FLOATS[-turn])
             want, near = _expected(a, b, a_scale, b_scale, dtype, bias)
-            for split in (1, 2, 3) if groups == 1 and tile.index >= 0 and m > 1 else (1,):
+            for split in (1, 2, 3) if tile.splits else (1,):
                 got = machine.product(tile, split, a, b, a_scale, b_scale, dtype, bias)
-                if wrong := int((~((got.double() - want.double()).abs() <= near)).sum()):
-                    parts = f", K in {split} parts" if split > 1 else ""
-                    return f"{wrong} of {got.numel()} numbers are wrong at M = {m}, N = {n}, K = {k}{parts}"
+                if wrong := _wrong(got, want, near):
+                    return f"{wrong} at M = {m}, N = {n}, K = {k}{f', K in {split} parts' if split > 1 else ''}"
+    rounds = math.ceil(2.5 * machine.processors / math.ceil(n / tile.weights))
+    got = machine.product(tile, 1, a.repeat(rounds, 1), b, a_scale.repeat(rounds, 1), b_scale, dtype, bias)
+    if wrong := next(filter(None, (_wrong(each, want, near) for each in got.split(m))), ""):
+        return f"{wrong} among {rounds * m} tokens, N = {n}, K = {k}"
     return ""
+
+
+def _wrong(got: torch.Tensor, want: torch.Tensor, near: torch.Tensor | float) -> str:
+    count = int((~((got.double() - want.double()).abs() <= near)).sum())
+    return f"{count} of {got.numel()} numbers are wrong" if count else ""
 
 
 def _expected(

@@ -22,11 +22,14 @@ def compiled(device_type: str, operations: Sequence[str]) -> list[str]:
     return [each for each in operations if kernels.server(device_type, each) == kernels.COMPILED]
 
 
-def tiles(index: int) -> list[Tile]:
+def tiles(number: int) -> list[Tile]:
     """The compiled products that fit a GPU."""
-    numbers = torch.ops.w8a8_bismooth.device_tiles(index)
-    rows = [numbers[at : at + 5] for at in range(0, len(numbers), 5)]
-    return [Tile(tile, kernels.GRANULARITIES[each], *sizes) for tile, each, *sizes in rows]
+    numbers = torch.ops.w8a8_bismooth.device_tiles(number)
+    rows = [numbers[at : at + 6] for at in range(0, len(numbers), 6)]
+    return [
+        Tile(index, kernels.GRANULARITIES[each], tokens, weights, ring, bool(splits))
+        for index, each, tokens, weights, ring, splits in rows
+    ]
 
 
 def restrict(index: int, fitting: Sequence[Tile], faults: Mapping[str, str]) -> None:
@@ -44,6 +47,7 @@ class Gpu:
         self.index = index
         self.tiles: Sequence[Tile] = tiles(index)
         self.operations: Sequence[str] = compiled("cuda", QUANTIZATIONS)
+        self.processors = torch.cuda.get_device_properties(index).multi_processor_count
         self.faults: Mapping[str, str] = {}
         torch.cuda.set_device(index)
         torch.manual_seed(0)
@@ -79,9 +83,7 @@ class Gpu:
     def _splits(self) -> str:
         """A graph with a product in parts, replayed beside eager launches of others on a second stream."""
         multiply = torch.ops.w8a8_bismooth.scaled_mm
-        for weights, scale, group_size in self._layers():
-            if group_size:  # which no kernel splits
-                continue
+        for weights, scale, _ in self._layers():
             a = torch.randint(-127, 128, (2, 3, 4096), dtype=torch.int8, device=DEVICE)
             a_scale = torch.rand(3, 1, device=DEVICE)
             want = [multiply(each, weights, a_scale, scale, torch.float32) for each in a]
@@ -126,8 +128,10 @@ class Gpu:
 class Cpu:
     """See :class:`cases.Machine`. Its kernels choose their tiles themselves, and run one after another."""
 
+    processors = 1
+
     def __init__(self) -> None:
-        self.tiles: Sequence[Tile] = [Tile(-1, each, 16, 16, 512) for each in kernels.GRANULARITIES]
+        self.tiles: Sequence[Tile] = [Tile(-1, each, 16, 16, 512, False) for each in kernels.GRANULARITIES]
         self.operations: Sequence[str] = compiled("cpu", QUANTIZATIONS)
 
     def product(self, tile: Tile, split: int, *operands: Any) -> torch.Tensor:
