@@ -122,7 +122,7 @@ def main() -> None:
                     for name, each in timing.times(runs, 0.0 if asked.dry else 0.005).items()
                 }
                 chosen, order = us.pop("chosen"), sorted(us, key=us.get)
-                what = choice(m, n, k, grouped) if name == "compiled" else ""
+                what = choice(m, n, k, grouped) if name == "compiled" and device == "cuda" else ""
                 if order:
                     lost.setdefault(name, []).append(chosen / us[order[0]])
                 best = "  ".join(f"{each} {us[each]:.1f}" for each in order[:4])

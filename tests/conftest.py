@@ -1,5 +1,6 @@
 """Small real checkpoints, made by transformers with random weights and written to disk."""
 
+import logging
 import os
 import shutil
 import tempfile
@@ -86,6 +87,27 @@ def checkpoints(tmp_path_factory) -> dict[str, Path]:
     convert(names["planted"], names["unmarked"], bismooth, text)
     edit_json(names["unmarked"] / "config.json", lambda c: c["quantization_config"].pop("bismooth"))
     return names
+
+
+@pytest.fixture
+def log(caplog, monkeypatch):
+    """``log.messages`` are those of our logger, each once, whatever vLLM does with them."""
+    # A library of vLLM's server (model_hosting_container_standards) raises the level of the root's handlers on import.
+    caplog.set_level(logging.INFO, "vllm.w8a8_bismooth")
+    ours = logging.getLogger("vllm.w8a8_bismooth")
+    monkeypatch.setattr(ours, "propagate", False)
+    ours.addHandler(caplog.handler)
+    yield caplog
+    ours.removeHandler(caplog.handler)
+
+
+@pytest.fixture
+def vllms_library() -> None:
+    """For tests in which vLLM's own kernels run: its sources of another release are here without them."""
+    from vllm import _custom_ops  # noqa: F401 -- loads them
+
+    if not hasattr(torch.ops._C, "static_scaled_int8_quant"):
+        pytest.skip("this vLLM is here without its compiled library")
 
 
 @pytest.fixture

@@ -108,12 +108,15 @@ def _kernels() -> dict[str, str | None]:
     import torch
 
     from vllm_w8a8_bismooth import ops
+    from vllm_w8a8_bismooth.ops import processor
 
     version = torch.version
     words = {ops.COMPILED: "compiled", ops.TRITON: "Triton's, compiled when they are first used"}
     found = {device: words.get(ops.server(device)) for device in ("cpu", "cuda", "xpu")}
     if found["cpu"]:
         found["cpu"] = ops.cpu_level()
+        if processor.saturates():
+            found["cpu"] += "; the processor has no VNNI, where vLLM's own INT8 is wrong (docs/upstream/saturation.md)"
     for device, built in {"cuda": version.cuda and f"CUDA {version.cuda}", "xpu": version.xpu}.items():
         if found[device]:
             found[device] = f"{found[device]}; torch has {built or f'ROCm {version.hip}'}"

@@ -3,7 +3,6 @@
 The processes run the kernels on the emulated GPU of ``tests/csrc``. vLLM's own classes choose, as far as without a GPU.
 """
 
-import logging
 import shutil
 import sys
 from types import SimpleNamespace
@@ -100,15 +99,13 @@ def gpu(monkeypatch, tmp_path):
 
 
 @pytest.fixture
-def caplog_vllm(caplog, monkeypatch):
-    """What the plugin tells vLLM's log, whose logger hands nothing on, and says a line only once a process."""
+def log_anew(log):
+    """What the plugin tells vLLM's log, which says a line only once a process."""
     from vllm import logger
 
     for once in (logger._print_info_once, logger._print_warning_once):
         once.cache_clear()
-    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
-    caplog.set_level(logging.INFO, "vllm.w8a8_bismooth")
-    return caplog
+    return log
 
 
 def who(group: dict | None = None) -> tuple[str, str]:
@@ -121,11 +118,11 @@ def who(group: dict | None = None) -> tuple[str, str]:
     return type(scheme).__name__, rule(servers.here()).kernel
 
 
-def test_what_passes_serves(gpu, caplog_vllm):
+def test_what_passes_serves(gpu, log_anew):
     gpu.breaks()
     assert who() == ("Choice", EITHER) and who(GROUP) == ("W8A8Scheme", OURS)
     assert gpu.masks == [(0, 0, 0, 0, True, True)] and gpu.examined == [0]
-    (line,) = caplog_vllm.messages
+    (line,) = log_anew.messages
     assert line.startswith(
         "w8a8_bismooth, BISMOOTH_KERNELS=auto: per-channel on vLLM's own kernel or our kernel (by plan, 8 of 8 kernels "
         "passed the self-test); per-group on our kernel"
@@ -151,18 +148,18 @@ def test_what_passed_but_is_not_measured(gpu, capability, plan, found, monkeypat
     "way",
     ["wrong", "crash", pytest.param("hang", marks=pytest.mark.slow), pytest.param("exit", marks=pytest.mark.slow)],
 )
-def test_each_way_to_fail_ends_with_vllms_own_kernel(gpu, way, caplog_vllm):
+def test_each_way_to_fail_ends_with_vllms_own_kernel(gpu, way, log_anew):
     """Per-channel; groups go on with the kernels that passed."""
     gpu.breaks(**{"per-channel tile 9": way})
     assert who() == ("CompressedTensorsW8A8Int8", STOCKS)
     assert who(GROUP) == ("W8A8Scheme", OURS)
     assert gpu.masks == [(0, 1 << 9, 0, 0, True, True)]
-    (line,) = caplog_vllm.messages
+    (line,) = log_anew.messages
     assert "per-channel on vLLM's own kernel (per-channel tile 9: " in line and "per-group on our kernel" in line
 
 
 @pytest.mark.parametrize(("triton", "portable"), [pytest.param(True, TRITON, marks=slow), (False, REFERENCE)])
-def test_groups_fall_back_to_triton_else_aloud_to_the_reference(gpu, triton, portable, monkeypatch, caplog_vllm):
+def test_groups_fall_back_to_triton_else_aloud_to_the_reference(gpu, triton, portable, monkeypatch, log_anew):
     if not triton:
         monkeypatch.setitem(sys.modules, "triton", None)
         for name in [name for name in sys.modules if name.startswith("vllm_w8a8_bismooth.ops.triton")]:
@@ -172,7 +169,7 @@ def test_groups_fall_back_to_triton_else_aloud_to_the_reference(gpu, triton, por
     assert who(GROUP) == ("W8A8Scheme", portable)
     assert who() == ("Choice", EITHER)
     assert ops.server("cuda", group_size=64) == ops.COMPILED
-    lines = [line for line in caplog_vllm.messages if "run on the torch reference, which is slow" in line]
+    lines = [line for line in log_anew.messages if "run on the torch reference, which is slow" in line]
     assert len(lines) == (not triton)
 
 
@@ -207,7 +204,7 @@ def test_launches_that_must_not_overlap(gpu):
         ("no process", "the self-test did not run (its process could not be started: [Errno 11] Resource temporarily"),
     ],
 )
-def test_what_keeps_the_gate_shut(gpu, fault, reason, monkeypatch, caplog_vllm):
+def test_what_keeps_the_gate_shut(gpu, fault, reason, monkeypatch, log_anew):
     """One line, and the engine starts: vLLM's own kernel, else Triton's."""
     if fault == "another architecture":
         monkeypatch.setattr(torch.ops.w8a8_bismooth, "device_problem", lambda index: f"{reason} (...)")
@@ -230,7 +227,7 @@ def test_what_keeps_the_gate_shut(gpu, fault, reason, monkeypatch, caplog_vllm):
 
         monkeypatch.setattr(examination.subprocess, "Popen", unable)
     assert who() == ("CompressedTensorsW8A8Int8", STOCKS) and who(GROUP) == ("W8A8Scheme", TRITON)
-    (line,) = caplog_vllm.messages
+    (line,) = log_anew.messages
     assert f"per-channel on vLLM's own kernel ({reason}" in line and "per-group on our Triton kernel" in line
     assert not list(verdict.folder().glob("*.json"))
 

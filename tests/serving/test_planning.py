@@ -1,7 +1,6 @@
 """Who serves a linear by a plan: on a CPU, our kernels or vLLM's, which are timed and chosen there as on a GPU."""
 
 import json
-import logging
 import subprocess
 import sys
 from dataclasses import replace
@@ -84,17 +83,15 @@ def timed(**factors: float):
     return lambda makes, *_: {kernel: {m: factors[kernel] * m for m in WEIGHTS} for kernel in makes}
 
 
-def test_it_is_measured_once_and_kept(planning, monkeypatch, caplog):
+def test_it_is_measured_once_and_kept(planning, monkeypatch, log, vllms_library):
     """All of it: both kernels run; the next process reads."""
-    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
-    caplog.set_level(logging.INFO, "vllm.w8a8_bismooth")
     found = scheme()
     (path,) = planning.SHELF.folder().glob("*.json")
     (row,) = json.loads(path.read_text())["plan"]["shapes"]
     assert SHAPE.items() <= row.items() and row["activations"] == "token" and row["groups"] == 1
     assert {*row["seconds"]} == {STOCK, COMPILED} and all(len(times) == 11 for times in row["seconds"].values())
     assert found == CLASSES[row["measured"]]
-    (line,) = [line for line in caplog.messages if "linears of 32 x 64, activations per token on" in line]
+    (line,) = [line for line in log.messages if "linears of 32 x 64, activations per token on" in line]
     assert f" on {row['measured']} (measured: stock " in line and "compiled" in line
     monkeypatch.setattr(planning, "_FOUND", {})
     monkeypatch.setattr(planning.trial, "measure", None)
@@ -103,7 +100,7 @@ def test_it_is_measured_once_and_kept(planning, monkeypatch, caplog):
     assert [*kept] == ["torch.bfloat16"] and len(kept["torch.bfloat16"].entries) == 1
 
 
-def test_fixed_scales_are_timed_as_such(planning, monkeypatch):
+def test_fixed_scales_are_timed_as_such(planning, vllms_library):
     """Of the whole tensor, in weights and activations; both kernels pass the check of numbers."""
     tensor = {"strategy": "tensor", "dynamic": False}
     layer(W8A8 | tensor, TOKEN | tensor)
@@ -133,8 +130,10 @@ def test_compiled_graphs_are_kept_apart_by_plan(planning, monkeypatch):
 
 
 @pytest.mark.parametrize("kernel", [STOCK, COMPILED])
-def test_a_file_goes_before_measuring(planning, plan_file, kernel, monkeypatch):
+def test_a_file_goes_before_measuring(planning, plan_file, kernel, monkeypatch, request):
     """Also where nothing else would be measured; what is chosen computes the linear."""
+    if kernel == STOCK:
+        request.getfixturevalue("vllms_library")
     monkeypatch.setattr(planning.trial, "measure", None)
     plan_file(SHAPE | {"kernel": kernel})
     made = layer()
@@ -198,16 +197,15 @@ class Broken:
 
 
 @pytest.mark.parametrize("fault", [RuntimeError("illegal\naccess"), 0.9, float("nan")])
-def test_a_kernel_that_fails_is_not_chosen(planning, fault, caplog, monkeypatch):
+def test_a_kernel_that_fails_is_not_chosen(planning, fault, log, monkeypatch):
     from vllm_w8a8_bismooth.serving import trial
     from vllm_w8a8_bismooth.serving.plan import Shape, fastest
     from vllm_w8a8_bismooth.serving.scheme import W8A8Scheme
 
-    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     makes = {COMPILED: lambda: Broken(W8A8Scheme(None, None), fault), STOCK: lambda: W8A8Scheme(None, None)}
     found = trial.measure(makes, Shape(ROWS, COLUMNS), torch.bfloat16, torch.device("cpu"), (1, 16))
     assert found[COMPILED] == {} and [*found[STOCK]] == [1, 16] and fastest(found) is None
-    (line,) = [line for line in caplog.messages if "compiled fails for linears of 32 x 64" in line]
+    (line,) = [line for line in log.messages if "compiled fails for linears of 32 x 64" in line]
     assert "\n" not in line
 
 
@@ -231,15 +229,14 @@ def test_a_plan_that_others_cannot_read_is_not_followed(planning, monkeypatch, t
     assert scheme() == "W8A8Scheme"
 
 
-def test_a_damaged_plan_is_measured_anew(planning, monkeypatch, caplog):
-    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+def test_a_damaged_plan_is_measured_anew(planning, monkeypatch, log):
     monkeypatch.setattr(planning.trial, "measure", timed(stock=1, compiled=2))
     scheme()
     (path,) = planning.SHELF.folder().glob("*.json")
     path.write_text("{")
     monkeypatch.setattr(planning, "_FOUND", {})
     assert scheme() == CLASSES[STOCK]
-    (line,) = [line for line in caplog.messages if str(path) in line]
+    (line,) = [line for line in log.messages if str(path) in line]
     assert "who serves what is measured anew" in line and json.loads(path.read_text())
 
 

@@ -1,7 +1,6 @@
 """The entry point: cheap in every process, silent where nothing is wrong, one warning where something is."""
 
 import json
-import logging
 import subprocess
 import sys
 from importlib.metadata import entry_points
@@ -50,18 +49,6 @@ def test_cost(process):
     modules = json.loads(done.stdout.splitlines()[-1])
     own = ("serving", "serving.claim", "serving.versions")
     assert modules == ["vllm_w8a8_bismooth", *(f"vllm_w8a8_bismooth.{name}" for name in own)]
-
-
-@pytest.fixture
-def log(caplog, monkeypatch):
-    """``log.messages`` are those of our logger, whatever vLLM does with them."""
-    # A library of vLLM's server (model_hosting_container_standards) raises the level of the root's handlers on import.
-    caplog.set_level(logging.INFO, "vllm.w8a8_bismooth")
-    ours = logging.getLogger("vllm.w8a8_bismooth")
-    monkeypatch.setattr(ours, "propagate", False)
-    ours.addHandler(caplog.handler)
-    yield caplog
-    ours.removeHandler(caplog.handler)
 
 
 @pytest.fixture

@@ -180,6 +180,8 @@ CPU = Platform("cpu", "compiled", "compiled", "reference")
             Platform("cpu", "reference", "reference", "reference", ruling=OFF),
             ("vLLM's own kernel", "the torch reference", "vLLM's own method", "the torch reference"),
         ),
+        (replace(CPU, planned=True), ("our kernel or vLLM's own kernel", *("our kernel",) * 3)),
+        (replace(CPU, planned=True, saturates=True), ("our kernel",) * 4),  # vLLM's own is wrong there
     ],
 )
 def test_who_serves_what(platform, expected):
@@ -188,6 +190,15 @@ def test_who_serves_what(platform, expected):
     for served in found.values():  # a user is told of all that could be better
         assert served.meant or served.reason
         assert not served.meant or "reference" not in served.kernel
+
+
+def test_a_product_that_is_wrong_is_not_meant():
+    """Who does without our kernels gets vLLM's own all the same, and is told."""
+    platform = replace(CPU, per_channel="reference", per_group="reference", ruling=OFF)
+    assert servers.per_channel(platform) == servers.Served(servers.STOCK, OFF.reason, True)
+    kernel, reason, meant = servers.per_channel(replace(platform, saturates=True))
+    assert kernel == servers.STOCK and not meant
+    assert reason.startswith(f"{OFF.reason}, and is wrong here: without VNNI, oneDNN sums products in 16 bits")
 
 
 def test_what_is_missing_depends_on_the_maker():

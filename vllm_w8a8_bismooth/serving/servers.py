@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from vllm_w8a8_bismooth import NAME, switch
-from vllm_w8a8_bismooth.ops import COMPILED, REFERENCE, TRITON, gate, server, unsupported
+from vllm_w8a8_bismooth.ops import COMPILED, REFERENCE, TRITON, gate, processor, server, unsupported
 from vllm_w8a8_bismooth.ops.gate import Ruling
 from vllm_w8a8_bismooth.ops.kernels import CHANNEL, GROUP_128
 from vllm_w8a8_bismooth.serving import plan
@@ -27,6 +27,7 @@ class Platform:
         ruling: why compiled kernels do what they do.
         planned: whether a plan says who serves linears that several could.
         asked: whether somebody asked for one, so that kernels without a self-test may be timed, too.
+        saturates: whether vLLM's own INT8 products are wrong there, see :func:`processor.saturates`.
     """
 
     device: str
@@ -38,6 +39,7 @@ class Platform:
     ruling: Ruling = Ruling(switch.AUTO)
     planned: bool = False
     asked: bool = False
+    saturates: bool = False
 
     @property
     def off(self) -> bool:
@@ -77,6 +79,7 @@ class Served(NamedTuple):
 
 STOCK, STOCK_EXPERTS, REFUSED = "vLLM's own kernel", "vLLM's own method", "none, refused at load"
 OR = " or "
+SATURATION = "without VNNI, oneDNN sums products in 16 bits that saturate (docs/upstream/saturation.md)"
 _KERNELS = {plan.STOCK: STOCK, COMPILED: "our kernel", TRITON: "our Triton kernel", REFERENCE: "the torch reference"}
 OLDEST, NEWEST = 80, 100
 """Compute capabilities: the first with our kernels, and the first for which vLLM picks an INT8 kernel that fails."""
@@ -112,6 +115,7 @@ def here() -> Platform:
         ruling,
         planned=ruling.switch == switch.AUTO and switch.plan() not in _UNPLANNED.get(device, (switch.OFF,)),
         asked=switch.plan() not in (switch.AUTO, switch.OFF),
+        saturates=device == "cpu" and processor.saturates(),
     )
 
 
@@ -183,6 +187,8 @@ def linears(platform: Platform, grouped: bool) -> tuple[str, ...]:
         both = platform.asked and mine == COMPILED and platform.experts == TRITON and platform.device != "cpu"
         return (COMPILED, TRITON) if both else (mine,)
     if platform.device == "cpu":
+        if platform.saturates and not platform.off:
+            return (mine,)
         return (plan.STOCK, mine) if platform.off else (mine, plan.STOCK)
     if mine != COMPILED or capability < OLDEST:
         return (plan.STOCK,)
@@ -212,8 +218,10 @@ def per_channel(platform: Platform) -> Served:
         if capability and capability < OLDEST:
             return Served(STOCK, "this package's kernels need compute capability 8.0", False)
         if (platform.off or platform.per_channel != COMPILED) and not (capability and capability >= NEWEST):
-            meant = platform.off or not platform.has_sources
-            return Served(STOCK, platform.lack(CHANNEL) or platform.absence, meant)
+            reason = platform.lack(CHANNEL) or platform.absence
+            if platform.saturates:
+                return Served(STOCK, f"{reason}, and is wrong here: {SATURATION}", False)
+            return Served(STOCK, reason, platform.off or not platform.has_sources)
         if linears(platform, False)[0] == plan.STOCK:
             return Served(STOCK, f"{switch.PLAN}={switch.OFF}: nobody measures whether ours is faster", True)
     return _ours(platform, platform.per_channel, CHANNEL)
