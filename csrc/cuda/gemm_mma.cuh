@@ -10,9 +10,6 @@
 
 #include "epilogue.cuh"
 
-constexpr int MAGIC_BITS = 0x4B400000;
-constexpr float MAGIC = 12582912.f;
-
 /// float(value), correctly rounded for every int32, without a conversion instruction.
 __device__ __forceinline__ float to_float(int value) {
   float high = __int_as_float(MAGIC_BITS + (value >> 16)) - MAGIC;
