@@ -14,6 +14,7 @@ from statistics import geometric_mean, mean, median, stdev
 
 from benchmarks import platforms
 from benchmarks.record import RESULTS
+from benchmarks.saturation import CRESTS
 from vllm_w8a8_bismooth.serving import servers
 
 
@@ -185,6 +186,32 @@ def families(path: Path) -> str:
         lines.append((f"`{row['family']}`", sites, floats, served, *measured))
     header = ("family", "sites", "in float, and why", "KL in vLLM")
     return markdown((*header, "INT8 linears", "discovery, s", "folds", "calibration"), lines, words=len(header))
+
+
+def saturation(path: Path) -> str:
+    """Errors of oneDNN's INT8 products and of ours by level of instructions, and the ratio of their times."""
+    found, lines = rows(path), []
+    for limit, level in dict.fromkeys((row["limit"], row["level"]) for row in found):
+        own = [row for row in found if row["limit"] == limit]
+        errors = [max(row["stock error"] for row in own if row["crest"] == crest) for crest in CRESTS]
+        cells = [f"{error:.1%}" if error else "0" for error in errors]
+        cells.append("0" if not any(row["ours wrong"] for row in own) else "not 0")
+        for tokens in dict.fromkeys(row["m"] for row in own):
+            cells.append(f"{median(row['x stock'] for row in own if row['m'] == tokens):.2f}")
+        lines.append((limit, level, *cells))
+    errors = [f"error at crest {crest}" for crest in CRESTS]
+    tokens = [f"x at M = {m}" for m in dict.fromkeys(row["m"] for row in found)]
+    return markdown(("oneDNN may use", "ours uses", *errors, "error of ours", *tokens), lines, words=2)
+
+
+def engines_without_vnni(path: Path) -> str:
+    """KL of one bed's checkpoints in vLLM by either product, with VNNI and without."""
+    found = {(row["limit"], row["arm"], row["kernel"]): row for row in rows(path)}
+    lines = []
+    for limit, arm in dict.fromkeys((limit, arm) for limit, arm, _ in found):
+        cells = (found[limit, arm, kernel] for kernel in ("vLLM's", "ours"))
+        lines.append((limit, arm, *(f"{row['kl']:.2e} ± {row['kl_error']:.0e}" for row in cells)))
+    return markdown(("oneDNN may use", "checkpoint", "KL by vLLM's own product", "KL by ours"), lines, words=2)
 
 
 def plants(path: Path) -> str:
@@ -390,6 +417,8 @@ OF_MACHINES = (
     ("convert.json", conversion_targets),
     ("serve-*.json", engines),
     ("serve-*.json", rates),
+    ("saturation.json", saturation),
+    ("saturation-engines.json", engines_without_vnni),
 )
 
 
