@@ -40,7 +40,8 @@
 # Each section has its own time limit and failures do not stop the next. BUDGET (seconds, default 590) bounds the whole:
 # sections that no longer fit are named at the end, for the next call. Results, at most 8 files, go to $OUT (default
 # build/gpu, or build/gpu-dry): log.txt, and a JSON of each measurement, which fills while it runs. The exit status is 1
-# if a section failed, after all have run; a section that was left out, cut short or not begun did not fail.
+# if a section failed, after all have run; a section that was left out, cut short or not begun did not fail. Ctrl-C ends
+# the section that runs and begins no other; the summary is said all the same.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 python=${PYTHON:-python3}
@@ -138,21 +139,27 @@ fi
 export python device dry collect rehearse small out model
 for name in "${order[@]}"; do export -f "section_$name"; done
 export -f run_tests bring_engine leave_out kernels_load lacks unpack
-summary=() late=() failed=0
+summary=() late=() failed=0 stopped=''
+trap 'stopped=130' INT
+trap 'stopped=143' TERM
 for name in "${order[@]}"; do
     left=$((${BUDGET:-590} - SECONDS + began))
-    if [ $left -lt 20 ]; then late+=("$name"); continue; fi
+    if [ $left -lt 20 ] || [ -n "$stopped" ]; then late+=("$name"); continue; fi
     seconds=$((limit[$name] < left ? limit[$name] : left))
     start=$SECONDS
     echo "== $name (at most $seconds s)" | tee -a "$log"
     lines=$(wc -l <"$log")
-    timeout --kill-after=5 $seconds bash -c "section_$name" >>"$log" 2>&1
+    # In the background, because a trap waits for what is in the foreground.
+    timeout --kill-after=5 $seconds bash -c "section_$name" >>"$log" 2>&1 &
+    wait $!
     status=$?
+    if [ -n "$stopped" ]; then kill $! 2>/dev/null; wait $!; status=$stopped; fi
     tail -n "+$((lines + 1))" "$log" | tail -n 40
     case $status in
         0) verdict=ok ;;
         77) verdict="left out ($(tail -n 1 "$log" | sed 's/^left out: //'))" ;;
         124 | 137) verdict="cut short" ;;
+        130 | 143) verdict=stopped ;;
         *) verdict="failed ($status)" failed=1 ;;
     esac
     summary+=("$(printf '%-10s %4d s  %s' "$name" $((SECONDS - start)) "$verdict")")
@@ -160,6 +167,6 @@ done
 {
     echo "== summary of $BENCHMARK_COMMIT"
     printf '%s\n' "${summary[@]}"
-    [ ${#late[@]} -eq 0 ] || echo "no time left for: benchmarks/gpu.sh ${late[*]}"
+    [ ${#late[@]} -eq 0 ] || echo "not begun: benchmarks/gpu.sh ${late[*]}"
 } | tee -a "$log"
-exit $failed
+exit ${stopped:-$failed}

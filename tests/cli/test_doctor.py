@@ -113,6 +113,25 @@ def test_the_plan_is_printed_when_asked_for(monkeypatch):
     assert "plan\n  torch.bfloat16: 32 x 64  stock (...)\n" in run("doctor", "--plan")[1]
     answer["plan"] = {}
     assert "plan\n  nothing  was measured here, and nothing is given\n" in run("doctor", "--plan")[1]
+    answer["plan_problem"] = "p.json is no plan of kernels"
+    message = run("doctor", "--plan")[1]
+    assert "plan\n" not in message and "Problem: environment: p.json is no plan of kernels; mend the file" in message
+
+
+@pytest.mark.parametrize(
+    ("value", "remedy"),
+    [("auto", "install the package again on this machine"), ("off", "do without BISMOOTH_KERNELS=off")],
+)
+def test_remedies_fit_the_switch(monkeypatch, value, remedy):
+    """And what may be behind a wrong or slow kernel is shown."""
+    layers = {"per-channel": ("vLLM's own kernel", "of a reason", False)}
+    answer = {"problem": None, "registered": True, "tests": {}, "layers": layers, "plan": {}, "plan_problem": None}
+    monkeypatch.setattr(engine, "ask", lambda *_: answer | {"platform": "cpu", "device": "", "capability": None})
+    monkeypatch.setenv("BISMOOTH_KERNELS", value)
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    code, message = run("doctor")
+    assert code == 1 and re.search(r"ONEDNN_MAX_CPU_ISA +AVX2\n", message)
+    assert f"Problem: per-channel layers: they would run on vLLM's own kernel, because of a reason; {remedy}" in message
 
 
 def test_without_kernels(without_vllm, monkeypatch):

@@ -153,6 +153,40 @@ def test_what_a_file_does_not_name_stays_as_it_was(planning, plan_file, monkeypa
     assert scheme() == "W8A8Scheme"
 
 
+def test_a_kept_file_can_be_given_as_it_is(planning, monkeypatch):
+    """By whoever wants all ranks to round alike; it holds for where it was measured."""
+    monkeypatch.setattr(planning.trial, "measure", timed(stock=1, compiled=2))
+    assert scheme() == CLASSES[STOCK]
+    (path,) = planning.SHELF.folder().glob("*.json")
+    monkeypatch.setenv(switch.PLAN, str(path))
+    monkeypatch.setattr(planning, "_FOUND", {})
+    monkeypatch.setattr(planning.trial, "measure", None)
+    assert scheme() == CLASSES[STOCK]
+
+
+@pytest.mark.parametrize("wanted", [switch.ON, switch.OFF])
+def test_a_plan_beside_the_other_switch_is_said_to_count_for_nothing(planning, plan_file, monkeypatch, log, wanted):
+    plan_file(SHAPE | {"kernel": STOCK})
+    monkeypatch.setenv(switch.VARIABLE, wanted)
+    platform = replace(servers.here(), ruling=servers.Ruling(wanted), planned=False)
+    servers.report(planning.logger, platform)
+    (line,) = [line for line in log.messages if "counts for nothing" in line]
+    assert line.endswith(f"plan.json counts for nothing, because BISMOOTH_KERNELS={wanted} says who serves")
+
+
+def test_what_cannot_be_kept_leaves_nothing(planning, monkeypatch):
+    """Neither a part of a file nor a change of the one that was there."""
+    assert planning.SHELF.write({}, 1)
+
+    def full(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr("os.replace", full)
+    assert not planning.SHELF.write({}, 2)
+    (path,) = planning.SHELF.folder().iterdir()
+    assert json.loads(path.read_text())["plan"] == 1
+
+
 @pytest.mark.parametrize("plan", ["auto", "off"])
 def test_a_cpu_measures_only_when_asked(planning, monkeypatch, plan):
     monkeypatch.setenv(switch.PLAN, plan)

@@ -324,7 +324,7 @@ def diagnosis(console: "Console", found: "Diagnosis", plan: bool = False) -> Non
         for device, test in found.serving["tests"].items():
             section("self-test", {device: test["words"]} | test["faults"])
         section("layers", {kind: f"{kernel} ({why})" for kind, (kernel, why, _) in found.serving["layers"].items()})
-        if plan:
+        if plan and not found.serving["plan_problem"]:
             section("plan", found.serving["plan"] or {"nothing": "was measured here, and nothing is given"})
     for problem in found.problems:
         console.print("[red]Problem:[/red] ", end="")

@@ -61,8 +61,13 @@ class Shelf:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False) as file:
-                json.dump({"key": key, self.what: value}, file, indent=1)
-            os.replace(file.name, path)
+                try:
+                    json.dump({"key": key, self.what: value}, file, indent=1)
+                    file.flush()
+                    os.replace(file.name, path)
+                except BaseException:
+                    os.unlink(file.name)
+                    raise
         except OSError:
             return False
         return True

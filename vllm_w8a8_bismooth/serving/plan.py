@@ -172,12 +172,14 @@ def _entry(row: Any) -> tuple[Shape, Entry]:
 
 
 def load(path: Path) -> Plan:
-    """Reads the plan that somebody gives.
+    """Reads the plan that somebody gives: its form alone, or a file of the cache, which has it beside its key.
 
     Raises:
         ValueError: it cannot be read, or is none.
     """
     try:
-        return Plan.from_json(json.loads(path.read_text()))
+        stored = json.loads(path.read_text())
+        kept = isinstance(stored, Mapping) and {*stored} == {"key", "plan"}
+        return Plan.from_json(stored["plan"] if kept else stored)
     except (OSError, ValueError) as error:  # a JSON error is a ValueError
         raise ValueError(f"{path} is no plan of kernels: {error}") from None

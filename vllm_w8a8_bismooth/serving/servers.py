@@ -154,7 +154,13 @@ def announce(logger: Any, layers: str, device: str, group_size: int | None) -> N
 
 
 def report(logger: Any, platform: Platform) -> None:
-    """Say once who serves what here, and why; on a CPU only if somebody chose otherwise, as there is no more to say."""
+    """Say once who serves what here, and why; on a CPU only if somebody chose otherwise, as there is no more to say.
+
+    Also that a plan that somebody asked for counts for nothing.
+    """
+    if platform.asked and not platform.planned:
+        words = "w8a8_bismooth: %s=%s counts for nothing, because %s=%s says who serves"
+        logger.warning_once(words, switch.PLAN, str(switch.plan()), switch.VARIABLE, platform.ruling.switch)
     if platform.device == "cpu" and platform.ruling.switch == switch.AUTO:
         return
     found = {kind: rule(platform) for kind, rule in KINDS.items()}
