@@ -58,6 +58,14 @@ def convert(
     calibration_tokens: Annotated[
         int | None, typer.Option(metavar="N", help="Tokens taken from it.", show_default="16384")
     ] = None,
+    compute_dtype: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DTYPE",
+            help="In which they run through the model: float32, bfloat16, or auto, the faster one for a model in bf16.",
+            show_default="auto",
+        ),
+    ] = None,
     smoothing: Annotated[
         str | None,
         typer.Option(
@@ -159,6 +167,7 @@ def convert(
             method=method,
             calibration=calibrating.for_convert(calibration),
             calibration_tokens=calibration_tokens,
+            compute_dtype=compute_dtype,
             smoothing=smoothing,
             alpha=alpha,
             rounding=rounding,

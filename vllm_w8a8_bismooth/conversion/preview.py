@@ -88,7 +88,9 @@ def preview(ready: Preparation) -> Preview:
     check_space(journal.partial, written + source.checkpoint.companion_nbytes() - journal.nbytes())
     tokens = None
     if ready.tokens is not None:
-        calibration.Calibration(source, ready.tokens, ready.device)  # transformers may refuse the config
+        assert ready.recipe.compute_dtype is not None
+        # transformers may refuse the config
+        calibration.Calibration(source, ready.tokens, ready.device, ready.recipe.compute_dtype)
         tokens = ready.tokens.numel()
     measured = 0
     if ready.recipe.method == "auto":
@@ -98,7 +100,9 @@ def preview(ready: Preparation) -> Preview:
     before = range(ready.blocks.start if ready.recipe.smoothing and not resumed else 0)
     left = range(finished(journal, CARRY, before), before.stop)
     compensated, blocks = ready.recipe.rounding == "gptq", ready.blocks[resumed:]
-    need = needs(source, tokens, measured_rates(source), measured, blocks, left, compensated)
+    need = needs(
+        source, tokens, measured_rates(source, ready.recipe.compute_dtype), measured, blocks, left, compensated
+    )
     return Preview(
         destination=ready.destination,
         reused=False,
