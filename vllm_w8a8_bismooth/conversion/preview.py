@@ -15,7 +15,9 @@ from vllm_w8a8_bismooth.conversion.preparation import Preparation
 from vllm_w8a8_bismooth.conversion.rates import measured as measured_rates
 from vllm_w8a8_bismooth.conversion.stages import CARRY, CONVERT, GRANULARITY
 from vllm_w8a8_bismooth.measure import calibration, perturbation, sensitivity
+from vllm_w8a8_bismooth.measure.arithmetic import faster
 from vllm_w8a8_bismooth.measure.used import Used
+from vllm_w8a8_bismooth.recipe import BF16
 from vllm_w8a8_bismooth.report import card
 from vllm_w8a8_bismooth.report.labels import Labels
 
@@ -100,9 +102,8 @@ def preview(ready: Preparation) -> Preview:
     before = range(ready.blocks.start if ready.recipe.smoothing and not resumed else 0)
     left = range(finished(journal, CARRY, before), before.stop)
     compensated, blocks = ready.recipe.rounding == "gptq", ready.blocks[resumed:]
-    need = needs(
-        source, tokens, measured_rates(source, ready.recipe.compute_dtype), measured, blocks, left, compensated
-    )
+    rates = measured_rates(source, ready.recipe.compute_dtype, faster() if ready.recipe.compute_dtype == BF16 else None)
+    need = needs(source, tokens, rates, measured, blocks, left, compensated)
     return Preview(
         destination=ready.destination,
         reused=False,
