@@ -53,6 +53,7 @@ results: .venv/ready # every picture of the README, from real runs; docs/results
 studies: .venv/ready # accuracy over seeds, plants and calibrations; every family of models
 	$(PYTHON) -m benchmarks.accuracy $(BESIDE) --json $(RESULTS)/accuracy.json
 	$(PYTHON) -m benchmarks.accuracy --calibration-study --json $(RESULTS)/calibration.json
+	$(PYTHON) -m benchmarks.compute_dtype --json $(RESULTS)/compute-dtype.json
 	$(PYTHON) -m benchmarks.families --json $(RESULTS)/families.json
 	$(PYTHON) -m benchmarks.plot
 	$(PYTHON) -m benchmarks.tables README.md docs/results.md docs/models.md

@@ -36,6 +36,8 @@ from benchmarks.testbed import PYTHON
 # No torch here, nor in what is imported: the peak of a child starts from what its parent holds.
 
 WORK = Path("build/convert")
+# As installers leave it behind: where Python may not write it, each start compiles thousands of modules.
+BYTECODE = {"PYTHONPYCACHEPREFIX": str((WORK / "bytecode").resolve()), "PYTHONDONTWRITEBYTECODE": ""}
 BISMOOTH = str(Path(sys.executable).with_name("bismooth"))
 PEER_SCRIPT = str(Path(__file__).with_name("peer_convert.py"))
 
@@ -99,7 +101,7 @@ def run(command: list[str], name: str) -> dict:
     """
     out, log = WORK / f"{name}.out", WORK / f"{name}.log"
     with open(out, "wb") as stdout, open(log, "wb") as stderr:
-        environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"} | BYTECODE
         started = time.perf_counter()
         child = subprocess.Popen(command, stdout=stdout, stderr=stderr, env=environment)
         # Of this child; what getrusage tells of children is their maximum so far.
@@ -258,6 +260,10 @@ def main() -> None:
             return checkpoint(WORK / f"{scale.name}-{blocks}", scale.sizes | {"num_hidden_layers": blocks}, noise())
 
     arms = [*OURS, *(PEERS if arguments.peer else ())]
+    with console.status("warming up"):  # bytecode, and programs in the page cache
+        small = checkpoint(WORK / f"{QUICK.name}-1", QUICK.sizes | {"num_hidden_layers": 1}, noise())
+        for arm in arms:
+            conversion(arm, small, WORK / "output", arguments.peer)
     rows, versions = measure(
         source(scale.shallow), scale.shallow, arms, arguments.peer, arguments.repeats or scale.repeats
     )

@@ -214,6 +214,16 @@ def engines_without_vnni(path: Path) -> str:
     return markdown(("oneDNN may use", "checkpoint", "KL by vLLM's own product", "KL by ours"), lines, words=2)
 
 
+def compute_dtypes(path: Path) -> str:
+    """Healthy beds: KL by the dtype in which calibration computed, and what the choice changes for the same draw."""
+    lines = []
+    for row in rows(path):
+        wide, narrow = row["kl"]["float32"], row["kl"]["bfloat16"]
+        changes = (f"{row[key] * 1e6:+.0f}" for key in ("difference", "largest_difference"))
+        lines.append((row["bed"], _spread(wide), _spread(narrow), *changes))
+    return markdown(("bed", "float32", "bfloat16", "mean change", "largest"), lines)
+
+
 def plants(path: Path) -> str:
     """Planted beds: KL relative to RTN on the healthy bed, by kind of plant: mean over beds and seeds, and range."""
     data = Accuracy(path)
@@ -404,6 +414,7 @@ SHARED = (
     ("accuracy.json", accuracy),
     ("accuracy.json", plants),
     ("accuracy-vllm.json", accuracy),
+    ("compute-dtype.json", compute_dtypes),
     ("accuracy.json", accuracy_targets),
     ("real-*.json", real),
     ("drafters-*.json", drafters),

@@ -31,6 +31,7 @@ def convert(
     method: str = "bismooth",
     calibration: str | Path | Sequence[str | Path] | None = None,
     calibration_tokens: int | None = None,
+    compute_dtype: str | None = None,
     smoothing: str | None = None,
     alpha: float | None = None,
     rounding: str | None = None,
@@ -59,6 +60,8 @@ def convert(
         calibration: one or more files of text. ``"bundled"`` is text that comes with this package, the default of
             ``bismooth`` and ``auto``; ``"none"`` is data-free, which ``auto`` cannot do.
         calibration_tokens: how many tokens are taken from it; ``None`` is 16384.
+        compute_dtype: in which they run through the model: ``float32``, ``bfloat16``, or ``auto``, the default: of a
+            model in bf16 what is faster here, else fp32. An unfinished conversion keeps its own.
         smoothing: the rule for the factors, ``balanced`` (the default) or ``alpha``.
         alpha: with ``smoothing="alpha"``, the share of the activations' range that moves into the weights, 0 to 1.
         rounding: of the weights, ``nearest``, or ``gptq``, which makes up for errors and is the default with
@@ -99,6 +102,7 @@ def convert(
         method=method,
         calibration=calibration,
         calibration_tokens=calibration_tokens,
+        compute_dtype=compute_dtype,
         smoothing=smoothing,
         alpha=alpha,
         rounding=rounding,
@@ -357,16 +361,20 @@ def prepare(
         TypeError: an argument is of another kind than it should be.
     """
     from vllm_w8a8_bismooth.checkpoint import hub
-    from vllm_w8a8_bismooth.recipe import Recipe
+    from vllm_w8a8_bismooth.recipe import Recipe, option_of
     from vllm_w8a8_bismooth.report.labels import Labels
 
     destination = given.destination(destination)
     recipe = Recipe.of(method, calibration_tokens=calibration_tokens, **choices)
     labels, text = Labels(base_model, license), given.text(method, calibration)
     means = given.means(sites, trust_remote_code, given.progress(progress))
-    if text is None and calibration_tokens is not None:
-        what = "--calibration-tokens has no effect with --calibration none"
-        raise BismoothError.of("convert", what, "leave out one of the two")
+    for name, value in {
+        "calibration_tokens": calibration_tokens,
+        "compute_dtype": choices.get("compute_dtype"),
+    }.items():
+        if text is None and value is not None:
+            what = f"{option_of(name)} has no effect with --calibration none"
+            raise BismoothError.of("convert", what, "leave out one of the two")
 
     from vllm_w8a8_bismooth.conversion import preparation
     from vllm_w8a8_bismooth.conversion.destination import Destination

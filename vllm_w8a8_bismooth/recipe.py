@@ -17,7 +17,10 @@ from vllm_w8a8_bismooth.model.names import Names
 
 SMOOTHINGS = ("balanced", "alpha")
 ROUNDINGS = ("nearest", "gptq")
+COMPUTE_DTYPES = AUTO, FP32, BF16 = ("auto", "float32", "bfloat16")
+"""The latter two are torch's names."""
 _NUMBERS = {"alpha": float, "calibration_tokens": int, "group_size": int, "group_budget": float, "target_kl": float}
+_WORDS = {"smoothing": SMOOTHINGS, "rounding": ROUNDINGS, "compute_dtype": COMPUTE_DTYPES}
 PATTERNS = ("group_layers", "ignore")
 """The fields that name linears."""
 ALPHA = 0.5
@@ -31,6 +34,7 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "alpha": None,
         "rounding": None,
         "calibration_tokens": 16384,
+        "compute_dtype": AUTO,
         "group_size": None,
         "group_layers": None,
         "ignore": None,
@@ -41,6 +45,7 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "alpha": None,
         "rounding": None,
         "calibration_tokens": 16384,
+        "compute_dtype": AUTO,
         "group_size": None,
         "group_budget": None,
         "target_kl": None,
@@ -62,6 +67,8 @@ class Recipe:
         rounding: of the weights, one of :data:`ROUNDINGS` (``bismooth``, ``auto``); ``gptq`` needs calibration, and is
             the default where there is some.
         calibration_tokens: token budget of the calibration (``bismooth``, ``auto``).
+        compute_dtype: in which calibration computes, one of :data:`COMPUTE_DTYPES` (``bismooth``, ``auto``). Once the
+            source is open it is ``auto`` no more, see :func:`arithmetic.arithmetic`; ``None`` is data-free.
         group_size: columns per scale in per-group linears. ``auto`` takes 128, 64 or 32, the
             largest that fits all linears, once the source is open.
         group_layers: patterns of linears, see :mod:`patterns`; ``None`` lets the weights decide (``mixed``). A text, or
@@ -84,6 +91,7 @@ class Recipe:
     alpha: float | None = None
     rounding: str | None = None
     calibration_tokens: int | None = None
+    compute_dtype: str | None = None
     group_size: int | None = None
     group_layers: tuple[str, ...] | None = None
     group_budget: float | None = None
@@ -122,7 +130,7 @@ class Recipe:
         for field, kind in _NUMBERS.items():
             if (value := getattr(self, field)) is not None:
                 object.__setattr__(self, field, _number(field, value, kind))
-        for field, known in {"smoothing": SMOOTHINGS, "rounding": ROUNDINGS}.items():
+        for field, known in _WORDS.items():
             if (value := getattr(self, field)) not in (None, *known):
                 raise BismoothError.of(f"{option_of(field)} {value!r}", "unknown", f"choose one of {', '.join(known)}")
         if self.alpha is not None and not 0 <= self.alpha <= 1:

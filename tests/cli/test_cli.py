@@ -227,3 +227,32 @@ def test_many_problems_are_one_message():
     assert str(BismoothError(*problems[:2])) == "a: absent; download it\n  also: b: absent; download it"
     ending = "also: h: absent; download it\n  and 2 more"
     assert str(BismoothError(*problems)).endswith(ending)
+
+
+SPINS = """
+import os, sys
+from vllm_w8a8_bismooth.cli import main
+assert "torch" not in sys.modules, "which reads them when it is imported"
+sys.argv = ["bismooth", *sys.argv[1:]]
+main.app = lambda: print(os.environ.get("GOMP_SPINCOUNT"), "torch" in sys.modules)
+main.main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("verb", "given", "expected"),
+    [
+        ("convert", {}, "100"),
+        ("analyze", {}, "100"),
+        ("doctor", {}, "None"),
+        ("score", {}, "None"),
+        ("convert", {"OMP_WAIT_POLICY": "active"}, "None"),
+        ("convert", {"GOMP_SPINCOUNT": "7"}, "7"),
+    ],
+)
+def test_threads_that_wait_do_not_spin(verb, given, expected):
+    """Where blocks are worked on; what is timed, or is vLLM's, keeps what it would have, and so does who says how."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")} | given
+    command = [sys.executable, "-c", SPINS, verb]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [expected, "False"]

@@ -10,12 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import vllm_w8a8_bismooth as b
 from benchmarks.convert import WHOLE_70B
 from benchmarks.random_llama import checkpoint, hole
 from vllm_w8a8_bismooth.checkpoint.files import Folder
 from vllm_w8a8_bismooth.checkpoint.layout import Layout
 from vllm_w8a8_bismooth.checkpoint.reader import Headers
-from vllm_w8a8_bismooth.conversion import rates
+from vllm_w8a8_bismooth.conversion import preview, rates
 from vllm_w8a8_bismooth.conversion.estimate import TOGETHER, WIDEST, needs
 from vllm_w8a8_bismooth.measure import arithmetic
 from vllm_w8a8_bismooth.method import compensate, quantize
@@ -101,6 +102,28 @@ def test_rates_are_those_of_this_machine(layout, monkeypatch):
     assert [rate.arithmetic for rate in seen.values()] == ["float32", "bfloat16", "bfloat16"]
     products = [rate.products for rate in seen.values()]
     assert products == sorted(products) and len(set(products)) == 3
+
+
+def test_what_was_measured_of_bf16_counts(layout, monkeypatch):
+    """Also on a machine whose flags say otherwise, and only where it computes in bf16."""
+    monkeypatch.setattr(rates, "cpu_flags", lambda: {"amx_bf16"})
+    slow, nominal = rates.measured(layout, "bfloat16", faster=0.5), rates.measured(layout, "bfloat16")
+    assert slow.arithmetic == nominal.arithmetic == "bfloat16" and slow.precise == nominal.precise
+    assert slow.products == 0.5 * slow.precise and nominal.products > nominal.precise
+    wide = rates.measured(layout, "float32", faster=0.5)
+    assert wide.products == wide.precise == slow.precise
+
+
+@pytest.mark.parametrize("asked", ["float32", "bfloat16"])
+def test_a_preview_estimates_with_the_dtype_that_is_asked_for(make_checkpoint, tmp_path, monkeypatch, asked):
+    """fp32 takes more memory, and bf16 the time that this machine was seen to take."""
+    source, found = make_checkpoint(), {}
+    (tmp_path / "text.txt").write_text("one and two and three. " * 100)
+    for speed in (0.01, 1.0):
+        monkeypatch.setattr(preview, "faster", lambda speed=speed: speed)
+        plan = b.preview(source, tmp_path / "out", calibration=tmp_path / "text.txt", compute_dtype=asked)
+        found[speed] = plan.seconds
+    assert (found[0.01] > found[1.0]) == (asked == "bfloat16")
 
 
 def test_a_disk_is_timed_where_there_is_something_to_read(make_checkpoint, tmp_path):

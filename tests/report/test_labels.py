@@ -317,7 +317,7 @@ def test_calibration_that_the_report_tells_is_in_the_card(make_checkpoint, tmp_p
     out = tmp_path / "out"
     convert(make_checkpoint(num_hidden_layers=1), out, RTN)
     used = {"files": ["a.jsonl", "b`.txt"], "rows": 7, "documents": 5, "windows": 3, "tokens": 999, "skipped": 2}
-    edit_json(out / "report.json", lambda report: report.update(calibration={**used, "arithmetic": "bfloat16"}))
+    edit_json(out / "report.json", lambda report: report.update(calibration={**used, "compute_dtype": "bfloat16"}))
     said = "`a.jsonl`, `b_.txt`: 999 tokens in 3 windows, from 5 of 7 documents, computed in bfloat16. 2 rows that held"
     assert said in card.draw_up(out, Labels())
 

@@ -18,7 +18,9 @@ from vllm_w8a8_bismooth.errors import BismoothError, Interrupted, Problem
 FOLDER = ".bismooth"
 NAMES = "names"
 """The key of an identity under which hashes in it have names that people know."""
-_LOCK, _RUN = "lock", "run.json"
+RUN = "run.json"
+"""What a run is, as JSON."""
+_LOCK = "lock"
 _LAYOUT = 2  # of what lies in the folder; a run that left another layout is not continued
 
 
@@ -61,7 +63,7 @@ class Journal:
             self._take(fcntl.LOCK_EX, self._lock)
             if not self._compare():
                 self._begun = True  # a run that was killed before it wrote a word has left nothing
-                self._write(_RUN, self._identity)
+                self._write(RUN, self._identity)
         except BaseException:
             self._lock.close()
             raise
@@ -111,7 +113,7 @@ class Journal:
 
     def _compare(self) -> bool:
         """Whether an earlier run is there; raises if it was another one."""
-        if (before := self._read(_RUN)) is None:
+        if (before := self._read(RUN)) is None:
             return False
         names = {**before.pop(NAMES, {}), **self._identity.get(NAMES, {})}
         lines = readable(differences(before, {k: v for k, v in self._identity.items() if k != NAMES}), names)

@@ -48,10 +48,13 @@ def shard_header(tensors: Mapping[str, torch.Tensor]) -> tuple[bytes, dict[str, 
 
 def split(tensors: Mapping[str, torch.Tensor], stem: str = WHOLE):
     """Which tensors go into which shard: a ``StateDictSplit`` of huggingface_hub. Only shapes and dtypes count."""
-    from huggingface_hub import split_torch_state_dict_into_shards
+    from huggingface_hub import split_state_dict_into_shards_factory
 
-    return split_torch_state_dict_into_shards(
-        dict(tensors), filename_pattern=stem + "{suffix}.safetensors", max_shard_size=SHARD_SIZE
+    return split_state_dict_into_shards_factory(  # the one for torch imports all that distributes tensors, and sympy
+        dict(tensors),
+        get_storage_size=lambda tensor: tensor.nbytes,
+        filename_pattern=stem + "{suffix}.safetensors",
+        max_shard_size=SHARD_SIZE,
     )
 
 

@@ -15,6 +15,11 @@ from vllm_w8a8_bismooth.cli.arguments import SourceArgument, TrustOption, Verbs,
 from vllm_w8a8_bismooth.cli.progress import Progress
 from vllm_w8a8_bismooth.errors import BismoothError
 
+_COMPUTE = (["convert"], ["analyze"])
+_SPINS = "100"
+"""As libgomp has it where threads outnumber cores. It cannot see that ours do, beside which torch's would spin for
+milliseconds after each step: on a busy machine that was nine tenths of a calibration."""
+
 app = typer.Typer(
     cls=Verbs,
     no_args_is_help=True,
@@ -57,6 +62,14 @@ def convert(
     calibration: calibrating.ConvertOption = None,
     calibration_tokens: Annotated[
         int | None, typer.Option(metavar="N", help="Tokens taken from it.", show_default="16384")
+    ] = None,
+    compute_dtype: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DTYPE",
+            help="In which they run through the model: float32, bfloat16, or auto, the faster one for a model in bf16.",
+            show_default="auto",
+        ),
     ] = None,
     smoothing: Annotated[
         str | None,
@@ -159,6 +172,7 @@ def convert(
             method=method,
             calibration=calibrating.for_convert(calibration),
             calibration_tokens=calibration_tokens,
+            compute_dtype=compute_dtype,
             smoothing=smoothing,
             alpha=alpha,
             rounding=rounding,
@@ -358,8 +372,10 @@ app.command()(publication.push)
 
 def main() -> None:
     """Console entry point: bad input ends with one message on stderr and exit code 2."""
-    # torch reads it when it is imported: huge pages, because faulting in small ones takes longer than the work on them
+    # Read when torch is imported: huge pages, because faulting in small ones takes longer than the work on them
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    if sys.argv[1:2] in _COMPUTE and "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)
     try:
         app()
     except (BismoothError, OSError) as error:  # OSError says which file and why: a name too long, no permission

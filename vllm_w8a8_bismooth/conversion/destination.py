@@ -12,14 +12,14 @@ from typing import Any
 from vllm_w8a8_bismooth import MARKER
 from vllm_w8a8_bismooth.checkpoint.files import CONFIG, RECIPE, REPORT, partial_folder, read_json, sha256
 from vllm_w8a8_bismooth.checkpoint.hub import cache_entry
-from vllm_w8a8_bismooth.checkpoint.journal import FOLDER, NAMES, readable
+from vllm_w8a8_bismooth.checkpoint.journal import FOLDER, NAMES, RUN, readable
 from vllm_w8a8_bismooth.checkpoint.layout import Source
 from vllm_w8a8_bismooth.conversion import proposal
 from vllm_w8a8_bismooth.conversion.part import PART, Part, outline_of
 from vllm_w8a8_bismooth.conversion.plan import span
 from vllm_w8a8_bismooth.errors import BismoothError
 from vllm_w8a8_bismooth.method.rows import Threads
-from vllm_w8a8_bismooth.recipe import Recipe, names_of_hashes
+from vllm_w8a8_bismooth.recipe import BF16, FP32, Recipe, names_of_hashes
 from vllm_w8a8_bismooth.report import record
 from vllm_w8a8_bismooth.report.outcome import Outcome
 from vllm_w8a8_bismooth.shell import refuse_tilde, word
@@ -129,6 +129,22 @@ class Destination:
         if self.target.is_dir():
             remedy = f"choose a folder inside it, like {word(proposal.inside(self.given, self.name))}"
         raise BismoothError.of(self.given, "exists and is no result of bismooth", remedy)
+
+    def compute_dtype(self) -> str | None:
+        """In which dtype the conversion computed that is here, whole, in part or unfinished; ``None`` if none is, or it
+        was data-free. A machine that would choose another one goes on with it."""
+        places = {
+            self.target / RECIPE: ("recipe",),
+            self.target / PART: ("part", "identity", "recipe"),
+            partial_folder(self.target) / FOLDER / RUN: ("recipe",),
+        }
+        for path, keys in places.items():
+            found: Any = _json(path)
+            for key in (*keys, "compute_dtype"):
+                found = found.get(key) if isinstance(found, dict) else None
+            if found in (FP32, BF16):
+                return found
+        return None
 
     def refuse_another(self, differences: Sequence[str]) -> None:
         """Raises :class:`BismoothError` if there are differences to what is there."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from vllm_w8a8_bismooth.checkpoint.layout import Layout
 from vllm_w8a8_bismooth.checkpoint.readahead import AHEAD
 from vllm_w8a8_bismooth.conversion.rates import Rates
-from vllm_w8a8_bismooth.measure.arithmetic import BF16, FP32
+from vllm_w8a8_bismooth.recipe import BF16, FP32
 
 
 @dataclass(frozen=True)

@@ -143,7 +143,7 @@ def merge(ready: Merger, progress: Progress = silent) -> Outcome:
         outcome.labels = card.labels_of(ready.target)
         return outcome
     outcome.ignored, outcome.recipe = full_names(plan.ignored, source.names), ready.recipe
-    outcome.used, outcome.arithmetic = ready.parts[0].used, ready.parts[0].identity.get("arithmetic")
+    outcome.used = ready.parts[0].used
     for part in ready.parts:
         outcome.linears |= part.linears
         outcome.sites |= part.sites
@@ -153,6 +153,7 @@ def merge(ready: Merger, progress: Progress = silent) -> Outcome:
             _copy_all(ready.parts, journal, writer, progress)
             outcome.files, outcome.written_bytes = writer.finish(), writer.nbytes
         with disk_errors(destination):
+            card.draw(journal.partial, outcome)
             complete(journal.partial, source, ready.recipe, plan, outcome, ready.parts[0].provenance, ready.labels)
         journal.commit()
     return outcome

@@ -65,7 +65,7 @@ def read(folder: Path, outcome: Outcome) -> None:
     found = Part(folder)
     outcome.linears, outcome.sites, outcome.files = found.linears, found.sites, found.shards
     outcome.written_bytes, outcome.recipe = found.nbytes(), found.recipe
-    outcome.used, outcome.arithmetic = found.used, found.identity.get("arithmetic")
+    outcome.used = found.used
 
 
 class Part:
@@ -75,7 +75,7 @@ class Part:
         folder: of the part.
         digest: SHA-256 of what ``part.json`` says.
         blocks: those that it holds. With the first of the model comes everything outside the blocks.
-        identity: recipe, arithmetic, layout, device and versions, which all parts of a checkpoint share.
+        identity: recipe, layout, device and versions, which all parts of a checkpoint share.
         recipe: complete but for the source's fingerprint.
         provenance: see :func:`pipeline.complete`.
         outline: of the source, see :func:`outline_of`.
@@ -219,7 +219,7 @@ def outline_of(source: Source) -> dict[str, Any]:
 
 def _shared(identity: Mapping[str, Any]) -> dict[str, Any]:
     """What all parts of a checkpoint have in common of the identity of a run."""
-    return {key: identity.get(key) for key in ("recipe", "arithmetic", "layout", "device", "versions")}
+    return {key: identity.get(key) for key in ("recipe", "layout", "device", "versions")}
 
 
 def _digest(content: Mapping[str, Any]) -> str:

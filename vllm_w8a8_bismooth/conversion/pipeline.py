@@ -1,6 +1,7 @@
 """The conversion: the stages, block after block, and then the files beside the weights."""
 
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from vllm_w8a8_bismooth.errors import BismoothError
 from vllm_w8a8_bismooth.method.rows import Threads
 from vllm_w8a8_bismooth.progress import Progress, silent
 from vllm_w8a8_bismooth.recipe import Recipe
-from vllm_w8a8_bismooth.report import card, record
+from vllm_w8a8_bismooth.report import card, figures, record
 from vllm_w8a8_bismooth.report.labels import Labels
 from vllm_w8a8_bismooth.report.outcome import Outcome
 
@@ -45,7 +46,7 @@ def convert(ready: Preparation, progress: Progress = silent) -> Outcome:
         clear(ready.target)  # of a run that was killed right after its last step
         return _read_back(ready)
     outcome = _outcome(ready)
-    outcome.used, outcome.arithmetic = ready.used, ready.arithmetic
+    outcome.used = ready.used
     threads = Threads()
     with Journal(ready.target, ready.identity) as journal:
         stages = Stages(ready, Run(source, ready.device, journal, progress), threads)
@@ -54,20 +55,59 @@ def convert(ready: Preparation, progress: Progress = silent) -> Outcome:
         tensors = plan.tensors(ready.part)
         # The threads end before the shards are closed, into which they write.
         turned, stem = source.checkpoint.turned, ready.stem
-        with ShardWriter(journal.partial, ready.destination, tensors, stem, turned) as writer, threads:
+        with (
+            Drawing(journal.partial, ready) as drawing,
+            ShardWriter(journal.partial, ready.destination, tensors, stem, turned) as writer,
+            threads,
+        ):
             check_space(journal.partial, writer.nbytes + source.checkpoint.companion_nbytes() - journal.nbytes())
             checksums = stages.carry() | stages.outside(writer)
             walk = stages.convert(plan, writer)
+            for index, record in walk.records.items():
+                outcome.linears |= record["linears"]
+                outcome.sites[index] = record["sites"]
+            drawing.begin(outcome)
             outcome.files, outcome.written_bytes = writer.finish(), writer.nbytes
-        for index, record in walk.records.items():
-            outcome.linears |= record["linears"]
-            outcome.sites[index] = record["sites"]
         outcome.resumed = walk.resumed
         outcome.notes += [*outcome.unread(), *_unmeasured(ready, outcome)]
         outcome.granularity, outcome.estimated_kl = stages.evidence(), stages.estimate()
         _finish(journal.partial, ready, plan, outcome, checksums | walk.checksums)
         journal.commit()
     return outcome
+
+
+class Drawing:
+    """Draws the figures of a whole checkpoint while its shards are flushed and hashed. matplotlib, whose import takes
+    longer than a block of a small model, comes in while blocks are worked on.
+
+    Use as a context manager, which ends when they are drawn.
+
+    Args:
+        folder: to write into.
+        ready: what is being done.
+    """
+
+    def __init__(self, folder: Path, ready: Preparation):
+        self._folder, self._destination = folder, ready.destination
+        self._thread = ThreadPoolExecutor(1) if ready.part is None else None
+        self._drawn: Future | None = None
+
+    def __enter__(self) -> "Drawing":
+        if self._thread is not None:
+            self._thread.submit(figures.available)
+        return self
+
+    def begin(self, outcome: Outcome) -> None:
+        """Draw what was made of the blocks."""
+        if self._thread is not None:
+            self._drawn = self._thread.submit(card.draw, self._folder, outcome)
+
+    def __exit__(self, kind, error, trace) -> None:
+        if self._thread is not None:
+            self._thread.shutdown()
+        if self._drawn is not None and error is None:
+            with disk_errors(self._destination):
+                self._drawn.result()
 
 
 def _outcome(ready: Preparation) -> Outcome:

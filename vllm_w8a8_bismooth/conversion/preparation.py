@@ -24,7 +24,7 @@ from vllm_w8a8_bismooth.measure.logits import predicts_tokens
 from vllm_w8a8_bismooth.measure.text import CalibrationText, sample
 from vllm_w8a8_bismooth.measure.used import Used
 from vllm_w8a8_bismooth.model.classes import class_of
-from vllm_w8a8_bismooth.recipe import GROUP_SIZE, Recipe, names_of_hashes
+from vllm_w8a8_bismooth.recipe import AUTO, GROUP_SIZE, Recipe, names_of_hashes
 from vllm_w8a8_bismooth.report import card
 from vllm_w8a8_bismooth.report.labels import Labels
 
@@ -47,7 +47,6 @@ class Preparation:
         identity: what an unfinished run must have in common with this one to be continued.
         provenance: where the choices came from, for people.
         used: what of the calibration text the tokens come from.
-        arithmetic: the dtype in which the tokens run through the model, as torch calls it; ``None`` is data-free.
         part: the blocks to convert, if the result is to be a part of a checkpoint; ``None`` is all, and the whole.
         labels: for the card of a whole checkpoint.
         reused: the destination already holds the result; then ``named``, ``tokens`` and ``used`` are not known.
@@ -64,7 +63,6 @@ class Preparation:
     identity: Mapping[str, Any]
     provenance: Mapping[str, Any]
     used: Used | None = None
-    arithmetic: str | None = None
     part: range | None = None
     reused: bool = False
     labels: Labels = _NONE
@@ -127,12 +125,10 @@ def prepare(
         recipe,
         calibration=text.sha256 if text is not None else None,
         calibration_tokens=recipe.calibration_tokens if text is not None else None,
+        compute_dtype=_compute_dtype(recipe, text, source, where, aim),
         rounding=_rounding(recipe, text),
         group_size=_group_size(recipe, source),
         sites=source.basis.sha256 if source.known_by == GIVEN else None,
-    )
-    computed = (
-        arithmetic(source.checkpoint.headers[source.names.embedding].dtype, where.type) if text is not None else None
     )
     provenance = {
         "vllm_w8a8_bismooth": __version__,
@@ -144,7 +140,6 @@ def prepare(
     }
     identity = {
         "recipe": asdict(recipe),
-        "arithmetic": computed,
         "source": source.checkpoint.signature(),
         "device": where.type,
         "versions": {"vllm_w8a8_bismooth": __version__, "torch": torch.__version__},
@@ -177,7 +172,6 @@ def prepare(
         identity=identity,
         provenance=provenance,
         used=None if taken is None else taken.used,
-        arithmetic=computed,
         part=part,
         reused=reused,
         labels=labels,
@@ -202,6 +196,17 @@ def _unsmoothed(recipe: Recipe, source: Source) -> Recipe:
         "outlier columns can make useless"
     )
     return Recipe.of(method, ignore=recipe.ignore, **choices)
+
+
+def _compute_dtype(
+    recipe: Recipe, text: CalibrationText | None, source: Source, device: torch.device, aim: Destination
+) -> str | None:
+    """In which dtype the tokens run through the model: what is asked for, else that of the conversion which is there
+    already, finished or not, else the faster one; ``None`` is data-free."""
+    if text is None or recipe.compute_dtype != AUTO:
+        return None if text is None else recipe.compute_dtype
+    embedding = source.checkpoint.headers[source.names.embedding]
+    return aim.compute_dtype() or arithmetic(embedding.dtype, device.type)
 
 
 def _rounding(recipe: Recipe, text: CalibrationText | None) -> str | None:

@@ -15,7 +15,9 @@ from vllm_w8a8_bismooth.conversion.preparation import Preparation
 from vllm_w8a8_bismooth.conversion.rates import measured as measured_rates
 from vllm_w8a8_bismooth.conversion.stages import CARRY, CONVERT, GRANULARITY
 from vllm_w8a8_bismooth.measure import calibration, perturbation, sensitivity
+from vllm_w8a8_bismooth.measure.arithmetic import faster
 from vllm_w8a8_bismooth.measure.used import Used
+from vllm_w8a8_bismooth.recipe import BF16
 from vllm_w8a8_bismooth.report import card
 from vllm_w8a8_bismooth.report.labels import Labels
 
@@ -88,7 +90,9 @@ def preview(ready: Preparation) -> Preview:
     check_space(journal.partial, written + source.checkpoint.companion_nbytes() - journal.nbytes())
     tokens = None
     if ready.tokens is not None:
-        calibration.Calibration(source, ready.tokens, ready.device)  # transformers may refuse the config
+        assert ready.recipe.compute_dtype is not None
+        # transformers may refuse the config
+        calibration.Calibration(source, ready.tokens, ready.device, ready.recipe.compute_dtype)
         tokens = ready.tokens.numel()
     measured = 0
     if ready.recipe.method == "auto":
@@ -98,7 +102,8 @@ def preview(ready: Preparation) -> Preview:
     before = range(ready.blocks.start if ready.recipe.smoothing and not resumed else 0)
     left = range(finished(journal, CARRY, before), before.stop)
     compensated, blocks = ready.recipe.rounding == "gptq", ready.blocks[resumed:]
-    need = needs(source, tokens, measured_rates(source), measured, blocks, left, compensated)
+    rates = measured_rates(source, ready.recipe.compute_dtype, faster() if ready.recipe.compute_dtype == BF16 else None)
+    need = needs(source, tokens, rates, measured, blocks, left, compensated)
     return Preview(
         destination=ready.destination,
         reused=False,

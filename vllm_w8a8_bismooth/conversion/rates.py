@@ -10,7 +10,8 @@ from pathlib import Path
 
 from vllm_w8a8_bismooth.checkpoint.files import Folder
 from vllm_w8a8_bismooth.checkpoint.layout import Layout
-from vllm_w8a8_bismooth.measure.arithmetic import BF16, FP32, arithmetic, cpu_flags
+from vllm_w8a8_bismooth.measure.arithmetic import arithmetic, cpu_flags, has_instructions
+from vllm_w8a8_bismooth.recipe import BF16, FP32
 
 # What a conversion makes of the machine's rates, from conversions of blocks of LLaMA 3 8B's size on two cores with AMX.
 _BYTES_PER_ELEMENT = 0.22  # stored bytes of weights converted while an element is rounded and compared
@@ -43,18 +44,22 @@ class Rates:
     precise: float
 
 
-def measured(source: Layout) -> Rates:
+def measured(source: Layout, compute_dtype: str | None = None, faster: float | None = None) -> Rates:
     """The rates of this machine for a checkpoint. The first call takes about a fifth of a second.
 
     Args:
-        source: whose embedding decides on the arithmetic, and whose files are read where they are on this machine.
+        source: whose files are read where they are on this machine.
+        compute_dtype: in which calibration computes; ``None`` is what it would be likely to choose.
+        faster: how many times the speed of fp32 products of bf16 have, by :func:`arithmetic.faster`, which takes torch;
+            ``None`` is a nominal factor for the processor's instructions.
     """
     headers, place = source.checkpoint.headers, source.checkpoint.place
     embedding = headers.get(source.names.embedding)  # which may be one of the problems
-    computed = arithmetic(embedding.dtype if embedding else "BF16")
+    computed = compute_dtype or arithmetic(embedding.dtype if embedding else "BF16", fast=has_instructions)
     cores = len(os.sched_getaffinity(0))
     products = _SHARE * _products() * cores
-    faster = max((_FASTER[flag] for flag in _FASTER.keys() & cpu_flags()), default=_FASTER_OTHERWISE)
+    if faster is None:
+        faster = max((_FASTER[flag] for flag in _FASTER.keys() & cpu_flags()), default=_FASTER_OTHERWISE)
     largest = max(headers.values(), key=lambda header: header.offset + header.nbytes, default=None)
     return Rates(
         rounding=_BYTES_PER_ELEMENT * _elements() * cores,

@@ -50,7 +50,7 @@ class Stages:
     def __init__(self, ready: Preparation, run: Run, threads: Threads):
         self._ready, self._run, self._threads = ready, run, threads
         self._source, self._recipe = ready.source, ready.recipe
-        self._activations = Activations(run, ready.tokens)
+        self._activations = Activations(run, ready.tokens, ready.recipe.compute_dtype)
 
     def granularity(self) -> list[set[str]]:
         """Per block, the linears that get per-group scales: by name, by their weights, or by measured errors.
@@ -160,7 +160,7 @@ class Stages:
         walk = self._run.walk(CONVERT, self._ready.blocks, writer)
         compensated = self._recipe.rounding == "gptq"
         if compensated:  # how inputs go together is not kept by an earlier pass
-            self._activations = Activations(self._run, self._ready.tokens, correlated=True)
+            self._activations = Activations(self._run, self._ready.tokens, self._recipe.compute_dtype, correlated=True)
         for _, block in walk:
             if self._recipe.smoothing is None:
                 smoothing = Smoothing()

@@ -8,6 +8,7 @@ from vllm_w8a8_bismooth.measure.prior import Prior
 from vllm_w8a8_bismooth.method.compensate import Gram
 from vllm_w8a8_bismooth.method.moments import Moments
 from vllm_w8a8_bismooth.method.rows import Threads
+from vllm_w8a8_bismooth.recipe import AUTO
 
 MOMENTS, STREAM = "moments", "stream"
 """Kinds of state that a block keeps: what its sites read, and what the next block reads."""
@@ -23,14 +24,18 @@ class Activations:
     Args:
         run: over the checkpoint.
         tokens: int64 ``[windows, length]`` of calibration text; ``None`` estimates from the weights.
+        compute_dtype: see :class:`Calibration`; ``None`` is ``auto``.
         correlated: also gather :attr:`grams`, which are too large to be kept.
 
     Attributes:
         unread: see :class:`Calibration`; of the block that was read or recalled last.
     """
 
-    def __init__(self, run: Run, tokens: torch.Tensor | None, correlated: bool = False):
+    def __init__(
+        self, run: Run, tokens: torch.Tensor | None, compute_dtype: str | None = None, correlated: bool = False
+    ):
         self._run, self._tokens, self._correlated = run, tokens, correlated
+        self._compute_dtype = compute_dtype or AUTO
         self._stream: Calibration | Prior | None = None
         self._next = 0
         self.unread: list[int] = []
@@ -46,7 +51,7 @@ class Activations:
             if self._tokens is None:
                 self._stream = Prior(run.source, run.device)
             else:
-                self._stream = Calibration(run.source, self._tokens, run.device, self._correlated)
+                self._stream = Calibration(run.source, self._tokens, run.device, self._compute_dtype, self._correlated)
         if self._next != index:
             self._stream.hidden, self._next = run.state(STREAM, index - 1)["hidden"], index
         return self._stream

@@ -19,6 +19,7 @@ from vllm_w8a8_bismooth.method.compensate import Gram
 from vllm_w8a8_bismooth.method.moments import Moments
 from vllm_w8a8_bismooth.method.rows import Threads
 from vllm_w8a8_bismooth.model.construction import Part
+from vllm_w8a8_bismooth.recipe import AUTO
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,13 +32,14 @@ _CHUNK = 1024  # tokens that pass through a block at once; bounds the MLP's inte
 class Calibration:
     """The calibration tokens on their way through the model, one decoder block after the other.
 
-    Blocks run in the dtype of :func:`arithmetic.arithmetic`. The model is built without storage: a block's weights are
+    The model is built without storage: a block's weights are
     lent to it for the time of its forward pass.
 
     Args:
         source: of config, weights and names.
         tokens: int64 ``[windows, length]``.
         device: where the blocks run.
+        compute_dtype: in which blocks run, as torch calls it; ``auto`` is that of :func:`arithmetic.arithmetic`.
         correlated: also gather how each site's inputs go together, fp32 ``[K, K]``.
 
     Attributes:
@@ -52,14 +54,23 @@ class Calibration:
     """
 
     @torch.no_grad()
-    def __init__(self, source: Source, tokens: torch.Tensor, device: torch.device, correlated: bool = False):
+    def __init__(
+        self,
+        source: Source,
+        tokens: torch.Tensor,
+        device: torch.device,
+        compute_dtype: str = AUTO,
+        correlated: bool = False,
+    ):
         checkpoint, build = source.checkpoint, source.construction
         self.source = source
         self.grams: dict[str, Gram] = {}
         self.unread: list[int] = []
         self._correlated = correlated
         used = tokens.unique()  # the embedding's rows are read one by one: only those that occur exist
-        dtype = getattr(torch, arithmetic(checkpoint.headers[source.names.embedding].dtype, device.type))
+        if compute_dtype == AUTO:
+            compute_dtype = arithmetic(checkpoint.headers[source.names.embedding].dtype, device.type)
+        dtype = getattr(torch, compute_dtype)
         rows = torch.cat([checkpoint.rows(source.names.embedding, int(i), 1) for i in used]).to(dtype)
         config = transformers_config(checkpoint)
         try:

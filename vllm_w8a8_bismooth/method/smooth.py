@@ -8,6 +8,7 @@ Magnitude may move either way: channels with huge weights get ``s_j < 1``, the d
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
@@ -110,7 +111,7 @@ def smooth_block(
         weight = _weight_moments(block, site, layer, smoothing, activation.rms(), threads)
         columns = Columns.of(site)
         activation, weight = activation.tied(columns), weight.tied(columns)
-        s = rule(activation, weight)
+        s = threads.alone(partial(rule, activation, weight))
         if layer.routers.keys() & set(site.consumers):
             s = s.log2().round().exp2()  # exact in any dtype, so that tokens go to the experts that they went to
         s = _fold_producer(block, site, layer, smoothing, s)

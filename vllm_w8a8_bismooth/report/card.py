@@ -36,13 +36,13 @@ def place_of(relative: Path) -> Path:
 
 
 def write(folder: Path, outcome: Outcome, labels: Labels = _NONE) -> Labels:
-    """Write report.json, the figures and the card of a finished conversion.
+    """Write report.json and the card of a finished conversion.
 
-    Equal conversions give equal bytes, whatever the folders are called and however often they were resumed. Without
-    matplotlib there are no figures.
+    Equal conversions give equal bytes, whatever the folders are called and however often they were resumed.
 
     Args:
-        folder: to write into, with everything else of the checkpoint in it: the card is drawn up from the folder.
+        folder: to write into, with everything else of the checkpoint and
+            its figures in it: the card is drawn up from the folder.
         outcome: the :class:`outcome.Outcome`.
         labels: what the source's files may not show of it.
 
@@ -50,10 +50,14 @@ def write(folder: Path, outcome: Outcome, labels: Labels = _NONE) -> Labels:
         What the card says.
     """
     record.write(folder, outcome)
-    if figures.available():
-        figures.of_conversion(outcome.linears, outcome.sites, folder / FIGURES)
     (folder / CARD).write_bytes(draw_up(folder, labels).encode())
     return labels_of(folder)
+
+
+def draw(folder: Path, outcome: Outcome) -> None:
+    """Draw the figures of a conversion into a folder, before its card is written. Without matplotlib there are none."""
+    if figures.available():
+        figures.of_conversion(outcome.linears, outcome.sites, folder / FIGURES)
 
 
 def labels_of(folder: Path) -> Labels:
@@ -230,7 +234,7 @@ def _calibration(report: Mapping[str, Any]) -> str:
     ]
     return (
         f" The text was {names}{more}: {used['tokens']} tokens in {used['windows']} windows, from {used['documents']} "
-        f"of {used['rows']} documents, computed in {used['arithmetic']}." + (f" {'; '.join(left)}." if left else "")
+        f"of {used['rows']} documents, computed in {used['compute_dtype']}." + (f" {'; '.join(left)}." if left else "")
     )
 
 

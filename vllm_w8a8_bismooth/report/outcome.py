@@ -31,7 +31,6 @@ class Outcome:
         files: shard -> SHA-256.
         beside: files that were copied from the source, by the names that they have in the result.
         used: what of the calibration text was really used; ``None`` is data-free.
-        arithmetic: the dtype in which it ran through the model, as torch calls it.
         resumed: blocks that an earlier, interrupted run had done.
         reused: the destination already held this very conversion; what was done then is read back from it.
         labels: what its card says.
@@ -57,7 +56,6 @@ class Outcome:
     files: dict[str, str] = field(default_factory=dict)
     beside: list[str] = field(default_factory=list)
     used: Used | None = None
-    arithmetic: str | None = None
     resumed: int = 0
     reused: bool = False
     labels: Labels = Labels()
@@ -70,7 +68,9 @@ class Outcome:
 
     def calibration(self) -> dict[str, Any] | None:
         """What was used of the calibration text, and how, for JSON; ``None`` is data-free."""
-        return None if self.used is None else {**self.used.json(), "arithmetic": self.arithmetic}
+        if self.used is None or self.recipe is None:
+            return None
+        return {**self.used.json(), "compute_dtype": self.recipe.compute_dtype}
 
     def unread(self) -> list[str]:
         """A sentence without its full stop on experts that no calibration token was sent to; none if there is none."""

@@ -48,7 +48,7 @@ def read(folder: Path, outcome: Outcome) -> None:
         ]
         outcome.beside = report.get("beside") or []
         if used := dict(report.get("calibration") or {}):
-            outcome.arithmetic = used.pop("arithmetic")
+            del used["compute_dtype"]  # which the recipe has
             outcome.used = Used.of(used)
         outcome.recipe = Recipe(**chosen["recipe"])
         outcome.vulnerable()  # needs an error of each linear
