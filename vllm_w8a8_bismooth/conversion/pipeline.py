@@ -57,6 +57,7 @@ def convert(ready: Preparation, progress: Progress = silent) -> Outcome:
         with ShardWriter(journal.partial, ready.destination, tensors, stem, turned) as writer, threads:
             check_space(journal.partial, writer.nbytes + source.checkpoint.companion_nbytes() - journal.nbytes())
             checksums = stages.carry() | stages.outside(writer)
+            checksum, outcome.linears = stages.head(writer)
             walk = stages.convert(plan, writer)
             outcome.files, outcome.written_bytes = writer.finish(), writer.nbytes
         for index, record in walk.records.items():
@@ -65,7 +66,7 @@ def convert(ready: Preparation, progress: Progress = silent) -> Outcome:
         outcome.resumed = walk.resumed
         outcome.notes += [*outcome.unread(), *_unmeasured(ready, outcome)]
         outcome.granularity, outcome.estimated_kl = stages.evidence(), stages.estimate()
-        _finish(journal.partial, ready, plan, outcome, checksums | walk.checksums)
+        _finish(journal.partial, ready, plan, outcome, checksums | checksum | walk.checksums)
         journal.commit()
     return outcome
 
