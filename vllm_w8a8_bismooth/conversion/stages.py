@@ -275,6 +275,6 @@ class Compensations:
 
 
 def _add(writer: ShardWriter, name: str, first: int, start: int, codes: torch.Tensor, scale: torch.Tensor) -> None:
-    """Write rows of a quantized weight, int8 ``[n, K]``, and their scales, fp32 ``[n, G]``, from ``first + start`` on."""
+    """Write rows of a quantized weight, int8 ``[n, K]``, and scales, fp32 ``[n, G]``, from ``first + start`` on."""
     writer.add_rows(name, first + start, codes.cpu())
     writer.add_rows(f"{name}_scale", first + start, scale.cpu())
