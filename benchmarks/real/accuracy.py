@@ -5,7 +5,8 @@
 Every arm is converted by the package and computed with its own ops in fp32, exactly as the kernels do in INT8; KL is to
 the source in fp32, whose weights were rounded to about 4 bits once (:mod:`benchmarks.real`). With ``--plants`` outlier
 columns are planted first (k = 100 and 1000, :mod:`benchmarks.testbed.plant`). Arms are calibrated on text of the kind
-that the model is judged on, or, where that is said, on the bundled text. In arms with *head* the language model's head is INT8, too.
+that the model is judged on, or, where that is said, on the bundled text. In arms with *head* that of the language model
+is INT8, too.
 """
 
 import argparse
