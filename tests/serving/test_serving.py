@@ -22,8 +22,8 @@ from vllm_w8a8_bismooth.recipe import Recipe
 from vllm_w8a8_bismooth.serving import servers
 from vllm_w8a8_bismooth.serving.servers import Platform
 
-PER_CHANNEL = 4 * 6 - 2
-"""Linears of ours in the bi-smoothed checkpoint: of six blocks, all but the two that are left in float."""
+PER_CHANNEL = 4 * 6 - 2 + 1
+"""Linears of ours in the bi-smoothed checkpoint: of six blocks all but the two that are left in float, and the head."""
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ _EMBEDDING = "vLLM's class always takes the embedding for its head"
 _FLOAT_HEADS = {
     _NO_CONFIG: "bloom falcon_h1 gpt_oss jamba mamba mamba2 opt plamo3 qwen3_next step3_text zamba2",
     _NO_NAME: "afmoe exaone_moe",
-    _EMBEDDING: "gemma2 gemma3n gemma3n_text",
+    _EMBEDDING: "cohere cohere2 gemma2 gemma3n gemma3n_text",
 }
 """Why vLLM, from 0.26 to 0.33, can only have a head in float -> types of models."""
 
