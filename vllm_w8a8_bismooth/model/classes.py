@@ -31,9 +31,9 @@ _NO_CONFIG = "vLLM's class hands its head no quantization"
 _NO_NAME = "vLLM's class gives its head no name, by which its quantization would be found"
 _EMBEDDING = "vLLM's class always takes the embedding for its head"
 _FLOAT_HEADS = {
-    _NO_CONFIG: "bloom falcon_h1 gpt_oss jamba mamba mamba2 opt plamo3 qwen3_next step3_text zamba2",
+    _NO_CONFIG: "alice_ai bloom dory falcon_h1 gpt_oss jamba mamba mamba2 opt plamo3 qwen3_next step3_text zamba2",
     _NO_NAME: "afmoe exaone_moe",
-    _EMBEDDING: "cohere cohere2 gemma2 gemma3n gemma3n_text",
+    _EMBEDDING: "cohere cohere2 cohere2_moe gemma2 gemma3n gemma3n_text",
 }
 """Why vLLM, from 0.26 to 0.33, can only have a head in float -> types of models."""
 
