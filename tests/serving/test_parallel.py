@@ -190,7 +190,7 @@ def test_a_head_of_another_vocabulary_is_refused(rank_of):
     rank_of(0, 2)
     layer = head(config_of(None, "lm_head"))
     codes, scales = quantize_weight(torch.randn(VOCABULARY - 1, HIDDEN))
-    with pytest.raises(ValueError, match=r"lm_head.weight has shape \[999, 128\], but .* makes it \[1000, 128\]"):
+    with pytest.raises(ValueError, match=r"^lm_head.weight has shape \[999, 128\], but .* makes it \[1000, 128\]"):
         load(layer, {"lm_head": None}, {"lm_head": (codes, scales)})
 
 

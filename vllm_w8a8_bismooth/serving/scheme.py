@@ -197,12 +197,13 @@ class W8A8Scheme(CompressedTensorsScheme):
 
     def _stored_name(self, layer: LinearBase, parameter: str, part: int | str | None) -> str:
         """The name of a parameter, or of that part of a merged one, in the checkpoint."""
-        module, _, last = getattr(layer, "prefix", "linear").rpartition(".")
+        is_head = isinstance(layer, VocabParallelEmbedding)  # which vLLM 0.26 does not tell its name
+        module, dot, last = getattr(layer, "prefix", "lm_head" if is_head else "linear").rpartition(".")
         parts = self._fused.get(last, ())
         index = _QKV.get(part, part)
         if isinstance(index, int) and index < len(parts):
             last = parts[index]
-        return f"{module}.{last}.{parameter}"
+        return f"{module}{dot}{last}.{parameter}"
 
 
 def _rows(layer: LinearBase | VocabParallelEmbedding, part: Any) -> int | None:
