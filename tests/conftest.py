@@ -76,14 +76,18 @@ def calibration_text(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory) -> dict[str, Path]:
-    """The planted test bed, mixed and bi-smoothed, and the latter, with two linears left in float, also unmarked."""
+    """The planted test bed, mixed and bi-smoothed, and the latter, with two linears left in float, also unmarked.
+
+    The head of all that are converted is INT8, though the bed's is its embedding.
+    """
     folder = tmp_path_factory.mktemp("serving")
     names = {name: folder / name for name in ("planted", "bismooth", "mixed", "unmarked")}
     plant(PYTHON.model, names["planted"])
     text = read_text(Path(PYTHON.model).parent / "calibration.txt")
-    bismooth = Recipe.of("bismooth", calibration_tokens=4096, ignore=r"layers\.0\.(self_attn\.q|mlp\.down)_proj")
+    ignore = r"layers\.0\.(self_attn\.q|mlp\.down)_proj"
+    bismooth = Recipe.of("bismooth", calibration_tokens=4096, ignore=ignore, head="int8")
     convert(names["planted"], names["bismooth"], bismooth, text)
-    convert(names["planted"], names["mixed"], Recipe.of("mixed", group_size=32))
+    convert(names["planted"], names["mixed"], Recipe.of("mixed", group_size=32, head="int8"))
     convert(names["planted"], names["unmarked"], bismooth, text)
     edit_json(names["unmarked"] / "config.json", lambda c: c["quantization_config"].pop("bismooth"))
     return names

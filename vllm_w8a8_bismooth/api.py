@@ -40,6 +40,7 @@ def convert(
     group_budget: float | str | None = None,
     target_kl: float | None = None,
     ignore: str | Sequence[str] | None = None,
+    head: str | None = None,
     blocks: str | slice | range | None = None,
     device: str = "cpu",
     sites: str | Path | None = None,
@@ -75,6 +76,8 @@ def convert(
         target_kl: with ``auto``, the estimated KL divergence to the source at which no more groups are given, in nats a
             token.
         ignore: patterns of the linears to leave in the source's dtype.
+        head: ``"int8"`` makes the language model's head INT8, too, per-channel, and of a tied one a tensor of its own;
+            ``"float"`` (the default) leaves it as it is.
         blocks: only these decoder blocks, ``"0:42"`` or ``range(42)``: makes a part, see :func:`merge`.
         device: where blocks are worked on: ``cpu``, ``cuda``, ``cuda:1``.
         sites: a file with the record of the model's sites, as :func:`sites` gives it, perhaps edited. It is proven, and
@@ -111,6 +114,7 @@ def convert(
         group_budget=group_budget,
         target_kl=target_kl,
         ignore=ignore,
+        head=head,
         blocks=blocks,
         device=device,
         sites=sites,

@@ -76,7 +76,8 @@ def means(sites: str | Path | None, trust_remote_code: bool, progress: Progress 
 
     if not isinstance(trust_remote_code, bool):
         raise TypeError(f"trust_remote_code must be True or False, not {trust_remote_code!r}")
-    return Means(None if sites is None else _record(path("sites", sites)), None, trust_remote_code, progress)
+    record = None if sites is None else _record(path("sites", sites))
+    return Means(record, trusted=trust_remote_code, progress=progress)
 
 
 def _record(file: Path) -> "Discovery":

@@ -19,8 +19,15 @@ SMOOTHINGS = ("balanced", "alpha")
 ROUNDINGS = ("nearest", "gptq")
 COMPUTE_DTYPES = AUTO, FP32, BF16 = ("auto", "float32", "bfloat16")
 """The latter two are torch's names."""
+FLOAT, INT8 = "float", "int8"
+"""What the language model's head can be."""
 _NUMBERS = {"alpha": float, "calibration_tokens": int, "group_size": int, "group_budget": float, "target_kl": float}
-_WORDS = {"smoothing": SMOOTHINGS, "rounding": ROUNDINGS, "compute_dtype": COMPUTE_DTYPES}
+_WORDS = {
+    "smoothing": SMOOTHINGS,
+    "rounding": ROUNDINGS,
+    "compute_dtype": COMPUTE_DTYPES,
+    "head": (FLOAT, INT8),
+}
 PATTERNS = ("group_layers", "ignore")
 """The fields that name linears."""
 ALPHA = 0.5
@@ -28,7 +35,7 @@ GROUP_SIZE = 128
 BUDGET = 0.25
 """Of the multiplications, where no target says how many are needed: on CPUs they take a tenth longer with groups."""
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
-    "rtn": {"ignore": None},
+    "rtn": {"ignore": None, "head": None},
     "bismooth": {
         "smoothing": "balanced",
         "alpha": None,
@@ -38,8 +45,9 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "group_size": None,
         "group_layers": None,
         "ignore": None,
+        "head": None,
     },
-    "mixed": {"group_size": GROUP_SIZE, "group_layers": None, "ignore": None},
+    "mixed": {"group_size": GROUP_SIZE, "group_layers": None, "ignore": None, "head": None},
     "auto": {
         "smoothing": "balanced",
         "alpha": None,
@@ -50,6 +58,7 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "group_budget": None,
         "target_kl": None,
         "ignore": None,
+        "head": None,
     },
 }
 """Method -> the options that go with it and their defaults."""
@@ -77,6 +86,7 @@ class Recipe:
             ``15%`` (``auto``). :data:`BUDGET` by default, and all of them with a target.
         target_kl: estimated KL divergence to the source, in nats a token, at which no more groups are given (``auto``).
         ignore: patterns of linears that keep the source's dtype; ``None`` is none.
+        head: :data:`INT8` makes the language model's head per-channel, too; ``None`` is :data:`FLOAT`.
         source: fingerprint of the source checkpoint, once it is open.
         calibration: SHA-256 of the calibration file; ``None`` is data-free.
         sites: SHA-256 of the record of sites that was given; ``None`` if they are known or found out.
@@ -97,6 +107,7 @@ class Recipe:
     group_budget: float | None = None
     target_kl: float | None = None
     ignore: tuple[str, ...] | None = None
+    head: str | None = None
     source: str | None = None
     calibration: str | None = None
     sites: str | None = None
@@ -114,6 +125,7 @@ class Recipe:
             if key not in DEFAULTS[method]:
                 raise BismoothError.of(f"--method {method}", f"{option_of(key)} has no effect", "leave it out")
         options = {**DEFAULTS[method], **given}
+        options["head"] = None if options["head"] == FLOAT else options["head"]
         if options.get("smoothing") == "alpha":
             options["alpha"] = options["alpha"] if options["alpha"] is not None else ALPHA
         elif "alpha" in given:
@@ -218,6 +230,9 @@ def _shown(value: Any) -> str:
     return ",".join(value) if isinstance(value, tuple) else repr(value)
 
 
+_HEAD = r"re:(.*\.)?lm_head$"  # by its name: the class of vLLM's heads is no linear
+
+
 def _arguments(strategy: str, group_size: int | None, dynamic: bool) -> dict[str, Any]:
     return {
         "num_bits": 8,
@@ -310,8 +325,10 @@ def _in_any_expert(module: str) -> str:
     return re.sub(r"\\\.\d+\\\.", r"\\.\\d+\\.", re.escape(module))
 
 
-def float_modules(source: Layout, ignored: Sequence[set[str]]) -> list[str]:
+def float_modules(source: Layout, ignored: Sequence[set[str]], head: str | None = None) -> list[str]:
     """What stays in float: heads and other matrices outside the blocks, the routers of mixtures, and ``ignored``.
+
+    The language model's ``head`` is not among it if that is :data:`INT8`.
 
     vLLM quantizes what is not named here, also the head of a classifier, and blocks that predict further tokens.
     """
@@ -324,13 +341,15 @@ def float_modules(source: Layout, ignored: Sequence[set[str]]) -> list[str]:
     beyond = sorted({place[0] for place in places.values() if place} | set(_predictors(source)))
     towers = _towers([module for module, place in places.items() if place is None], source.names)
     heads = [module for module, place in places.items() if place is None and _part(module, source.names) not in towers]
+    language = source.names.head.removesuffix(".weight")
+    heads = [module for module in heads if not (head and module == language)]
     outside = sorted({_anywhere(module, source.names) for module in heads} - {"lm_head"})
     if any(module.rpartition(".")[2].isdigit() for module in heads):
         outside.append("re:^$")  # vLLM gives the parts of a reward model's head no names
     if beyond:
         outside.append(rf"re:{_blocks(source.names)}\.({'|'.join(map(str, beyond))})\..*$")
     return [
-        "lm_head",
+        *([] if head else ["lm_head"]),
         *outside,
         *(rf"re:(.*\.)?{re.escape(tower)}\..*" for tower in towers),
         *(rf"re:{_blocks(source.names)}\.\d+\.{router}$" for router in routers),
@@ -361,15 +380,16 @@ def quantization_config(
     layers = source.layers
     targets = expressions(grouped, layers, source.names)
     groups = [_group(targets, recipe.group_size)] if targets else []
-    if any(g | i != set(layer.linears) for g, i, layer in zip(grouped, ignored, layers, strict=True)):
-        groups.append(_group(["Linear"], None))
+    channels = any(g | i != set(layer.linears) for g, i, layer in zip(grouped, ignored, layers, strict=True))
+    if targets := [*(["Linear"] if channels else []), *([_HEAD] if recipe.head else [])]:
+        groups.append(_group(targets, None))
     return {
         "quant_method": "compressed-tensors",
         "format": FORMAT,
         "quantization_status": "compressed",
         # Specific targets come first: readers stop at the first group that matches.
         "config_groups": {f"group_{i}": group for i, group in enumerate(groups)},
-        "ignore": float_modules(source, ignored),
+        "ignore": float_modules(source, ignored, recipe.head),
         "kv_cache_scheme": None,
         MARKER: {"version": version, "method": recipe.method},
     }

@@ -5,7 +5,8 @@
 Every arm is converted by the package and computed with its own ops in fp32, exactly as the kernels do in INT8; KL is to
 the source in fp32, whose weights were rounded to about 4 bits once (:mod:`benchmarks.real`). With ``--plants`` outlier
 columns are planted first (k = 100 and 1000, :mod:`benchmarks.testbed.plant`). Arms are calibrated on text of the kind
-that the model is judged on, or, where that is said, on the bundled text.
+that the model is judged on, or, where that is said, on the bundled text. In arms with *head* that of the language model
+is INT8, too.
 """
 
 import argparse
@@ -38,6 +39,8 @@ ARMS: dict[str, dict[str, Any] | None] = {
     "balanced, nearest": {**OWN, "rounding": "nearest"},
     "balanced": {**OWN},
     "balanced, bundled": {},
+    "RTN, head": {"method": "rtn", "head": "int8"},
+    "balanced, bundled, head": {"head": "int8"},
     "auto, nearest": {**OWN, "method": "auto", "rounding": "nearest"},
     "auto": {**OWN, "method": "auto"},
     "auto, budget 15 %": {**OWN, "method": "auto", "group_budget": 0.15},

@@ -20,7 +20,7 @@ from vllm_w8a8_bismooth.measure.text import read_text
 from vllm_w8a8_bismooth.recipe import Recipe
 
 ARMS = {
-    "rtn": (Recipe.of("rtn"), False),
+    "rtn": (Recipe.of("rtn", head="int8"), False),
     "mixed": (Recipe.of("mixed", group_size=32), False),
     "calibrated": (Recipe.of("bismooth", calibration_tokens=500), True),
     "data-free": (Recipe.of("bismooth"), False),

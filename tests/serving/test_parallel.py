@@ -1,5 +1,7 @@
 """Tensor parallelism at the level of weights: vLLM's own linears and loaders, every rank of every size."""
 
+from itertools import product
+
 import pytest
 import torch
 
@@ -22,12 +24,16 @@ STORED = {
 FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 
 
-def config_of(group_size: int | None):
+def config_of(group_size: int | None, *targets: str):
     from vllm_w8a8_bismooth.serving.config import BiSmoothConfig
 
     sizes = {"strategy": "group", "group_size": group_size} if group_size else {}
     weights, inputs = ({"strategy": s} | sizes for s in ("channel", "token"))
-    group = {"targets": ["Linear"], "weights": W8A8 | weights, "input_activations": W8A8 | inputs | {"dynamic": True}}
+    group = {
+        "targets": ["Linear", *targets],
+        "weights": W8A8 | weights,
+        "input_activations": W8A8 | inputs | {"dynamic": True},
+    }
     config = BiSmoothConfig.from_config(
         {"quant_method": "compressed-tensors", "format": "int-quantized", "config_groups": {"g": group}, "bismooth": {}}
     )
@@ -37,14 +43,14 @@ def config_of(group_size: int | None):
 
 @pytest.fixture
 def rank_of(monkeypatch, on_rank):
-    """``rank_of(rank, size)``: vLLM's linears made from now on, too, believe to be there."""
+    """``rank_of(rank, size)``: vLLM's linears and heads made from now on, too, believe to be there."""
 
     def be(rank: int, size: int) -> None:
         on_rank(rank, size)
-        for name, value in {"rank": rank, "world_size": size}.items():
-            monkeypatch.setattr(
-                f"vllm.model_executor.layers.linear.get_tensor_model_parallel_{name}", lambda v=value: v
-            )
+        values = {"rank": rank, "world_size": size}
+        for room, (name, value) in product(("linear", "vocab_parallel_embedding"), values.items()):
+            place = f"vllm.model_executor.layers.{room}.get_tensor_model_parallel_{name}"
+            monkeypatch.setattr(place, lambda v=value: v)
 
     return be
 
@@ -149,3 +155,54 @@ def test_what_did_not_arrive_or_does_not_fit_is_named(rank_of, stored, name, par
     wide = quantized | {part: [torch.cat((tensor, tensor)) for tensor in quantized[part]]}
     with pytest.raises(ValueError, match=rf"{PREFIX}.{kind}.{part}_proj.weight has shape \[\d+, \d+\], but config"):
         load(linears(config_of(GROUP))[name], PARTS[name], wide)
+
+
+VOCABULARY, PADDED = 1000, 1024
+"""Tokens, and the rows that vLLM gives a head for them."""
+
+
+def head(config):
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    with set_current_vllm_config(VllmConfig()):
+        return ParallelLMHead(VOCABULARY, HIDDEN, params_dtype=torch.bfloat16, quant_config=config, prefix="lm_head")
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 8])
+def test_every_rank_has_its_share_of_the_head(rank_of, size):
+    """What the ranks make of a token is what one linear would, and 0 where vLLM has rows for no token."""
+    generator = torch.Generator().manual_seed(0)
+    codes, scales = quantize_weight(torch.randn(VOCABULARY, HIDDEN, generator=generator))
+    x, found = torch.randn(5, HIDDEN, generator=generator).bfloat16(), []
+    for rank in range(size):
+        rank_of(rank, size)
+        layer = head(config_of(None, r"re:(.*\.)?lm_head$"))
+        load(layer, {"lm_head": None}, {"lm_head": (codes, scales)})
+        layer.quant_method.process_weights_after_loading(layer)
+        found.append(layer.quant_method.apply(layer, x, bias=None))
+    whole = torch.cat(found, dim=1)
+    assert whole.shape == (5, PADDED) and not whole[:, VOCABULARY:].any()
+    assert torch.equal(whole[:, :VOCABULARY], ops.linear(x, codes, scales, None))
+
+
+def test_a_head_of_another_vocabulary_is_refused(rank_of):
+    rank_of(0, 2)
+    layer = head(config_of(None, "lm_head"))
+    codes, scales = quantize_weight(torch.randn(VOCABULARY - 1, HIDDEN))
+    with pytest.raises(ValueError, match=r"^lm_head.weight has shape \[999, 128\], but .* makes it \[1000, 128\]"):
+        load(layer, {"lm_head": None}, {"lm_head": (codes, scales)})
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_a_head_is_served_by_its_name(ours):
+    """By stock compressed-tensors, too; of *Linear* alone neither makes a head INT8."""
+    from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
+
+    for targets, quantized in (([r"re:(.*\.)?lm_head$"], True), ([], False)):
+        config = config_of(None, *targets)
+        config = config if ours else CompressedTensorsConfig.from_config(config.config)
+        module = type("ParallelLMHead", (torch.nn.Module,), {})()
+        for name in ("lm_head", "language_model.lm_head"):
+            scheme = config.get_scheme(module, name)
+            assert (scheme is not None) is quantized

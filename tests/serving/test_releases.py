@@ -62,7 +62,7 @@ def test_checkpoint_loads_and_multiplies(release, checkpoints, tmp_path):
     assert answer.exists(), output[-3000:]
     found = json.loads(answer.read_text())
     assert found["version"] == release and found["method"] == "w8a8_bismooth"
-    assert len(found["groups"]) == 4 * 6 and set(found["groups"].values()) == {None, 32}
+    assert len(found["groups"]) == 4 * 6 + 1 and set(found["groups"].values()) == {None, 32}
     assert found["unequal"] == []
     assert "has no quantization_config: convert the model with `bismooth convert`" in found["refusal"]
 

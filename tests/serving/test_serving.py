@@ -22,8 +22,8 @@ from vllm_w8a8_bismooth.recipe import Recipe
 from vllm_w8a8_bismooth.serving import servers
 from vllm_w8a8_bismooth.serving.servers import Platform
 
-PER_CHANNEL = 4 * 6 - 2
-"""Linears of ours in the bi-smoothed checkpoint: of six blocks, all but the two that are left in float."""
+PER_CHANNEL = 4 * 6 - 2 + 1
+"""Linears of ours in the bi-smoothed checkpoint: of six blocks all but the two that are left in float, and the head."""
 
 
 @pytest.mark.parametrize(
@@ -329,7 +329,8 @@ def served(checkpoints, updates, adapter, biased, tmp_path_factory) -> dict[str,
         "planted": eager | {"model": checkpoints["planted"]},
         "unmarked": eager | {"model": checkpoints["unmarked"]},
         "flagged": eager | {"model": checkpoints["unmarked"], "quantization": "w8a8_bismooth"},
-        "adapted": eager | {"model": checkpoints["mixed"], "lora": adapter, "enable_lora": True},
+        # Of one place for adapters, vLLM applies what is there on the head to the base model's requests, too.
+        "adapted": eager | {"model": checkpoints["mixed"], "lora": adapter, "enable_lora": True, "max_loras": 2},
         "biased": eager | {"model": biased, "max_model_len": 96},
         "compiled": {"model": checkpoints["bismooth"]},
     }
@@ -375,7 +376,7 @@ def test_stock_vllm_refuses_the_mixed_checkpoint(stock):
 
 @pytest.mark.engine
 def test_mixed_checkpoint_eager_with_adapter_and_reload(checkpoints, served, updates):
-    """On CPU the weights are packed: LoRA finds what it needs of them, and reloading packs them anew."""
+    """On CPU the weights are packed: LoRA finds what it needs of them, the head too; reloading packs them anew."""
     ours, model = served["adapted"], checkpoints["mixed"]
     assert ours["quantization"] == "w8a8_bismooth"
     assert_close_to_emulation(model, PROMPTS, ours["first_steps"])

@@ -32,6 +32,11 @@ OPTIONS = {
     "unknown smoothing": (["--smoothing", "awq"], ["--smoothing 'awq'", "balanced, alpha"]),
     "unknown smoothing of auto": (["--method", "auto", "--smoothing", "awq"], ["--smoothing 'awq'", "balanced, alpha"]),
     "unknown rounding": (["--rounding", "awq"], ["--rounding 'awq'", "nearest, gptq"]),
+    "unknown head": (["--head", "int4"], ["--head 'int4'", "float, int8"]),
+    "head in both": (
+        ["--head", "int8", "--ignore", "down_proj,re:.*lm_head"],
+        ["--head int8 and --ignore 're:.*lm_head': both name lm_head", "leave it out of one"],
+    ),
     "useless rounding": (["--method", "rtn", "--rounding", "gptq"], ["--rounding has no effect", "leave it out"]),
     "compensation without text": (
         ["--rounding", "gptq", "--calibration", "none"],

@@ -638,9 +638,14 @@ def test_routers_in_int8_are_a_note(pairs, monkeypatch):
 
 
 @pytest.mark.engine
-def test_vllm_takes_a_head_in_int8(pairs):
+def test_vllm_takes_a_head_in_int8_by_its_name(pairs):
+    """Its heads are no linears by the name of their class."""
     _, out = pairs("llama")
     of_others(out, "lm_head")
+    faults = verify(out).findings
+    assert {fault.where for fault in faults} == {"lm_head"}
+    assert all("takes it for float, but it is stored as INT8" in fault.what for fault in faults)
+    quantization(lambda c: c["config_groups"]["group_0"]["targets"].append("lm_head"))(out)
     found = verify(out)
     assert found.ok and not [note for note in found.notes if "vLLM" in note], (lines(found), found.notes)
 

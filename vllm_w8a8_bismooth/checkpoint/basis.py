@@ -86,12 +86,14 @@ class Means:
         given: a record that somebody gave; it is proven before it is used, and nothing is searched for.
         known: what an earlier step has proven, used as it is.
         trusted: whether code that the checkpoint holds and its config names may run.
+        untied: whether a tied head is to be taken for a tensor of its own, see :mod:`untied`.
         progress: of what has to be found out.
     """
 
     given: Discovery | None = None
     known: Basis | None = None
     trusted: bool = False
+    untied: bool = False
     progress: Progress = silent
 
 

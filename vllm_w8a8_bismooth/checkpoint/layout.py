@@ -11,6 +11,7 @@ from vllm_w8a8_bismooth.checkpoint.blueprint import Blueprint
 from vllm_w8a8_bismooth.checkpoint.companions import link_problems, module_problems
 from vllm_w8a8_bismooth.checkpoint.files import CONFIG, Folder
 from vllm_w8a8_bismooth.checkpoint.reader import Checkpoint, Headers
+from vllm_w8a8_bismooth.checkpoint.untied import untie
 from vllm_w8a8_bismooth.errors import BadSource, BismoothError, Problem
 from vllm_w8a8_bismooth.model.configs import chosen_of
 from vllm_w8a8_bismooth.model.layers import Layer
@@ -50,6 +51,7 @@ class Layout:
             check_unquantized(headers.config, {name: header.dtype for name, header in tensors.items()})
             headers.code = headers.place.code() if means.trusted else None
             blueprint = Blueprint.of(headers, means)
+            blueprint = untie(headers, means, blueprint) if means.untied else blueprint
             self.known_by, self.record = blueprint.known_by, blueprint.record
             self.names, self.tied = blueprint.names, blueprint.tied
             headers.names = self.names

@@ -229,8 +229,9 @@ class Headers:
 
     def stored_nbytes(self, name: str) -> int:
         """Bytes that the files have for a tensor."""
-        if name in self.views:
-            return self.headers[name].nbytes
+        if (view := self.views.get(name)) is not None:
+            second = view.tensor != name and view.tensor in self.headers  # the name of a head that is the embedding
+            return 0 if second else self.headers[name].nbytes
         encoding = self.encodings.get(name)
         parts = [name] if encoding is None else [encoding.codes, encoding.scales]
         return sum(self.stored[part].nbytes for part in parts)
@@ -280,10 +281,10 @@ class Checkpoint(Headers):
         """
         return self._read(name, 0, self.headers[name].shape, digest, into)
 
-    def rows(self, name: str, start: int, count: int):
+    def rows(self, name: str, start: int, count: int, digest=None):
         """Rows ``start`` to ``start + count`` of a matrix, as :meth:`read` gives the whole."""
         inner = self.headers[name].shape[1:]
-        return self._read(name, start * math.prod(inner), (count, *inner))
+        return self._read(name, start * math.prod(inner), (count, *inner), digest)
 
     def pieces(self, name: str, digest=None) -> Iterator:
         """The same values as :meth:`read`, one-dimensional and 2^23 at a time, for tensors that only pass through."""

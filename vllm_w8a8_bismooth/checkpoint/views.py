@@ -70,7 +70,7 @@ class Shown:
 
     def _add(self, name: str, header: Tensor, parts: Mapping[str, View]) -> None:
         """What a stored tensor appears as."""
-        if not parts:
+        if all(view.shape == view.whole and not view.transposed for view in parts.values()):  # second names, if any
             self.headers[name] = header
         size = header.nbytes // max(1, math.prod(header.shape))
         for part, view in parts.items():

@@ -15,7 +15,7 @@ from vllm_w8a8_bismooth.shell import word
 if TYPE_CHECKING:  # torch comes with it, and it is imported inside commands
     from rich.console import Console
 
-    from vllm_w8a8_bismooth.conversion.inspect import Survey
+    from vllm_w8a8_bismooth.conversion.inspect import Head, Survey
 
 
 def inspect(
@@ -86,6 +86,8 @@ def show(console: "Console", found: "Survey", source: str, list_sites: bool) -> 
         memory = readable_size(needs.memory_bytes) + (" (too much)" if needs.memory_bytes > found.memory_bytes else "")
         disk = readable_size(needs.disk_bytes) + (" (too much)" if needs.disk_bytes > found.free_bytes else "")
         rows[way] = f"about {duration(needs.seconds)}{tokens}, {memory} of memory, {disk} of disk"
+    if found.head is not None:
+        rows["head"] = _head(found.head)
     rows["this machine"] = (
         f"{readable_size(found.memory_bytes)} of memory, {readable_size(found.free_bytes)} free on this folder's disk"
     )
@@ -123,6 +125,15 @@ def _tensor_parallel(console: "Console", found: "Survey") -> None:
             ranks_of.setdefault(reason, []).append(str(ranks))
     for reason, sizes_with in ranks_of.items():
         console.print(f"  no on {', '.join(sizes_with)}: {escape(reason)}")
+
+
+def _head(head: "Head") -> str:
+    """What the head adds to the result, as it is and in INT8."""
+    from rich.markup import escape
+
+    before = readable_size(head.nbytes) if head.nbytes else "nothing beside the embedding"
+    int8 = f"{readable_size(head.int8_nbytes)} with --head int8" if head.obstacle is None else escape(head.obstacle)
+    return f"{before} of the result; {int8}"
 
 
 def _layout(found: "Survey") -> str:

@@ -134,6 +134,15 @@ def convert(
             "between them or each with its own --ignore. One after re: must match from the name's beginning.",
         ),
     ] = None,
+    head: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DTYPE",
+            help="int8: the language model's head too, per-channel; one that is the embedding becomes a tensor of its "
+            "own. float: leave it.",
+            show_default="float",
+        ),
+    ] = None,
     blocks: Annotated[
         str | None,
         typer.Option(
@@ -181,6 +190,7 @@ def convert(
             group_budget=group_budget,
             target_kl=target_kl,
             ignore=ignore,
+            head=head,
             blocks=blocks,
             device=device,
             sites=sites,

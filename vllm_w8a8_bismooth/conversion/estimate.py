@@ -24,7 +24,7 @@ class Needs:
 
 
 _BASE_MEMORY = 6e8
-_ROW_BYTES = 4  # of scales
+SCALE_BYTES = 4
 TOGETHER, WIDEST = 256, 4096  # as in quantize.py and compensate.py, which import torch
 _STEP = 2e-5  # seconds of a column of TOGETHER rows beside its products, two cores at work
 _CARRIED = 0.25  # of a byte's time if activations are only carried through it; measured on blocks of LLaMA 3 8B's size
@@ -62,7 +62,7 @@ def needs(
             else:
                 elements = math.prod(header.shape)
                 work += source.work(index, linear)
-                written += (elements + math.prod(header.shape[:1]) * _ROW_BYTES) * converted
+                written += (elements + math.prod(header.shape[:1]) * SCALE_BYTES) * converted
     memory, state = _BASE_MEMORY + source.block_nbytes() + AHEAD, 0
     passed = source.nbytes(carried) if carried else 0
     seconds = (source.nbytes(blocks) + _CARRIED * passed) / rates.rounding

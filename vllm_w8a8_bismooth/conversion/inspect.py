@@ -16,11 +16,12 @@ from vllm_w8a8_bismooth.checkpoint.hub import Repository
 from vllm_w8a8_bismooth.checkpoint.layout import PROBLEMS, Layout
 from vllm_w8a8_bismooth.checkpoint.reader import Headers
 from vllm_w8a8_bismooth.conversion import head
-from vllm_w8a8_bismooth.conversion.estimate import Needs, needs
+from vllm_w8a8_bismooth.conversion.estimate import SCALE_BYTES, Needs, needs
 from vllm_w8a8_bismooth.conversion.options import check_linears
 from vllm_w8a8_bismooth.conversion.proposal import propose
 from vllm_w8a8_bismooth.conversion.rates import measured
 from vllm_w8a8_bismooth.errors import BismoothError, Problem
+from vllm_w8a8_bismooth.model.classes import head_of
 from vllm_w8a8_bismooth.model.kinds import Kind, kinds_of
 from vllm_w8a8_bismooth.model.names import template
 
@@ -71,6 +72,28 @@ class Dtype:
     nbytes: int = 0
 
 
+@dataclass(frozen=True)
+class Head:
+    """The language model's head: its tensor, its bytes as it is and as ``--head int8`` makes it, and why it cannot."""
+
+    name: str
+    nbytes: int
+    int8_nbytes: int
+    obstacle: str | None
+
+    @classmethod
+    def of(cls, layout: Layout) -> "Head | None":
+        """``None`` where nothing is there to be a head."""
+        headers, names = layout.checkpoint.headers, layout.names
+        stored = headers.get(names.embedding if layout.tied else names.head)
+        if head_of(layout.checkpoint.config) != "language" or stored is None or len(stored.shape) != 2:
+            return None
+        rows, columns = stored.shape
+        # A tied one takes nothing beside the embedding, which stays.
+        before, after = (0 if layout.tied else stored.nbytes), rows * (columns + SCALE_BYTES)
+        return cls(names.head, before, after, next(head.obstacles(layout), None))
+
+
 @dataclass
 class Survey:
     """What is known of a checkpoint. What its problems hide is empty or ``None``.
@@ -84,6 +107,7 @@ class Survey:
         parameters, source_bytes: numbers in the tensors, and bytes in the files.
         dtypes: safetensors' name -> what is stored in it, largest first.
         quantized: how weights are stored in FP8 or FP4; ``None`` if they are not.
+        head: what the language model's head takes in the result, see :class:`Head`; ``None`` where there is none.
         needs: of a ``data-free`` and of a ``calibrated`` conversion on this machine.
         calibration_tokens: of the latter.
         memory_bytes: of this machine.
@@ -113,6 +137,7 @@ class Survey:
     group_size: int
     memory_bytes: int
     free_bytes: int
+    head: Head | None = None
     needs: dict[str, Needs] = field(default_factory=dict)
     per_channel: dict[int, list[str]] = field(default_factory=dict)
     per_group: dict[int, list[str]] = field(default_factory=dict)
@@ -177,6 +202,7 @@ def survey(place: Folder | Repository, calibration_tokens: int, group_size: int,
     except BismoothError as error:
         result.problems += error.problems
         return result
+    result.head = Head.of(layout)
     rates = measured(layout)
     calibrated = needs(layout, calibration_tokens, rates, compensated=True)
     result.needs = {"data-free": needs(layout, None, rates), "calibrated": calibrated}

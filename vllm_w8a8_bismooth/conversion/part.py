@@ -15,7 +15,7 @@ from vllm_w8a8_bismooth.checkpoint.journal import FOLDER, differences
 from vllm_w8a8_bismooth.checkpoint.layout import Source
 from vllm_w8a8_bismooth.errors import BismoothError, Problem
 from vllm_w8a8_bismooth.measure.used import Used
-from vllm_w8a8_bismooth.recipe import Recipe, names_of_hashes
+from vllm_w8a8_bismooth.recipe import INT8, Recipe, names_of_hashes
 from vllm_w8a8_bismooth.report.outcome import Outcome
 
 PART = "part.json"
@@ -127,7 +127,7 @@ class Part:
         outline = _Outline(
             self.folder / stored["folder"], stored["hub_id"], stored["revision"], self.outline["headers"]
         )
-        return Source(outline, Means(known=self.basis))
+        return Source(outline, Means(known=self.basis, untied=self.recipe.head == INT8))
 
     def problems(self) -> Iterator[Problem]:
         """What is absent or damaged of it, as far as that is seen without reading its shards."""

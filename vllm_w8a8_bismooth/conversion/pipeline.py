@@ -62,6 +62,7 @@ def convert(ready: Preparation, progress: Progress = silent) -> Outcome:
         ):
             check_space(journal.partial, writer.nbytes + source.checkpoint.companion_nbytes() - journal.nbytes())
             checksums = stages.carry() | stages.outside(writer)
+            checksum, outcome.linears = stages.head(writer)
             walk = stages.convert(plan, writer)
             for index, record in walk.records.items():
                 outcome.linears |= record["linears"]
@@ -71,7 +72,7 @@ def convert(ready: Preparation, progress: Progress = silent) -> Outcome:
         outcome.resumed = walk.resumed
         outcome.notes += [*outcome.unread(), *_unmeasured(ready, outcome)]
         outcome.granularity, outcome.estimated_kl = stages.evidence(), stages.estimate()
-        _finish(journal.partial, ready, plan, outcome, checksums | walk.checksums)
+        _finish(journal.partial, ready, plan, outcome, checksums | checksum | walk.checksums)
         journal.commit()
     return outcome
 

@@ -10,7 +10,7 @@ from vllm_w8a8_bismooth.checkpoint.elements import torch_dtype
 from vllm_w8a8_bismooth.checkpoint.layout import Layout
 from vllm_w8a8_bismooth.errors import BismoothError
 from vllm_w8a8_bismooth.model.names import Names
-from vllm_w8a8_bismooth.recipe import Recipe, quantization_config
+from vllm_w8a8_bismooth.recipe import INT8, Recipe, quantization_config
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,9 @@ class Plan:
         outside = source.outside_with(blocks)
         with torch.device("meta"):
             tensors = {n: torch.empty(headers[n].shape, dtype=torch_dtype(headers[n].dtype)) for n in outside}
+            if (head := source.names.head) in outside and self.recipe.head == INT8:
+                tensors[head] = torch.empty(headers[head].shape, dtype=torch.int8)
+                tensors[f"{head}_scale"] = torch.empty(headers[head].shape[0], 1, dtype=torch.float32)
             for index in blocks:
                 for name in source.blocks[index]:
                     full = source.names.block(index) + name

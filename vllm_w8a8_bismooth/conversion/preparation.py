@@ -14,6 +14,7 @@ from vllm_w8a8_bismooth.checkpoint.files import RECIPE, Folder
 from vllm_w8a8_bismooth.checkpoint.journal import NAMES
 from vllm_w8a8_bismooth.checkpoint.layout import Source
 from vllm_w8a8_bismooth.checkpoint.writer import PARTIAL, WHOLE
+from vllm_w8a8_bismooth.conversion import head
 from vllm_w8a8_bismooth.conversion.destination import Destination, already_a_part, already_converted
 from vllm_w8a8_bismooth.conversion.options import chosen_by_name, ignored_by_name
 from vllm_w8a8_bismooth.conversion.plan import blocks_of, span
@@ -24,7 +25,7 @@ from vllm_w8a8_bismooth.measure.logits import predicts_tokens
 from vllm_w8a8_bismooth.measure.text import CalibrationText, sample
 from vllm_w8a8_bismooth.measure.used import Used
 from vllm_w8a8_bismooth.model.classes import class_of
-from vllm_w8a8_bismooth.recipe import AUTO, GROUP_SIZE, Recipe, names_of_hashes
+from vllm_w8a8_bismooth.recipe import AUTO, GROUP_SIZE, INT8, Recipe, names_of_hashes
 from vllm_w8a8_bismooth.report import card
 from vllm_w8a8_bismooth.report.labels import Labels
 
@@ -114,10 +115,13 @@ def prepare(
     aim = Destination.of(destination, name_of(place))
     aim.refuse_overlap(place.path)
     aim.check()
-    source = Source(place, means)  # first, because a result of ours has all these files too
+    source = Source(
+        place, replace(means, untied=recipe.head == INT8)
+    )  # first, because a result of ours has all these files too
     for name in (RECIPE, *card.OURS):
         if (place.path / name).exists():
             raise BismoothError.of(place.path / name, f"our own {name} would take its place in the copy", "rename it")
+    head.check(source, recipe)
     part = None if blocks is None else blocks_of(blocks, len(source.layers))
     if source.unproven is not None and recipe.smoothing is not None:
         recipe, text = _unsmoothed(recipe, source), None
@@ -195,7 +199,7 @@ def _unsmoothed(recipe: Recipe, source: Source) -> Recipe:
         f"no site is known, so its linears become INT8 without smoothing and calibration (--method {method}), which "
         "outlier columns can make useless"
     )
-    return Recipe.of(method, ignore=recipe.ignore, **choices)
+    return Recipe.of(method, ignore=recipe.ignore, head=recipe.head, **choices)
 
 
 def _compute_dtype(

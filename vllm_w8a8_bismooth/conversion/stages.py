@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from vllm_w8a8_bismooth.checkpoint.blocks import Block, Run, Stage, Walk
+from vllm_w8a8_bismooth.checkpoint.files import Checksum
 from vllm_w8a8_bismooth.checkpoint.writer import ShardWriter
 from vllm_w8a8_bismooth.conversion.options import check_group_size
 from vllm_w8a8_bismooth.conversion.plan import Plan
@@ -20,10 +21,11 @@ from vllm_w8a8_bismooth.measure.logits import Logits, predicts_tokens
 from vllm_w8a8_bismooth.method.balance import rule_of
 from vllm_w8a8_bismooth.method.compensate import Compensation, Gram
 from vllm_w8a8_bismooth.method.moments import Moments
-from vllm_w8a8_bismooth.method.quantize import quantize_folded
+from vllm_w8a8_bismooth.method.quantize import Loss, quantize_folded
 from vllm_w8a8_bismooth.method.rows import Fold, Threads
 from vllm_w8a8_bismooth.method.smooth import Smoothing, smooth_block
 from vllm_w8a8_bismooth.model.layers import Layer
+from vllm_w8a8_bismooth.recipe import INT8
 
 SAMPLE, GRADIENTS = "sample", "gradients"
 """Kinds of state: some of what a block reads, and how the predictions depend on it."""
@@ -34,8 +36,10 @@ ANALYZE = Stage("analyze", spends=((SAMPLE, 0), (GRADIENTS, 1)))
 CARRY = Stage("carry", spends=((STREAM, -1),))
 """Carries activations through the blocks before a part, which other parts hold."""
 CONVERT = Stage("convert", spends=((MOMENTS, 0), (STREAM, -1)))
-OUTSIDE, GRANULARITY = "outside", "granularity"
+OUTSIDE, HEAD, GRANULARITY = "outside", "head", "granularity"
 """Work that is done once, not for each block."""
+_SLAB = 2**24
+"""Elements of a head that are in memory at once."""
 
 
 class Stages:
@@ -152,8 +156,35 @@ class Stages:
 
     def outside(self, writer: ShardWriter) -> dict[str, str]:
         """Pass what is outside the blocks through, in pieces; returns the tensors' checksums."""
-        checkpoint, names = self._source.checkpoint, self._source.outside_with(self._ready.blocks)
+        checkpoint, head = self._source.checkpoint, self._source.names.head
+        names = [
+            n for n in self._source.outside_with(self._ready.blocks) if not (self._recipe.head == INT8 and n == head)
+        ]
         return self._run.once(OUTSIDE, lambda: {name: writer.copy_tensor(name, checkpoint) for name in names}, writer)
+
+    def head(self, writer: ShardWriter) -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
+        """Round the language model's head, a slab of rows in memory at a time, if the recipe says so.
+
+        Returns:
+            Its checksum, and what is to be reported of it, both by name; nothing where it stays in float.
+        """
+        name = self._source.names.head
+        if self._recipe.head != INT8 or name not in self._source.outside_with(self._ready.blocks):
+            return {}, {}
+        found = self._run.once(HEAD, lambda: self._round(name, writer), writer)
+        return {name: found["checksum"]}, {name.removesuffix(".weight"): found["linear"]}
+
+    def _round(self, name: str, writer: ShardWriter) -> dict[str, Any]:
+        """Write a matrix outside the blocks per-channel, each weight rounded for itself: calibration sees no logits."""
+        checkpoint, digest = self._source.checkpoint, Checksum()
+        rows, columns = checkpoint.headers[name].shape
+        loss, step = Loss(columns, self._run.device), max(1, _SLAB // columns)
+        for start in range(0, rows, step):
+            weight = checkpoint.rows(name, start, min(step, rows - start), digest).to(self._run.device)
+            loss.add(quantize_folded(weight, Fold(), take=partial(_add, writer, name, start), threads=self._threads))
+        self._check_range(name, loss.power)
+        entry = {"group_size": None, "column_error": loss.column_error(), "sqnr": loss.sqnr()}
+        return {"checksum": digest.hexdigest(), "linear": entry}
 
     def convert(self, plan: Plan, writer: ShardWriter) -> Walk:
         """Convert block after block; the records hold ``linears`` and ``sites``, see :class:`outcome.Outcome`."""
@@ -193,7 +224,7 @@ class Stages:
             fold = smoothing.fold(name.removesuffix(".weight"))
             if linear is not None and linear not in plan.ignored[block.index]:
                 group_size = self._recipe.group_size if linear in plan.grouped[block.index] else None
-                compensation, take = compensations.of(linear, fold), partial(_add, writer, full)
+                compensation, take = compensations.of(linear, fold), partial(_add, writer, full, 0)
                 loss = quantize_folded(block[name], fold, group_size, take, self._threads, compensation)
                 self._check_range(full, loss.power)
                 linears[block.prefix + linear] = {
@@ -243,7 +274,7 @@ class Compensations:
         return self._made.get(site) if site is not None else None
 
 
-def _add(writer: ShardWriter, name: str, start: int, codes: torch.Tensor, scale: torch.Tensor) -> None:
-    """Write some rows of a quantized weight, int8 ``[n, K]``, and their scales, fp32 ``[n, G]``."""
-    writer.add_rows(name, start, codes.cpu())
-    writer.add_rows(f"{name}_scale", start, scale.cpu())
+def _add(writer: ShardWriter, name: str, first: int, start: int, codes: torch.Tensor, scale: torch.Tensor) -> None:
+    """Write rows of a quantized weight, int8 ``[n, K]``, and scales, fp32 ``[n, G]``, from ``first + start`` on."""
+    writer.add_rows(name, first + start, codes.cpu())
+    writer.add_rows(f"{name}_scale", first + start, scale.cpu())

@@ -26,6 +26,12 @@ class Loss:
         self.error, self.power = (torch.zeros(columns, dtype=torch.float64, device=device) for _ in range(2))
         self.written = 0.0
 
+    def add(self, other: "Loss") -> None:
+        """Count further rows."""
+        self.error += other.error
+        self.power += other.power
+        self.written += other.written
+
     def column_error(self) -> float:
         """Mean over input columns of the relative error that INT8 leaves in them.
 
@@ -129,7 +135,5 @@ def quantize_folded(
 
     least = 1 if compensation is None else len(weight) if weight.is_cuda else TOGETHER
     for cost in threads.over(weight, fold, work, least):  # in order, so that the sums are the same every time
-        loss.error += cost.error
-        loss.power += cost.power
-        loss.written += cost.written
+        loss.add(cost)
     return loss

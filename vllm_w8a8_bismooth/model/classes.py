@@ -27,6 +27,23 @@ _IMPLIED = {
 """Tensor of a head -> ending of the class that has it."""
 
 
+_NO_CONFIG = "vLLM's class hands its head no quantization"
+_NO_NAME = "vLLM's class gives its head no name, by which its quantization would be found"
+_EMBEDDING = "vLLM's class always takes the embedding for its head"
+_FLOAT_HEADS = {
+    _NO_CONFIG: "alice_ai bloom dory falcon_h1 gpt_oss jamba mamba mamba2 opt plamo3 qwen3_next step3_text zamba2",
+    _NO_NAME: "afmoe exaone_moe",
+    _EMBEDDING: "cohere cohere2 cohere2_moe gemma2 gemma3n gemma3n_text",
+}
+"""Why vLLM, from 0.26 to 0.33, can only have a head in float -> types of models."""
+
+
+def float_head(config: Mapping) -> str | None:
+    """Why vLLM cannot serve the language model's head in INT8; ``None`` where nothing is known against it."""
+    kind = config.get("model_type")
+    return next((why for why, kinds in _FLOAT_HEADS.items() if kind in kinds.split()), None)
+
+
 def class_of(config: Mapping) -> str:
     """The class that ``architectures`` names first; ``ForCausalLM`` where it names none."""
     names = config.get("architectures")

@@ -11,6 +11,7 @@ _BLOCKS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 CHOSEN = re.compile(r"\w*experts?_per_tok(en)?|moe_(top)?k|moe_top_k|top_k_experts|num_selected_experts|moe_topk")
 """Keys under which configs have how many experts a token is sent to."""
 _PREDICTORS = re.compile(r"(num_(mtp|nextn)|(mtp|nextn)_num)(_\w+)?_(layers|modules)")
+_TIES = "tie_word_embeddings"
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length", "n_ctx")
 
 
@@ -26,6 +27,18 @@ def decoded(value: Any) -> Any:
 def text_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The part that is of the language model, where others have theirs beside it."""
     return next((config[key] for key in _TEXT if isinstance(config.get(key), dict)), config)
+
+
+def ties(config: Mapping[str, Any]) -> Any:
+    """What a config says of whether the head is the embedding; ``None`` if that is left to the model's class."""
+    return config.get(_TIES, text_of(config).get(_TIES))
+
+
+def untied(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config that says that the head is not the embedding, wherever readers look for that."""
+    text = text_of(config)
+    parts = {key: {**text, _TIES: False} for key, value in config.items() if value is text}
+    return {**config, **parts, _TIES: False}
 
 
 def positions_of(config: Mapping[str, Any]) -> int | None:

@@ -14,7 +14,7 @@ from vllm_w8a8_bismooth.checkpoint.files import RECIPE, REPORT, disk_errors, rea
 from vllm_w8a8_bismooth.errors import BismoothError
 from vllm_w8a8_bismooth.measure.bundled import NAME
 from vllm_w8a8_bismooth.measure.weights import VULNERABLE
-from vllm_w8a8_bismooth.model.names import kind_of
+from vllm_w8a8_bismooth.model.names import block_of, kind_of
 from vllm_w8a8_bismooth.recipe import Recipe
 from vllm_w8a8_bismooth.report import figures, front_matter, licence, record, section
 from vllm_w8a8_bismooth.report.labels import Labels
@@ -152,9 +152,13 @@ def draw_up(folder: Path, labels: Labels) -> str:
         version=provenance["vllm_w8a8_bismooth"],
         original=f"\nThe original's own card is [{ORIGINAL_CARD}]({ORIGINAL_CARD}).\n" if original.is_file() else "",
         quantized=_quantized(report.get("source_quantized")),
-        method=_method(recipe) + _calibration(report) + (_EXEMPT if recipe.ignore else ""),
+        method=_method(recipe)
+        + _calibration(report)
+        + (_EXEMPT if recipe.ignore else "")
+        + (_HEAD if recipe.head else ""),
         recipe=json.dumps({key: value for key, value in asdict(recipe).items() if key in chosen["recipe"]}, indent=2),
         linears=len(linears),
+        where="linears, its head among them," if recipe.head else "linears of its decoder blocks",
         ignored=len(ignored),
         grouped=f"{grouped} ({grouped / len(linears):.1%})",
         here=_HERE,
@@ -252,7 +256,7 @@ def _verdict(report: Mapping[str, Any]) -> str:
 def _kinds(linears: Mapping[str, Mapping[str, Any]]) -> str:
     kinds: dict[str, list[Mapping[str, Any]]] = {}
     for name, entry in linears.items():
-        kinds.setdefault(kind_of(name)[0], []).append(entry)
+        kinds.setdefault(kind_of(name)[0] if block_of(name) else name, []).append(entry)
     lines = ["| linear | number | column error, median | worst | SQNR in dB, median |", "|---|--:|--:|--:|--:|"]
     for kind, entries in sorted(kinds.items(), key=lambda item: figures.rank(item[0])):
         errors = [entry["column_error"] for entry in entries]
@@ -287,6 +291,7 @@ _NEEDS_PLUGIN = (
 _EXEMPT = (
     " Exempt are linears that match `ignore`, with those that vLLM fuses with them: they keep the original's dtype."
 )
+_HEAD = " The language model's head was rounded as it was, with one scale for each token of the vocabulary."
 _CAPTIONS = {
     figures.ERRORS: "Column error of each linear by block",
     figures.WEIGHTS: "Largest weights of the input columns before and after smoothing, by block",
@@ -294,7 +299,7 @@ _CAPTIONS = {
 _BODY = """\
 # {name}, INT8 W8A8
 
-{model}, converted by `bismooth` {version} for [vLLM](https://docs.vllm.ai): {linears} linears of its decoder blocks
+{model}, converted by `bismooth` {version} for [vLLM](https://docs.vllm.ai): {linears} {where}
 hold 8-bit integer weights and get 8-bit integer activations, which are quantized while serving; everything else keeps
 its dtype. The format is compressed-tensors `int-quantized`.
 {quantized}{original}

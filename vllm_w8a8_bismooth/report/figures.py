@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from vllm_w8a8_bismooth.errors import BismoothError
 from vllm_w8a8_bismooth.measure.weights import VULNERABLE, Analysis, Measure
-from vllm_w8a8_bismooth.model.names import kind_of
+from vllm_w8a8_bismooth.model.names import block_of, kind_of
 
 # A background of its own and dark ink: legible on light and dark pages alike.
 STYLE: dict[str, Any] = {
@@ -94,7 +94,7 @@ def of_conversion(
     Returns:
         The files.
     """
-    errors = {name: entry["column_error"] for name, entry in linears.items()}
+    errors = {name: entry["column_error"] for name, entry in linears.items() if block_of(name)}
     grouped = [name for name, entry in linears.items() if entry["group_size"] is not None]
     _heat(folder / ERRORS, "Mean relative error that INT8 left in a column", errors, grouped)
     members: dict[tuple[str, int], list[Mapping[str, Any]]] = {}

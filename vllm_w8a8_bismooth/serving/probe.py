@@ -26,15 +26,16 @@ def problems(request: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     Args:
         request: ``config``, the raw quantization_config; ``marked``, whether it must be claimed without a flag;
             ``methods``, vLLM's names of those that must take it; ``linears``, vLLM's name -> group size (``None`` =
-            per-channel); ``float``, linears that must stay in float; ``fused``, last part of a fused name -> those
-            of its parts.
+            per-channel); ``float``, linears that must stay in float; ``head``, the one among both that is the language
+            model's head; ``fused``, last part of a fused name -> those of its parts.
     """
     register()
     claimed = Claim.override_quantization_method(request["config"], None if request["marked"] else NAME)
     if claimed != NAME:
         yield "config.json", f"{NAME} does not claim this quantization_config"
     linear = torch.nn.Linear(1, 1, bias=False, device="meta")
-    experts = type("RoutedExperts", (torch.nn.Module,), {})()  # all that vLLM matches of them is this name
+    # All that vLLM matches of them is the names of their classes.
+    experts, head = (type(name, (torch.nn.Module,), {})() for name in ("RoutedExperts", "ParallelLMHead"))
     for method in request["methods"]:
         try:
             config = get_quantization_config(method).from_config(copy.deepcopy(request["config"]))
@@ -45,7 +46,8 @@ def problems(request: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         config._add_fused_moe_to_target_scheme_map()
         for name in (*request["linears"], *request["float"]):
             try:
-                scheme = config.get_scheme(experts if ".experts." in name else linear, name)
+                module = head if name == request["head"] else experts if ".experts." in name else linear
+                scheme = config.get_scheme(module, name)
             except Exception as error:
                 yield name, f"vLLM's {method} has no scheme for it ({_text(error)})"
                 continue

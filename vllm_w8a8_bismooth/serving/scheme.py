@@ -10,6 +10,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.quantization.compressed_tensors.schemes import CompressedTensorsScheme
 from vllm.model_executor.layers.quantization.utils import replace_parameter
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.parameter import (
     ChannelQuantScaleParameter,
     GroupQuantScaleParameter,
@@ -167,8 +168,9 @@ class W8A8Scheme(CompressedTensorsScheme):
             part = next(iter((*shard, *more.values())), None)
             if own is not None and (rows := _rows(layer, part)) is not None:
                 one = own == "input_scale" or (own == "weight_scale" and self.per_tensor)
-                groups = grouping.groups(layer.input_size, self.weight_group_size)
-                expected = [1] if one else [rows, groups if own == "weight_scale" else layer.input_size]
+                columns = layer.embedding_dim if isinstance(layer, VocabParallelEmbedding) else layer.input_size
+                groups = grouping.groups(columns, self.weight_group_size)
+                expected = [1] if one else [rows, groups if own == "weight_scale" else columns]
                 if list(loaded.shape) != expected and not (one and loaded.dim() == 0):
                     raise ValueError(
                         f"{self._stored_name(layer, own, part)} has shape {list(loaded.shape)}, but config.json makes "
@@ -195,18 +197,19 @@ class W8A8Scheme(CompressedTensorsScheme):
 
     def _stored_name(self, layer: LinearBase, parameter: str, part: int | str | None) -> str:
         """The name of a parameter, or of that part of a merged one, in the checkpoint."""
-        module, _, last = getattr(layer, "prefix", "linear").rpartition(".")
+        is_head = isinstance(layer, VocabParallelEmbedding)  # which vLLM 0.26 does not tell its name
+        module, dot, last = getattr(layer, "prefix", "lm_head" if is_head else "linear").rpartition(".")
         parts = self._fused.get(last, ())
         index = _QKV.get(part, part)
         if isinstance(index, int) and index < len(parts):
             last = parts[index]
-        return f"{module}.{last}.{parameter}"
+        return f"{module}{dot}{last}.{parameter}"
 
 
-def _rows(layer: LinearBase, part: Any) -> int | None:
-    """Rows that the checkpoint has of a vLLM linear, or of that part of it; ``None`` where that is not known."""
-    if not hasattr(layer, "output_size"):  # a head
-        return None
+def _rows(layer: LinearBase | VocabParallelEmbedding, part: Any) -> int | None:
+    """Rows that the checkpoint has of a vLLM linear or head, or of that part; ``None`` where that is not known."""
+    if isinstance(layer, VocabParallelEmbedding):  # a head, which has further rows in memory
+        return layer.org_vocab_size
     sizes = getattr(layer, "output_sizes", [layer.output_size])
     if hasattr(layer, "total_num_kv_heads"):  # whose output_sizes count each replica of a key or value head
         heads = (layer.total_num_heads, layer.total_num_kv_heads, layer.total_num_kv_heads)

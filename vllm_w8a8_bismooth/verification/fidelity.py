@@ -98,16 +98,18 @@ class Comparison:
                 what = "is not in the source, and what reads such files would load it"
                 self.fault(file, what, "remove it; what a model needs belongs into its source, before the conversion")
 
-    def outside(self, judge: bool) -> None:
+    def outside(self, judge: bool, head: bool = False) -> None:
         """Outside the blocks, whose names the audit knows, the same tensors must be there, bit for bit.
 
         Args:
             judge: whether that also holds for a head in INT8; if not, its SQNR is measured.
+            head: whether the language model's is one all the same, and must be the nearest codes of the source's.
         """
         before, after = self.source.checkpoint.headers, self.result.headers
         for name in sorted(set(self.source.outside) - after.keys()):
             self.fault(name, "is in the source, but absent here", "convert the source again")
-        quantized = [] if judge else list(filter(self.quantized, self.source.outside))
+        some = self.source.outside if not judge else [self.source.names.head] if head else []
+        quantized = [name for name in some if name in after and self.quantized(name)]
         new = after.keys() - before.keys() - {f"{name}_scale" for name in quantized}
         for name in sorted(name for name in new if not name.startswith(self.result.names.blocks)):
             self.fault(name, "is not in the source", "remove it or convert the source again")
@@ -119,6 +121,13 @@ class Comparison:
                 columns = torch.ones(before[name].shape[1])
                 found = match(threads, self.source.checkpoint, self.result, name, columns)
                 self.sqnr[name.removesuffix(".weight")] = found.sqnr
+                if not judge:
+                    continue
+                if (bad := found.columns.misses(Range(columns, columns)) | found.columns.empty()).any():
+                    what = f"{int(bad.sum())} of {len(bad)} columns ({_first(bad)}) are not the source's, rounded"
+                    self.fault(name, what, _SOURCE)
+                else:
+                    self.unscaled.append(name)
 
     def quantized(self, name: str) -> bool:
         """Whether a weight is sound INT8 in the result."""

@@ -42,6 +42,7 @@ def problems(config: dict[str, Any], marked: bool, structure: Structure) -> list
             "methods": [NAME] if any(linears.values()) else ["compressed-tensors", NAME],
             "linears": quantized | ({head: linears[head]} if head in linears else {}),
             "float": sorted(in_float.union(name for name, _ in _names(structure, structure.ignored))),
+            "head": head,
             "fused": {_last(f): [_last(p) for p in parts] for layer in layers for f, parts in layer.fused.items()},
         },
     )

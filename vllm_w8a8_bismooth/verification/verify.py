@@ -7,15 +7,16 @@ from typing import Any, TypedDict
 
 from vllm_w8a8_bismooth import MARKER
 from vllm_w8a8_bismooth.checkpoint.basis import NAMES, Basis, Means
-from vllm_w8a8_bismooth.checkpoint.files import CONFIG, REPORT, Folder, read_json, sha256
+from vllm_w8a8_bismooth.checkpoint.files import CONFIG, RECIPE, REPORT, Folder, read_json, sha256
 from vllm_w8a8_bismooth.checkpoint.journal import partial_folder
 from vllm_w8a8_bismooth.checkpoint.layout import Source
 from vllm_w8a8_bismooth.checkpoint.reader import FLOAT_DTYPES, Checkpoint
-from vllm_w8a8_bismooth.conversion import head
+from vllm_w8a8_bismooth.conversion.head import notes_with_values
 from vllm_w8a8_bismooth.conversion.part import PART
 from vllm_w8a8_bismooth.engine import Silent
 from vllm_w8a8_bismooth.errors import BismoothError, Problem
 from vllm_w8a8_bismooth.progress import Progress, silent
+from vllm_w8a8_bismooth.recipe import INT8
 from vllm_w8a8_bismooth.report.names import in_few_words
 from vllm_w8a8_bismooth.verification import contents, served, sites
 from vllm_w8a8_bismooth.verification.fidelity import Comparison, is_zero
@@ -96,7 +97,8 @@ def verify(
     basis = _noted(found) if marked else None
     guessed = basis is not None and basis.by == NAMES  # by names they are found again: the code did not run then
     means = Means(known=basis, trusted=trusted and not guessed, progress=progress)
-    source = Source(against, means) if against is not None else None
+    head = marked and _head(folder)
+    source = Source(against, replace(means, untied=head)) if against is not None else None
     if isinstance(config, dict) and not marked:
         found.notes.append(f"{CONFIG} lacks the key {MARKER}: not made by bismooth, its rounding is not judged")
     found.add(config_problems(config))
@@ -129,13 +131,13 @@ def verify(
     if stored := sorted(routers & found.linears.keys()):
         found.notes.append(f"routers in INT8 ({in_few_words(stored)}): whether vLLM serves them so was not checked")
     if source is not None:
-        _compare_source(found, source, checkpoint, unreadable, marked, progress)
+        _compare_source(found, source, checkpoint, unreadable, marked, head, progress)
     else:
         names = checkpoint.names
         strange = [n for n in checkpoint.headers if not n.startswith(names.blocks) and n not in structure.around]
         found.notes += [f"tensor {name} is outside the blocks and unknown; check it with --against" for name in strange]
     if not {structure.names.head, structure.names.embedding} & unreadable:
-        found.notes += head.notes_with_values(checkpoint, structure.tied)
+        found.notes += notes_with_values(checkpoint, structure.tied)
     if isinstance(config, dict):
         asked = [key for key in ("kv_cache_scheme", "sparsity_config") if config.get(key)]
         found.notes += [f"{KEY}.{key} in {CONFIG} asks vLLM for more, which was not checked" for key in asked]
@@ -153,6 +155,15 @@ def _refuse_unfinished(folder: Path) -> None:
     if (folder / PART).is_file():
         remedy = "bismooth merge makes a checkpoint of all its parts"
         raise BismoothError.of(folder, "a part of a checkpoint", remedy)
+
+
+def _head(folder: Path) -> bool:
+    """Whether the head was made INT8, by recipe.json; what is wrong with that is said elsewhere."""
+    try:
+        recipe = read_json(folder / RECIPE).get("recipe")
+    except BismoothError:
+        return False
+    return isinstance(recipe, dict) and recipe.get("head") == INT8
 
 
 def _noted(found: Verification) -> Basis | None:
@@ -227,11 +238,17 @@ def _judge_silent(found: Verification, silent: list[str], exact: set[str], compa
 
 
 def _compare_source(
-    found: Verification, source: Source, result: Checkpoint, unreadable: set[str], marked: bool, progress: Progress
+    found: Verification,
+    source: Source,
+    result: Checkpoint,
+    unreadable: set[str],
+    marked: bool,
+    head: bool,
+    progress: Progress,
 ) -> None:
     comparison = Comparison(source, result, {*found.linears, *found.ignored}, unreadable)
     comparison.files()
-    comparison.outside(marked)
+    comparison.outside(marked, head)
     comparison.blocks(marked, progress)
     found.add(comparison.problems)
     found.unscaled = comparison.unscaled if marked else []

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from vllm.config import set_current_vllm_config
 from vllm.distributed import ensure_model_parallel_initialized, init_distributed_environment
 from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader import get_model
 
 from vllm_w8a8_bismooth import ops
@@ -56,7 +57,7 @@ def main(model: Path, plain: Path) -> dict:
         parent, _, last = name.rpartition(".")
         outputs = []
         for part in PARTS.get(last, [last]):
-            weight, scale = (stored[f"{parent}.{part}.{kind}"] for kind in ("weight", "weight_scale"))
+            weight, scale = (stored[f"{parent}.{part}.{kind}".lstrip(".")] for kind in ("weight", "weight_scale"))
             outputs.append(ops.linear(x, weight, scale, x.shape[1] // scale.shape[1]))
         return torch.cat(outputs, dim=1)
 
@@ -64,8 +65,11 @@ def main(model: Path, plain: Path) -> dict:
     for name, module in loaded.named_modules():
         if hasattr(module, "scheme"):
             groups[name] = module.scheme.weight_group_size
-            x = torch.randn(5, module.input_size, generator=generator).bfloat16()
-            if not torch.equal(module(x)[0], expected(name, x)):
+            is_head = isinstance(module, ParallelLMHead)  # which vLLM never calls itself
+            columns = module.embedding_dim if is_head else module.input_size
+            x = torch.randn(5, columns, generator=generator).bfloat16()
+            output = module.quant_method.apply(module, x) if is_head else module(x)[0]
+            if not torch.equal(output, expected(name, x)):
                 unequal.append(name)
         elif name.endswith(".mlp"):
             x = torch.randn(5, module.gate_up_proj.input_size, generator=generator).bfloat16()
