@@ -204,7 +204,7 @@ inline void run_tile(int64_t rows, int64_t blocks, bool narrow, const TileArgs& 
 struct Plan {
   const Gemm& g;
   int64_t depth;    // a group's share of K, padded to four
-  const int8_t* a;  // in blocks: for every kTokens tokens, for every block of k, [tokens][block]
+  const Dot::Code* a;  // in blocks: for every kTokens tokens, for every block of k, [tokens][block]
   Blocking blocking;
   const int32_t* start;  // [groups][M]: minus 128 * sum of a over the group, plus kMagicBits if narrow
   int64_t k() const { return g.groups * depth; }
@@ -307,11 +307,11 @@ void run_task(const Plan& p, int64_t task, int64_t upcoming, Workspace& w) {
 void gemm(const Gemm& g, const Parallel& parallel) {
   const int64_t depth = ceil_div(g.width, kDepth) * kDepth, k = g.groups * depth;
   // Kept from call to call: the first touch of new pages would take a few percent of the time of a large product.
-  thread_local std::vector<int8_t> codes;
+  thread_local std::vector<Dot::Code> codes;
   thread_local std::vector<int32_t> starts;
   codes.resize(std::max<size_t>(codes.size(), g.m * k));
   starts.resize(std::max<size_t>(starts.size(), g.m * g.groups));
-  int8_t* const a = codes.data();  // not by name: other threads have vectors of their own
+  Dot::Code* const a = codes.data();  // not by name: other threads have vectors of their own
   int32_t* const start = starts.data();
   const Blocking* blocking = kBlocking;
   while (g.m > blocking->tokens) ++blocking;
@@ -328,14 +328,18 @@ void gemm(const Gemm& g, const Parallel& parallel) {
       }
       for (int64_t k0 = 0, width; k0 < k; k0 += width) {
         width = plan.block(k0);
-        int8_t* to = a + m0 * k + k0 * rows + (m - m0) * width;
-        if (depth == g.width)
-          std::memcpy(to, g.a + m * k + k0, width);
-        else
-          for (int64_t i = 0; i < width; ++i) {
-            const int64_t group = (k0 + i) / depth, at = (k0 + i) % depth;
-            to[i] = at < g.width ? g.a[(m * g.groups + group) * g.width + at] : 0;
-          }
+        Dot::Code* to = a + m0 * k + k0 * rows + (m - m0) * width;
+        for (int64_t i = 0, count; i < width; i += count) {
+          const int64_t group = (k0 + i) / depth, at = (k0 + i) % depth;
+          const int8_t* from = g.a + (m * g.groups + group) * g.width + at;
+          count = std::min(width - i, depth - at);
+          const int64_t whole = std::min(count, (g.width - at) / kDepth * kDepth);
+          for (int64_t j = 0; j < whole; j += kDepth) Dot::keep(from + j, to + i + j);
+          if (whole == count) continue;
+          int8_t padded[kDepth] = {};
+          std::memcpy(padded, from + whole, g.width - at - whole);
+          Dot::keep(padded, to + i + whole);
+        }
       }
     }
   });
@@ -356,8 +360,10 @@ bool supported() {
   if (!amx_permitted()) return false;
 #endif
 #if defined(__AVX512VNNI__)
-  return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (!__builtin_cpu_supports("avx512vnni")) return false;
+#endif
+#if defined(__AVX512F__)
+  return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 #elif defined(__AVXVNNI__)
   return __builtin_cpu_supports("avxvnni") && __builtin_cpu_supports("f16c") && __builtin_cpu_supports("fma");
 #elif defined(__AVX2__)
