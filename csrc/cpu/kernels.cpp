@@ -176,12 +176,19 @@ struct Blocking {
   int64_t tokens, k;
   bool prefetch;
 };
-constexpr Blocking kBlocking[] = {{kRows, 512, false}, {32, 512, true}, {96, 1024, true}, {INT64_MAX, 4096, false}};
+constexpr int64_t kWide = tile_blocks(kRows) == kBlocks ? kRows : 1;
+constexpr Blocking kBlocking[] = {
+    {kWide, 512, false}, {32, 256, true}, {96, 1024, true}, {INT64_MAX, 4096, false}};
 
 using TileFunction = void (*)(const TileArgs&);
+template <int rows, int blocks, bool narrow>
+constexpr TileFunction tile() {
+  if constexpr (blocks <= tile_blocks(rows)) return dot_tile<rows, blocks, narrow>;
+  return nullptr;
+}
 template <bool narrow, int... index>
 constexpr std::array<TileFunction, sizeof...(index)> tiles(std::integer_sequence<int, index...>) {
-  return {dot_tile<1 + index / kBlocks, 1 + index % kBlocks, narrow>...};
+  return {tile<1 + index / kBlocks, 1 + index % kBlocks, narrow>()...};
 }
 constexpr auto kAll = std::make_integer_sequence<int, kRows * kBlocks>();
 constexpr std::array kTiles = {tiles<false>(kAll), tiles<true>(kAll)};
@@ -267,29 +274,33 @@ void run_task(const Plan& p, int64_t task, int64_t upcoming, Workspace& w) {
     const int64_t group = k0 / p.depth;
     const bool begins = k0 % p.depth == 0, ends = (k0 + width) % p.depth == 0;
     TileArgs t{};
-    t.b = b + k0 * kLanes;
     t.b_stride = stride;
     t.groups = std::max<int64_t>(width / p.depth, 1);
     t.steps = width / t.groups / kDepth;
     t.start_stride = g.m;
     t.a_scale_group = g.a_groups > 1;
     t.a_scale_row = g.a_groups;
-    t.b_scale = scales + group * scales_stride;
     t.b_scale_stride = scales_stride;
-    const uint8_t* ahead = t.b + width * kLanes;
+    const uint8_t* ahead = b + (k0 + width) * kLanes;
     if (k0 + width == k) ahead = upcoming < p.tasks() ? g.packed + p.n0(upcoming) * k : nullptr;
     if (!g.packed || !p.blocking.prefetch) ahead = nullptr;
     for (int64_t m = 0, count; m < rows; m += count) {
       count = tile_rows(rows - m, t.steps);
+      const int64_t most = tile_blocks(count);
       t.a = p.a + m0 * k + k0 * rows + m * width;
       t.start = begins ? p.start + group * g.m + m0 + m : nullptr;
-      t.sums = w.sums + m * kColumns;
-      t.out = ends ? w.out + m * kColumns : nullptr;
       t.a_scale = g.a_scale + (m0 + m) * g.a_groups + t.a_scale_group * group;
-      const int64_t from = m * blocks / rows, to = (m + count) * blocks / rows;  // this tile's share
-      t.ahead[0] = t.ahead[1] = nullptr;
-      if (ahead && from < to) t.ahead[0] = ahead + from * stride, t.ahead[1] = ahead + (to - 1) * stride;
-      run_tile(count, blocks, p.narrow(), t);
+      for (int64_t v = 0, along; v < blocks; v += along) {
+        along = std::min(most, blocks - v);
+        t.b = b + k0 * kLanes + v * stride;
+        t.b_scale = scales + group * scales_stride + v * kLanes;
+        t.sums = w.sums + m * kColumns + v * kLanes;
+        t.out = ends ? w.out + m * kColumns + v * kLanes : nullptr;
+        const int64_t done = m * blocks + v * count, from = done / rows, to = (done + count * along) / rows;
+        t.ahead[0] = t.ahead[1] = nullptr;  // this tile's share
+        if (ahead && from < to) t.ahead[0] = ahead + from * stride, t.ahead[1] = ahead + (to - 1) * stride;
+        run_tile(count, along, p.narrow(), t);
+      }
     }
   }
   with_float(g.dtype, [&](auto type) {

@@ -14,15 +14,18 @@
 
 namespace w8a8::cpu::W8A8_LEVEL {
 
-// A line: 32 bits for each channel of a block, which are four bytes of weights, or a sum.
+// A tile has up to kRows tokens and as many of its task's kBlocks blocks as there are registers for. A line is 32 bits
+// for each channel of a block: four bytes of weights, or a sum.
 #if defined(__AVX512F__)
 constexpr int kRows = 6, kBlocks = 4;
+constexpr int64_t tile_blocks(int64_t) { return kBlocks; }
 struct Line { __m512i v; };
 inline Line load(const void* p) { return {_mm512_loadu_si512(p)}; }
 inline void store(void* p, Line x) { _mm512_storeu_si512(p, x.v); }
 inline Line same(int32_t v) { return {_mm512_set1_epi32(v)}; }
 #elif defined(__AVX2__)
-constexpr int kRows = 6, kBlocks = 1;
+constexpr int kRows = 6, kBlocks = 4;
+constexpr int64_t tile_blocks(int64_t rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
 struct Line { __m256i lo, hi; };
 inline Line load(const void* p) {
   const auto* half = (const __m256i*)p;
@@ -35,6 +38,7 @@ inline void store(void* p, Line x) {
 inline Line same(int32_t v) { return {_mm256_set1_epi32(v), _mm256_set1_epi32(v)}; }
 #else
 constexpr int kRows = 4, kBlocks = 1;
+constexpr int64_t tile_blocks(int64_t) { return kBlocks; }
 struct Line { uint32_t v[kLanes]; };  // wraps like the others; the final sums fit
 inline Line load(const void* p) {
   Line x;
