@@ -5,6 +5,7 @@
 prints them all, or puts them where Markdown files want them: behind the comments that it prints before each.
 """
 
+import itertools
 import json
 import re
 import sys
@@ -308,6 +309,26 @@ def kernels(path: Path) -> str:
     return markdown(header, lines, words=0)
 
 
+def levels(path: Path) -> str:
+    """Speed by level of instructions relative to torch's fp32 and to vLLM's INT8: geometric means over the linears."""
+    shown = list(itertools.product(("ours-channel", "ours-group128"), ("x fp32", "x stock")))
+    found: dict[tuple[str, int], dict[str, list[dict]]] = {}
+    for row in rows(path):
+        found.setdefault((row["level"], row["M"]), {}).setdefault(row["impl"], []).append(row)
+    lines = []
+    for (level, m), by in found.items():
+        cells = []
+        for name, column in shown:
+            ratios = [row[column] for row in by[name] if column in row]
+            cells.append(f"{geometric_mean(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})" if ratios else "")
+        best = max(by["ours-channel"], key=lambda row: row["TOPS"])
+        lines.append((level, str(m), *cells, f"{best['TOPS']:.2f}", f"{best['GB/s']:.0f}"))
+    columns = [
+        f"{KERNELS[name]}: {column}" for name in ("ours-channel", "ours-group128") for column in ("x fp32", "x stock")
+    ]
+    return markdown(("level", "tokens", *columns, "per-channel, TOPS", "GB/s"), lines)
+
+
 def conversions(path: Path) -> str:
     """Conversions beside llm-compressor's: seconds, CPU seconds, peak memory; medians of the turns."""
     lines = []
@@ -413,6 +434,7 @@ SHARED = (
 )
 OF_MACHINES = (
     ("gemm.json", kernels),
+    ("gemm-levels.json", levels),
     ("convert.json", conversions),
     ("convert.json", conversion_targets),
     ("serve-*.json", engines),
