@@ -408,7 +408,8 @@ def of_levels(asked: argparse.Namespace) -> list[dict]:
                 continue
             file = Path(scratch) / f"{level}.json"
             command = [sys.executable, "-m", "benchmarks.gemm", "--device", "cpu", "--level", level, *OF_LEVELS]
-            command += ["--shapes", asked.shapes, "--json", str(file)] + [f"--{asked.extent}"] * (asked.extent != "full")
+            command += ["--shapes", asked.shapes, "--json", str(file)]
+            command += [f"--{asked.extent}"] * (asked.extent != "full")
             print(level, flush=True)
             subprocess.run(command, check=True)
             found += [{"level": level, **row} for row in json.loads(file.read_text())["rows"]]

@@ -291,6 +291,13 @@ KERNELS = {
 }
 
 
+def _mean_and_range(ratios: list[float]) -> str:
+    if not ratios:
+        return ""
+    extent = f" ({min(ratios):.2f} to {max(ratios):.2f})" if len(ratios) > 1 else ""
+    return f"{geometric_mean(ratios):.2f}{extent}"
+
+
 def kernels(path: Path) -> str:
     """Speed relative to vLLM's INT8 kernel by number of tokens: geometric mean over the linears, with the range."""
     found: dict[int, dict[str, list[dict]]] = {}
@@ -301,8 +308,7 @@ def kernels(path: Path) -> str:
     for m, by in found.items():
         cells = []
         for name in shown:
-            ratios = [row["x stock"] for row in by.get(name, ()) if "x stock" in row]
-            cells.append(f"{geometric_mean(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})" if ratios else "")
+            cells.append(_mean_and_range([row["x stock"] for row in by.get(name, ()) if "x stock" in row]))
         best = max(by["ours-channel"], key=lambda row: row["TOPS"])
         lines.append((str(m), *cells, f"{best['TOPS']:.2f}", f"{best['GB/s']:.0f}"))
     header = ("tokens", *(KERNELS[name] for name in shown), "per-channel, TOPS", "GB/s")

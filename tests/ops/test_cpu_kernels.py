@@ -82,6 +82,23 @@ def test_product_equals_the_reference(at_level):
     check_product()
 
 
+@pytest.mark.parametrize("group", [None, 32, 128])
+@pytest.mark.parametrize("tokens", [1, 5, 40])
+def test_experts_equal_those_of_portable_code(at_level, group, tokens):
+    """Packed experts, of which each takes another number of tokens."""
+    generator = torch.Generator().manual_seed(tokens)
+    weights = [torch.randint(-127, 128, (4, n, 256), generator=generator, dtype=torch.int8) for n in (512, 256)]
+    packed = [torch.stack([ops.pack_weight(expert, group) for expert in weight]) for weight in weights]
+    w13_scale, w2_scale = (torch.rand(4, n, 256 // (group or 256), generator=generator) * 1e-3 for n in (512, 256))
+    x = torch.randn(tokens, 256, generator=generator).bfloat16()
+    shares = torch.rand(tokens, 2, generator=generator)
+    chosen = torch.stack([torch.randperm(3, generator=generator)[:2] for _ in range(tokens)])
+    arguments = x, shares, chosen, packed[0], w13_scale, packed[1], w2_scale, "silu", group
+    found = ops.experts(*arguments)
+    level("portable")
+    assert torch.equal(found, ops.experts(*arguments)) and found.abs().sum() > 0
+
+
 @settings(max_examples=60)
 @given(
     tokens=st.integers(0, 9),
