@@ -177,8 +177,7 @@ struct Blocking {
   bool prefetch;
 };
 constexpr int64_t kWide = tile_blocks(kRows) == kBlocks ? kRows : 1;
-constexpr Blocking kBlocking[] = {
-    {kWide, 512, false}, {32, 256, true}, {96, 1024, true}, {INT64_MAX, 4096, false}};
+constexpr Blocking kBlocking[] = {{kWide, 512, false}, {32, 256, true}, {96, 1024, true}, {INT64_MAX, 4096, false}};
 
 using TileFunction = void (*)(const TileArgs&);
 template <int rows, int blocks, bool narrow>
@@ -210,7 +209,7 @@ inline void run_tile(int64_t rows, int64_t blocks, bool narrow, const TileArgs& 
 // What the tasks of one GEMM share.
 struct Plan {
   const Gemm& g;
-  int64_t depth;    // a group's share of K, padded to four
+  int64_t depth;       // a group's share of K, padded to four
   const Dot::Code* a;  // in blocks: for every kTokens tokens, for every block of k, [tokens][block]
   Blocking blocking;
   const int32_t* start;  // [groups][M]: minus 128 * sum of a over the group, plus kMagicBits if narrow

@@ -157,14 +157,15 @@ constexpr float kMagic = 12582912.0f;
 template <bool narrow>
 void promote(const Line& sums, float a_scale, const float* b_scale, float* out) {
 #if defined(__AVX512F__)
-  __m512 product = narrow ? _mm512_sub_ps(_mm512_castsi512_ps(sums.v), _mm512_set1_ps(kMagic)) : _mm512_cvtepi32_ps(sums.v);
+  __m512 product =
+      narrow ? _mm512_sub_ps(_mm512_castsi512_ps(sums.v), _mm512_set1_ps(kMagic)) : _mm512_cvtepi32_ps(sums.v);
   product = _mm512_mul_ps(_mm512_mul_ps(product, _mm512_set1_ps(a_scale)), _mm512_loadu_ps(b_scale));
   _mm512_storeu_ps(out, _mm512_add_ps(_mm512_loadu_ps(out), product));
 #elif defined(__AVX2__)
   const __m256i halves[] = {sums.lo, sums.hi};
   for (int i = 0; i < 2; ++i, b_scale += 8, out += 8) {
-    __m256 product = narrow ? _mm256_sub_ps(_mm256_castsi256_ps(halves[i]), _mm256_set1_ps(kMagic))
-                            : _mm256_cvtepi32_ps(halves[i]);
+    __m256 product =
+        narrow ? _mm256_sub_ps(_mm256_castsi256_ps(halves[i]), _mm256_set1_ps(kMagic)) : _mm256_cvtepi32_ps(halves[i]);
     product = _mm256_mul_ps(_mm256_mul_ps(product, _mm256_set1_ps(a_scale)), _mm256_loadu_ps(b_scale));
     _mm256_storeu_ps(out, _mm256_add_ps(_mm256_loadu_ps(out), product));
   }
