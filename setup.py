@@ -35,11 +35,12 @@ OBJECTS = ROOT / "build/kernels"
 
 # One compilation of csrc/cpu/kernels.cpp per instruction-set level, the fastest first. The last runs everywhere.
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
-AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mf16c", "-mprefer-vector-width=512"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
 CPU_LEVELS = {
-    "amx": [*AVX512, "-mamx-tile", "-mamx-int8"],
-    "avx512_vnni": AVX512,
+    "amx": [*AVX512, "-mavx512vnni", "-mamx-tile", "-mamx-int8"],
+    "avx512_vnni": [*AVX512, "-mavx512vnni"],
     "avx_vnni": [*AVX2, "-mavxvnni"],
+    "avx512": AVX512,
     "avx2": AVX2,
     "portable": [],
 }

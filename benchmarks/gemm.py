@@ -2,21 +2,27 @@
 or a GPU.
 
     python -m benchmarks.gemm --device cpu|cuda [--quick | --dry] [--linear] [--json FILE]
-                              [--m 1,64] [--shapes REGEX] [--impl REGEX]
+                              [--m 1,64] [--shapes REGEX] [--impl REGEX] [--level NAME | --levels]
 
 Times the product alone; with ``--linear`` the quantization of the activations and the product. All implementations run
 in one process, in turns, on random data, with weights that alternate between copies, so that no cache holds them.
 ``--dry`` goes through the same motions on small shapes, with TRITON_INTERPRET=1 through Triton's too; its figures mean
 nothing. ``x`` columns are speed relative to vLLM's INT8 kernel: the ratio of the two in a turn, median over the turns.
-GB/s counts weights, activations, scales and results once.
+GB/s counts weights, activations, scales and results once. On a CPU ``--level`` holds everybody to the instructions of
+one of our levels: ours, and oneDNN and MKL by their variables. ``--levels`` does that for each level that this CPU
+runs, in a process of its own, beside torch's fp32 (without VNNI, bf16 takes many times as long).
 """
 
 import argparse
 import importlib.util
+import json
 import os
 import re
 import statistics
+import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,10 +31,18 @@ import torch
 
 from benchmarks import ceilings, cutlass_baseline, interpreter, record
 from vllm_w8a8_bismooth import ops
-from vllm_w8a8_bismooth.ops import timing
+from vllm_w8a8_bismooth.ops import processor, timing
 
 GROUP = 128
-STOCK = "vllm"
+STOCK, FP32 = "vllm", "torch-fp32"
+LEVELS = {  # ours -> oneDNN's limit, MKL's
+    "amx": ("AVX512_CORE_AMX", "AVX512_E4"),
+    "avx512_vnni": ("AVX512_CORE_VNNI", "AVX512_E1"),
+    "avx512": ("AVX512_CORE", "AVX512"),
+    "avx_vnni": ("AVX2_VNNI", "AVX2_E1"),
+    "avx2": ("AVX2", "AVX2"),
+}
+OF_LEVELS = ["--impl", f"^(ours.*|{STOCK}|{FP32})$", "--m", "1,4,16,64,256,1024"]
 # hidden size, width of k and v, intermediate size
 MODELS = {"LLaMA3-8B": (4096, 1024, 14336), "LLaMA3-70B": (8192, 1024, 28672), "dry": (256, 128, 512)}
 
@@ -110,9 +124,8 @@ class Weights:
         """``[N, G]``, N fastest, as the plugin keeps it."""
         return (torch.rand(groups, self.n, device=self.device) * 1e-3 + 1e-3).t()
 
-    @property
-    def bf16(self) -> list[torch.Tensor]:
-        return self.once("bf16", lambda codes: torch.randn(codes.shape, device=self.device, dtype=torch.bfloat16))
+    def floats(self, dtype: torch.dtype) -> list[torch.Tensor]:
+        return self.once(str(dtype), lambda codes: torch.randn(codes.shape, device=self.device, dtype=dtype))
 
 
 @dataclass
@@ -242,9 +255,12 @@ def cutlass(p: Problem) -> timing.Call:
     return cutlass_baseline.prepare(p.codes, w.codes, p.token_scale, w.channel_scale.contiguous())
 
 
-def torch_bf16(p: Problem) -> timing.Call:
-    weights = p.weights.bf16
-    return lambda i: torch.nn.functional.linear(p.x, weights[i])
+def torch_float(dtype: torch.dtype) -> Callable[[Problem], timing.Call]:
+    def prepare(p: Problem) -> timing.Call:
+        x, weights = p.x.to(dtype), p.weights.floats(dtype)
+        return lambda i: torch.nn.functional.linear(x, weights[i])
+
+    return prepare
 
 
 def torch_int_mm(p: Problem) -> timing.Call:
@@ -267,7 +283,8 @@ IMPLEMENTATIONS: dict[str, dict[str, Callable[[Problem], timing.Call]]] = {
         "triton-channel": triton(False, False),
         "triton-group128": triton(True, True),
         "vllm": vllm_cpu,
-        "torch-bf16": torch_bf16,
+        "torch-bf16": torch_float(torch.bfloat16),
+        FP32: torch_float(torch.float32),
         "torch-int_mm": torch_int_mm,
         "read-weights": read_weights,
     },
@@ -279,7 +296,7 @@ IMPLEMENTATIONS: dict[str, dict[str, Callable[[Problem], timing.Call]]] = {
         "triton-group128": triton(True, True),
         "vllm": vllm_cuda,
         "cutlass": cutlass,
-        "torch-bf16": torch_bf16,
+        "torch-bf16": torch_float(torch.bfloat16),
     },
 }
 
@@ -294,7 +311,8 @@ def check(name: str, p: Problem, out: torch.Tensor) -> None:
     Raises:
         AssertionError: they differ by more than rounding.
     """
-    if name.startswith(("torch", "read")) or (p.linear and name == STOCK):  # other operands; other roundings
+    # Others have other operands or roundings, or saturate.
+    if name.startswith(("torch", "read")) or (name == STOCK and (p.linear or processor.saturates())):
         return
     w, grouped = p.weights, "group" in name
     columns = torch.linspace(0, w.n - 1, 16).long()
@@ -310,7 +328,9 @@ def check(name: str, p: Problem, out: torch.Tensor) -> None:
     )
 
 
-def prepare_all(p: Problem, wanted: str, missing: dict[str, str]) -> dict[str, timing.Run]:
+def prepare_all(
+    p: Problem, wanted: str, missing: dict[str, str], clock: Callable[[], float] = time.perf_counter
+) -> dict[str, timing.Run]:
     """Runs by implementation; those that cannot run are noted in ``missing``, and why."""
     runs = {}
     for name, prepare in IMPLEMENTATIONS[p.weights.device].items():
@@ -319,7 +339,7 @@ def prepare_all(p: Problem, wanted: str, missing: dict[str, str]) -> dict[str, t
         try:
             call = prepare(p)
             check(name, p, call(0))
-            runs[name] = timing.prepare(call, p.weights.copies, p.weights.device)
+            runs[name] = timing.prepare(call, p.weights.copies, p.weights.device, clock)
         except Exception as error:  # whatever a library that is not ours raises
             missing[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             print(f"! {name} left out: {missing[name]}", file=sys.stderr)
@@ -332,10 +352,11 @@ def rows_of(p: Problem, layer: str, times: dict[str, list[float]]) -> list[dict]
         row = {"impl": name, "layer": layer, "M": p.m, "N": w.n, "K": w.k, "us": round(each, 2)}
         row["least us"] = round(min(times[name]), 2)
         row["TOPS"] = round(2 * p.m * w.n * w.k / each / 1e6, 3)
-        row["GB/s"] = round(p.bytes(2 if "bf16" in name else 1) / each / 1e3, 1)
-        if STOCK in us:
-            pairs = zip(times[STOCK], times[name], strict=True)
-            row["x stock"] = round(statistics.median(stock / own for stock, own in pairs), 3)
+        row["GB/s"] = round(p.bytes({"torch-bf16": 2, FP32: 4}.get(name, 1)) / each / 1e3, 1)
+        for column, yardstick in {"x stock": STOCK, "x fp32": FP32}.items():
+            if yardstick in us:
+                pairs = zip(times[yardstick], times[name], strict=True)
+                row[column] = round(statistics.median(theirs / own for theirs, own in pairs), 3)
         rows.append(row)
     return rows
 
@@ -365,6 +386,37 @@ def summary(rows: list[dict], rates: dict[str, float]) -> list[str]:
     return lines
 
 
+def hold_to(level: str) -> None:
+    """One thread, ours at a level, and oneDNN and MKL, which read their variables at their first call, held to it.
+
+    Raises:
+        RuntimeError: this CPU has no such level.
+    """
+    torch.ops.w8a8_bismooth._cpu_level(level)
+    torch.set_num_threads(1)
+    os.environ["ONEDNN_MAX_CPU_ISA"], os.environ["MKL_ENABLE_INSTRUCTIONS"] = LEVELS[level]
+
+
+def of_levels(asked: argparse.Namespace) -> list[dict]:
+    """Rows of every level that this CPU runs, each level in a process of its own."""
+    found, best = [], ops.cpu_level()
+    with tempfile.TemporaryDirectory() as scratch:
+        for level in LEVELS:
+            try:
+                torch.ops.w8a8_bismooth._cpu_level(level)
+            except RuntimeError:
+                continue
+            file = Path(scratch) / f"{level}.json"
+            command = [sys.executable, "-m", "benchmarks.gemm", "--device", "cpu", "--level", level, *OF_LEVELS]
+            command += ["--shapes", asked.shapes, "--json", str(file)]
+            command += [f"--{asked.extent}"] * (asked.extent != "full")
+            print(level, flush=True)
+            subprocess.run(command, check=True)
+            found += [{"level": level, **row} for row in json.loads(file.read_text())["rows"]]
+    torch.ops.w8a8_bismooth._cpu_level(best)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--device", choices=IMPLEMENTATIONS, required=True)
@@ -376,7 +428,17 @@ def main() -> None:
     parser.add_argument("--m", help="numbers of tokens, such as 1,64")
     parser.add_argument("--shapes", default="", help="regular expression for layers, such as '70B tp1'")
     parser.add_argument("--impl", default="", help="regular expression for implementations")
+    levels = parser.add_mutually_exclusive_group()
+    levels.add_argument("--level", choices=LEVELS, help="of instructions that all are held to, on a CPU")
+    levels.add_argument("--levels", action="store_true", help="every level, beside fp32, on a CPU")
     asked = parser.parse_args()
+    if asked.levels:
+        rows = of_levels(asked)
+        if asked.json:
+            record.write(asked.json, rows, measured="product, one thread's CPU time", extent=asked.extent)
+        return
+    if asked.level:
+        hold_to(asked.level)
     device, extent = asked.device, EXTENTS[asked.device][asked.extent]
     tokens = [int(m) for m in asked.m.split(",")] if asked.m else extent.tokens
     if device == "cuda" and not torch.cuda.is_available():
@@ -395,7 +457,7 @@ def main() -> None:
         weights = Weights(n, k, device, extent.copies)
         for m in tokens:
             problem = Problem(m, weights, asked.linear)
-            runs = prepare_all(problem, asked.impl, missing)
+            runs = prepare_all(problem, asked.impl, missing, time.process_time if asked.level else time.perf_counter)
             if not runs:
                 sys.exit("no implementation can run")
             found = rows_of(problem, layer, timing.times(runs, extent.seconds))

@@ -3,8 +3,8 @@
     python -m benchmarks.saturation [--dry | --engines] [--json FILE]
 
 ONEDNN_MAX_CPU_ISA says which instructions oneDNN may use, in a process for each level; ours are switched to the same
-level, or to AVX2's where they have none. Codes have the crest factor (largest value over root mean square) that is
-given: 1.73 is uniform noise, 4.5 that of normally distributed weights. Times are of both in turns, one thread.
+level. Codes have the crest factor (largest value over root mean square) that is given: 1.73 is uniform noise, 4.5 that
+of normally distributed weights. Times are of both in turns, one thread.
 ``--dry`` goes through the same motions on small shapes. ``--engines`` measures what it does to a model instead: the KL
 divergence of the python bed's converted checkpoints from their source, in real vLLM at the same level, in fp32, as
 oneDNN limited to AVX2 has no product in bf16. vLLM is told that there is no AMX, for which it has a kernel of its own.
@@ -22,17 +22,12 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import record, score
+from benchmarks import gemm, record, score
 from benchmarks.compare import distance
 from benchmarks.testbed import PYTHON
 
-LEVELS = {  # oneDNN's limit -> our level
-    "AVX2": "avx2",
-    "AVX2_VNNI": "avx_vnni",
-    "AVX512_CORE": "avx2",
-    "AVX512_CORE_VNNI": "avx512_vnni",
-    "AVX512_CORE_AMX": "amx",
-}
+LEVELS = {limit: level for level, (limit, _) in reversed(gemm.LEVELS.items())}
+"""oneDNN's limit -> our level."""
 CRESTS = (1.73, 2.5, 3.5, 4.5)
 TOKENS = (1, 16, 128)
 NO_AMX = "import torch\n\ntorch.cpu._is_amx_tile_supported = lambda: False\n"

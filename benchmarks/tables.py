@@ -5,6 +5,7 @@
 prints them all, or puts them where Markdown files want them: behind the comments that it prints before each.
 """
 
+import itertools
 import json
 import re
 import sys
@@ -300,6 +301,13 @@ KERNELS = {
 }
 
 
+def _mean_and_range(ratios: list[float]) -> str:
+    if not ratios:
+        return ""
+    extent = f" ({min(ratios):.2f} to {max(ratios):.2f})" if len(ratios) > 1 else ""
+    return f"{geometric_mean(ratios):.2f}{extent}"
+
+
 def kernels(path: Path) -> str:
     """Speed relative to vLLM's INT8 kernel by number of tokens: geometric mean over the linears, with the range."""
     found: dict[int, dict[str, list[dict]]] = {}
@@ -310,12 +318,31 @@ def kernels(path: Path) -> str:
     for m, by in found.items():
         cells = []
         for name in shown:
-            ratios = [row["x stock"] for row in by.get(name, ()) if "x stock" in row]
-            cells.append(f"{geometric_mean(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})" if ratios else "")
+            cells.append(_mean_and_range([row["x stock"] for row in by.get(name, ()) if "x stock" in row]))
         best = max(by["ours-channel"], key=lambda row: row["TOPS"])
         lines.append((str(m), *cells, f"{best['TOPS']:.2f}", f"{best['GB/s']:.0f}"))
     header = ("tokens", *(KERNELS[name] for name in shown), "per-channel, TOPS", "GB/s")
     return markdown(header, lines, words=0)
+
+
+def levels(path: Path) -> str:
+    """Speed by level of instructions relative to torch's fp32 and to vLLM's INT8: geometric means over the linears."""
+    shown = list(itertools.product(("ours-channel", "ours-group128"), ("x fp32", "x stock")))
+    found: dict[tuple[str, int], dict[str, list[dict]]] = {}
+    for row in rows(path):
+        found.setdefault((row["level"], row["M"]), {}).setdefault(row["impl"], []).append(row)
+    lines = []
+    for (level, m), by in found.items():
+        cells = []
+        for name, column in shown:
+            ratios = [row[column] for row in by[name] if column in row]
+            cells.append(f"{geometric_mean(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})" if ratios else "")
+        best = max(by["ours-channel"], key=lambda row: row["TOPS"])
+        lines.append((level, str(m), *cells, f"{best['TOPS']:.2f}", f"{best['GB/s']:.0f}"))
+    columns = [
+        f"{KERNELS[name]}: {column}" for name in ("ours-channel", "ours-group128") for column in ("x fp32", "x stock")
+    ]
+    return markdown(("level", "tokens", *columns, "per-channel, TOPS", "GB/s"), lines)
 
 
 def conversions(path: Path) -> str:
@@ -434,6 +461,7 @@ SHARED = (
 )
 OF_MACHINES = (
     ("gemm.json", kernels),
+    ("gemm-levels.json", levels),
     ("convert.json", conversions),
     ("convert.json", conversion_targets),
     ("serve-*.json", engines),

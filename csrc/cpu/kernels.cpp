@@ -176,12 +176,18 @@ struct Blocking {
   int64_t tokens, k;
   bool prefetch;
 };
-constexpr Blocking kBlocking[] = {{kRows, 512, false}, {32, 512, true}, {96, 1024, true}, {INT64_MAX, 4096, false}};
+constexpr int64_t kWide = tile_blocks(kRows) == kBlocks ? kRows : 1;
+constexpr Blocking kBlocking[] = {{kWide, 512, false}, {32, 256, true}, {96, 1024, true}, {INT64_MAX, 4096, false}};
 
 using TileFunction = void (*)(const TileArgs&);
+template <int rows, int blocks, bool narrow>
+constexpr TileFunction tile() {
+  if constexpr (blocks <= tile_blocks(rows)) return dot_tile<rows, blocks, narrow>;
+  return nullptr;
+}
 template <bool narrow, int... index>
 constexpr std::array<TileFunction, sizeof...(index)> tiles(std::integer_sequence<int, index...>) {
-  return {dot_tile<1 + index / kBlocks, 1 + index % kBlocks, narrow>...};
+  return {tile<1 + index / kBlocks, 1 + index % kBlocks, narrow>()...};
 }
 constexpr auto kAll = std::make_integer_sequence<int, kRows * kBlocks>();
 constexpr std::array kTiles = {tiles<false>(kAll), tiles<true>(kAll)};
@@ -203,8 +209,8 @@ inline void run_tile(int64_t rows, int64_t blocks, bool narrow, const TileArgs& 
 // What the tasks of one GEMM share.
 struct Plan {
   const Gemm& g;
-  int64_t depth;    // a group's share of K, padded to four
-  const int8_t* a;  // in blocks: for every kTokens tokens, for every block of k, [tokens][block]
+  int64_t depth;       // a group's share of K, padded to four
+  const Dot::Code* a;  // in blocks: for every kTokens tokens, for every block of k, [tokens][block]
   Blocking blocking;
   const int32_t* start;  // [groups][M]: minus 128 * sum of a over the group, plus kMagicBits if narrow
   int64_t k() const { return g.groups * depth; }
@@ -267,29 +273,33 @@ void run_task(const Plan& p, int64_t task, int64_t upcoming, Workspace& w) {
     const int64_t group = k0 / p.depth;
     const bool begins = k0 % p.depth == 0, ends = (k0 + width) % p.depth == 0;
     TileArgs t{};
-    t.b = b + k0 * kLanes;
     t.b_stride = stride;
     t.groups = std::max<int64_t>(width / p.depth, 1);
     t.steps = width / t.groups / kDepth;
     t.start_stride = g.m;
     t.a_scale_group = g.a_groups > 1;
     t.a_scale_row = g.a_groups;
-    t.b_scale = scales + group * scales_stride;
     t.b_scale_stride = scales_stride;
-    const uint8_t* ahead = t.b + width * kLanes;
+    const uint8_t* ahead = b + (k0 + width) * kLanes;
     if (k0 + width == k) ahead = upcoming < p.tasks() ? g.packed + p.n0(upcoming) * k : nullptr;
     if (!g.packed || !p.blocking.prefetch) ahead = nullptr;
     for (int64_t m = 0, count; m < rows; m += count) {
       count = tile_rows(rows - m, t.steps);
+      const int64_t most = tile_blocks(count);
       t.a = p.a + m0 * k + k0 * rows + m * width;
       t.start = begins ? p.start + group * g.m + m0 + m : nullptr;
-      t.sums = w.sums + m * kColumns;
-      t.out = ends ? w.out + m * kColumns : nullptr;
       t.a_scale = g.a_scale + (m0 + m) * g.a_groups + t.a_scale_group * group;
-      const int64_t from = m * blocks / rows, to = (m + count) * blocks / rows;  // this tile's share
-      t.ahead[0] = t.ahead[1] = nullptr;
-      if (ahead && from < to) t.ahead[0] = ahead + from * stride, t.ahead[1] = ahead + (to - 1) * stride;
-      run_tile(count, blocks, p.narrow(), t);
+      for (int64_t v = 0, along; v < blocks; v += along) {
+        along = std::min(most, blocks - v);
+        t.b = b + k0 * kLanes + v * stride;
+        t.b_scale = scales + group * scales_stride + v * kLanes;
+        t.sums = w.sums + m * kColumns + v * kLanes;
+        t.out = ends ? w.out + m * kColumns + v * kLanes : nullptr;
+        const int64_t done = m * blocks + v * count, from = done / rows, to = (done + count * along) / rows;
+        t.ahead[0] = t.ahead[1] = nullptr;  // this tile's share
+        if (ahead && from < to) t.ahead[0] = ahead + from * stride, t.ahead[1] = ahead + (to - 1) * stride;
+        run_tile(count, along, p.narrow(), t);
+      }
     }
   }
   with_float(g.dtype, [&](auto type) {
@@ -307,11 +317,11 @@ void run_task(const Plan& p, int64_t task, int64_t upcoming, Workspace& w) {
 void gemm(const Gemm& g, const Parallel& parallel) {
   const int64_t depth = ceil_div(g.width, kDepth) * kDepth, k = g.groups * depth;
   // Kept from call to call: the first touch of new pages would take a few percent of the time of a large product.
-  thread_local std::vector<int8_t> codes;
+  thread_local std::vector<Dot::Code> codes;
   thread_local std::vector<int32_t> starts;
   codes.resize(std::max<size_t>(codes.size(), g.m * k));
   starts.resize(std::max<size_t>(starts.size(), g.m * g.groups));
-  int8_t* const a = codes.data();  // not by name: other threads have vectors of their own
+  Dot::Code* const a = codes.data();  // not by name: other threads have vectors of their own
   int32_t* const start = starts.data();
   const Blocking* blocking = kBlocking;
   while (g.m > blocking->tokens) ++blocking;
@@ -328,14 +338,18 @@ void gemm(const Gemm& g, const Parallel& parallel) {
       }
       for (int64_t k0 = 0, width; k0 < k; k0 += width) {
         width = plan.block(k0);
-        int8_t* to = a + m0 * k + k0 * rows + (m - m0) * width;
-        if (depth == g.width)
-          std::memcpy(to, g.a + m * k + k0, width);
-        else
-          for (int64_t i = 0; i < width; ++i) {
-            const int64_t group = (k0 + i) / depth, at = (k0 + i) % depth;
-            to[i] = at < g.width ? g.a[(m * g.groups + group) * g.width + at] : 0;
-          }
+        Dot::Code* to = a + m0 * k + k0 * rows + (m - m0) * width;
+        for (int64_t i = 0, count; i < width; i += count) {
+          const int64_t group = (k0 + i) / depth, at = (k0 + i) % depth;
+          const int8_t* from = g.a + (m * g.groups + group) * g.width + at;
+          count = std::min(width - i, depth - at);
+          const int64_t whole = std::min(count, (g.width - at) / kDepth * kDepth);
+          for (int64_t j = 0; j < whole; j += kDepth) Dot::keep(from + j, to + i + j);
+          if (whole == count) continue;
+          int8_t padded[kDepth] = {};
+          std::memcpy(padded, from + whole, g.width - at - whole);
+          Dot::keep(padded, to + i + whole);
+        }
       }
     }
   });
@@ -356,8 +370,10 @@ bool supported() {
   if (!amx_permitted()) return false;
 #endif
 #if defined(__AVX512VNNI__)
-  return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (!__builtin_cpu_supports("avx512vnni")) return false;
+#endif
+#if defined(__AVX512F__)
+  return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 #elif defined(__AVXVNNI__)
   return __builtin_cpu_supports("avxvnni") && __builtin_cpu_supports("f16c") && __builtin_cpu_supports("fma");
 #elif defined(__AVX2__)

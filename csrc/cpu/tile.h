@@ -14,8 +14,123 @@
 
 namespace w8a8::cpu::W8A8_LEVEL {
 
+// A tile has up to kRows tokens and as many of its task's kBlocks blocks as there are registers for. A line is 32 bits
+// for each channel of a block: four bytes of weights, or a sum.
+#if defined(__AVX512F__)
+constexpr int kRows = 6, kBlocks = 4;
+constexpr int64_t tile_blocks(int64_t) { return kBlocks; }
+struct Line { __m512i v; };
+inline Line load(const void* p) { return {_mm512_loadu_si512(p)}; }
+inline void store(void* p, Line x) { _mm512_storeu_si512(p, x.v); }
+inline Line same(int32_t v) { return {_mm512_set1_epi32(v)}; }
+#elif defined(__AVX2__)
+constexpr int kRows = 6, kBlocks = 4;
+constexpr int64_t tile_blocks(int64_t rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
+struct Line { __m256i lo, hi; };
+inline Line load(const void* p) {
+  const auto* half = (const __m256i*)p;
+  return {_mm256_loadu_si256(half), _mm256_loadu_si256(half + 1)};
+}
+inline void store(void* p, Line x) {
+  auto* half = (__m256i*)p;
+  _mm256_storeu_si256(half, x.lo), _mm256_storeu_si256(half + 1, x.hi);
+}
+inline Line same(int32_t v) { return {_mm256_set1_epi32(v), _mm256_set1_epi32(v)}; }
+#else
+constexpr int kRows = 4, kBlocks = 1;
+constexpr int64_t tile_blocks(int64_t) { return kBlocks; }
+struct Line { uint32_t v[kLanes]; };  // wraps like the others; the final sums fit
+inline Line load(const void* p) {
+  Line x;
+  std::memcpy(x.v, p, sizeof x.v);
+  return x;
+}
+inline void store(void* p, const Line& x) { std::memcpy(p, x.v, sizeof x.v); }
+inline Line same(int32_t v) {
+  Line x;
+  for (uint32_t& lane : x.v) lane = v;
+  return x;
+}
+#endif
+
+inline int32_t four_bytes(const void* p) {
+  int32_t v;
+  std::memcpy(&v, p, 4);
+  return v;
+}
+
+// Dot: four products for each channel, in `parts`. keep() puts four codes of a token where tokens() finds them.
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+struct Dot {
+  using Code = int8_t;
+  static constexpr int parts = 1;
+  static void keep(const int8_t* four, Code* to) { std::memcpy(to, four, 4); }
+  static Line weights(const uint8_t* p, int) { return load(p); }
+  static Line tokens(const Code* p, int) { return same(four_bytes(p)); }
+#if defined(__AVX512VNNI__)
+  static void add(Line& s, Line w, Line t) { s.v = _mm512_dpbusd_epi32(s.v, w.v, t.v); }
+#else
+  static void add(Line& s, Line w, Line t) {
+    s.lo = _mm256_dpbusd_avx_epi32(s.lo, w.lo, t.lo);
+    s.hi = _mm256_dpbusd_avx_epi32(s.hi, w.hi, t.hi);
+  }
+#endif
+};
+#elif defined(__AVX2__)
+// VPMADDUBSW would saturate, so products are of 16 bits: of the bytes with even k, and then of those with odd k. In
+// assembly, because compilers reorder the sums so that there are not enough registers for them.
+struct Dot {
+  using Code = int16_t;
+  static constexpr int parts = 2;
+  static void keep(const int8_t* four, Code* to) {  // as k 0, 2, 1, 3
+    const __m128i wide = _mm_cvtepi8_epi16(_mm_cvtsi32_si128(four_bytes(four)));
+    _mm_storel_epi64((__m128i*)to, _mm_shufflelo_epi16(wide, 0xd8));
+  }
+#if defined(__AVX512F__)
+  static __m512i tokens(const Code* p, int part) { return same(four_bytes(p + 2 * part)).v; }
+  static Line weights(const uint8_t* p, int part) {
+    const __m512i w = load(p).v;
+    return {part ? _mm512_srli_epi16(w, 8) : _mm512_and_si512(w, _mm512_set1_epi16(0xff))};
+  }
+  static void add(Line& s, Line w, __m512i t) {
+    __m512i sum = s.v, product;
+    asm("vpmaddwd %2, %3, %1; vpaddd %1, %0, %0" : "+v"(sum), "=&v"(product) : "v"(w.v), "v"(t));
+    s.v = sum;
+  }
+#else
+  static __m256i tokens(const Code* p, int part) { return same(four_bytes(p + 2 * part)).lo; }
+  static Line weights(const uint8_t* p, int part) {
+    static constexpr __m256i even = {0xff00ff00ff00ff, 0xff00ff00ff00ff, 0xff00ff00ff00ff, 0xff00ff00ff00ff};
+    __m256i lo = load(p).lo, hi = load(p).hi;
+    if (part) return {_mm256_srli_epi16(lo, 8), _mm256_srli_epi16(hi, 8)};
+    asm("vpand %2, %0, %0; vpand %2, %1, %1" : "+x"(lo), "+x"(hi) : "m"(even));
+    return {lo, hi};
+  }
+  static void add(Line& s, Line w, __m256i t) {
+    __m256i lo = s.lo, hi = s.hi, product;
+    asm("vpmaddwd %4, %2, %3; vpmaddwd %5, %2, %2; vpaddd %3, %0, %0; vpaddd %2, %1, %1"
+        : "+x"(lo), "+x"(hi), "+x"(t), "=&x"(product)
+        : "x"(w.lo), "x"(w.hi));
+    s = {lo, hi};
+  }
+#endif
+};
+#else
+struct Dot {
+  using Code = int8_t;
+  static constexpr int parts = 1;
+  static void keep(const int8_t* four, Code* to) { std::memcpy(to, four, 4); }
+  static const uint8_t* weights(const uint8_t* p, int) { return p; }
+  static const Code* tokens(const Code* p, int) { return p; }
+  static void add(Line& s, const uint8_t* w, const Code* t) {
+    for (int lane = 0; lane < kLanes; ++lane)
+      for (int k = 0; k < kDepth; ++k) s.v[lane] += (uint32_t)(w[lane * kDepth + k] * t[k]);
+  }
+};
+#endif
+
 struct TileArgs {
-  const int8_t* a;  // [rows][groups * 4 * steps]
+  const Dot::Code* a;  // [rows][groups * 4 * steps]
   const uint8_t* b;
   int64_t b_stride;       // bytes from one block of 16 channels to the next
   int64_t groups, steps;  // steps of four k in each; several groups only if they are narrow
@@ -30,105 +145,6 @@ struct TileArgs {
   const uint8_t* ahead[2];  // two runs of weights, one line a step, to prefetch meanwhile, or null
 };
 
-inline int32_t four(const int8_t* p) {
-  int32_t v;
-  std::memcpy(&v, p, 4);
-  return v;
-}
-
-// Dot<>: vectors for one token and one block of 16 channels.
-#if defined(__AVX512VNNI__)
-constexpr int kRows = 6, kBlocks = 4;
-struct Dot {
-  using Weights = __m512i;
-  using Tokens = __m512i;
-  using Sums = __m512i;
-  static Weights weights(const uint8_t* p) { return _mm512_loadu_si512(p); }
-  static Tokens tokens(const int8_t* p) { return _mm512_set1_epi32(four(p)); }
-  static Sums set(int32_t v) { return _mm512_set1_epi32(v); }
-  static Sums load(const int32_t* p) { return _mm512_loadu_si512(p); }
-  static void store(int32_t* p, Sums s) { _mm512_storeu_si512(p, s); }
-  static void add(Sums& s, const Weights& w, const Tokens& t) { s = _mm512_dpbusd_epi32(s, w, t); }
-};
-#elif defined(__AVXVNNI__)
-constexpr int kRows = 6, kBlocks = 1;
-struct Dot {
-  struct Weights { __m256i lo, hi; };
-  using Tokens = __m256i;
-  using Sums = Weights;
-  static Weights weights(const uint8_t* p) {
-    return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)(p + 32))};
-  }
-  static Tokens tokens(const int8_t* p) { return _mm256_set1_epi32(four(p)); }
-  static Sums set(int32_t v) { return {_mm256_set1_epi32(v), _mm256_set1_epi32(v)}; }
-  static Sums load(const int32_t* p) { return weights((const uint8_t*)p); }
-  static void store(int32_t* p, const Sums& s) {
-    _mm256_storeu_si256((__m256i*)p, s.lo);
-    _mm256_storeu_si256((__m256i*)(p + 8), s.hi);
-  }
-  static void add(Sums& s, const Weights& w, const Tokens& t) {
-    s.lo = _mm256_dpbusd_avx_epi32(s.lo, w.lo, t);
-    s.hi = _mm256_dpbusd_avx_epi32(s.hi, w.hi, t);
-  }
-};
-#elif defined(__AVX2__)
-// VPMADDUBSW would saturate, so bytes are widened: each 32-bit sum holds k 0,1 or k 2,3 of one channel until store().
-constexpr int kRows = 2, kBlocks = 1;
-struct Dot {
-  struct Weights { __m256i v[4]; };  // v[i]: channels 4 i .. 4 i + 3, as int16
-  using Tokens = __m256i;
-  using Sums = Weights;
-  static Weights weights(const uint8_t* p) {
-    Weights w;
-    for (int i = 0; i < 4; ++i) w.v[i] = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)(p + 16 * i)));
-    return w;
-  }
-  static Tokens tokens(const int8_t* p) { return _mm256_cvtepi8_epi16(_mm_set1_epi32(four(p))); }
-  static Sums set(int32_t v) {  // in the even half of each pair
-    __m256i pair = _mm256_set1_epi64x((uint32_t)v);
-    return {{pair, pair, pair, pair}};
-  }
-  static Sums load(const int32_t* p) {
-    Sums s;
-    for (int i = 0; i < 4; ++i) s.v[i] = _mm256_cvtepu32_epi64(_mm_loadu_si128((const __m128i*)(p + 4 * i)));
-    return s;
-  }
-  static void store(int32_t* p, const Sums& s) {
-    for (int i = 0; i < 4; i += 2) {  // hadd works within 128-bit halves: put channels back in order
-      __m256i sum = _mm256_permute4x64_epi64(_mm256_hadd_epi32(s.v[i], s.v[i + 1]), 0xd8);
-      _mm256_storeu_si256((__m256i*)(p + 4 * i), sum);
-    }
-  }
-  static void add(Sums& s, const Weights& w, const Tokens& t) {
-    for (int i = 0; i < 4; ++i) s.v[i] = _mm256_add_epi32(s.v[i], _mm256_madd_epi16(w.v[i], t));
-  }
-};
-#else
-constexpr int kRows = 4, kBlocks = 1;
-struct Dot {
-  using Weights = const uint8_t*;
-  using Tokens = const int8_t*;
-  struct Sums { uint32_t v[kLanes]; };  // wraps like the others; the final sums fit
-  static Weights weights(const uint8_t* p) { return p; }
-  static Tokens tokens(const int8_t* p) { return p; }
-  static Sums set(int32_t v) {
-    Sums s;
-    for (uint32_t& x : s.v) x = v;
-    return s;
-  }
-  static Sums load(const int32_t* p) {
-    Sums s;
-    std::memcpy(s.v, p, sizeof s.v);
-    return s;
-  }
-  static void store(int32_t* p, const Sums& s) { std::memcpy(p, s.v, sizeof s.v); }
-  static void add(Sums& s, Weights w, Tokens t) {
-    for (int lane = 0; lane < kLanes; ++lane)
-      for (int k = 0; k < kDepth; ++k) s.v[lane] += (uint32_t)(w[lane * kDepth + k] * t[k]);
-  }
-};
-#endif
-
 constexpr int kColumns = kBlocks * kLanes;
 
 // Sums of a narrow group start at the bits of 1.5 * 2^23, and are then, reread as fp32, 1.5 * 2^23 + their value: to
@@ -139,14 +155,23 @@ constexpr float kMagic = 12582912.0f;
 
 // out += float(sums) * a_scale * b_scale, rounding after each step as the reference does.
 template <bool narrow>
-void promote(const Dot::Sums& sums, float a_scale, const float* b_scale, float* out) {
+void promote(const Line& sums, float a_scale, const float* b_scale, float* out) {
 #if defined(__AVX512F__)
-  __m512 product = narrow ? _mm512_sub_ps(_mm512_castsi512_ps(sums), _mm512_set1_ps(kMagic)) : _mm512_cvtepi32_ps(sums);
+  __m512 product =
+      narrow ? _mm512_sub_ps(_mm512_castsi512_ps(sums.v), _mm512_set1_ps(kMagic)) : _mm512_cvtepi32_ps(sums.v);
   product = _mm512_mul_ps(_mm512_mul_ps(product, _mm512_set1_ps(a_scale)), _mm512_loadu_ps(b_scale));
   _mm512_storeu_ps(out, _mm512_add_ps(_mm512_loadu_ps(out), product));
+#elif defined(__AVX2__)
+  const __m256i halves[] = {sums.lo, sums.hi};
+  for (int i = 0; i < 2; ++i, b_scale += 8, out += 8) {
+    __m256 product =
+        narrow ? _mm256_sub_ps(_mm256_castsi256_ps(halves[i]), _mm256_set1_ps(kMagic)) : _mm256_cvtepi32_ps(halves[i]);
+    product = _mm256_mul_ps(_mm256_mul_ps(product, _mm256_set1_ps(a_scale)), _mm256_loadu_ps(b_scale));
+    _mm256_storeu_ps(out, _mm256_add_ps(_mm256_loadu_ps(out), product));
+  }
 #else
   int32_t integers[kLanes];
-  Dot::store(integers, sums);
+  store(integers, sums);
   for (int i = 0; i < kLanes; ++i) {
     out[i] += (float)(narrow ? integers[i] - kMagicBits : integers[i]) * a_scale * b_scale[i];
   }
@@ -163,36 +188,39 @@ inline __attribute__((always_inline)) void each(const F& f) {
 
 // sums += A B^T over t.steps steps.
 template <int rows, int blocks, bool prefetch>
-inline __attribute__((always_inline)) void multiply(const TileArgs& t, const int8_t* a, const uint8_t* b,
-                                                    Dot::Sums (&sums)[rows][blocks]) {
+inline __attribute__((always_inline)) void multiply(const TileArgs& t, const Dot::Code* a, const uint8_t* b,
+                                                    Line (&sums)[rows][blocks]) {
   const int64_t a_stride = t.groups * t.steps * kDepth, done = b - t.b;
   for (int64_t k = 0; k < t.steps; ++k, a += kDepth, b += kLine) {
     if (prefetch) {
       __builtin_prefetch(t.ahead[0] + done + k * kLine);
       __builtin_prefetch(t.ahead[1] + done + k * kLine);
     }
-    Dot::Weights w[blocks];
+#pragma GCC unroll 2
+    for (int part = 0; part < Dot::parts; ++part) {
+      decltype(Dot::weights(b, part)) w[blocks];
 #pragma GCC unroll 4
-    for (int v = 0; v < blocks; ++v) w[v] = Dot::weights(b + v * t.b_stride);
+      for (int v = 0; v < blocks; ++v) w[v] = Dot::weights(b + v * t.b_stride, part);
 #pragma GCC unroll 8
-    for (int r = 0; r < rows; ++r) {
-      const Dot::Tokens x = Dot::tokens(a + r * a_stride);
+      for (int r = 0; r < rows; ++r) {
+        const auto x = Dot::tokens(a + r * a_stride, part);
 #pragma GCC unroll 4
-      for (int v = 0; v < blocks; ++v) Dot::add(sums[r][v], w[v], x);
+        for (int v = 0; v < blocks; ++v) Dot::add(sums[r][v], w[v], x);
+      }
     }
   }
 }
 
 template <int rows, int blocks, bool narrow>
 void dot_tile(const TileArgs& t) {
-  Dot::Sums sums[rows][blocks];
+  Line sums[rows][blocks];
   for (int64_t group = 0; group < t.groups; ++group) {
     const int32_t* start = t.start + group * t.start_stride;
     if (narrow || t.start)
-      each<rows, blocks>([&](int r, int v, int) { sums[r][v] = Dot::set(start[r]); });
+      each<rows, blocks>([&](int r, int v, int) { sums[r][v] = same(start[r]); });
     else
-      each<rows, blocks>([&](int r, int v, int at) { sums[r][v] = Dot::load(t.sums + at); });
-    const int8_t* a = t.a + group * t.steps * kDepth;
+      each<rows, blocks>([&](int r, int v, int at) { sums[r][v] = load(t.sums + at); });
+    const Dot::Code* a = t.a + group * t.steps * kDepth;
     const uint8_t* b = t.b + group * t.steps * kLine;
     if (t.ahead[0])
       multiply<rows, blocks, true>(t, a, b, sums);
@@ -204,7 +232,7 @@ void dot_tile(const TileArgs& t) {
         promote<narrow>(sums[r][v], a_scale[r * t.a_scale_row], b_scale + v * kLanes, t.out + at);
       });
     else
-      each<rows, blocks>([&](int r, int v, int at) { Dot::store(t.sums + at, sums[r][v]); });
+      each<rows, blocks>([&](int r, int v, int at) { store(t.sums + at, sums[r][v]); });
   }
 }
 
@@ -254,7 +282,7 @@ void amx_tile(int64_t rows, int64_t blocks, const TileArgs& t) {
     for (int64_t r = 0; r < rows; ++r)
       for (int64_t v = 0; v < blocks; ++v) {
         const int64_t at = r * kColumns + v * kLanes;
-        promote<narrow>(Dot::load(t.sums + at), a_scale[r * t.a_scale_row], b_scale + v * kLanes, t.out + at);
+        promote<narrow>(load(t.sums + at), a_scale[r * t.a_scale_row], b_scale + v * kLanes, t.out + at);
       }
   }
 }

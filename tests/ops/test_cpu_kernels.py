@@ -17,7 +17,7 @@ from vllm_w8a8_bismooth.ops import reference
 ROOT = Path(__file__).parents[2]
 INCLUDES = [ROOT / "csrc", ROOT / "tests/csrc"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-LEVELS = ["amx", "avx512_vnni", "avx_vnni", "avx2", "portable"]
+LEVELS = ["amx", "avx512_vnni", "avx_vnni", "avx512", "avx2", "portable"]
 
 level = getattr(torch.ops.w8a8_bismooth, "_cpu_level", None)
 pytestmark = pytest.mark.skipif(level is None, reason="the CPU kernels are not built (see setup.py)")
@@ -36,7 +36,7 @@ def at_level(request):
 
 def test_the_best_level_is_in_use():
     flags = Path("/proc/cpuinfo").read_text()
-    expected = next(name for name in LEVELS if {"amx": "amx_int8", "portable": ""}.get(name, name) in flags)
+    expected = next(n for n in LEVELS if {"amx": "amx_int8", "avx512": "avx512bw", "portable": ""}.get(n, n) in flags)
     assert ops.has_kernel("cpu") and level("") == expected
     assert ops.has_kernel("cpu", "silu_mul_quantize") and not ops.has_kernel("cpu", "rms_norm_quantize")
     with pytest.raises(RuntimeError, match="no level 'sse9'"):
@@ -80,6 +80,23 @@ def check_product(case):
 
 def test_product_equals_the_reference(at_level):
     check_product()
+
+
+@pytest.mark.parametrize("group", [None, 32, 128])
+@pytest.mark.parametrize("tokens", [1, 5, 40])
+def test_experts_equal_those_of_portable_code(at_level, group, tokens):
+    """Packed experts, of which each takes another number of tokens."""
+    generator = torch.Generator().manual_seed(tokens)
+    weights = [torch.randint(-127, 128, (4, n, 256), generator=generator, dtype=torch.int8) for n in (512, 256)]
+    packed = [torch.stack([ops.pack_weight(expert, group) for expert in weight]) for weight in weights]
+    w13_scale, w2_scale = (torch.rand(4, n, 256 // (group or 256), generator=generator) * 1e-3 for n in (512, 256))
+    x = torch.randn(tokens, 256, generator=generator).bfloat16()
+    shares = torch.rand(tokens, 2, generator=generator)
+    chosen = torch.stack([torch.randperm(3, generator=generator)[:2] for _ in range(tokens)])
+    arguments = x, shares, chosen, packed[0], w13_scale, packed[1], w2_scale, "silu", group
+    found = ops.experts(*arguments)
+    level("portable")
+    assert torch.equal(found, ops.experts(*arguments)) and found.abs().sum() > 0
 
 
 @settings(max_examples=60)

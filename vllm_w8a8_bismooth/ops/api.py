@@ -14,7 +14,7 @@ def has_kernel(device_type: str, op: str = "scaled_mm") -> bool:
 
 
 def cpu_level() -> str:
-    """Which instructions the compiled CPU kernels use here: ``amx``, ``avx512_vnni``, ``avx_vnni``, ``avx2``, ..."""
+    """Which instructions the compiled CPU kernels use here: ``amx``, ``avx512_vnni``, ``avx_vnni``, ``avx512``, ..."""
     return torch.ops.w8a8_bismooth._cpu_level("")
 
 

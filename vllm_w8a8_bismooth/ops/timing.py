@@ -28,15 +28,16 @@ def copies_against_caches(device: str, size: int) -> int:
     return -(-2 * cache_bytes(device) // size) + 1
 
 
-def prepare(call: Call, copies: int, device: str) -> Run:
+def prepare(call: Call, copies: int, device: str, clock: Callable[[], float] = time.perf_counter) -> Run:
     """Make a call ready to be timed.
 
     Args:
         call: called with 0 to ``copies - 1`` in turn.
         copies: of the data.
         device: ``cpu``, or ``cuda``, where calls are captured into a graph.
+        clock: seconds, on a CPU.
     """
-    return {"cpu": _on_cpu, "cuda": _on_cuda}[device](call, copies)
+    return _on_cpu(call, copies, clock) if device == "cpu" else _on_cuda(call, copies)
 
 
 def times(runs: dict[str, Run], seconds: float) -> dict[str, list[float]]:
@@ -63,11 +64,11 @@ def median(call: Call, device: str, seconds: float) -> float:
     return statistics.median(times({"": prepare(call, 1, device)}, seconds)[""])
 
 
-def _on_cpu(call: Call, copies: int) -> Run:
+def _on_cpu(call: Call, copies: int, clock: Callable[[], float]) -> Run:
     def run(turn: int) -> float:
-        start = time.perf_counter()
+        start = clock()
         call(turn % copies)
-        return time.perf_counter() - start
+        return clock() - start
 
     run(0)
     return run
