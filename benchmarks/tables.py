@@ -214,6 +214,18 @@ def engines_without_vnni(path: Path) -> str:
     return markdown(("oneDNN may use", "checkpoint", "KL by vLLM's own product", "KL by ours"), lines, words=2)
 
 
+def shares(path: Path) -> str:
+    """Seconds of each load, and the share that each part of the engine has in them."""
+    found = rows(path)
+    parts = list(dict.fromkeys(part for row in found for part in row["parts"]))
+    parts.sort(key=lambda part: -sum(row["parts"].get(part, 0) / row["profiled"] for row in found))
+    lines = []
+    for row in found:
+        cells = (f"{row['parts'].get(part, 0) / row['profiled']:.1%}" for part in parts)
+        lines.append((row["model"], row["level"], row["arm"], row["load"], f"{row['seconds']:.2f}", *cells))
+    return markdown(("model", "level", "arm", "load", "seconds", *parts), lines, words=4)
+
+
 def plants(path: Path) -> str:
     """Planted beds: KL relative to RTN on the healthy bed, by kind of plant: mean over beds and seeds, and range."""
     data = Accuracy(path)
@@ -417,6 +429,7 @@ OF_MACHINES = (
     ("convert.json", conversion_targets),
     ("serve-*.json", engines),
     ("serve-*.json", rates),
+    ("shares.json", shares),
     ("saturation.json", saturation),
     ("saturation-engines.json", engines_without_vnni),
 )
