@@ -1,7 +1,7 @@
 """Where an engine's time goes: shares of linears, attention, head, norms and the rest, in real vLLM on a CPU.
 
-    python -m benchmarks.shares MODEL... [--levels avx512_vnni,avx2] [--arms ours,apart,stock] [--threads N] [--quick]
-                                [--json FILE]
+    python -m benchmarks.shares MODEL... [--levels avx512_vnni,avx2] [--arms ours,apart,stock] [--threads N] [--turns N]
+                                [--quick] [--json FILE]
 
 MODEL is a folder, a model of benchmarks/real, or random:SIZE; it is converted by plain rounding. ``ours`` serves it
 with this package, ``apart`` too, but quantizes and multiplies in two operations, and ``stock`` with vLLM's own INT8. At
@@ -149,17 +149,20 @@ def main() -> None:
     parser.add_argument("--levels", default=",".join(LEVELS), help="some of %(default)s")
     parser.add_argument("--arms", default="ours", help=f"some of {','.join(ARMS)}; default: %(default)s")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the engine; default: all")
+    parser.add_argument(
+        "--turns", type=int, default=3, help="without the profiler, for the seconds; default: %(default)s"
+    )
     parser.add_argument("--quick", action="store_true", help="a few tokens: shows that everything runs")
     parser.add_argument("--json", type=Path, metavar="FILE", help="default: benchmarks/results/<machine>/shares.json")
     arguments = parser.parse_args()
-    loads, turns, rows = ({"1 request": QUICK} if arguments.quick else LOADS), 1 if arguments.quick else 3, []
+    loads, rows = {"1 request": QUICK} if arguments.quick else LOADS, []
     path = arguments.json or (WORK / "shares.json" if arguments.quick else record.here("shares"))
     levels, arms = arguments.levels.split(","), arguments.arms.split(",")
     for level, model, arm in itertools.product(levels, arguments.models, arms):
         origin = source(model)
         folder = WORK / f"{origin.name}-rtn"
         bismooth.convert(origin, folder, method="rtn")
-        for load, found in measure(folder, level, arm, arguments.threads, loads, turns).items():
+        for load, found in measure(folder, level, arm, arguments.threads, loads, arguments.turns).items():
             rows.append({"model": origin.name, "level": level, "arm": arm, "load": load, **found})
             print(json.dumps(rows[-1]), flush=True)
         record.write(path, rows, loads=loads, threads=arguments.threads)

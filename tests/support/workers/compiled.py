@@ -4,8 +4,9 @@
 Each engine, ``eager`` and ``compiled``, greedily continues batches of many sizes, of prompts of many lengths out of
 TEXT. The answer holds for each the tokens and log-probabilities as in :mod:`tests.support.workers.engine`, how often
 each of our ops ran in one forward pass (``ops``; linears that take gate and up apart), what vLLM and Dynamo counted
-while compiling (``compiling``) and from then on (``compiled_later``). The eager engine also answers with its fusion off (``unfused``). ``rows_at_registration``
-counts the plugin's rows in vLLM's registry of fused producers before the first engine.
+while compiling (``compiling``) and from then on (``compiled_later``). The eager engine also answers with its fusion off
+(``unfused``). ``rows_at_registration`` counts the plugin's rows in vLLM's registry of fused producers before the first
+engine.
 """
 
 import dataclasses
