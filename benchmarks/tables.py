@@ -225,6 +225,18 @@ def compute_dtypes(path: Path) -> str:
     return markdown(("bed", "float32", "bfloat16", "mean change", "largest"), lines)
 
 
+def shares(path: Path) -> str:
+    """Seconds of each load, and the share that each part of the engine has in them."""
+    found = rows(path)
+    parts = list(dict.fromkeys(part for row in found for part in row["parts"]))
+    parts.sort(key=lambda part: -sum(row["parts"].get(part, 0) / row["profiled"] for row in found))
+    lines = []
+    for row in found:
+        cells = (f"{row['parts'].get(part, 0) / row['profiled']:.1%}" for part in parts)
+        lines.append((row["model"], row["level"], row["arm"], row["load"], f"{row['seconds']:.2f}", *cells))
+    return markdown(("model", "level", "arm", "load", "seconds", *parts), lines, words=4)
+
+
 def plants(path: Path) -> str:
     """Planted beds: KL relative to RTN on the healthy bed, by kind of plant: mean over beds and seeds, and range."""
     data = Accuracy(path)
@@ -467,6 +479,7 @@ OF_MACHINES = (
     ("serve-*.json", engines),
     ("serve-*.json", rates),
     ("heads.json", heads),
+    ("shares.json", shares),
     ("saturation.json", saturation),
     ("saturation-engines.json", engines_without_vnni),
 )

@@ -140,6 +140,21 @@ inline float silu(float x) {
 
 constexpr int64_t kChunk = 256;  // channels that stay in the L1 cache as floats
 
+// silu(gate) * up of one token.
+template <class T>
+void silu_mul(const typename T::Storage* gate, int64_t channels, typename T::Storage* row) {
+  const auto* up = gate + channels;
+  for (int64_t i = 0; i < channels; i += kChunk) {
+    const int64_t count = std::min(kChunk, channels - i);
+    float left[kChunk], right[kChunk];
+    widen<T>(gate + i, left, count), widen<T>(up + i, right, count);
+    for (int64_t j = 0; j < count; ++j) left[j] = silu(left[j]);
+    narrow<T>(left, row + i, count), widen<T>(row + i, left, count);
+    for (int64_t j = 0; j < count; ++j) left[j] *= right[j];
+    narrow<T>(left, row + i, count);
+  }
+}
+
 void silu_mul_quantize(const SiluMul& q, const Parallel& parallel) {
   with_float(q.dtype, [&](auto type) {
     using T = decltype(type);
@@ -147,16 +162,7 @@ void silu_mul_quantize(const SiluMul& q, const Parallel& parallel) {
     parallel(q.tokens, 1 + 4096 / std::max<int64_t>(q.channels, 1), [&](int64_t begin, int64_t end) {
       std::vector<typename T::Storage> row(q.channels);
       for (int64_t t = begin; t < end; ++t) {
-        const auto *gate = x + t * 2 * q.channels, *up = gate + q.channels;
-        for (int64_t i = 0; i < q.channels; i += kChunk) {
-          const int64_t count = std::min(kChunk, q.channels - i);
-          float left[kChunk], right[kChunk];
-          widen<T>(gate + i, left, count), widen<T>(up + i, right, count);
-          for (int64_t j = 0; j < count; ++j) left[j] = silu(left[j]);
-          narrow<T>(left, row.data() + i, count), widen<T>(row.data() + i, left, count);
-          for (int64_t j = 0; j < count; ++j) left[j] *= right[j];
-          narrow<T>(left, row.data() + i, count);
-        }
+        silu_mul<T>(x + t * 2 * q.channels, q.channels, row.data());
         for (int64_t i = 0; i < q.channels; i += q.width) {
           const int64_t at = t * q.channels + i;
           quantize_row<T>(row.data() + i, q.width, q.codes + at, q.scale + at / q.width);
@@ -165,6 +171,32 @@ void silu_mul_quantize(const SiluMul& q, const Parallel& parallel) {
     });
   });
 }
+
+// What quantizes tokens for a product, one after the other, on one thread.
+struct Quantizer {
+  const Unquantized& x;
+  int64_t channels, width;  // of a token, and what shares a scale
+  std::vector<int8_t> codes;
+  std::unique_ptr<uint8_t[]> activated;
+
+  Quantizer(const Gemm& g) : x(g.x), channels(g.groups * g.width), width(channels / g.a_groups) {
+    if (x.x) codes.resize(channels);
+    if (x.x && x.silu_mul) activated.reset(new uint8_t[channels * sizeof(float)]);
+  }
+  const int8_t* operator()(int64_t token, float* scale) {
+    with_float(x.dtype, [&](auto type) {
+      using T = decltype(type);
+      using Storage = typename T::Storage;
+      const auto* row = static_cast<const Storage*>(x.x) + token * channels * (1 + x.silu_mul);
+      if (x.silu_mul) {
+        auto* made = reinterpret_cast<Storage*>(activated.get());
+        silu_mul<T>(row, channels, made), row = made;
+      }
+      for (int64_t i = 0; i < channels; i += width) quantize_row<T>(row + i, width, codes.data() + i, scale++);
+    });
+    return codes.data();
+  }
+};
 
 // GEMM
 
@@ -314,24 +346,35 @@ void run_task(const Plan& p, int64_t task, int64_t upcoming, Workspace& w) {
   });
 }
 
-void gemm(const Gemm& g, const Parallel& parallel) {
+void gemm(const Gemm& given, const Parallel& parallel) {
+  Gemm g = given;
   const int64_t depth = ceil_div(g.width, kDepth) * kDepth, k = g.groups * depth;
   // Kept from call to call: the first touch of new pages would take a few percent of the time of a large product.
   thread_local std::vector<Dot::Code> codes;
   thread_local std::vector<int32_t> starts;
+  thread_local std::vector<float> scales;
   codes.resize(std::max<size_t>(codes.size(), g.m * k));
   starts.resize(std::max<size_t>(starts.size(), g.m * g.groups));
   Dot::Code* const a = codes.data();  // not by name: other threads have vectors of their own
   int32_t* const start = starts.data();
+  float* scale = nullptr;
+  int64_t grain = 65536;
+  if (!g.a) {
+    scales.resize(std::max<size_t>(scales.size(), g.m * g.a_groups));
+    g.a_scale = scale = scales.data();
+    grain = g.x.silu_mul ? 4096 : 32768;
+  }
   const Blocking* blocking = kBlocking;
   while (g.m > blocking->tokens) ++blocking;
   const Plan plan{g, depth, a, *blocking, start};
   const uint32_t base = plan.narrow() ? kMagicBits : 0;
-  parallel(g.m, 1 + 65536 / std::max<int64_t>(k, 1), [&](int64_t begin, int64_t end) {
+  parallel(g.m, 1 + grain / std::max<int64_t>(k, 1), [&](int64_t begin, int64_t end) {
+    Quantizer quantizer(g);
     for (int64_t m = begin; m < end; ++m) {
       const int64_t m0 = m / kTokens * kTokens, rows = std::min(kTokens, g.m - m0);
+      const int8_t* token = g.a ? g.a + m * g.groups * g.width : quantizer(m, scale + m * g.a_groups);
       for (int64_t group = 0; group < g.groups; ++group) {
-        const int8_t* row = g.a + (m * g.groups + group) * g.width;
+        const int8_t* row = token + group * g.width;
         int32_t sum = 0;
         for (int64_t i = 0; i < g.width; ++i) sum += row[i];
         start[group * g.m + m] = (int32_t)(base - 128u * (uint32_t)sum);
@@ -341,7 +384,7 @@ void gemm(const Gemm& g, const Parallel& parallel) {
         Dot::Code* to = a + m0 * k + k0 * rows + (m - m0) * width;
         for (int64_t i = 0, count; i < width; i += count) {
           const int64_t group = (k0 + i) / depth, at = (k0 + i) % depth;
-          const int8_t* from = g.a + (m * g.groups + group) * g.width + at;
+          const int8_t* from = token + group * g.width + at;
           count = std::min(width - i, depth - at);
           const int64_t whole = std::min(count, (g.width - at) / kDepth * kDepth);
           for (int64_t j = 0; j < whole; j += kDepth) Dot::keep(from + j, to + i + j);

@@ -42,9 +42,16 @@ struct SiluMul {
   float* scale;                     // [tokens, channels / width]
 };
 
+// Activations that a product quantizes itself.
+struct Unquantized {
+  const void* x;  // [M, K], or with silu_mul [M, 2 * K], gate, then up; contiguous
+  Float dtype;
+  bool silu_mul;
+};
+
 struct Gemm {
   int64_t m, n, groups, width;  // K = groups * width
-  const int8_t* a;              // [M, K]
+  const int8_t* a;              // [M, K], or null: then `x` makes them, and a_scale
   const uint8_t* packed;        // packed weights, or null
   const int8_t* b;              // [N, K], read where `packed` is null
   const float* a_scale;         // [M, a_groups]
@@ -54,6 +61,7 @@ struct Gemm {
   const float* bias;  // [N] or null
   void* out;          // [M, N]
   Float dtype;
+  Unquantized x;
 };
 
 // One instruction-set level: the same source, kernels.cpp, compiled with that level's flags.

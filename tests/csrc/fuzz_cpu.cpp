@@ -61,7 +61,20 @@ void fuzz_gemm(const Level* level) {
   for (auto& x : a_scale) x = std::fabs(real(1));
   for (auto& x : b_scale) x = std::fabs(real(1));
   for (auto& x : bias) x = real(100);
-  g.a = a.data(), g.a_scale = a_scale.data(), g.b_scale = b_scale.data(), g.out = out.data(), g.dtype = Float::fp32;
+  g.a = a.data(), g.a_scale = a_scale.data();
+  std::vector<float> x;
+  if (const int64_t sides = pick(0, 2)) {  // the product's own codes and scales, those of the other two functions
+    x.resize(g.m * k * sides);
+    for (auto& value : x) value = real(4);
+    if (sides == 1)
+      level->quantize({x.data(), Float::fp32, g.m * g.a_groups, k / g.a_groups, a.data(), a_scale.data()},
+                      three_threads);
+    else
+      level->silu_mul_quantize({x.data(), Float::fp32, g.m, k, k / g.a_groups, a.data(), a_scale.data()},
+                               three_threads);
+    g.a = nullptr, g.a_scale = nullptr, g.x = {x.data(), Float::fp32, sides == 2};
+  }
+  g.b_scale = b_scale.data(), g.out = out.data(), g.dtype = Float::fp32;
   packed ? (void)(g.packed = p.data()) : (void)(g.b = b.data());
   g.b_scale_n = along_n ? 1 : g.groups, g.b_scale_g = along_n ? g.n : 1;
   g.bias = with_bias ? bias.data() : nullptr;

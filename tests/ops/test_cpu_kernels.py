@@ -143,6 +143,38 @@ def test_silu_and_quantization_equal_the_reference(at_level):
     check_silu_mul()
 
 
+@settings(max_examples=60)
+@given(
+    tokens=st.one_of(st.integers(0, 20), st.sampled_from([127, 129, 260])),
+    channels=st.integers(1, 80),
+    groups=st.integers(1, 3),
+    width=st.one_of(st.integers(1, 140), st.sampled_from([255, 520])),
+    grouped=st.booleans(),
+    silu_mul=st.booleans(),
+    biased=st.booleans(),
+    packed=st.booleans(),
+    contiguous=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 2**31),
+)
+def check_linear(tokens, channels, groups, width, grouped, silu_mul, biased, packed, contiguous, dtype, seed):
+    generator = torch.Generator().manual_seed(seed)
+    k, group_size = groups * width, width if grouped else None
+    x = (torch.randn(tokens, (k << silu_mul) + 1, generator=generator) * 3).to(dtype)[:, :-1]
+    weight = torch.randint(-127, 128, (channels, k), generator=generator, dtype=torch.int8)
+    scale = torch.rand(channels, groups, generator=generator)
+    bias = torch.randn(channels, generator=generator).to(dtype) if biased else None
+    codes, a_scale = (reference.silu_mul_quantize if silu_mul else reference.quantize_activations)(x, group_size)
+    expected = reference.scaled_mm(codes, weight, a_scale, scale, dtype, bias)
+    x, weight = x.contiguous() if contiguous else x, ops.pack_weight(weight, width) if packed else weight
+    assert torch.equal(ops.linear(x, weight, scale, group_size, bias, silu_mul), expected)
+
+
+def test_a_linear_in_one_equals_the_reference(at_level):
+    assert ops.has_kernel("cpu", "linear")
+    check_linear()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_silu_of_every_half(at_level, dtype):
     """Each a group of its own, whose scale is then its magnitude; NaN and infinity included."""
@@ -193,6 +225,16 @@ def test_a_wrong_operand_is_refused():
         ops.quantize_activations(torch.zeros(2, 64, dtype=torch.float64), None)
     with pytest.raises(RuntimeError, match="fp32, bf16 or fp16"):
         ops.silu_mul_quantize(torch.zeros(2, 64, dtype=torch.float64), None)
+    weight, scale, linear = torch.zeros(32, 64, dtype=torch.int8), torch.ones(32, 2), torch.ops.w8a8_bismooth.linear
+    for x, group_size, silu_mul, message in [
+        (torch.zeros(2, 64, dtype=torch.float64), 32, False, "fp32, bf16 or fp16"),
+        (torch.zeros(2, 63), None, True, "x must be"),
+        (torch.zeros(2, 64), 16, False, "expected"),
+        (torch.zeros(2, 64), 24, False, "not a multiple of group_size = 24"),
+        (torch.zeros(2, 64), 32, True, "b must be int8"),
+    ]:
+        with pytest.raises(RuntimeError, match=message):
+            linear(x, weight, scale, group_size, None, silu_mul)
 
 
 def test_only_stable_symbols_are_needed():

@@ -10,7 +10,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 from vllm_w8a8_bismooth import ops
-from vllm_w8a8_bismooth.ops import reference
+from vllm_w8a8_bismooth.ops import api, reference, whole
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -218,6 +218,9 @@ def test_opcheck(m):
         (a, b, a_scale, b_scale.t().contiguous().t(), torch.float32, None, True),
     ):
         torch.library.opcheck(torch.ops.w8a8_bismooth.scaled_mm.default, arguments)
+    for channels, silu_mul in ((64, False), (128, True)):
+        arguments = (torch.randn(m, channels, dtype=torch.bfloat16), b, b_scale, 32, bias, silu_mul)
+        torch.library.opcheck(torch.ops.w8a8_bismooth.linear.default, arguments)
     for dtype in (torch.float32, torch.bfloat16):
         torch.library.opcheck(torch.ops.w8a8_bismooth.experts.default, mixture(dtype))
 
@@ -273,6 +276,7 @@ def test_fakes_have_the_strides_of_the_outputs(m):
     calls += [(namespace.scaled_mm, (a.t().contiguous().t(), b, a_scale, b_scale, torch.bfloat16))]
     if ops.has_kernel("cpu"):
         calls += [(namespace.scaled_mm, (a, ops.pack_weight(b, 32), a_scale, b_scale, torch.bfloat16))]
+    calls += [(namespace.linear, (x[:, :64], b, b_scale, 32)), (namespace.linear, (x, b, b_scale, None, None, True))]
     for op, arguments in calls:
         with FakeTensorMode() as mode:
             faked = op(*(mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for v in arguments))
@@ -289,12 +293,14 @@ def test_only_linear_promises_constant_weights(monkeypatch):
         return reference.scaled_mm(a, b, a_scale, b_scale, out_dtype, bias, constant_b)
 
     monkeypatch.setattr(torch.ops.w8a8_bismooth, "scaled_mm", spy)
+    monkeypatch.setattr(api, "has_kernel", lambda *_: False)
     a, b, a_scale, b_scale, _ = operands(2, 4, 64, 1, 1)
     for promise in (False, True):
         assert ops.scaled_mm(a, b, a_scale, b_scale, torch.float32, constant_b=promise).shape == (2, 4)
     ops.scaled_mm(a, b, a_scale, b_scale, torch.float32)
     ops.linear(torch.randn(2, 64), b, b_scale, None)
-    assert promises == [False, True, False, True]
+    whole.linear(torch.randn(2, 64), b, b_scale, None)
+    assert promises == [False, True, False, True, True]
     schema = torch._C._get_schema("w8a8_bismooth::scaled_mm", "")
     assert schema.arguments[-1].name == "constant_b" and schema.arguments[-1].default_value is False
 

@@ -97,14 +97,19 @@ def scaled_mm(
     Raises:
         ValueError: the shapes do not fit together.
     """
-    (m, k), (n, groups) = a.shape, b_scale.shape
+    _check_product(tuple(a.shape), b, tuple(a_scale.shape), b_scale)
+    return torch.ops.w8a8_bismooth.scaled_mm(a, b, a_scale, b_scale, out_dtype, bias, constant_b)
+
+
+def _check_product(a: tuple[int, ...], b: torch.Tensor, a_scale: tuple[int, ...], b_scale: torch.Tensor) -> None:
+    """Raise the ValueError of :func:`scaled_mm`, for activations and scales of these shapes."""
+    (m, k), (n, groups) = a, b_scale.shape
     fits = b.dim() == 4 or b.shape == (n, k)  # the kernel checks a packed one
-    if not fits or k % groups or a_scale.shape not in ((m, 1), (m, groups)):
+    if not fits or k % groups or a_scale not in ((m, 1), (m, groups)):
         raise ValueError(
-            f"a {list(a.shape)}, b {list(b.shape)}, a_scale {list(a_scale.shape)}, b_scale {list(b_scale.shape)}: "
+            f"a {list(a)}, b {list(b.shape)}, a_scale {list(a_scale)}, b_scale {list(b_scale.shape)}: "
             "expected [M, K], [N, K], [M, 1] or [M, G], [N, G] with K a multiple of G"
         )
-    return torch.ops.w8a8_bismooth.scaled_mm(a, b, a_scale, b_scale, out_dtype, bias, constant_b)
 
 
 def linear(
@@ -113,18 +118,20 @@ def linear(
     weight_scale: torch.Tensor,
     group_size: int | None,
     bias: torch.Tensor | None = None,
+    silu_mul: bool = False,
 ) -> torch.Tensor:
-    """W8A8 linear layer: quantize the input, multiply, rescale.
+    """W8A8 linear layer: quantize the input, multiply, rescale. In one operation where a kernel does that.
 
     ``weight``, ``weight_scale`` and ``bias`` are parameters at rest: no work still under way on the device writes them
     (``constant_b`` of :func:`scaled_mm`). Call :func:`scaled_mm` itself with weights that were just computed.
 
     Args:
-        x: ``[..., K]`` float.
+        x: ``[..., K]`` float; with ``silu_mul`` ``[..., 2 K]``, gate then up.
         weight: int8 ``[N, K]``, or packed as in :func:`scaled_mm`.
         weight_scale: fp32 ``[N, 1]`` or ``[N, G]``.
         group_size: channels that share an activation scale; ``None`` is per token.
         bias: ``[N]``.
+        silu_mul: whether the layer's input is ``silu(gate) * up``, see :func:`silu_mul_quantize`.
 
     Returns:
         ``[..., N]`` in x's dtype.
@@ -132,8 +139,15 @@ def linear(
     Raises:
         ValueError: the shapes do not fit together.
     """
-    codes, scale = quantize_activations(x.reshape(-1, x.shape[-1]), group_size)
-    out = scaled_mm(codes, weight, scale, weight_scale, x.dtype, bias, constant_b=True)
+    tokens = x.reshape(-1, x.shape[-1])
+    if has_kernel(x.device.type, "linear"):
+        k = x.shape[-1] // 2 if silu_mul else x.shape[-1]
+        scales = len(tokens), grouping.groups(k, group_size)
+        _check_product((len(tokens), k), weight, scales, weight_scale)
+        out = torch.ops.w8a8_bismooth.linear(tokens, weight, weight_scale, group_size, bias, silu_mul)
+    else:
+        codes, scale = (silu_mul_quantize if silu_mul else quantize_activations)(tokens, group_size)
+        out = scaled_mm(codes, weight, scale, weight_scale, x.dtype, bias, constant_b=True)
     return out.view(*x.shape[:-1], weight_scale.shape[0])
 
 

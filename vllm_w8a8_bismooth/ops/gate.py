@@ -100,7 +100,7 @@ def _without(device_type: str, wanted: str, reason: str) -> Ruling:
 
 
 def _compiled(device_type: str) -> list[str]:
-    return machine.compiled(device_type, ("scaled_mm", *machine.QUANTIZATIONS))
+    return machine.compiled(device_type, ("scaled_mm", *machine.QUANTIZATIONS, "linear"))
 
 
 def key_of(index: int | None) -> dict[str, Any]:

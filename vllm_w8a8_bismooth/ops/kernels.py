@@ -69,7 +69,7 @@ def _servers() -> dict[tuple[str, str, str], str]:
     _load_library()
     found: dict[tuple[str, str, str], str] = {}
     for device in ("cpu", *_BUILDS):
-        compiled = [operation for operation in schema.OPERATIONS if _registered(device, operation)]
+        compiled = [each for each in (*schema.OPERATIONS, *schema.COMPOSED) if _registered(device, each)]
         missing = [operation for operation in schema.OPERATIONS if operation not in compiled]
         triton = _triton(device, missing) if missing else {}
         for operation in missing if triton else ():
@@ -91,7 +91,7 @@ def server(device_type: str, operation: str = "scaled_mm", group_size: int | Non
 
     Args:
         device_type: torch's type; that of ROCm's devices is ``cuda``.
-        operation: a key of :data:`schema.OPERATIONS`.
+        operation: a key of :data:`schema.OPERATIONS`, or of :data:`schema.COMPOSED`, which only compiled kernels do.
         group_size: of the weights of a product; ``None`` is per-channel.
 
     Returns:
@@ -145,6 +145,8 @@ def choose(device_type: str, rows: int, columns: int, groups: int, who: str) -> 
 
 def _portable(device_type: str, operation: str) -> tuple[str, Callable]:
     """Who does it where the compiled kernels do not, and how."""
+    if operation in schema.COMPOSED:
+        return REFERENCE, schema.COMPOSED[operation]
     triton = _triton(device_type, [operation])
     return (TRITON, triton[operation]) if triton else (REFERENCE, schema.OPERATIONS[operation])
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 from vllm_w8a8_bismooth.grouping import groups
-from vllm_w8a8_bismooth.ops import mixture, reference
+from vllm_w8a8_bismooth.ops import mixture, reference, whole
 
 LIBRARY = torch.library.Library("w8a8_bismooth", "FRAGMENT")  # kept alive: the ops go when it goes
 LIBRARY.define("quantize_activations(Tensor x, int? group_size) -> (Tensor, Tensor)")
@@ -26,6 +26,9 @@ LIBRARY.define(
     "experts(Tensor x, Tensor shares, Tensor chosen, Tensor w13, Tensor w13_scale, Tensor w2, Tensor w2_scale, "
     "str activation, int? group_size=None) -> Tensor"
 )
+LIBRARY.define(
+    "linear(Tensor x, Tensor b, Tensor b_scale, int? group_size, Tensor? bias=None, bool silu_mul=False) -> Tensor"
+)
 OPERATIONS: Mapping[str, Callable] = {
     "quantize_activations": reference.quantize_activations,
     "rms_norm_quantize": reference.rms_norm_quantize,
@@ -34,7 +37,9 @@ OPERATIONS: Mapping[str, Callable] = {
     "experts": mixture.experts,
 }
 """Name of an operation -> its reference."""
-for _name, _reference in OPERATIONS.items():
+COMPOSED: Mapping[str, Callable] = {"linear": whole.linear}
+"""Name of an operation that compiled kernels may do in one -> how others do it, one after the other."""
+for _name, _reference in {**OPERATIONS, **COMPOSED}.items():
     LIBRARY.impl(_name, _reference, "CompositeExplicitAutograd")
 
 
@@ -71,6 +76,11 @@ def _(
     constant_b: bool = False,
 ) -> torch.Tensor:
     return a.new_empty((a.shape[0], b_scale.shape[0]), dtype=out_dtype)
+
+
+@torch.library.register_fake("w8a8_bismooth::linear", lib=LIBRARY)
+def _(x: torch.Tensor, b: torch.Tensor, b_scale: torch.Tensor, *rest: object) -> torch.Tensor:
+    return x.new_empty((x.shape[0], b_scale.shape[0]))
 
 
 @torch.library.register_fake("w8a8_bismooth::experts", lib=LIBRARY)

@@ -45,10 +45,16 @@ def as_quantized(layer: LinearBase, x: torch.Tensor | QuantizedActivation) -> Qu
     return None if REGISTRY is None else as_quantized_activation(x, getattr(layer, "_input_quant_key", None))
 
 
+class Unactivated(QuantizedActivation):
+    """Gate and up ``[..., 2 K]``, of which the layer's kernel makes its quantized input; ``scale`` means nothing."""
+
+
 def _silu_mul(x: torch.Tensor, layer: LinearBase) -> QuantizedActivation:
     """The layer's quantized input ``[..., K]``, from ``x [..., 2 K]``, gate then up."""
     channels = x.shape[-1] // 2
     shape = x.shape[:-1] + (channels,)
+    if ops.has_kernel(x.device.type, "linear"):
+        return Unactivated(data=x, scale=x, orig_dtype=x.dtype, orig_shape=shape, quant_key=layer._input_quant_key)
     codes, scale = ops.silu_mul_quantize(x.reshape(-1, 2 * channels), layer.scheme.activation_group_size)
     return QuantizedActivation(
         data=codes.view(shape),

@@ -152,6 +152,9 @@ class W8A8Scheme(CompressedTensorsScheme):
             return ops.static_linear(x, layer.weight, layer.weight_scale, layer.input_scale, bias)
         if (given := fusion.as_quantized(layer, x)) is None:
             return ops.linear(x, layer.weight, layer.weight_scale, self.activation_group_size, bias)
+        if isinstance(given, fusion.Unactivated):
+            group_size = self.activation_group_size
+            return ops.linear(given.data, layer.weight, layer.weight_scale, group_size, bias, silu_mul=True)
         codes, scale = given.data.flatten(0, -2), given.scale.flatten(0, -2)
         out = ops.scaled_mm(codes, layer.weight, scale, layer.weight_scale, given.orig_dtype, bias, constant_b=True)
         return out.view(*given.orig_shape[:-1], out.shape[1])

@@ -3,9 +3,10 @@
 
 Each engine, ``eager`` and ``compiled``, greedily continues batches of many sizes, of prompts of many lengths out of
 TEXT. The answer holds for each the tokens and log-probabilities as in :mod:`tests.support.workers.engine`, how often
-each of our ops ran in one forward pass (``ops``), what vLLM and Dynamo counted while compiling (``compiling``) and from
-then on (``compiled_later``). The eager engine also answers with its fusion off (``unfused``). ``rows_at_registration``
-counts the plugin's rows in vLLM's registry of fused producers before the first engine.
+each of our ops ran in one forward pass (``ops``; linears that take gate and up apart), what vLLM and Dynamo counted
+while compiling (``compiling``) and from then on (``compiled_later``). The eager engine also answers with its fusion off
+(``unfused``). ``rows_at_registration`` counts the plugin's rows in vLLM's registry of fused producers before the first
+engine.
 """
 
 import dataclasses
@@ -38,10 +39,14 @@ def answers(engine, tokens: list[int]) -> dict:
 def ops_of_a_pass(engine, tokens: list[int]) -> Counter:
     from vllm import SamplingParams
 
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
         engine.generate([{"prompt_token_ids": tokens[:5]}], SamplingParams(max_tokens=1), use_tqdm=False)
-    names = (event.name for event in profile.events())
-    return Counter(name.removeprefix("w8a8_bismooth::") for name in names if name.startswith("w8a8_bismooth::"))
+    ours = [event for event in profile.events() if event.name.startswith("w8a8_bismooth::")]
+    with_silu = [event.name.endswith("::linear") and event.concrete_inputs[5] is True for event in ours]
+    return Counter(
+        event.name.removeprefix("w8a8_bismooth::") + " with silu" * silu
+        for event, silu in zip(ours, with_silu, strict=True)
+    )
 
 
 def compilations() -> Counter:
