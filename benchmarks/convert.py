@@ -260,10 +260,11 @@ def main() -> None:
             return checkpoint(WORK / f"{scale.name}-{blocks}", scale.sizes | {"num_hidden_layers": blocks}, noise())
 
     arms = [*OURS, *(PEERS if arguments.peer else ())]
-    with console.status("warming up"):  # bytecode, and programs in the page cache
-        small = checkpoint(WORK / f"{QUICK.name}-1", QUICK.sizes | {"num_hidden_layers": 1}, noise())
-        for arm in arms:
-            conversion(arm, small, WORK / "output", arguments.peer)
+    if not arguments.quick:
+        with console.status("warming up"):  # bytecode, and programs in the page cache
+            small = checkpoint(WORK / f"{QUICK.name}-1", QUICK.sizes | {"num_hidden_layers": 1}, noise())
+            for arm in arms:
+                conversion(arm, small, WORK / "output", arguments.peer)
     rows, versions = measure(
         source(scale.shallow), scale.shallow, arms, arguments.peer, arguments.repeats or scale.repeats
     )
