@@ -381,7 +381,8 @@ def test_mixed_checkpoint_eager_with_adapter_and_reload(checkpoints, served, upd
     assert ours["quantization"] == "w8a8_bismooth"
     assert_close_to_emulation(model, PROMPTS, ours["first_steps"])
     adapted = [steps[0] for steps in ours["adapted"]["logprobs"]]
-    assert_close_to_emulation(model, PROMPTS, adapted, updates)
+    # The adapter of the head is a product in bf16 more; 0.107 was seen, and 0.45 without that adapter.
+    assert_close_to_emulation(model, PROMPTS, adapted, updates, close=CLOSE_THROUGHOUT)
     with pytest.raises(AssertionError):  # the adapter makes a difference
         assert_close_to_emulation(model, PROMPTS, adapted)
     assert ours["reloaded"] == {key: ours[key] for key in ours["reloaded"]}

@@ -121,12 +121,10 @@ class Comparison:
                 columns = torch.ones(before[name].shape[1])
                 found = match(threads, self.source.checkpoint, self.result, name, columns)
                 self.sqnr[name.removesuffix(".weight")] = found.sqnr
-                if not judge:
-                    continue
-                if (bad := found.columns.misses(Range(columns, columns)) | found.columns.empty()).any():
+                if judge and (bad := found.columns.misses(Range(columns, columns)) | found.columns.empty()).any():
                     what = f"{int(bad.sum())} of {len(bad)} columns ({_first(bad)}) are not the source's, rounded"
                     self.fault(name, what, _SOURCE)
-                else:
+                elif judge:
                     self.unscaled.append(name)
 
     def quantized(self, name: str) -> bool:
