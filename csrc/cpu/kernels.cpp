@@ -201,15 +201,21 @@ struct Quantizer {
 // GEMM
 
 constexpr int64_t kTokens = 128;  // tokens of a task: their sums stay in the L2 cache
-// A task's inner blocks of k. With few tokens the weights come from memory: short blocks stay in the L1 cache from the
-// first tile to the last, and the next block is prefetched meanwhile. With many tokens a block is long, for fewer
-// rounds of its sums, and its weights stay in the L2 cache.
+// A task's inner blocks of k, and its blocks of channels. With few tokens the weights come from memory: short blocks of
+// k stay in the L1 cache from the first tile to the last, and the next is prefetched meanwhile, unless a tile reads all
+// of its task's channels at once. With many tokens a block of k is long, for fewer rounds of its sums, and its weights
+// stay in the L2 cache; twice the channels then halve how often the activations are read.
 struct Blocking {
   int64_t tokens, k;
   bool prefetch;
+  int64_t blocks;
 };
 constexpr int64_t kWide = tile_blocks(kRows) == kBlocks ? kRows : 1;
-constexpr Blocking kBlocking[] = {{kWide, 512, false}, {32, 256, true}, {96, 1024, true}, {INT64_MAX, 4096, false}};
+constexpr Blocking kBlocking[] = {{kWide, 512, false, kBlocks},
+                                  {32, 256, true, kBlocks},
+                                  {96, 1024, true, kBlocks},
+                                  {256, 4096, false, kBlocks},
+                                  {INT64_MAX, 4096, false, kTaskBlocks}};
 
 using TileFunction = void (*)(const TileArgs&);
 template <int rows, int blocks, bool narrow>
@@ -251,10 +257,11 @@ struct Plan {
   int64_t block(int64_t k0) const {
     return narrow() ? std::min(blocking.k / depth * depth, k() - k0) : std::min(blocking.k, depth - k0 % depth);
   }
+  int64_t columns() const { return blocking.blocks * kLanes; }
   int64_t along_m() const { return ceil_div(g.m, kTokens); }
-  int64_t tasks() const { return along_m() * ceil_div(g.n, kColumns); }
+  int64_t tasks() const { return along_m() * ceil_div(g.n, columns()); }
   int64_t m0(int64_t task) const { return task % along_m() * kTokens; }
-  int64_t n0(int64_t task) const { return task / along_m() * kColumns; }
+  int64_t n0(int64_t task) const { return task / along_m() * columns(); }
 };
 
 struct Workspace {
@@ -276,22 +283,22 @@ void pack_block(const Plan& p, int64_t n, uint8_t* to) {
     }
 }
 
-// Tokens [m0, m0 + kTokens) times channels [n0, n0 + kColumns).
+// Tokens [m0, m0 + kTokens) times channels [n0, n0 + p.columns()).
 void run_task(const Plan& p, int64_t task, int64_t upcoming, Workspace& w) {
   const Gemm& g = p.g;
   const int64_t m0 = p.m0(task), n0 = p.n0(task), k = p.k(), stride = k * kLanes;
-  const int64_t rows = std::min(kTokens, g.m - m0), columns = std::min<int64_t>(kColumns, g.n - n0);
+  const int64_t rows = std::min(kTokens, g.m - m0), columns = std::min(p.columns(), g.n - n0);
   const int64_t blocks = ceil_div(columns, kLanes);
   const uint8_t* b = g.packed + n0 * k;
   if (!g.packed) {
-    if (!w.packed) w.packed.reset(new uint8_t[kBlocks * stride]);
+    if (!w.packed) w.packed.reset(new uint8_t[p.blocking.blocks * stride]);
     for (int64_t v = 0; v < blocks; ++v) pack_block(p, n0 + v * kLanes, w.packed.get() + v * stride);
     b = w.packed.get();
   }
   // Scales group by group; laid out as [G, N] they need no copy.
   const float* scales = g.b_scale + n0 * g.b_scale_n;
   int64_t scales_stride = g.b_scale_g;
-  if (g.b_scale_n != 1 || columns < kColumns) {
+  if (g.b_scale_n != 1 || columns % kLanes) {
     if (!w.scales) w.scales.reset(new float[g.groups * kColumns]());
     for (int64_t group = 0; group < g.groups; ++group)
       for (int64_t c = 0; c < columns; ++c)

@@ -14,8 +14,8 @@
 
 namespace w8a8::cpu::W8A8_LEVEL {
 
-// A tile has up to kRows tokens and as many of its task's kBlocks blocks as there are registers for. A line is 32 bits
-// for each channel of a block: four bytes of weights, or a sum.
+// A tile has up to kRows tokens and as many of its task's blocks as there are registers for, kBlocks at most. A line is
+// 32 bits for each channel of a block: four bytes of weights, or a sum.
 #if defined(__AVX512F__)
 constexpr int kRows = 6, kBlocks = 4;
 constexpr int64_t tile_blocks(int64_t) { return kBlocks; }
@@ -145,7 +145,7 @@ struct TileArgs {
   const uint8_t* ahead[2];  // two runs of weights, one line a step, to prefetch meanwhile, or null
 };
 
-constexpr int kColumns = kBlocks * kLanes;
+constexpr int kTaskBlocks = 2 * kBlocks, kColumns = kTaskBlocks * kLanes;
 
 // Sums of a narrow group start at the bits of 1.5 * 2^23, and are then, reread as fp32, 1.5 * 2^23 + their value: to
 // subtract that is cheaper than to convert. Narrow means |sum| < 2^22, which 255 products of at most 128 * 128 keep to.

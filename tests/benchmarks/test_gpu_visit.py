@@ -283,7 +283,7 @@ def test_gemm_rows(no_ceilings, monkeypatch, tmp_path, capsys, linear):
     gemm.main()
     record = json.loads(out.read_text())
     assert {"commit", "versions", "machine", "ceilings"} <= record.keys() and record["extent"] == "dry"
-    names = {"ours-channel", "ours-group128", "torch-bf16"} | (set() if linear else {"torch-int_mm"})
+    names = {"ours-channel", "ours-group128", "torch-bf16", "torch-fp32"} | (set() if linear else {"torch-int_mm"})
     for m in (1, 6):
         rows = [row for row in record["rows"] if row["M"] == m]
         assert {row["impl"] for row in rows} == names
