@@ -165,7 +165,7 @@ void gemm(const Gemm& given, const Parallel& parallel) {
   int32_t* const start = starts.data();
   float* scale = nullptr;
   int64_t grain = 65536;
-  if (!g.a) {
+  if (g.x.x) {
     scales.resize(std::max<size_t>(scales.size(), g.m * g.a_groups));
     g.a_scale = scale = scales.data();
     grain = g.x.silu_mul ? 4096 : 32768;
@@ -178,7 +178,7 @@ void gemm(const Gemm& given, const Parallel& parallel) {
     Quantizer quantizer(g);
     for (int64_t m = begin; m < end; ++m) {
       const int64_t m0 = m / kTokens * kTokens, rows = std::min(kTokens, g.m - m0);
-      const int8_t* token = g.a ? g.a + m * g.groups * g.width : quantizer(m, scale + m * g.a_groups);
+      const int8_t* token = g.x.x ? quantizer(m, scale + m * g.a_groups) : g.a + m * g.groups * g.width;
       for (int64_t group = 0; group < g.groups; ++group) {
         const int8_t* row = token + group * g.width;
         int32_t sum = 0;
