@@ -51,7 +51,7 @@ struct Unquantized {
 
 struct Gemm {
   int64_t m, n, groups, width;  // K = groups * width
-  const int8_t* a;              // [M, K], or null: then `x` makes them, and a_scale
+  const int8_t* a;              // [M, K]; where there is an `x`, that makes them, and a_scale
   const uint8_t* packed;        // packed weights, or null
   const int8_t* b;              // [N, K], read where `packed` is null
   const float* a_scale;         // [M, a_groups]

@@ -211,6 +211,12 @@ def test_packing_can_be_undone(n, groups, width, seed):
         assert packed.nbytes == weight.nbytes
 
 
+def test_a_product_of_nothing_is_the_bias(at_level):
+    """K = 0 reads no activations, whose address may be null, as where the product quantizes them itself."""
+    none, one, bias = torch.zeros(3, 0, dtype=torch.int8), torch.ones(3, 1), torch.randn(3)
+    assert torch.equal(ops.scaled_mm(none, none, one, one, torch.float32, bias), bias.expand(3, 3))
+
+
 def test_a_wrong_operand_is_refused():
     a, one = torch.zeros(2, 64, dtype=torch.int8), torch.ones(2, 1)
     packed = ops.pack_weight(torch.zeros(32, 64, dtype=torch.int8), None)

@@ -1,6 +1,7 @@
 """Which kernels are registered in builds of torch for GPUs, which are pretended here; a missing Triton is named."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -49,6 +50,28 @@ def test_without_triton_the_reference_is_not_silent():
     assert set(map(tuple, found["xpu"].values())) == {("reference", False)}
     (line,) = log.splitlines()
     assert "scaled_mm" in line and "on xpu run on the torch reference, which is slow: install the triton" in line
+
+
+SWITCHED_OFF = """
+import torch
+from vllm_w8a8_bismooth import ops
+from vllm_w8a8_bismooth.ops import gate, reference
+gate.settle("cpu")
+assert not ops.has_kernel("cpu", "linear")
+weight, scale = torch.randint(-127, 128, (24, 64), dtype=torch.int8), torch.rand(24, 2)
+for silu_mul, quantize in ((False, reference.quantize_activations), (True, reference.silu_mul_quantize)):
+    x = torch.randn(5, 64 << silu_mul).bfloat16()
+    codes, a_scale = quantize(x, 32)
+    expected = reference.scaled_mm(codes, weight, a_scale, scale, x.dtype)
+    assert torch.equal(ops.linear(x, weight, scale, 32, silu_mul=silu_mul), expected)
+    assert torch.equal(torch.ops.w8a8_bismooth.linear(x, weight, scale, 32, None, silu_mul), expected)
+"""
+
+
+def test_switched_off_a_linear_is_composed():
+    environment = os.environ | {"BISMOOTH_KERNELS": "off"}
+    done = subprocess.run([sys.executable, "-c", SWITCHED_OFF], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_cpu_never_imports_it():
