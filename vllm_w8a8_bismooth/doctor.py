@@ -118,7 +118,7 @@ def _kernels() -> dict[str, str | None]:
     if found["cpu"]:
         found["cpu"] = ops.cpu_level()
         if processor.saturates():
-            found["cpu"] += "; the processor has no VNNI, where vLLM's own INT8 is wrong (docs/upstream/saturation.md)"
+            found["cpu"] += "; vLLM's own INT8 is wrong here: oneDNN has no VNNI (docs/upstream/saturation.md)"
     for device, built in {"cuda": version.cuda and f"CUDA {version.cuda}", "xpu": version.xpu}.items():
         if found[device]:
             found[device] = f"{found[device]}; torch has {built or f'ROCm {version.hip}'}"

@@ -131,6 +131,9 @@ class Recipe:
         elif "alpha" in given:
             remedy = "leave it out, or say --smoothing alpha"
             raise BismoothError.of("--smoothing balanced", "--alpha has no effect", remedy)
+        if options["head"] and options.get("target_kl") is not None:
+            what = "the estimate is of the blocks' linears, and knows nothing of an INT8 head"
+            raise BismoothError.of("--target-kl and --head int8", what, "leave out one of the two")
         if method == "auto" and options["group_budget"] is None:
             options["group_budget"] = BUDGET if options["target_kl"] is None else 1.0
         if method == "bismooth" and (options["group_size"] is None) != (options["group_layers"] is None):

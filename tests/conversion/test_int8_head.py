@@ -144,13 +144,25 @@ def test_heads_that_cannot(make_checkpoint, tmp_path, case):
     code, text = run("convert", source, tmp_path / "out", "--method", "rtn", "--head", "int8")
     assert code == 2 and says in " ".join(text.split()), text
     assert not (tmp_path / "out").exists()
+    assert (head := inspect(source).head) is None or head.obstacle
     assert run("convert", source, tmp_path / "out", "--method", "rtn")[0] == 0
+
+
+def test_an_estimate_that_knows_nothing_of_it_is_no_target(make_checkpoint, tmp_path, calibration_text):
+    source, out = make_checkpoint(), tmp_path / "out"
+    options = ("--method", "auto", "--calibration", calibration_text, "--head", "int8")
+    code, text = run("convert", source, out, *options, "--target-kl", "0.003")
+    assert code == 2 and "knows nothing of an INT8 head; leave out one of the two" in " ".join(text.split())
+    assert not out.exists()
+    code, text = run("convert", source, out, *options, "--calibration-tokens", "256")
+    assert code == 0 and "without groups), without what its INT8 head costs; bismooth score" in " ".join(text.split())
 
 
 def test_preview_and_inspection_say_it(make_checkpoint, tmp_path):
     source = make_checkpoint(tie_word_embeddings=True)
     code, text = run("convert", source, tmp_path / "out", "--method", "rtn", "--head", "int8", "--dry-run")
     written = convert(source, tmp_path / "out", RTN).written_bytes
+    assert "data-free, the head in INT8" in text
     assert code == 0 and f"{written / 1e6:.1f}"[:3] in text.replace(" kB", "e3"), text
     head = inspect(source).head
     vocabulary, hidden = tensors_of(source)[EMBEDDING].shape

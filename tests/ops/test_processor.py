@@ -25,6 +25,8 @@ OLD, NEW = "flags\t\t: fpu sse4_1 avx avx2 avx512f", "flags\t\t: fpu avx2 avx512
         (NEW, {"ONEDNN_MAX_CPU_ISA": "AVX2"}, True),
         (NEW, {"ONEDNN_MAX_CPU_ISA": "avx512_core"}, True),
         (NEW, {"DNNL_MAX_CPU_ISA": "AVX2"}, True),
+        (NEW, {"ONEDNN_MAX_CPU_ISA": "AVX2_VNNI"}, True),  # its VNNI is the other
+        (f"{NEW} avx_vnni", {"ONEDNN_MAX_CPU_ISA": "AVX2_VNNI"}, False),
         (NEW, {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI"}, False),
         ("Features\t: fp asimd asimddp", {}, False),  # Arm
         (None, {}, False),

@@ -174,6 +174,16 @@ def test_a_plan_beside_the_other_switch_is_said_to_count_for_nothing(planning, p
     assert line.endswith(f"plan.json counts for nothing, because BISMOOTH_KERNELS={wanted} says who serves")
 
 
+def test_where_vllms_product_is_wrong_no_plan_chooses_it(planning, plan_file, monkeypatch, log):
+    """Our kernel serves, and the log says that the file counts for nothing."""
+    monkeypatch.setattr(servers.processor, "saturates", lambda: True)
+    plan_file(SHAPE | {"kernel": STOCK})
+    assert scheme() == "W8A8Scheme"
+    servers.report(planning.logger, servers.here())
+    (line,) = [line for line in log.messages if "counts for nothing" in line]
+    assert "plan.json counts for nothing, because vLLM's own products are wrong here: without VNNI" in line
+
+
 def test_what_cannot_be_kept_leaves_nothing(planning, monkeypatch):
     """Neither a part of a file nor a change of the one that was there."""
     assert planning.SHELF.write({}, 1)

@@ -198,7 +198,9 @@ def test_a_product_that_is_wrong_is_not_meant():
     assert servers.per_channel(platform) == servers.Served(servers.STOCK, OFF.reason, True)
     kernel, reason, meant = servers.per_channel(replace(platform, saturates=True))
     assert kernel == servers.STOCK and not meant
-    assert reason.startswith(f"{OFF.reason}, and is wrong here: without VNNI, oneDNN sums products in 16 bits")
+    assert reason.startswith(
+        f"{OFF.reason}; its products are wrong here: without VNNI, oneDNN sums products in 16 bits"
+    )
 
 
 def test_what_is_missing_depends_on_the_maker():

@@ -84,7 +84,9 @@ def preview(console: "Console", plan: "Preview", recipe: "Recipe", then: str | N
     console.print(table)
     if plan.part is not None:
         console.print("A part: blocks {}:{}".format(*plan.part))
-    by = "data-free" if plan.used is None else f"calibrated on {plan.used.words()}"
+    by = "data-free" if plan.used is None else f"calibrated on {plan.used.words()}, computed in {plan.compute_dtype}"
+    if recipe.head:
+        by += ", the head in INT8"
     sizes = f"{readable_size(plan.source_bytes)} -> {readable_size(plan.written_bytes)}"
     console.print(f"{sizes}, method {recipe.method}, {by}", markup=False)
     remarks(console, plan.used)
@@ -193,8 +195,9 @@ def _granularity(console: "Console", report: "Outcome") -> None:
         console.print(f"  and {len(more)} more, see report.json")
     if report.estimated_kl is not None:
         without = sum(entry.per_channel for entry in report.granularity)
+        head = ", without what its INT8 head costs" if report.recipe and report.recipe.head else ""
         console.print(
-            f"Estimated KL to the source: {report.estimated_kl:.2g} nats a token ({without:.2g} without groups); "
+            f"Estimated KL to the source: {report.estimated_kl:.2g} nats a token ({without:.2g} without groups){head}; "
             "bismooth score measures it"
         )
     if report.granularity and not chosen:

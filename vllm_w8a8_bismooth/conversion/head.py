@@ -42,6 +42,8 @@ def obstacles(source: Layout) -> Iterator[str]:
         yield f"the head is {name}, and vLLM serves one in INT8 only where it is called lm_head"
     elif (why := float_head(config)) is not None:
         yield f"{why} (model_type {config['model_type']})"
+    elif source.tied and name in source.checkpoint.headers:
+        yield f"{name} is stored, though the model takes its embedding for its head: --head int8 could mean either"
     elif not source.tied and name not in source.checkpoint.headers:
         yield f"{name} is not in the files"
     elif (columns := source.checkpoint.headers[name if not source.tied else source.names.embedding].shape[1]) % _WIDTH:

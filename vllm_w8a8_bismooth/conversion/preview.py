@@ -38,6 +38,7 @@ class Preview:
         already_float: see :class:`outcome.Outcome`.
         tokens: of calibration text.
         used: what of the text they come from.
+        compute_dtype: in which they will run through the model, as torch calls it.
         part: its first block, and the one behind the last, if a part would be made; ``None`` is a whole checkpoint.
         blocks, resumed: how many are to be converted, and how many of them an interrupted run has done.
         memory_bytes, seconds: see :class:`estimate.Needs`; the time is that of what is still to do.
@@ -58,6 +59,7 @@ class Preview:
     already_float: list[str] = field(default_factory=list)
     tokens: int | None = None
     used: Used | None = None
+    compute_dtype: str | None = None
     part: tuple[int, int] | None = None
     blocks: int = 0
     resumed: int = 0
@@ -116,6 +118,7 @@ def preview(ready: Preparation) -> Preview:
         already_float=already_float(source, ready.recipe),
         tokens=tokens,
         used=ready.used,
+        compute_dtype=ready.recipe.compute_dtype,
         part=part,
         blocks=len(ready.blocks),
         resumed=resumed,

@@ -4,8 +4,12 @@ import os
 from pathlib import Path
 
 CPUINFO = Path("/proc/cpuinfo")
-_NO_VNNI = ("SSE41", "AVX", "AVX2", "AVX512_CORE")
-"""Values of oneDNN's variable that keep it from VNNI."""
+_ANY = {"avx_vnni", "avx512_vnni"}
+_PERMITTED: dict[str, set[str]] = {
+    **dict.fromkeys(("SSE41", "AVX", "AVX2", "AVX512_CORE"), set()),
+    **dict.fromkeys(("AVX2_VNNI", "AVX2_VNNI_2"), {"avx_vnni"}),
+}
+"""Value of oneDNN's variable -> the kinds of VNNI that it leaves; with others, any."""
 
 
 def saturates() -> bool:
@@ -17,4 +21,4 @@ def saturates() -> bool:
     lines = CPUINFO.read_text().splitlines() if CPUINFO.exists() else []
     flags = next((line.split() for line in lines if line.startswith("flags")), [])
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or ""
-    return bool(flags) and (limit.upper() in _NO_VNNI or not {"avx_vnni", "avx512_vnni"} & {*flags})
+    return bool(flags) and not _PERMITTED.get(limit.upper(), _ANY) & {*flags}

@@ -158,9 +158,12 @@ def report(logger: Any, platform: Platform) -> None:
 
     Also that a plan that somebody asked for counts for nothing.
     """
-    if platform.asked and not platform.planned:
-        words = "w8a8_bismooth: %s=%s counts for nothing, because %s=%s says who serves"
-        logger.warning_once(words, switch.PLAN, str(switch.plan()), switch.VARIABLE, platform.ruling.switch)
+    why = "" if platform.planned else f"{switch.VARIABLE}={platform.ruling.switch} says who serves"
+    if platform.planned and platform.saturates:
+        why = f"vLLM's own products are wrong here: {SATURATION}"
+    if platform.asked and why:
+        words = "w8a8_bismooth: %s=%s counts for nothing, because %s"
+        logger.warning_once(words, switch.PLAN, str(switch.plan()), why)
     if platform.device == "cpu" and platform.ruling.switch == switch.AUTO:
         return
     found = {kind: rule(platform) for kind, rule in KINDS.items()}
@@ -226,7 +229,7 @@ def per_channel(platform: Platform) -> Served:
         if (platform.off or platform.per_channel != COMPILED) and not (capability and capability >= NEWEST):
             reason = platform.lack(CHANNEL) or platform.absence
             if platform.saturates:
-                return Served(STOCK, f"{reason}, and is wrong here: {SATURATION}", False)
+                return Served(STOCK, f"{reason}; its products are wrong here: {SATURATION}", False)
             return Served(STOCK, reason, platform.off or not platform.has_sources)
         if linears(platform, False)[0] == plan.STOCK:
             return Served(STOCK, f"{switch.PLAN}={switch.OFF}: nobody measures whether ours is faster", True)
