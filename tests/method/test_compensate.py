@@ -52,7 +52,11 @@ def test_the_factor_is_of_the_damped_inverse():
 
 @pytest.mark.parametrize("group_size", [None, 32])
 def test_columns_one_by_one_give_the_same(group_size):
-    """The paper's recursion, in fp64 and without blocks of columns: eq. 2 and 3 of arXiv 2210.17323."""
+    """The paper's recursion, in fp64 and without blocks of columns: eq. 2 and 3 of arXiv 2210.17323.
+
+    A row has the same codes up to one that lies between two, where fp32 takes the other, and what follows makes up for
+    that.
+    """
     rows = inputs(600, 160)
     weight = torch.randn(5, 160, generator=torch.Generator().manual_seed(1))
     made, (products,) = Compensation.of(gram_of(rows)), gram_of(rows).products
@@ -61,20 +65,23 @@ def test_columns_one_by_one_give_the_same(group_size):
     h = products.double()[order][:, order]
     h.diagonal().add_(0.01 * float(h.diagonal().mean()))
     left, columns = weight.double()[:, order], 160
-    expected = torch.empty_like(left)
+    expected, between = torch.empty_like(left), torch.empty_like(left)
     inverse = h.inverse()
     for j in range(columns):
         step = scale.double()[:, int(order[j]) // (group_size or columns)]
-        nearest = (weight.double()[:, int(order[j])] / step).round()
-        code = (left[:, j] / step).round()
+        own, now = weight.double()[:, int(order[j])] / step, left[:, j] / step
+        nearest, code = own.round(), now.round()
+        between[:, j] = torch.stack([(value - value.floor() - 0.5).abs() for value in (own, now)]).amin(dim=0)
         expected[:, j] = torch.clamp(code, nearest - REACH, nearest + REACH).clamp(-127, 127)
         error = (left[:, j] - expected[:, j] * step) / inverse[j, j]
         left[:, j:] -= error.unsqueeze(1) * inverse[j, j:]
         # Row and column j leave the inverse (eq. 3).
         inverse = inverse - inverse[:, j : j + 1] @ inverse[j : j + 1] / inverse[j, j]
     found = made.round(weight, scale)[:, order]
-    assert (found.double() - expected).abs().max() <= 1, "one apart where a value lies between two codes"
-    assert (found.double() != expected).float().mean() < 0.02
+    differs = found.double() != expected
+    assert (found.double() - expected).abs().max() <= 2 * REACH and differs.float().mean() < 0.05
+    first = differs.int().argmax(dim=1)
+    assert (between[range(len(weight)), first] < 1e-3)[differs.any(dim=1)].all()
 
 
 @given(seed=st.integers(0, 2**16), group_size=st.sampled_from([None, 32]))

@@ -22,11 +22,15 @@ from vllm_w8a8_bismooth.recipe import Recipe
 LONG_PROMPTS = [PYTHON.calibration.read_text()[start : start + 600] for start in range(0, 6000, 1500)]
 BUDGET = 64  # tokens a step, fewer than each of these prompts has
 BLOCKS = 6
-LINEARS = {"32": 6, "None": 18}
-"""In the mixed checkpoint: qkv and gate_up of three blocks per-group; o and down, and the other blocks, per-channel."""
+LINEARS = {"32": 6, "None": 19}
+"""In the mixed checkpoint: qkv and gate_up of three blocks per-group; o and down, the other blocks and the head
+per-channel."""
 CLOSE_BEHIND_LONG = 0.2
 """Nats behind 275 tokens: 0.174 was the largest, on a CPU with AMX and one thread, and 0.163 there through vLLM's
 transformers backend, whose attention is another."""
+CLOSE_ADAPTED = 0.15
+"""Nats with an adapter on every linear and the head, which is INT8, too: 0.107 was the largest; without what the adapter
+adds to the head it is 0.449."""
 FP8 = 0.3
 """Nats between ours and stock's kernels with an fp8 KV cache, which both truncate: 0.16 was the largest, and the cache
 itself moves these prompts' first step by 0.13 to 0.74."""
@@ -163,7 +167,7 @@ def test_runai_streamer(engines):
 def test_dummy_weights_and_then_real_ones(engines):
     """As trainers start. The weights, not the answers: vLLM 0.32 keeps its own packed copy of the head on a CPU."""
     dummy, plain = of(engines, "dummy"), of(engines, "plain")
-    assert dummy["linears"] == LINEARS and all(len(tokens) == 24 for tokens in dummy["first"]["tokens"])
+    assert dummy["linears"] == LINEARS and all(dummy["first"]["tokens"]), dummy["first"]["tokens"]
     assert dummy["weights"] != plain["weights"] == dummy["reloaded_weights"]
 
 
@@ -230,4 +234,4 @@ def test_adapter_over_http(checkpoints, tmp_path, monkeypatch):
             {token.removeprefix("token_id:"): logprob for token, logprob in steps[name][prompt].items()}
             for prompt in PROMPTS
         ]
-        assert_close_to_emulation(model, PROMPTS, first_steps, changes)
+        assert_close_to_emulation(model, PROMPTS, first_steps, changes, CLOSE_ADAPTED)
