@@ -81,7 +81,7 @@ def test_columns_one_by_one_give_the_same(group_size):
     differs = found.double() != expected
     assert (found.double() - expected).abs().max() <= 2 * REACH and differs.float().mean() < 0.05
     first = differs.int().argmax(dim=1)
-    assert (between[range(len(weight)), first] < 1e-3)[differs.any(dim=1)].all()
+    assert (between[range(len(weight)), first] < 1e-2)[differs.any(dim=1)].all()
 
 
 @given(seed=st.integers(0, 2**16), group_size=st.sampled_from([None, 32]))
