@@ -167,7 +167,6 @@ def test_a_kept_file_can_be_given_as_it_is(planning, monkeypatch):
 @pytest.mark.parametrize("wanted", [switch.ON, switch.OFF])
 def test_a_plan_beside_the_other_switch_is_said_to_count_for_nothing(planning, plan_file, monkeypatch, log, wanted):
     plan_file(SHAPE | {"kernel": STOCK})
-    monkeypatch.setenv(switch.VARIABLE, wanted)
     platform = replace(servers.here(), ruling=servers.Ruling(wanted), planned=False)
     servers.report(planning.logger, platform)
     (line,) = [line for line in log.messages if "counts for nothing" in line]
@@ -179,7 +178,8 @@ def test_where_vllms_product_is_wrong_no_plan_chooses_it(planning, plan_file, mo
     monkeypatch.setattr(servers.processor, "saturates", lambda: True)
     plan_file(SHAPE | {"kernel": STOCK})
     assert scheme() == "W8A8Scheme"
-    servers.report(planning.logger, servers.here())
+    platform = replace(servers.here(), ruling=servers.Ruling(switch.AUTO), planned=True)
+    servers.report(planning.logger, platform)
     (line,) = [line for line in log.messages if "counts for nothing" in line]
     assert "plan.json counts for nothing, because vLLM's own products are wrong here: without VNNI" in line
 
