@@ -348,7 +348,8 @@ def levels(path: Path) -> str:
         cells = []
         for name, column in shown:
             ratios = [row[column] for row in by[name] if column in row]
-            cells.append(f"{geometric_mean(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})" if ratios else "")
+            among = f" ({min(ratios):.2f} to {max(ratios):.2f})" if len(ratios) > 1 else ""
+            cells.append(f"{geometric_mean(ratios):.2f}{among}" if ratios else "")
         best = max(by["ours-channel"], key=lambda row: row["TOPS"])
         lines.append((level, str(m), *cells, f"{best['TOPS']:.2f}", f"{best['GB/s']:.0f}"))
     columns = [

@@ -11,6 +11,9 @@ from vllm_w8a8_bismooth.model.classes import head_of
 from vllm_w8a8_bismooth.model.configs import ties, untied
 from vllm_w8a8_bismooth.model.layers import View
 
+BESIDE = "is stored, though the model takes its embedding for its head: --head int8 could mean either"
+"""Why a tied head cannot be untied, said of one that is stored all the same."""
+
 
 def untie(headers: Headers, means: Means, blueprint: Blueprint) -> Blueprint:
     """What follows from the config once it says that head and embedding are two, as :attr:`Headers.config` then does.
@@ -30,8 +33,7 @@ def untie(headers: Headers, means: Means, blueprint: Blueprint) -> Blueprint:
         return blueprint
     if head in headers.headers:
         remedy = f"remove it, or set tie_word_embeddings to false in {CONFIG} if it is the model's head"
-        what = "is stored, though the model takes its embedding for its head: --head int8 could mean either"
-        raise BismoothError.of(head, what, remedy)
+        raise BismoothError.of(head, BESIDE, remedy)
     headers.config = untied(config)
     found = Blueprint.of(headers, means)
     if found.tied:

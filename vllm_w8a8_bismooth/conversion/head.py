@@ -2,24 +2,21 @@
 although the config says that the embedding is the head."""
 
 import itertools
-from collections.abc import Iterator
 
 from vllm_w8a8_bismooth.checkpoint.layout import Layout
 from vllm_w8a8_bismooth.checkpoint.reader import Checkpoint, Headers
+from vllm_w8a8_bismooth.checkpoint.untied import BESIDE
 from vllm_w8a8_bismooth.errors import BismoothError
 from vllm_w8a8_bismooth.model.classes import class_of, float_head, head_of
 from vllm_w8a8_bismooth.patterns import found_by
 from vllm_w8a8_bismooth.recipe import INT8, Recipe
 
-_SERVED = ("lm_head.weight",)
-_WIDTH = 16
+_OPTION, _OUT = "--head int8", "leave it out: the head stays in float"
+_SERVED, _WIDTH = "lm_head.weight", 16
 _IGNORED = (
     "vLLM ignores it and takes the embedding; if the head was trained apart, set tie_word_embeddings to false in the "
     "source's config.json"
 )
-
-
-_OPTION, _OUT = "--head int8", "leave it out: the head stays in float"
 
 
 def check(source: Layout, recipe: Recipe) -> None:
@@ -27,27 +24,28 @@ def check(source: Layout, recipe: Recipe) -> None:
     if recipe.head != INT8:
         return
     name = source.names.head.removesuffix(".weight")
-    if what := next(obstacles(source), None):
+    if what := obstacle(source):
         raise BismoothError.of(_OPTION, what, _OUT)
     if pattern := next((pattern for pattern in recipe.ignore or () if name in found_by(pattern, [name])), None):
         raise BismoothError.of(f"{_OPTION} and --ignore {pattern!r}", f"both name {name}", "leave it out of one")
 
 
-def obstacles(source: Layout) -> Iterator[str]:
-    """Why the head cannot become INT8, or be served so."""
+def obstacle(source: Layout) -> str | None:
+    """Why the head cannot become INT8, or be served so; ``None`` if it can."""
     config, name = source.checkpoint.config, source.names.head
     if head_of(config) != "language":
-        yield f"the model is a {class_of(config)}, without a language model's head"
-    elif not name.endswith(_SERVED):
-        yield f"the head is {name}, and vLLM serves one in INT8 only where it is called lm_head"
-    elif (why := float_head(config)) is not None:
-        yield f"{why} (model_type {config['model_type']})"
-    elif source.tied and name in source.checkpoint.headers:
-        yield f"{name} is stored, though the model takes its embedding for its head: --head int8 could mean either"
-    elif not source.tied and name not in source.checkpoint.headers:
-        yield f"{name} is not in the files"
-    elif (columns := source.checkpoint.headers[name if not source.tied else source.names.embedding].shape[1]) % _WIDTH:
-        yield f"{name} has K = {columns}, which is no multiple of {_WIDTH}, as vLLM's kernels need"
+        return f"the model is a {class_of(config)}, without a language model's head"
+    if not name.endswith(_SERVED):
+        return f"the head is {name}, and vLLM serves one in INT8 only where it is called lm_head"
+    if (why := float_head(config)) is not None:
+        return f"{why} (model_type {config['model_type']})"
+    if source.tied and name in source.checkpoint.headers:
+        return f"{name} {BESIDE}"
+    if not source.tied and name not in source.checkpoint.headers:
+        return f"{name} is not in the files"
+    if (columns := source.checkpoint.headers[source.names.embedding if source.tied else name].shape[1]) % _WIDTH:
+        return f"{name} has K = {columns}, which is no multiple of {_WIDTH}, as vLLM's kernels need"
+    return None
 
 
 def notes(source: Headers, tied: bool) -> list[str]:

@@ -91,7 +91,7 @@ class Head:
         rows, columns = stored.shape
         # A tied one takes nothing beside the embedding, which stays.
         before, after = (0 if layout.tied else stored.nbytes), rows * (columns + SCALE_BYTES)
-        return cls(names.head, before, after, next(head.obstacles(layout), None))
+        return cls(names.head, before, after, head.obstacle(layout))
 
 
 @dataclass

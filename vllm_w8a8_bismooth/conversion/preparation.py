@@ -115,9 +115,8 @@ def prepare(
     aim = Destination.of(destination, name_of(place))
     aim.refuse_overlap(place.path)
     aim.check()
-    source = Source(
-        place, replace(means, untied=recipe.head == INT8)
-    )  # first, because a result of ours has all these files too
+    # First, because a result of ours has all the files below, too.
+    source = Source(place, replace(means, untied=recipe.head == INT8))
     for name in (RECIPE, *card.OURS):
         if (place.path / name).exists():
             raise BismoothError.of(place.path / name, f"our own {name} would take its place in the copy", "rename it")

@@ -32,8 +32,7 @@ _CHUNK = 1024  # tokens that pass through a block at once; bounds the MLP's inte
 class Calibration:
     """The calibration tokens on their way through the model, one decoder block after the other.
 
-    The model is built without storage: a block's weights are
-    lent to it for the time of its forward pass.
+    The model is built without storage: a block's weights are lent to it for the time of its forward pass.
 
     Args:
         source: of config, weights and names.

@@ -41,8 +41,8 @@ def write(folder: Path, outcome: Outcome, labels: Labels = _NONE) -> Labels:
     Equal conversions give equal bytes, whatever the folders are called and however often they were resumed.
 
     Args:
-        folder: to write into, with everything else of the checkpoint and
-            its figures in it: the card is drawn up from the folder.
+        folder: to write into, with everything else of the checkpoint and its figures in it: the card is drawn up from
+            the folder.
         outcome: the :class:`outcome.Outcome`.
         labels: what the source's files may not show of it.
 
