@@ -1,0 +1,83 @@
+"""Rows in four bits are INT8 rows, packed without loss."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_w8a8_bismooth import fourbits
+
+
+def example(n: int, groups: int, group_size: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """int8 ``[n, K]`` whose rows four bits hold, but for those whose numbers come second."""
+    draw = torch.Generator().manual_seed(seed)
+    m = torch.randint(1, 17, (n, groups, 1), generator=draw)
+    q = torch.randint(0, 16, (n, groups, group_size), generator=draw)
+    o = (torch.rand(n, groups, 1, generator=draw) * (255 - 15 * m)).floor().long() - 127
+    codes = (q * m + o).view(n, -1).to(torch.int8)
+    rows = torch.rand(n, generator=draw).lt(0.3).nonzero().view(-1)
+    codes[rows] = torch.randint(-127, 128, (len(rows), codes.shape[1]), generator=draw).to(torch.int8)
+    return codes, rows
+
+
+@given(st.integers(1, 9), st.integers(1, 4), st.sampled_from(fourbits.GROUP_SIZES), st.integers(0, 2**31))
+def test_packing_loses_nothing(n, groups, group_size, seed):
+    codes, rows = example(n, groups, group_size, seed)
+    stored = fourbits.pack(codes, rows, group_size)
+    assert torch.equal(stored.codes(), codes)
+    again = fourbits.pack(stored.codes(), rows, group_size)
+    for field in fourbits.DTYPES:
+        assert torch.equal(getattr(again, field), getattr(stored, field)), field
+    four = torch.ones(n, dtype=torch.bool).index_fill(0, rows, False)
+    assert fourbits.fits(codes, group_size)[four].all()
+    size = 8 * sum(getattr(stored, field).nbytes for field in fourbits.DTYPES) + 32 * n
+    of_four, of_eight = fourbits.bits(codes.shape[1], group_size)
+    assert size == int(four.sum()) * of_four + len(rows) * of_eight
+
+
+@given(st.lists(st.integers(-127, 127), min_size=32, max_size=32))
+def test_steps_are_the_widest_that_hold_the_codes(codes):
+    (m,), (o,) = (x.view(-1).tolist() for x in fourbits.steps_of(torch.tensor([codes], dtype=torch.int8), 32))
+    distances = [code - min(codes) for code in codes]
+    assert o == min(codes) and all(distance % m == 0 for distance in distances)
+    assert (
+        m == 1
+        or not any(all(distance % wider == 0 for distance in distances) for wider in range(m + 1, 255))
+        or not any(distances)
+    )
+    assert bool(fourbits.fits(torch.tensor([codes], dtype=torch.int8), 32)) == (max(distances) < 16 * m)
+
+
+def test_a_row_that_four_bits_do_not_hold_is_named():
+    codes = torch.zeros(3, 64, dtype=torch.int8)
+    codes[1, :17] = torch.arange(17, dtype=torch.int8)
+    with pytest.raises(ValueError, match="row 1$"):
+        fourbits.pack(codes, torch.tensor([], dtype=torch.int32), 32)
+    with pytest.raises(ValueError, match="not a multiple"):
+        fourbits.pack(codes, torch.tensor([1]), 128)
+
+
+def damaged():
+    good = fourbits.pack(*example(4, 2, 32, 3), 32)
+    zero, far = good.multiplier.clone(), good.offset.clone()
+    zero[0, 0], far[0, 1] = 0, 127
+    rows = torch.tensor([1, 2], dtype=torch.int32)
+    low = torch.zeros(2, 32, dtype=torch.uint8)
+    return {
+        "multiplier is 0": replace(good, multiplier=zero),
+        "row 0 has codes beyond": replace(good, offset=far),
+        "ascending numbers below 4": replace(good, rows=rows.flip(0), low=low),
+        "numbers below 4": replace(good, rows=rows + 2, low=low),
+        "not the parts of one weight": replace(good, rows=rows, low=low[:1]),
+        r"offset torch.int8 \[4, 1\]": replace(good, offset=far[:, :1]),
+        r"packed torch.uint8 \[3": replace(good, packed=good.packed[:3]),
+        "rows torch.int64": replace(good, rows=rows.long(), low=low),
+    }
+
+
+@pytest.mark.parametrize("message", damaged())
+def test_what_does_not_fit_is_refused(message):
+    with pytest.raises(ValueError, match=message):
+        damaged()[message].codes()

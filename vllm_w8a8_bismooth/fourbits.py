@@ -1,0 +1,158 @@
+"""INT8 rows in four bits a weight: how they are stored, and what they stand for.
+
+A 4-bit row *is* an INT8 row. In each group of columns its codes are ``q * m + o`` with ``q`` in 0..15, so that an
+integer step ``m``, an integer offset ``o`` and four bits a weight give them back (the two-level scales of QServe,
+arXiv 2405.04532, kept exact). Rows of eight bits stand between them (MixLLM, arXiv 2412.14590): their upper half is
+where 4-bit rows have ``q``, and their lower half apart.
+"""
+
+from dataclasses import dataclass, fields
+
+import torch
+
+from vllm_w8a8_bismooth import grouping
+
+GROUP_SIZES = (32, 64, 128)
+"""Columns that may share a step and an offset."""
+LEVELS = 16
+LARGEST = 127
+"""Magnitude of a code."""
+WIDE_MULTIPLIER, WIDE_OFFSET = LEVELS, -128
+"""What 8-bit rows have for a step and an offset: with their lower half, ``16 q - 128 + low`` is any code."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A weight ``[N, K]`` of 4-bit rows and 8-bit ones.
+
+    Attributes:
+        packed: uint8 ``[N, K / 2]``: ``q`` of columns 2j (lower half of the byte) and 2j + 1; of 8-bit rows the upper
+            half of ``code + 128``.
+        multiplier: uint8 ``[N, K / group_size]``, 1 to 254: m.
+        offset: int8 ``[N, K / group_size]``: o.
+        rows: int32 ``[n]``, ascending: which rows have eight bits.
+        low: uint8 ``[n, K / 2]``: the lower half of ``code + 128`` of these, two a byte like ``packed``.
+    """
+
+    packed: torch.Tensor
+    multiplier: torch.Tensor
+    offset: torch.Tensor
+    rows: torch.Tensor
+    low: torch.Tensor
+
+    def codes(self) -> torch.Tensor:
+        """int8 ``[N, K]``.
+
+        Raises:
+            ValueError: the tensors do not fit together, or stand for codes beyond [-127, 127].
+        """
+        self._check()
+        (count, half), groups = self.packed.shape, self.multiplier.shape[1]
+        steps = self.multiplier.short().unsqueeze(-1)
+        wide = split(self.packed).view(count, groups, -1).short() * steps + self.offset.short().unsqueeze(-1)
+        wide = wide.view(count, 2 * half)
+        wide[self.rows.long()] += split(self.low)
+        if not bool((wide.abs() <= LARGEST).all()):
+            row = int((wide.abs() > LARGEST).any(dim=1).nonzero()[0])
+            raise ValueError(f"row {row} has codes beyond -{LARGEST} to {LARGEST}")
+        return wide.to(torch.int8)
+
+    def _check(self) -> None:
+        shapes = {field.name: list(getattr(self, field.name).shape) for field in fields(self)}
+        dtypes = {field.name: getattr(self, field.name).dtype for field in fields(self)}
+        (count, half), (n, *_) = shapes["packed"], shapes["rows"]
+        groups = shapes["multiplier"][-1]
+        expected = {
+            "packed": [count, half],
+            "multiplier": [count, groups],
+            "offset": [count, groups],
+            "rows": [n],
+            "low": [n, half],
+        }
+        if shapes != expected or not groups or 2 * half % groups or dtypes != DTYPES:
+            told = ", ".join(f"{name} {dtypes[name]} {shape}" for name, shape in shapes.items())
+            raise ValueError(f"{told} are not the parts of one weight")
+        ascending = n == 0 or (
+            bool((self.rows.diff() > 0).all()) and int(self.rows[0]) >= 0 and int(self.rows[-1]) < count
+        )
+        if not ascending:
+            raise ValueError(f"the 8-bit rows are not ascending numbers below {count}")
+        if not bool((self.multiplier > 0).all()):
+            raise ValueError("a multiplier is 0")
+
+
+DTYPES = {
+    "packed": torch.uint8,
+    "multiplier": torch.uint8,
+    "offset": torch.int8,
+    "rows": torch.int32,
+    "low": torch.uint8,
+}
+"""Of the parts of :class:`Rows`."""
+
+
+def steps_of(codes: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The largest ``m`` and the ``o`` with which each group of codes is ``q * m + o``, whatever the ``q``.
+
+    ``o`` is the smallest code of the group, and ``m`` the greatest common divisor of all distances to it, 1 where all
+    codes are the same: one representation of many, always the same.
+
+    Args:
+        codes: int8 ``[N, K]`` in [-127, 127].
+        group_size: divides K.
+
+    Returns:
+        int16 ``[N, K / group_size]`` each.
+    """
+    groups = codes.view(len(codes), grouping.groups(codes.shape[1], group_size), group_size).short()
+    low = groups.amin(dim=-1)
+    left = groups - low.unsqueeze(-1)
+    while (width := left.shape[-1]) > 1:
+        half = width // 2
+        left = torch.cat([torch.gcd(left[..., :half], left[..., half : 2 * half]), left[..., 2 * half :]], dim=-1)
+    return left.squeeze(-1).clamp_(min=1), low
+
+
+def fits(codes: torch.Tensor, group_size: int) -> torch.Tensor:
+    """bool ``[N]``: which rows of int8 ``[N, K]`` four bits hold."""
+    multiplier, offset = steps_of(codes, group_size)
+    highest = codes.view(*multiplier.shape, group_size).amax(dim=-1)
+    return (highest.short() - offset < LEVELS * multiplier).all(dim=1)
+
+
+def pack(codes: torch.Tensor, rows: torch.Tensor, group_size: int) -> Rows:
+    """Store some rows in four bits, and the others in eight.
+
+    Args:
+        codes: int8 ``[N, K]`` in [-127, 127].
+        rows: int ``[n]``, ascending: which ones get eight bits.
+        group_size: divides K, and is even.
+
+    Raises:
+        ValueError: K is not a multiple of ``group_size``, or four bits do not hold a row.
+    """
+    multiplier, offset = steps_of(codes, group_size)
+    split_up = codes.view(*multiplier.shape, group_size).short() - offset.unsqueeze(-1)
+    q = (split_up // multiplier.unsqueeze(-1)).view(codes.shape)
+    wide = codes[rows.long()].short() + 128
+    q[rows.long()], multiplier[rows.long()], offset[rows.long()] = wide >> 4, WIDE_MULTIPLIER, WIDE_OFFSET
+    if not bool((q < LEVELS).all()):
+        row = int((q >= LEVELS).any(dim=1).nonzero()[0])
+        raise ValueError(f"four bits do not hold row {row}")
+    return Rows(join(q), multiplier.to(torch.uint8), offset.to(torch.int8), rows.to(torch.int32), join(wide & 15))
+
+
+def join(q: torch.Tensor) -> torch.Tensor:
+    """uint8 ``[N, K / 2]`` of integers ``[N, K]`` in 0..15: the even columns are the lower halves."""
+    return (q[:, ::2] | q[:, 1::2] << 4).to(torch.uint8)
+
+
+def split(packed: torch.Tensor) -> torch.Tensor:
+    """uint8 ``[N, K]`` of what :func:`join` made."""
+    return torch.stack([packed & 15, packed >> 4], dim=-1).flatten(1)
+
+
+def bits(columns: int, group_size: int) -> tuple[int, int]:
+    """Bits of a 4-bit row of so many columns, and of an 8-bit one, their scale and number included."""
+    four = 4 * columns + 16 * (columns // group_size) + 32
+    return four, four + 4 * columns + 32
