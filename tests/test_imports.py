@@ -10,9 +10,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = "vllm_w8a8_bismooth"
 OFFLINE = (
-    "errors", "switch", "progress", "grouping", "patterns", "shell", "model", "discovery", "checkpoint", "recipe",
-    "method", "measure", "report", "conversion", "engine", "verification", "scoring", "publication", "given", "api",
-    "doctor", "cli", "__main__",
+    "errors", "switch", "progress", "grouping", "fourbits", "patterns", "shell", "model", "discovery", "checkpoint",
+    "recipe", "method", "measure", "report", "conversion", "engine", "verification", "scoring", "publication", "given",
+    "api", "doctor", "cli", "__main__",
 )  # fmt: skip
 """Rooms and single modules of the offline half; each may import those before it."""
 MORE = {"doctor": {"ops"}}

@@ -35,6 +35,7 @@ def convert(
     smoothing: str | None = None,
     alpha: float | None = None,
     rounding: str | None = None,
+    bits: float | None = None,
     group_size: int | None = None,
     group_layers: str | Sequence[str] | None = None,
     group_budget: float | str | None = None,
@@ -67,8 +68,11 @@ def convert(
         alpha: with ``smoothing="alpha"``, the share of the activations' range that moves into the weights, 0 to 1.
         rounding: of the weights, ``nearest``, or ``gptq``, which makes up for errors and is the default with
             calibration.
-        group_size: columns per scale in per-group linears, a multiple of 32. If it is ``None``, ``mixed`` takes 128,
-            and ``auto`` the largest of 128, 64 and 32 that fits all linears.
+        bits: of a weight of the linears, on average, scales and all, 4.1 to 8: rows have four bits, or eight where that
+            is worth most to the predictions. Only the plugin serves the result. ``None`` is INT8.
+        group_size: columns per scale in per-group linears, a multiple of 32; with ``bits`` columns per step of 4-bit
+            rows. If it is ``None``, ``mixed`` takes 128, and ``auto`` and ``bits`` the largest of 128, 64 and 32 that
+            fits all linears.
         group_layers: patterns of the linears to make per-group, see :mod:`patterns`. Those that vLLM fuses with them
             come with them, and with an expert all others of its block.
         group_budget: with ``auto``, the share of the linears' multiplications that may have per-group scales, ``0.15``
@@ -109,6 +113,7 @@ def convert(
         smoothing=smoothing,
         alpha=alpha,
         rounding=rounding,
+        bits=bits,
         group_size=group_size,
         group_layers=group_layers,
         group_budget=group_budget,

@@ -12,8 +12,6 @@ import torch
 
 from vllm_w8a8_bismooth import grouping
 
-GROUP_SIZES = (32, 64, 128)
-"""Columns that may share a step and an offset."""
 LEVELS = 16
 LARGEST = 127
 """Magnitude of a code."""

@@ -95,9 +95,9 @@ def test_killed_in_any_pass_it_is_resumed(whole, tmp_path, monkeypatch, stage, b
         advanced.append(index)
         return advance(self, index, *arguments)
 
-    def measuring(calibration, index, *arguments):
-        measured.append(index)
-        return measure(calibration, index, *arguments)
+    def measuring(passing, *arguments):
+        measured.append(passing.index)
+        return measure(passing, *arguments)
 
     def interrupted(at, done, total, written):
         if (at, done) == (stage, blocks):

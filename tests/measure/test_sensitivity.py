@@ -11,6 +11,7 @@ from vllm_w8a8_bismooth.checkpoint.layout import Source
 from vllm_w8a8_bismooth.measure import sensitivity
 from vllm_w8a8_bismooth.measure.calibration import Calibration
 from vllm_w8a8_bismooth.measure.logits import Logits
+from vllm_w8a8_bismooth.measure.passing import Passing
 from vllm_w8a8_bismooth.method.rows import ALONE
 from vllm_w8a8_bismooth.method.smooth import Smoothing
 
@@ -28,9 +29,8 @@ def measured(folder, tokens: torch.Tensor, draws: int = 2, group_size: int = 32)
     gradients = Logits(source, CPU, torch.float32).gradients(calibration.hidden, draws)
     found, carried = [], [gradients]
     for index in reversed(range(len(blocks))):
-        costs, gradients = sensitivity.measure(
-            calibration, index, blocks[index], Smoothing(), states[index], gradients, group_size
-        )
+        passing = Passing(calibration, index, blocks[index], Smoothing(), states[index], gradients)
+        costs, gradients = sensitivity.measure(passing, group_size)
         found.insert(0, costs)
         carried.insert(0, gradients)
     return found, carried

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_w8a8_bismooth.method import compensate
-from vllm_w8a8_bismooth.method.compensate import REACH, Compensation, Gram
+from vllm_w8a8_bismooth.method.compensate import Compensation, Gram
+from vllm_w8a8_bismooth.method.grids import REACH, Even
 from vllm_w8a8_bismooth.method.quantize import dequantize_weight, quantize_folded, quantize_weight
 from vllm_w8a8_bismooth.method.rows import Fold, Threads
 
@@ -77,7 +78,7 @@ def test_columns_one_by_one_give_the_same(group_size):
         left[:, j:] -= error.unsqueeze(1) * inverse[j, j:]
         # Row and column j leave the inverse (eq. 3).
         inverse = inverse - inverse[:, j : j + 1] @ inverse[j : j + 1] / inverse[j, j]
-    found = made.round(weight, scale)[:, order]
+    found = made.round(weight, Even(scale))[:, order]
     differs = found.double() != expected
     assert (found.double() - expected).abs().max() <= 2 * REACH and differs.float().mean() < 0.05
     first = differs.int().argmax(dim=1)
@@ -158,7 +159,7 @@ def test_parts_are_rounded_each_for_itself(monkeypatch, group_size):
         part = slice(start, start + 32)
         alone = Gram([(rows / sizes)[:, part].T @ (rows / sizes)[:, part]])
         steps = scale if group_size is None else scale[:, start // 32 : start // 32 + 1]
-        torch.testing.assert_close(found[:, part], Compensation.of(alone).round(weight[:, part], steps) * steps)
+        torch.testing.assert_close(found[:, part], Compensation.of(alone).round(weight[:, part], Even(steps)) * steps)
 
 
 def test_threads_do_not_change_the_codes():

@@ -91,16 +91,20 @@ def convert(
         str | None,
         typer.Option(
             metavar="RULE",
-            help="Of weights. nearest: each for itself. gptq: later columns make up for the errors of earlier ones.",
+            help="Of weights. nearest: each for itself. gptq: later columns make up for earlier ones' errors.",
             show_default="gptq with calibration",
         ),
+    ] = None,
+    bits: Annotated[
+        float | None,
+        typer.Option(metavar="BITS", help="Average bits of a weight, 4.1 to 8: rows have 4, or 8 where that pays."),
     ] = None,
     group_size: Annotated[
         int | None,
         typer.Option(
             metavar="N",
-            help="Columns per scale in per-group linears.",
-            show_default="128 for mixed; for auto 128, 64 or 32, which fits all",
+            help="Columns per scale in per-group linears, or per step of 4-bit rows.",
+            show_default="128 for mixed; else 128, 64 or 32, which fits",
         ),
     ] = None,
     group_layers: Annotated[
@@ -185,6 +189,7 @@ def convert(
             smoothing=smoothing,
             alpha=alpha,
             rounding=rounding,
+            bits=bits,
             group_size=group_size,
             group_layers=group_layers,
             group_budget=group_budget,

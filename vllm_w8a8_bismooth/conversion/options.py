@@ -100,7 +100,7 @@ def chosen_by_name(source: Layout, recipe: Recipe, ignored: Sequence[set[str]]) 
         BismoothError: a pattern of ``group_layers`` names no linear, or they name an ignored one, or one whose K is not
             a multiple of ``group_size``.
     """
-    if recipe.group_size is None:
+    if recipe.group_size is None or recipe.bits is not None:
         return [set() for _ in source.layers]
     if recipe.group_layers is None:
         return None

@@ -51,7 +51,7 @@ def convert(ready: Preparation, progress: Progress = silent) -> Outcome:
     with Journal(ready.target, ready.identity) as journal:
         stages = Stages(ready, Run(source, ready.device, journal, progress), threads)
         with threads:
-            plan = Plan(source, ready.recipe, stages.granularity(), ready.ignored)
+            plan = Plan(source, ready.recipe, stages.granularity(), ready.ignored, stages.wide())
         tensors = plan.tensors(ready.part)
         # The threads end before the shards are closed, into which they write.
         turned, stem = source.checkpoint.turned, ready.stem

@@ -1,16 +1,20 @@
 """What a conversion will write and need, known before the first weight is read or written."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm_w8a8_bismooth import __version__, grouping
 from vllm_w8a8_bismooth.checkpoint.elements import torch_dtype
 from vllm_w8a8_bismooth.checkpoint.layout import Layout
+from vllm_w8a8_bismooth.conversion.quantization import quantization_config
 from vllm_w8a8_bismooth.errors import BismoothError
 from vllm_w8a8_bismooth.model.names import Names
-from vllm_w8a8_bismooth.recipe import INT8, Recipe, quantization_config
+from vllm_w8a8_bismooth.recipe import INT8, Recipe
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -18,12 +22,16 @@ class Plan:
     """A source, what to do with it, and each block's per-group linears, and ignored ones (by name inside it).
 
     Ignored linears are not quantized; smoothing folds into them all the same.
+
+    Attributes:
+        wide: with 4-bit rows, per block, linear -> int32 ``[n]``, ascending: its rows of eight bits.
     """
 
     source: Layout
     recipe: Recipe
     grouped: Sequence[set[str]]
     ignored: Sequence[set[str]]
+    wide: "Sequence[Mapping[str, torch.Tensor]] | None" = None
 
     def tensors(self, blocks: range | None = None) -> dict[str, Any]:
         """Every tensor of the result, or of a part with these blocks, without data, in the order in which they come.
@@ -52,13 +60,48 @@ class Plan:
                     rows, columns = header.shape
                     size = self.recipe.group_size if linear in self.grouped[index] else None
                     groups = grouping.groups(columns, size)
-                    tensors[full] = torch.empty(shape, dtype=torch.int8)
+                    if self.wide is None:
+                        tensors[full] = torch.empty(shape, dtype=torch.int8)
+                    else:
+                        tensors |= self._packed(full, rows, columns, len(self.wide[index][linear]))
                     tensors[f"{full}_scale"] = torch.empty(rows, groups, dtype=torch.float32)
         return tensors
+
+    def _packed(self, name: str, rows: int, columns: int, wide: int) -> dict[str, Any]:
+        """The tensors of a weight with 4-bit rows, but for its scale."""
+        import torch
+
+        groups = grouping.groups(columns, self.recipe.group_size)
+        found = {
+            f"{name}_packed": torch.empty(rows, columns // 2, dtype=torch.uint8),
+            f"{name}_multiplier": torch.empty(rows, groups, dtype=torch.uint8),
+            f"{name}_offset": torch.empty(rows, groups, dtype=torch.int8),
+        }
+        if wide:
+            found[f"{name}_rows"] = torch.empty(wide, dtype=torch.int32)
+            found[f"{name}_low"] = torch.empty(wide, columns // 2, dtype=torch.uint8)
+        return found
 
     def config(self) -> dict[str, Any]:
         """The ``quantization_config`` to write."""
         return quantization_config(self.recipe, self.grouped, self.ignored, self.source, __version__)
+
+
+def evenly(source: Layout, recipe: Recipe) -> "list[dict[str, torch.Tensor]]":
+    """:attr:`Plan.wide` before it is known which rows are worth eight bits: as many in each linear, for the sizes."""
+    import torch
+
+    from vllm_w8a8_bismooth import fourbits
+
+    assert recipe.bits is not None and recipe.group_size is not None
+    found: list[dict[str, torch.Tensor]] = []
+    for layer in source.layers:
+        found.append({})
+        for linear, (rows, columns) in layer.linears.items():
+            four, eight = fourbits.bits(columns, recipe.group_size)
+            count = int(rows * (recipe.bits * columns - four) / (eight - four))
+            found[-1][linear] = torch.arange(min(max(count, 0), rows), dtype=torch.int32)
+    return found
 
 
 def full_names(chosen: Sequence[set[str]], names: Names) -> list[str]:

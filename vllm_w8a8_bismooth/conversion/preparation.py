@@ -159,6 +159,8 @@ def prepare(
     if not reused:
         if recipe.method == "auto":
             _check_auto(part, text, recipe, source)
+        if recipe.bits is not None:
+            _check_rows(part, recipe, source, ignored)
         named = chosen_by_name(source, recipe, ignored)
         if text is not None:
             assert recipe.calibration_tokens is not None
@@ -227,8 +229,9 @@ def _rounding(recipe: Recipe, text: CalibrationText | None) -> str | None:
 
 
 def _group_size(recipe: Recipe, source: Source) -> int | None:
-    """Columns per scale: what is asked for; with ``auto`` else the largest of the usual sizes that fits all linears."""
-    if recipe.method != "auto" or recipe.group_size is not None:
+    """Columns per scale, or per step of 4-bit rows: what is asked for; with ``auto`` or ``bits`` else the largest of
+    the usual sizes that fits all linears."""
+    if not (recipe.method == "auto" or recipe.bits is not None) or recipe.group_size is not None:
         return recipe.group_size
     columns = {shape[1] for layer in source.layers for shape in layer.linears.values()}
     usual = [size for size in reversed(grouping.SIZES) if size <= GROUP_SIZE]
@@ -250,6 +253,24 @@ def _check_auto(part: range | None, text: CalibrationText | None, recipe: Recipe
     if recipe.target_kl is not None and not predicts_tokens(source):
         what = f"is a divergence of predicted tokens, and the model is a {class_of(source.checkpoint.config)}"
         raise BismoothError.of("--target-kl", what, "leave it out, or give a --group-budget")
+
+
+def _check_rows(part: range | None, recipe: Recipe, source: Source, ignored: Sequence[set[str]]) -> None:
+    """Raises :class:`BismoothError` where rows cannot have four bits."""
+    option = f"--bits {recipe.bits:g}"
+    if part is not None:
+        what = "one budget is spent on the rows of the whole model, and a part would see only some"
+        raise BismoothError.of(f"{option} and --blocks", what, "convert on one machine")
+    if any(layer.experts for layer in source.layers):
+        raise BismoothError.of(option, "experts have eight bits until now", "leave it out")
+    for index, layer in enumerate(source.layers):
+        for linear, (_, columns) in layer.linears.items():
+            if linear not in ignored[index] and not grouping.fits(columns, recipe.group_size):
+                name = source.names.block(index) + linear
+                what = f"K = {columns} is not a multiple of --group-size {recipe.group_size}"
+                sizes = [size for size in grouping.OF_FOUR_BITS if grouping.fits(columns, size)]
+                remedy = f"{', '.join(map(str, sizes))} would fit, or" if sizes else "it can be"
+                raise BismoothError.of(name, what, f"{remedy} left in float (--ignore)")
 
 
 def _check_labels(labels: Labels) -> None:

@@ -10,7 +10,7 @@ from vllm_w8a8_bismooth.checkpoint.writer import split
 from vllm_w8a8_bismooth.conversion import head
 from vllm_w8a8_bismooth.conversion.estimate import needs
 from vllm_w8a8_bismooth.conversion.options import already_float
-from vllm_w8a8_bismooth.conversion.plan import Plan, full_names
+from vllm_w8a8_bismooth.conversion.plan import Plan, evenly, full_names
 from vllm_w8a8_bismooth.conversion.preparation import Preparation
 from vllm_w8a8_bismooth.conversion.rates import measured as measured_rates
 from vllm_w8a8_bismooth.conversion.stages import CARRY, CONVERT, GRANULARITY
@@ -85,7 +85,9 @@ def preview(ready: Preparation) -> Preview:
     grouped = ready.named
     if grouped is None and (known := journal.record(GRANULARITY)) is not None:
         grouped = [set(names) for names in known]
-    tensors = Plan(source, ready.recipe, grouped or [set()] * len(source.layers), ready.ignored).tensors(ready.part)
+    wide = None if ready.recipe.bits is None else evenly(source, ready.recipe)
+    plan = Plan(source, ready.recipe, grouped or [set()] * len(source.layers), ready.ignored, wide)
+    tensors = plan.tensors(ready.part)
     files = split(tensors, ready.stem).filename_to_tensors
     shards = {file: sum(tensors[name].nbytes for name in names) for file, names in files.items()}
     written = sum(shards.values())
@@ -100,6 +102,8 @@ def preview(ready: Preparation) -> Preview:
     if ready.recipe.method == "auto":
         units = max(len(sensitivity.measured_units(layer)) for layer in source.layers)
         measured = perturbation.SAMPLE * (1 + sensitivity.DRAWS + 4 * units)
+    elif ready.recipe.bits is not None and tokens is not None:
+        measured = perturbation.SAMPLE * (2 + sensitivity.DRAWS)
     resumed = finished(journal, CONVERT, ready.blocks)
     before = range(ready.blocks.start if ready.recipe.smoothing and not resumed else 0)
     left = range(finished(journal, CARRY, before), before.stop)

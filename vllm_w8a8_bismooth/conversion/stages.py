@@ -1,12 +1,13 @@
 """The stages of a conversion: choose granularity, carry activations, smooth, quantize, write."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from functools import partial
 from typing import Any
 
 import torch
 
+from vllm_w8a8_bismooth import fourbits
 from vllm_w8a8_bismooth.checkpoint.blocks import Block, Run, Stage, Walk
 from vllm_w8a8_bismooth.checkpoint.files import Checksum
 from vllm_w8a8_bismooth.checkpoint.writer import ShardWriter
@@ -14,10 +15,11 @@ from vllm_w8a8_bismooth.conversion.options import check_group_size
 from vllm_w8a8_bismooth.conversion.plan import Plan
 from vllm_w8a8_bismooth.conversion.preparation import Preparation
 from vllm_w8a8_bismooth.errors import BismoothError
-from vllm_w8a8_bismooth.measure import perturbation, sensitivity, weights
+from vllm_w8a8_bismooth.measure import narrowing, perturbation, sensitivity, weights
 from vllm_w8a8_bismooth.measure.activations import MOMENTS, STREAM, Activations
 from vllm_w8a8_bismooth.measure.granularity import Evidence, choose, estimate
 from vllm_w8a8_bismooth.measure.logits import Logits, predicts_tokens
+from vllm_w8a8_bismooth.measure.passing import Passing
 from vllm_w8a8_bismooth.method.balance import rule_of
 from vllm_w8a8_bismooth.method.compensate import Compensation, Gram
 from vllm_w8a8_bismooth.method.moments import Moments
@@ -27,16 +29,16 @@ from vllm_w8a8_bismooth.method.smooth import Smoothing, smooth_block
 from vllm_w8a8_bismooth.model.layers import Layer
 from vllm_w8a8_bismooth.recipe import INT8
 
-SAMPLE, GRADIENTS = "sample", "gradients"
-"""Kinds of state: some of what a block reads, and how the predictions depend on it."""
+SAMPLE, GRADIENTS, COSTS = "sample", "gradients", "costs"
+"""Kinds of state: some of what a block reads, how the predictions depend on it, and what four bits cost its rows."""
 CALIBRATE = Stage("calibrate", spends=((STREAM, -1),))
 """Carries activations through all blocks, from the first to the last."""
 ANALYZE = Stage("analyze", spends=((SAMPLE, 0), (GRADIENTS, 1)))
 """Measures what each linear costs the predictions, from the last block to the first."""
 CARRY = Stage("carry", spends=((STREAM, -1),))
 """Carries activations through the blocks before a part, which other parts hold."""
-CONVERT = Stage("convert", spends=((MOMENTS, 0), (STREAM, -1)))
-OUTSIDE, HEAD, GRANULARITY = "outside", "head", "granularity"
+CONVERT = Stage("convert", spends=((MOMENTS, 0), (STREAM, -1), (COSTS, 0)))
+OUTSIDE, HEAD, GRANULARITY, WIDE = "outside", "head", "granularity", "wide"
 """Work that is done once, not for each block."""
 _SLAB = 2**24
 """Elements of a head that are in memory at once."""
@@ -82,10 +84,12 @@ class Stages:
 
     def _worthwhile(self) -> list[list[str]]:
         """Per block, the linears whose per-group scales pay. What the sites read is kept for the conversion."""
-        for index, block in self._run.walk(CALIBRATE):
-            block.keep(SAMPLE, {"hidden": perturbation.sample(self._activations.calibration(index))})
-            self._activations.read_by(block, self._threads)
-        self._measure(self._run.walk(ANALYZE, self._backwards()))
+        self._forwards()
+        group_size = self._recipe.group_size
+        assert group_size is not None
+        for block, passing in self._gradients():
+            block.record, gradients = sensitivity.measure(passing, group_size)
+            block.keep(GRADIENTS, {"gradients": gradients})
         chosen: list[list[str]] = [[] for _ in self._source.layers]
         for entry in self.evidence():
             for full in entry.linears if entry.chosen else ():
@@ -101,11 +105,52 @@ class Stages:
             )
         return chosen
 
-    def _measure(self, walk: Walk) -> None:
-        """What each unit costs, into the records of a walk that begins with the last block."""
-        count, group_size = len(self._source.layers), self._recipe.group_size
-        assert group_size is not None
-        for index, block in walk:
+    def wide(self) -> narrowing.Wide | None:
+        """Per block, the rows of its linears that have eight bits; ``None`` where all have.
+
+        Raises:
+            BismoothError: four bits in all rows are more than the recipe has; or see :meth:`Checkpoint.read`.
+        """
+        if self._recipe.bits is None:
+            return None
+        found = self._run.once(WIDE, self._allotted)
+        return [{linear: torch.tensor(rows, dtype=torch.int32) for linear, rows in block.items()} for block in found]
+
+    def _allotted(self) -> list[dict[str, list[int]]]:
+        """The rows that are worth eight bits, by what four cost the predictions, or data-free by what they change."""
+        recipe, source, ignored = self._recipe, self._source, self._ready.ignored
+        assert recipe.bits is not None and recipe.group_size is not None
+        if self._ready.tokens is None:
+            for index, block in self._run.walk(weights.ANALYZE):
+                linears = (name for name in block if source.layers[index].linear_of(name) not in ignored[index])
+                found = {name: narrowing.change(block[name], recipe.group_size, self._threads) for name in linears}
+                block.keep(COSTS, {str(source.layers[index].linear_of(name)): cost for name, cost in found.items()})
+        else:
+            self._forwards()
+            for block, passing in self._gradients():
+                cost, gradients = narrowing.measure(passing, recipe.group_size)
+                block.keep(COSTS, {name: rows for name, rows in cost.items() if name not in ignored[block.index]})
+                block.keep(GRADIENTS, {"gradients": gradients})
+        costs = [self._run.state(COSTS, index) for index in range(len(source.layers))]
+        columns = [{linear: shape[1] for linear, shape in layer.linears.items()} for layer in source.layers]
+        try:
+            wide = narrowing.allot(costs, columns, recipe.bits, recipe.group_size)
+        except ValueError as error:
+            what = f"less than four bits a row with their scales take, which is {error}"
+            raise BismoothError.of(f"--bits {recipe.bits:g}", what, "give more, or a larger --group-size") from None
+        return [{linear: rows.tolist() for linear, rows in block.items()} for block in wide]
+
+    def _forwards(self) -> None:
+        """Carry activations through all blocks, and keep some of what each one reads."""
+        for index, block in self._run.walk(CALIBRATE):
+            block.keep(SAMPLE, {"hidden": perturbation.sample(self._activations.calibration(index))})
+            self._activations.read_by(block, self._threads)
+
+    def _gradients(self) -> Iterator[tuple[Block, Passing]]:
+        """From the last block to the first: the block, and what passes through it. The gradients of what it reads are
+        to be kept."""
+        count = len(self._source.layers)
+        for index, block in self._run.walk(ANALYZE, self._backwards()):
             calibration = self._activations.calibration(count)
             if index == count - 1:
                 final = perturbation.sample(calibration)
@@ -116,10 +161,7 @@ class Stages:
                 gradients = self._run.state(GRADIENTS, index + 1)["gradients"]
             hidden = self._run.state(SAMPLE, index)["hidden"]
             smoothing = self._smooth(block, self._activations.recall(block))
-            block.record, gradients = sensitivity.measure(
-                calibration, index, block, smoothing, hidden, gradients, group_size
-            )
-            block.keep(GRADIENTS, {"gradients": gradients})
+            yield block, Passing(calibration, index, block, smoothing, hidden, gradients)
 
     def _backwards(self) -> range:
         return range(len(self._source.layers) - 1, -1, -1)
@@ -195,13 +237,18 @@ class Stages:
         for _, block in walk:
             if self._recipe.smoothing is None:
                 smoothing = Smoothing()
-            elif self._recipe.method == "auto" and not compensated:  # the other pass has found out
+            elif self._measured and not compensated:  # the other pass has found out
                 smoothing = self._smooth(block, self._activations.recall(block))
             else:
                 smoothing = self._smooth(block, self._activations.read_by(block, self._threads))
             linears = self._write(block, smoothing, plan, writer)
             block.record = {"linears": linears, "sites": self._sites(block.index, smoothing)}
         return walk
+
+    @property
+    def _measured(self) -> bool:
+        """Whether an earlier pass has seen what every block reads."""
+        return self._recipe.method == "auto" or (self._recipe.bits is not None and self._ready.tokens is not None)
 
     def _sites(self, index: int, smoothing: Smoothing) -> list[dict[str, Any]]:
         """What is to be reported of the sites of a block; those of experts that no token was sent to are marked."""
@@ -223,15 +270,9 @@ class Stages:
             full, linear = block.prefix + name, layer.linear_of(name)
             fold = smoothing.fold(name.removesuffix(".weight"))
             if linear is not None and linear not in plan.ignored[block.index]:
-                group_size = self._recipe.group_size if linear in plan.grouped[block.index] else None
-                compensation, take = compensations.of(linear, fold), partial(_add, writer, full, 0)
-                loss = quantize_folded(block[name], fold, group_size, take, self._threads, compensation)
-                self._check_range(full, loss.power)
-                linears[block.prefix + linear] = {
-                    "group_size": group_size,
-                    "column_error": loss.column_error(),
-                    "sqnr": loss.sqnr(),
-                }
+                linears[block.prefix + linear] = self._quantize(
+                    block[name], full, fold, compensations.of(linear, fold), plan, writer
+                )
             elif name in smoothing.vectors:
                 writer.add(full, smoothing.vectors[name].cpu())
             else:
@@ -240,6 +281,36 @@ class Stages:
                 writer.add(full, kept.cpu())
             block.release(name)
         return linears
+
+    def _quantize(
+        self,
+        weight: torch.Tensor,
+        name: str,
+        fold: Fold,
+        compensation: Compensation | None,
+        plan: Plan,
+        writer: ShardWriter,
+    ) -> dict[str, Any]:
+        """Write one linear's weight, by its full name; returns what is to be reported of it."""
+        index, linear = self._source.place_of(name.removesuffix(".weight"))
+        group_size = self._recipe.group_size if linear in plan.grouped[index] else None
+        entry: dict[str, Any] = {"group_size": group_size}
+        if plan.wide is None:
+            take = partial(_add, writer, name, 0)
+            loss = quantize_folded(weight, fold, group_size, take, self._threads, compensation)
+        else:
+            rows, size = plan.wide[index][linear], self._recipe.group_size
+            assert size is not None
+            if len(rows):
+                writer.add(f"{name}_rows", rows)
+            wide = torch.zeros(len(weight), dtype=torch.bool, device=weight.device)
+            wide[rows.long().to(weight.device)] = True
+            take = partial(_pack, writer, name, rows, size)
+            loss = quantize_folded(weight, fold, size, take, self._threads, compensation, wide)
+            four, eight = fourbits.bits(weight.shape[1], size)
+            entry["bits"] = (four * len(weight) + (eight - four) * len(rows)) / weight.numel()
+        self._check_range(name, loss.power)
+        return {**entry, "column_error": loss.column_error(), "sqnr": loss.sqnr()}
 
     def _check_range(self, name: str, values: torch.Tensor) -> None:
         """Raises :class:`BismoothError` if a tensor, or what was summed up of it, left the range of its dtype."""
@@ -278,3 +349,22 @@ def _add(writer: ShardWriter, name: str, first: int, start: int, codes: torch.Te
     """Write rows of a quantized weight, int8 ``[n, K]``, and scales, fp32 ``[n, G]``, from ``first + start`` on."""
     writer.add_rows(name, first + start, codes.cpu())
     writer.add_rows(f"{name}_scale", first + start, scale.cpu())
+
+
+def _pack(
+    writer: ShardWriter,
+    name: str,
+    wide: torch.Tensor,
+    group_size: int,
+    start: int,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+) -> None:
+    """:func:`_add` for rows of four bits; int32 ``wide`` ``[n]`` are those of the whole weight that have eight."""
+    first, last = (int(each) for each in torch.searchsorted(wide, torch.tensor([start, start + len(codes)])))
+    stored = fourbits.pack(codes.cpu(), wide[first:last] - start, group_size)
+    for part in ("packed", "multiplier", "offset"):
+        writer.add_rows(f"{name}_{part}", start, getattr(stored, part))
+    if last > first:
+        writer.add_rows(f"{name}_low", first, stored.low)
+    writer.add_rows(f"{name}_scale", start, scale.cpu())

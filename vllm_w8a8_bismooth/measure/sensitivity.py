@@ -8,15 +8,13 @@ linears add up, because rounding errors of different tokens and linears have not
 """
 
 from collections.abc import Mapping
-from functools import partial
 
 import torch
 
 from vllm_w8a8_bismooth import grouping
-from vllm_w8a8_bismooth.measure.calibration import Calibration
-from vllm_w8a8_bismooth.measure.perturbation import Variant, quantized, sampled, units
+from vllm_w8a8_bismooth.measure.passing import Passing
+from vllm_w8a8_bismooth.measure.perturbation import Variant, quantized, units
 from vllm_w8a8_bismooth.method.rows import Fold
-from vllm_w8a8_bismooth.method.smooth import Smoothing
 from vllm_w8a8_bismooth.model.layers import Layer
 
 DRAWS = 2
@@ -45,24 +43,11 @@ def variants(group_size: int | None) -> dict[str, dict[str, Variant]]:
     }
 
 
-def measure(
-    calibration: Calibration,
-    index: int,
-    tensors: Mapping[str, torch.Tensor],
-    smoothing: Smoothing,
-    hidden: torch.Tensor,
-    gradients: torch.Tensor,
-    group_size: int,
-) -> tuple[dict[str, dict[str, dict[str, float]]], torch.Tensor]:
+def measure(passing: Passing, group_size: int) -> tuple[dict[str, dict[str, dict[str, float]]], torch.Tensor]:
     """Quantize each unit of a block in each way, and carry the gradients through the block.
 
     Args:
-        calibration: whose model the block is part of.
-        index: of the block.
-        tensors: what is stored of it, by name inside it.
-        smoothing: of the block.
-        hidden: ``[windows, length, hidden]``, what the block reads, by :func:`perturbation.sample`.
-        gradients: fp32 ``[draws, windows, length, hidden]``, of what it leaves.
+        passing: through the block.
         group_size: of the per-group variants.
 
     Returns:
@@ -70,25 +55,20 @@ def measure(
         of what the block reads. Where groups do not divide K there is no ``per_group``, and there are no experts that
         run as transformers has them, stacked.
     """
-    layer = calibration.source.layers[index]
-    built = partial(calibration.source.construction.built, index)
+    layer, gradients = passing.layer, passing.gradients
     found: dict[str, dict[str, dict[str, float]]] = {}
-    with calibration.lend(index, tensors, torch.float32) as (block, run):
-        hidden, windows = hidden.float(), sampled(*calibration.hidden.shape[:2])
-        true, before = torch.empty_like(hidden), torch.empty_like(gradients)
-        for i, window in enumerate(hidden.split(1)):
-            leaf = window.detach().requires_grad_()
-            with torch.enable_grad():
-                out = run(leaf, windows[i : i + 1])
+    with passing.running() as running:
+        true, before = torch.empty_like(running.hidden), torch.empty_like(gradients)
+        for i, leaf, out in running.windows():
             true[i] = out.detach()[0]
             for draw, gradient in enumerate(gradients[:, i]):
                 kept = draw < len(gradients) - 1
                 (carried,) = torch.autograd.grad(out, leaf, gradient[None], retain_graph=kept)
                 before[draw, i] = carried[0]
-        modules = {name for name, _ in block.named_modules()}
+        modules = {name for name, _ in running.block.named_modules()}
         with torch.no_grad():
             for unit, parts in measured_units(layer).items():
-                folds: dict[str, Fold] = {built(part): smoothing.fold(part) for part in parts}
+                folds: dict[str, Fold] = {running.built(part): passing.smoothing.fold(part) for part in parts}
                 if not folds.keys() <= modules:
                     continue
                 columns = {layer.linears[part][1] for part in parts}
@@ -98,8 +78,8 @@ def measure(
                         continue
                     found[unit][name] = {}
                     for what, variant in ways.items():
-                        with quantized(block, folds, variant):
-                            moved = (gradients * (run(hidden, windows) - true)).sum(dim=-1)
+                        with quantized(running.block, folds, variant):
+                            moved = (gradients * (running.run(running.hidden, running.numbers) - true)).sum(dim=-1)
                         found[unit][name][what] = float(moved.square().mean()) / 2
     return found, before
 

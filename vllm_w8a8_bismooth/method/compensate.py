@@ -3,18 +3,17 @@
 Rounding a weight ``W`` to ``Q`` changes a linear's outputs by ``(W - Q) x``, whose expected square is ``d^T H d`` for
 each row ``d`` of ``W - Q``, with ``H = E[x x^T]`` over calibration tokens. Round-to-nearest leaves each ``d_k`` as
 small as it can be; here columns are rounded one after the other, and what one leaves is made up for by those that come
-later, as far as H says that their inputs go together. Scales are those of round-to-nearest: only codes change.
+later, as far as H says that their inputs go together. The grid is that of round-to-nearest: only codes change.
 """
 
 from dataclasses import dataclass
 
 import torch
 
+from vllm_w8a8_bismooth.method.grids import Grid
+
 DAMPING = 0.01
 """Share of the mean of H's diagonal that is added to it, so that directions that calibration has not seen stay put."""
-REACH = 1
-"""Codes end at most so many steps from the nearest. On SmolLM2 that costs nothing that can be measured, and what a
-weight was can still be seen from its code."""
 WIDEST = 4096
 """Channels whose errors are made up for together. On SmolLM2 half of the widest did as well."""
 _COLUMNS = 128  # rounded before what they leave is handed on to all later ones at once
@@ -61,38 +60,40 @@ class Compensation:
     Attributes:
         orders: int64 ``[k]`` each, columns of a part with the largest inputs first.
         factors: fp32 ``[k, k]`` each, upper triangular U with ``U^T U`` the inverse of the damped H in that order.
+        weights: fp32 ``[k]`` each, H's diagonal: by how much an error in each column counts.
     """
 
     orders: list[torch.Tensor]
     factors: list[torch.Tensor]
+    weights: list[torch.Tensor]
 
     @classmethod
     def of(cls, gram: Gram, damping: float = DAMPING) -> "Compensation":
         """From what a linear reads, which is used up. More damping is taken where fp32 cannot factor H."""
-        made = cls([], [])
+        made = cls([], [], [])
         while gram.products:
+            made.weights.append(gram.products[0].diagonal().clone())
             order, factor = _factored(gram.products.pop(0), damping)
             made.orders.append(order)
             made.factors.append(factor)
         return made
 
-    def round(self, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    def round(self, weight: torch.Tensor, grid: Grid) -> torch.Tensor:
         """The codes of some rows.
 
         Args:
             weight: fp32 ``[n, K]``, finite.
-            scale: fp32 ``[n, G]``, positive: of each row, or of G groups of its columns.
+            grid: of the same rows.
 
         Returns:
-            fp32 ``[n, K]``, integers in [-127, 127], at most :data:`REACH` from round-to-nearest's.
+            fp32 ``[n, K]``, codes of the grid, as near to round-to-nearest's as it says.
         """
-        columns, steps = weight.shape[1], scale.T.contiguous()
-        rounded, width = torch.empty_like(weight), columns // len(steps)
+        rounded, width = torch.empty_like(weight), weight.shape[1] // grid.groups
         start = 0
         for order, factor in zip(self.orders, self.factors, strict=True):
             part = slice(start, start + len(order))
             group = ((order + start) // width).tolist()
-            rounded[:, part] = _round(weight[:, part], order, factor, steps, group)
+            rounded[:, part] = _round(weight[:, part], order, factor, grid, group)
             start = part.stop
         return rounded
 
@@ -117,24 +118,22 @@ def _factored(products: torch.Tensor, damping: float) -> tuple[torch.Tensor, tor
 
 
 def _round(
-    weight: torch.Tensor, order: torch.Tensor, factor: torch.Tensor, steps: torch.Tensor, group: list[int]
+    weight: torch.Tensor, order: torch.Tensor, factor: torch.Tensor, grid: Grid, group: list[int]
 ) -> torch.Tensor:
-    """The codes of one part, fp32 ``[n, k]``; the step of the j-th column in order is ``steps[group[j]]``, ``[n]``."""
+    """The codes of one part, fp32 ``[n, k]``; the j-th column in order is of the grid's group number ``group[j]``."""
     # Columns are contiguous here: they are worked on one after the other.
     left = weight.T[order]
     codes = torch.empty_like(left)
     for code, column, g in zip(codes, left, group, strict=True):
-        torch.div(column, steps[g], out=code).round_()
+        grid.nearest(column, g, code)
     for start in range(0, len(left), _COLUMNS):
         end = min(start + _COLUMNS, len(left))
         here, u = left[start:end], factor[start:end, start:end]
         errors = torch.empty_like(here)
         for j in range(end - start):
-            step, code = steps[group[start + j]], codes[start + j]
-            nearest = code.clone()
-            torch.div(here[j], step, out=code).round_().sub_(nearest).clamp_(-REACH, REACH).add_(nearest)
-            code.clamp_(-127, 127)
-            torch.addcmul(here[j], code, step, value=-1, out=errors[j]).div_(u[j, j])
+            g, code = group[start + j], codes[start + j]
+            grid.near(here[j], g, code)
+            torch.addcmul(here[j], code, grid.step(g), value=-1, out=errors[j]).div_(u[j, j])
             if start + j + 1 < end:
                 here[j + 1 :].addr_(u[j, j + 1 :], errors[j], alpha=-1)
         left[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)

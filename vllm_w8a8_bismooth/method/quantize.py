@@ -1,4 +1,4 @@
-"""Symmetric INT8 quantization of weights, per channel and per group."""
+"""Symmetric INT8 quantization of weights, per channel and per group, and of some rows to four bits."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -7,6 +7,7 @@ import torch
 
 from vllm_w8a8_bismooth import grouping
 from vllm_w8a8_bismooth.method.compensate import Compensation
+from vllm_w8a8_bismooth.method.grids import Even, Grid, Stepped
 from vllm_w8a8_bismooth.method.rows import ALONE, Fold, Memory, Threads
 
 TOGETHER = 256  # rows that are compensated at once, or more: each step of a column is a call for all of them
@@ -97,6 +98,7 @@ def quantize_folded(
     take: Callable[[int, torch.Tensor, torch.Tensor], None] = lambda start, codes, scale: None,
     threads: Threads = ALONE,
     compensation: Compensation | None = None,
+    wide: torch.Tensor | None = None,
 ) -> Loss:
     """Fold and quantize a stored weight some rows at a time, without an fp32 copy of the whole.
 
@@ -108,24 +110,40 @@ def quantize_folded(
             and in any order. The codes do not outlive the call.
         threads: share the rows.
         compensation: rounds instead of round-to-nearest; of the inputs after the fold.
+        wide: bool ``[N]``, the rows that have eight bits; the others have four, with a step and an offset for each
+            ``group_size`` columns, and all have one scale. ``None`` is INT8.
 
     Raises:
         ValueError: K is not a multiple of ``group_size``.
     """
     loss = Loss(weight.shape[1], weight.device)
+    counts = weight.new_ones(weight.shape[1], dtype=torch.float32)
+    if compensation is not None:
+        counts = torch.cat(compensation.weights)
+
+    def narrow(piece: torch.Tensor, scale: torch.Tensor, wide: torch.Tensor) -> tuple[Stepped, torch.Tensor]:
+        assert group_size is not None
+        grid = Stepped.search(piece, scale.view(-1), wide, group_size, counts)
+        return grid, grid.rounded(piece)
 
     def work(start: int, rows: int, pieces: Iterator[tuple[int, torch.Tensor]], memory: Memory) -> Loss:
         codes, scales = memory.get("codes", rows, weight, torch.int8), []
         cost = Loss(weight.shape[1], weight.device)
         for first, piece in pieces:
             rounded = memory.get("rounded", len(piece), weight)
-            scale = _quantize(piece, group_size, rounded, codes[first : first + len(piece)])
+            made = codes[first : first + len(piece)]
+            scale = _quantize(piece, group_size if wide is None else None, rounded, made)
+            grid: Grid = Even(scale)
+            if wide is not None:
+                grid, nearest = narrow(piece, scale, wide[start + first : start + first + len(piece)])
+                scale = grid.scale.unsqueeze(1)
+                made.copy_(rounded.copy_(nearest))
             groups = rounded.view(len(piece), scale.shape[1], -1)
             groups *= scale.unsqueeze(-1)
             error = rounded.sub_(piece).square_().sum(dim=0)
             cost.error += error
             if compensation is not None:
-                made = codes[first : first + len(piece)].copy_(compensation.round(piece, scale))
+                made.copy_(compensation.round(piece, grid))
                 error = dequantize_weight(made, scale).sub_(piece).square_().sum(dim=0)
             cost.written += float(error.sum(dtype=torch.float64))
             cost.power += piece.square_().sum(dim=0)

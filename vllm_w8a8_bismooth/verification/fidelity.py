@@ -3,7 +3,7 @@
 Smoothing divides what feeds a linear and multiplies the linear's columns. What a norm gave up is on record: its old
 gain over its new one. What ``v_proj`` or ``up_proj`` gave up is not, but it can be found again: a code ``q`` of step
 ``d`` stands for the interval ``(q - 1/2) d`` to ``(q + 1/2) d``, so each weight of a row bounds that row's factor, and
-a whole row leaves a narrow range. (Compensated rounding goes up to :data:`compensate.REACH` steps further, and the
+a whole row leaves a narrow range. (Compensated rounding goes up to :data:`grids.REACH` steps further, and the
 ranges are as much wider.) An empty range means that the row is no rounding of the source's row, whatever was
 folded into it. If the ranges of a producer's rows and its consumers' columns do not meet, the two sides do not cancel.
 
@@ -29,7 +29,7 @@ from vllm_w8a8_bismooth.checkpoint.layout import Source
 from vllm_w8a8_bismooth.checkpoint.reader import Checkpoint
 from vllm_w8a8_bismooth.errors import BismoothError, Problem
 from vllm_w8a8_bismooth.method.columns import Columns, indices
-from vllm_w8a8_bismooth.method.compensate import REACH
+from vllm_w8a8_bismooth.method.grids import REACH
 from vllm_w8a8_bismooth.method.rows import Threads
 from vllm_w8a8_bismooth.model.layers import Layer, Runs, Site
 from vllm_w8a8_bismooth.progress import Progress
