@@ -56,7 +56,10 @@ class Stages:
     def __init__(self, ready: Preparation, run: Run, threads: Threads):
         self._ready, self._run, self._threads = ready, run, threads
         self._source, self._recipe = ready.source, ready.recipe
-        self._activations = Activations(run, ready.tokens, ready.recipe.compute_dtype)
+        # Rows with four bits are chosen by what compensation leaves, for which it takes how inputs go together.
+        self._compensated = ready.recipe.rounding == "gptq"
+        correlated = self._compensated and ready.recipe.bits is not None
+        self._activations = Activations(run, ready.tokens, ready.recipe.compute_dtype, correlated)
 
     def granularity(self) -> list[set[str]]:
         """Per block, the linears that get per-group scales: by name, by their weights, or by measured errors.
@@ -127,14 +130,15 @@ class Stages:
                 block.keep(COSTS, {str(source.layers[index].linear_of(name)): cost for name, cost in found.items()})
         else:
             self._forwards()
+            left = self._run.walk(CALIBRATE).records
             for block, passing in self._gradients():
-                cost, gradients = narrowing.measure(passing, recipe.group_size)
-                block.keep(COSTS, {name: rows for name, rows in cost.items() if name not in ignored[block.index]})
+                found, gradients = narrowing.measure(passing, recipe.group_size, left[block.index])
+                block.keep(COSTS, {name: rows for name, rows in found.items() if name not in ignored[block.index]})
                 block.keep(GRADIENTS, {"gradients": gradients})
-        costs = [self._run.state(COSTS, index) for index in range(len(source.layers))]
+        kept = [self._run.state(COSTS, index) for index in range(len(source.layers))]
         columns = [{linear: shape[1] for linear, shape in layer.linears.items()} for layer in source.layers]
         try:
-            wide = narrowing.allot(costs, columns, recipe.bits, recipe.group_size)
+            wide = narrowing.allot(kept, columns, recipe.bits, recipe.group_size)
         except ValueError as error:
             what = f"less than four bits a row with their scales take, which is {error}"
             raise BismoothError.of(f"--bits {recipe.bits:g}", what, "give more, or a larger --group-size") from None
@@ -144,7 +148,17 @@ class Stages:
         """Carry activations through all blocks, and keep some of what each one reads."""
         for index, block in self._run.walk(CALIBRATE):
             block.keep(SAMPLE, {"hidden": perturbation.sample(self._activations.calibration(index))})
-            self._activations.read_by(block, self._threads)
+            moments = self._activations.read_by(block, self._threads)
+            block.record = self._left(block, moments)
+
+    def _left(self, block: Block, moments: Mapping[str, Moments]) -> dict[str, float]:
+        """By linear, what compensation will leave of its outputs' error, where that is known by now."""
+        if not self._activations.grams:
+            return {}
+        layer, smoothing = self._source.layers[block.index], self._smooth(block, moments)
+        compensations = Compensations(layer, self._activations.grams)
+        found = {linear: compensations.of(linear, smoothing.fold(linear)) for linear in layer.linears}
+        return {linear: compensation.left() for linear, compensation in found.items() if compensation is not None}
 
     def _gradients(self) -> Iterator[tuple[Block, Passing]]:
         """From the last block to the first: the block, and what passes through it. The gradients of what it reads are

@@ -41,12 +41,15 @@ def change(weight: torch.Tensor, group_size: int, threads: Threads) -> torch.Ten
     return torch.cat(list(threads.over(weight, Fold(), work)))
 
 
-def measure(passing: Passing, group_size: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+def measure(
+    passing: Passing, group_size: int, left: Mapping[str, float]
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """The cost of four bits in each row of a block, by its linears; and the gradients of what the block reads.
 
     Args:
         passing: through the block.
         group_size: of 4-bit rows.
+        left: linear -> what compensation will leave of the cost of nearest codes, where it rounds.
 
     Returns:
         Linear -> fp32 ``[N]``, nats a token; and fp32 ``[draws, windows, length, hidden]``.
@@ -81,7 +84,7 @@ def measure(passing: Passing, group_size: int) -> tuple[dict[str, torch.Tensor],
         for hook in hooks:
             hook.remove()
     count = 2 * passing.gradients[..., 0].numel()
-    return {name: (cost / count).float() for name, cost in costs.items()}, before
+    return {name: (left.get(name, 1.0) * cost / count).float() for name, cost in costs.items()}, before
 
 
 def allot(

@@ -78,6 +78,14 @@ class Compensation:
             made.factors.append(factor)
         return made
 
+    def left(self) -> float:
+        """What compensation leaves of the expected square of an output's error, where all steps are the same.
+
+        An error ``e`` of column j costs ``(e / U_jj)^2`` once later columns have made up for it, by itself ``H_jj e^2``.
+        """
+        made_up = sum(float(factor.diagonal().double().square().reciprocal().sum()) for factor in self.factors)
+        return made_up / (sum(float(weights.double().sum()) for weights in self.weights) or 1.0)
+
     def round(self, weight: torch.Tensor, grid: Grid) -> torch.Tensor:
         """The codes of some rows.
 
