@@ -24,6 +24,8 @@ ARMS = {
     "mixed": (Recipe.of("mixed", group_size=32), False),
     "calibrated": (Recipe.of("bismooth", calibration_tokens=500), True),
     "data-free": (Recipe.of("bismooth"), False),
+    "rows": (Recipe.of("bismooth", bits=6, group_size=32, calibration_tokens=500), True),
+    "rows, data-free": (Recipe.of("bismooth", bits=6, group_size=32), False),
 }
 
 

@@ -92,6 +92,7 @@ def preview(console: "Console", plan: "Preview", recipe: "Recipe", then: str | N
     remarks(console, plan.used)
     quantized(console, plan.quantized)
     _data_free(console, recipe)
+    _rows(console, recipe)
     if plan.grouped is None:
         console.print(f"Per-group linears (g = {recipe.group_size}): the weights decide; sizes are without them")
     elif plan.grouped:
@@ -184,6 +185,17 @@ def _data_free(console: "Console", recipe: "Recipe") -> None:
         )
 
 
+def _rows(console: "Console", recipe: "Recipe") -> None:
+    """What rows have, and by what they were chosen."""
+    if recipe.bits is None:
+        return
+    by = "cost the predictions" if recipe.calibration else "change in the weights alone"
+    console.print(
+        f"Rows have four bits, in groups of {recipe.group_size} columns, or eight, {recipe.bits:g} on average, by what "
+        f"four bits {by}."
+    )
+
+
 def _granularity(console: "Console", report: "Outcome") -> None:
     """Which linears got groups, and why; nothing where that was not measured."""
     from rich.markup import escape
@@ -222,6 +234,7 @@ def summary(console: "Console", report: "Outcome") -> None:
         f"{report.written_bytes / 1e9:.3f} GB ({share:.0%}), {len(report.linears) - grouped} linears per-channel, "
         f"{grouped} per-group" + (f", {len(report.ignored)} left in float." if report.ignored else ".")
     )
+    _rows(console, recipe)
     if per_group:
         console.print(f"Per-group (g = {recipe.group_size}): {in_few_words(per_group)}", markup=False)
     if report.ignored:

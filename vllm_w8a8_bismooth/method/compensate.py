@@ -81,7 +81,7 @@ class Compensation:
     def left(self) -> float:
         """What compensation leaves of the expected square of an output's error, where all steps are the same.
 
-        An error ``e`` of column j costs ``(e / U_jj)^2`` once later columns have made up for it, by itself ``H_jj e^2``.
+        An error ``e`` of column j costs ``(e / U_jj)^2`` once later ones have made up for it, by itself ``H_jj e^2``.
         """
         made_up = sum(float(factor.diagonal().double().square().reciprocal().sum()) for factor in self.factors)
         return made_up / (sum(float(weights.double().sum()) for weights in self.weights) or 1.0)

@@ -17,8 +17,9 @@ class Loss:
     """What quantization cost a ``[N, K]`` weight, summed up row by row.
 
     Attributes:
-        error: fp64 ``[K]``, sum of squared differences to the folded weight in each column, of the nearest codes: what
-            the scales leave. Compensation moves codes away on purpose, and what it gains shows in the outputs.
+        error: fp64 ``[K]``, sum of squared differences to the folded weight in each column, of the nearest INT8 codes:
+            what the scales leave. Compensation moves codes away on purpose, and what it gains shows in the outputs;
+            rows of four bits lose more, but lose columns for the same reason.
         power: fp64 ``[K]``, sum of squares of the folded weight in each column.
         written: sum of squared differences of the codes that are written.
     """
@@ -121,11 +122,6 @@ def quantize_folded(
     if compensation is not None:
         counts = torch.cat(compensation.weights)
 
-    def narrow(piece: torch.Tensor, scale: torch.Tensor, wide: torch.Tensor) -> tuple[Stepped, torch.Tensor]:
-        assert group_size is not None
-        grid = Stepped.search(piece, scale.view(-1), wide, group_size, counts)
-        return grid, grid.rounded(piece)
-
     def work(start: int, rows: int, pieces: Iterator[tuple[int, torch.Tensor]], memory: Memory) -> Loss:
         codes, scales = memory.get("codes", rows, weight, torch.int8), []
         cost = Loss(weight.shape[1], weight.device)
@@ -133,17 +129,20 @@ def quantize_folded(
             rounded = memory.get("rounded", len(piece), weight)
             made = codes[first : first + len(piece)]
             scale = _quantize(piece, group_size if wide is None else None, rounded, made)
-            grid: Grid = Even(scale)
-            if wide is not None:
-                grid, nearest = narrow(piece, scale, wide[start + first : start + first + len(piece)])
-                scale = grid.scale.unsqueeze(1)
-                made.copy_(rounded.copy_(nearest))
             groups = rounded.view(len(piece), scale.shape[1], -1)
             groups *= scale.unsqueeze(-1)
             error = rounded.sub_(piece).square_().sum(dim=0)
             cost.error += error
+            grid: Grid = Even(scale)
+            if wide is not None:
+                assert group_size is not None
+                here = wide[start + first : start + first + len(piece)]
+                grid = Stepped.search(piece, scale.view(-1), here, group_size, counts)
+                scale = grid.scale.unsqueeze(1)
+                made.copy_(grid.rounded(piece))
             if compensation is not None:
                 made.copy_(compensation.round(piece, grid))
+            if compensation is not None or wide is not None:
                 error = dequantize_weight(made, scale).sub_(piece).square_().sum(dim=0)
             cost.written += float(error.sum(dtype=torch.float64))
             cost.power += piece.square_().sum(dim=0)

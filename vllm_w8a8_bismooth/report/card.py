@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from vllm_w8a8_bismooth import __version__
+from vllm_w8a8_bismooth import ROWS_FORMAT, __version__
 from vllm_w8a8_bismooth.checkpoint.files import RECIPE, REPORT, disk_errors, read_json, write_atomically
 from vllm_w8a8_bismooth.errors import BismoothError
 from vllm_w8a8_bismooth.measure.bundled import NAME
@@ -163,7 +163,14 @@ def draw_up(folder: Path, labels: Labels) -> str:
         grouped=f"{grouped} ({grouped / len(linears):.1%})",
         here=_HERE,
         runner=task.runner,
-        plugin=_NEEDS_PLUGIN if grouped else _NEEDS_NOTHING,
+        plugin=_NEEDS_NOTHING
+        if not grouped and recipe.bits is None
+        else _NEEDS_PLUGIN.format(
+            what="The per-group linears need" if recipe.bits is None else "Rows of four bits need"
+        ),
+        kind="INT8 W8A8" if recipe.bits is None else "W4A8 with rows of INT8",
+        weights="8-bit integer weights" if recipe.bits is None else _ROWS.format(bits=recipe.bits),
+        format="compressed-tensors `int-quantized`" if recipe.bits is None else f"bismooth's own, `{ROWS_FORMAT}`",
         before=f"{before / 1e9:.3f}",
         after=f"{after / 1e9:.3f}",
         share=f"{after / before:.0%}",
@@ -214,6 +221,8 @@ def _method(recipe: Recipe) -> str:
     which = "whose cost to the predictions it reduces most," if recipe.method == "auto" else "that match `group_layers`"
     grouped = f" Linears {which} have one scale per group of {size} columns." if size else ""
     rounded = _COMPENSATED if recipe.rounding == "gptq" else ""
+    if recipe.bits is not None:
+        grouped = f" Rows have four bits, with a step and an offset for each {size} columns, or eight, {_WORTH}."
     return (
         f"Bi-smoothing moved magnitude between weights and activations, in either direction, before rounding "
         f"(`{recipe.method}`, {rule}). The activations' ranges were {ranges}.{rounded}{grouped}"
@@ -283,11 +292,13 @@ _NEEDS_NOTHING = (
     "`vllm-w8a8-bismooth` installed, its kernels are used."
 )
 _NEEDS_PLUGIN = (
-    "The per-group linears need the plugin `vllm-w8a8-bismooth`; vLLM without it refuses the checkpoint. In vLLM's\n"
+    "{what} the plugin `vllm-w8a8-bismooth`; vLLM without it refuses the checkpoint. In vLLM's\n"
     "environment, in a copy of the plugin's repository:\n\n"
     "```\npip install .\n```\n\n"
     "vLLM detects the quantization by itself; `--quantization` need not be given."
 )
+_ROWS = "integer weights, {bits:g} bits each on average (rows of them have four bits, or eight),"
+_WORTH = "where that is worth most to the predictions for the bits that it takes"
 _EXEMPT = (
     " Exempt are linears that match `ignore`, with those that vLLM fuses with them: they keep the original's dtype."
 )
@@ -297,11 +308,11 @@ _CAPTIONS = {
     figures.WEIGHTS: "Largest weights of the input columns before and after smoothing, by block",
 }
 _BODY = """\
-# {name}, INT8 W8A8
+# {name}, {kind}
 
 {model}, converted by `bismooth` {version} for [vLLM](https://docs.vllm.ai): {linears} {where}
-hold 8-bit integer weights and get 8-bit integer activations, which are quantized while serving; everything else keeps
-its dtype. The format is compressed-tensors `int-quantized`.
+hold {weights} and get 8-bit integer activations, which are quantized while serving; everything else keeps
+its dtype. The format is {format}.
 {quantized}{original}
 ## Serve
 
