@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_w8a8_bismooth import fourbits
+from vllm_w8a8_bismooth import fourbits, grouping
 
 
 def example(n: int, groups: int, group_size: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -22,7 +22,7 @@ def example(n: int, groups: int, group_size: int, seed: int) -> tuple[torch.Tens
     return codes, rows
 
 
-@given(st.integers(1, 9), st.integers(1, 4), st.sampled_from(fourbits.GROUP_SIZES), st.integers(0, 2**31))
+@given(st.integers(1, 9), st.integers(1, 4), st.sampled_from(grouping.OF_FOUR_BITS), st.integers(0, 2**31))
 def test_packing_loses_nothing(n, groups, group_size, seed):
     codes, rows = example(n, groups, group_size, seed)
     stored = fourbits.pack(codes, rows, group_size)

@@ -10,6 +10,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 FORMAT = "int-quantized"
 """How compressed-tensors calls the storage of our checkpoints: plain int8 weights and their scales."""
+ROWS_FORMAT = "int4-int8-rows"
+"""That of our checkpoints with 4-bit rows, which only the plugin reads, see :mod:`fourbits`."""
 MARKER = "bismooth"
 """The key of ``quantization_config`` by which the plugin claims our checkpoints; other readers ignore it."""
 NAME = "w8a8_bismooth"

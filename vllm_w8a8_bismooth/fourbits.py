@@ -6,14 +6,14 @@ arXiv 2405.04532, kept exact). Rows of eight bits stand between them (MixLLM, ar
 where 4-bit rows have ``q``, and their lower half apart.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 
-from vllm_w8a8_bismooth import grouping
+from vllm_w8a8_bismooth import MARKER, grouping
 
-GROUP_SIZES = (32, 64, 128)
-"""Columns that may share a step and an offset."""
 LEVELS = 16
 LARGEST = 127
 """Magnitude of a code."""
@@ -40,8 +40,11 @@ class Rows:
     rows: torch.Tensor
     low: torch.Tensor
 
-    def codes(self) -> torch.Tensor:
+    def codes(self, first: int = 0) -> torch.Tensor:
         """int8 ``[N, K]``.
+
+        Args:
+            first: what errors call the first row, where these are some of a weight's.
 
         Raises:
             ValueError: the tensors do not fit together, or stand for codes beyond [-127, 127].
@@ -54,7 +57,7 @@ class Rows:
         wide[self.rows.long()] += split(self.low)
         if not bool((wide.abs() <= LARGEST).all()):
             row = int((wide.abs() > LARGEST).any(dim=1).nonzero()[0])
-            raise ValueError(f"row {row} has codes beyond -{LARGEST} to {LARGEST}")
+            raise ValueError(f"row {first + row} has codes beyond -{LARGEST} to {LARGEST}")
         return wide.to(torch.int8)
 
     def _check(self) -> None:
@@ -156,3 +159,21 @@ def bits(columns: int, group_size: int) -> tuple[int, int]:
     """Bits of a 4-bit row of so many columns, and of an 8-bit one, their scale and number included."""
     four = 4 * columns + 16 * (columns // group_size) + 32
     return four, four + 4 * columns + 32
+
+
+def group_size_of(config: Mapping[str, Any]) -> int:
+    """Columns that share a step and an offset in a checkpoint, as its ``quantization_config`` says.
+
+    Raises:
+        ValueError: it does not say so, or what no conversion writes.
+    """
+    marker = config.get(MARKER)
+    rows = marker.get("rows") if isinstance(marker, dict) else None
+    found = rows if isinstance(rows, dict) else {}
+    size, mean = found.get("group_size"), found.get("bits")
+    if type(size) is not int or size not in grouping.OF_FOUR_BITS:
+        sizes = ", ".join(map(str, grouping.OF_FOUR_BITS))
+        raise ValueError(f"{MARKER}.rows is {rows!r}; its group_size must be one of {sizes}")
+    if isinstance(mean, bool) or not isinstance(mean, int | float) or not 4 <= mean <= 8:
+        raise ValueError(f"{MARKER}.rows is {rows!r}; its bits must be a number from 4 to 8")
+    return size

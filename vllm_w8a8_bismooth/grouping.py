@@ -5,6 +5,8 @@
 
 SIZES = (32, 64, 128, 256, 512, 1024)
 """The sizes in use, which messages propose; any multiple of 32 works."""
+OF_FOUR_BITS = SIZES[:3]
+"""Columns of 4-bit rows that may share a step and an offset, see :mod:`fourbits`."""
 
 
 def fits(columns: int, group_size: int | None) -> bool:
