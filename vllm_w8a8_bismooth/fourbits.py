@@ -19,6 +19,7 @@ LARGEST = 127
 """Magnitude of a code."""
 WIDE_MULTIPLIER, WIDE_OFFSET = LEVELS, -128
 """What 8-bit rows have for a step and an offset: with their lower half, ``16 q - 128 + low`` is any code."""
+_TOGETHER = 2**22  # codes that are made at once
 
 
 @dataclass(frozen=True)
@@ -50,15 +51,26 @@ class Rows:
             ValueError: the tensors do not fit together, or stand for codes beyond [-127, 127].
         """
         self._check()
-        (count, half), groups = self.packed.shape, self.multiplier.shape[1]
-        steps = self.multiplier.short().unsqueeze(-1)
-        wide = split(self.packed).view(count, groups, -1).short() * steps + self.offset.short().unsqueeze(-1)
-        wide = wide.view(count, 2 * half)
-        wide[self.rows.long()] += split(self.low)
-        if not bool((wide.abs() <= LARGEST).all()):
-            row = int((wide.abs() > LARGEST).any(dim=1).nonzero()[0])
-            raise ValueError(f"row {first + row} has codes beyond -{LARGEST} to {LARGEST}")
-        return wide.to(torch.int8)
+        count, half = self.packed.shape
+        codes = torch.empty(count, 2 * half, dtype=torch.int8, device=self.packed.device)
+        step = max(1, _TOGETHER // (2 * half))
+        edges = torch.arange(0, count + step, step, dtype=torch.int32, device=self.rows.device)
+        passed = torch.searchsorted(self.rows, edges).tolist()
+        for number, start in enumerate(range(0, count, step)):
+            codes[start : start + step] = self._some(first, slice(start, start + step), slice(*passed[number:][:2]))
+        return codes
+
+    def _some(self, first: int, some: slice, among: slice) -> torch.Tensor:
+        """int16 codes of some rows, whose 8-bit ones are ``among`` these."""
+        packed, steps = self.packed[some], self.multiplier[some].short().unsqueeze(-1)
+        wide = split(packed).view(*steps.shape[:2], -1).short() * steps + self.offset[some].short().unsqueeze(-1)
+        wide = wide.view(len(packed), -1)
+        wide[self.rows[among].long() - some.start] += split(self.low[among])
+        beyond = (wide.abs() > LARGEST).any(dim=1)
+        if beyond.any():
+            row = first + some.start + int(beyond.nonzero()[0])
+            raise ValueError(f"row {row} has codes beyond -{LARGEST} to {LARGEST}")
+        return wide
 
     def _check(self) -> None:
         shapes = {field.name: list(getattr(self, field.name).shape) for field in fields(self)}
