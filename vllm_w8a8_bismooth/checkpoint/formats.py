@@ -315,9 +315,9 @@ def _of_compressed_tensors(says: Mapping[str, Any]) -> list[Block] | None:
     return [_block(each["block_structure"]) for each in weights if each.get("block_structure") is not None]
 
 
-def _of_rows(says: Mapping[str, Any]) -> list[Block] | None:
-    if says.get("format") != ROWS_FORMAT:
-        return None
+def _of_rows(says: Mapping[str, Any]) -> list[Block]:
+    if (stored := says.get("format")) != ROWS_FORMAT:
+        raise ValueError(f"format is {stored!r}, and {NAME} has {ROWS_FORMAT!r}")
     from vllm_w8a8_bismooth import fourbits  # which imports torch
 
     return [(1, fourbits.group_size_of(says))]

@@ -300,6 +300,11 @@ class Checkpoint(Headers):
         for first in range(0, size, step):
             yield self._fetch(name, first, (min(step, size - first),), digest=digest)
 
+    def stored_rows(self, name: str, start: int, count: int):
+        """As :meth:`rows`, of a tensor in the files as it is there."""
+        inner = self.stored[name].shape[1:]
+        return self._fetch(name, start * math.prod(inner), (count, *inner))
+
     def _read(self, name: str, first: int, shape: Sequence[int], digest=None, into=None):
         """Elements from ``first`` on, of a given shape."""
         import torch

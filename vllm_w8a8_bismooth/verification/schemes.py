@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from vllm_w8a8_bismooth import FORMAT, NAME, ROWS_FORMAT
+from vllm_w8a8_bismooth import FORMAT, NAME
 from vllm_w8a8_bismooth.checkpoint.files import CONFIG
 from vllm_w8a8_bismooth.errors import BismoothError, Problem
 
@@ -20,10 +20,8 @@ def config_problems(config: object) -> Iterator[Problem]:
     if not isinstance(config, dict):
         yield Problem(CONFIG, f"{KEY} is {config!r}: not a quantized checkpoint", "give the folder of a converted one")
         return
-    # What the latter says of its rows has been read with the weights.
-    method, stored = (NAME, ROWS_FORMAT) if config.get("quant_method") == NAME else ("compressed-tensors", FORMAT)
-    for key, expected in (("quant_method", method), ("format", stored)):
-        if config.get(key) != expected:
+    for key, expected in (("quant_method", "compressed-tensors"), ("format", FORMAT)):
+        if config.get("quant_method") != NAME and config.get(key) != expected:  # else its weights are read by it
             yield Problem(CONFIG, f"{KEY}.{key} is {config.get(key)!r}, not {expected!r}", _AGAIN)
 
 
@@ -40,7 +38,7 @@ class Schemes:
     def __init__(self, config: Mapping[str, Any]):
         from compressed_tensors.quantization import QuantizationConfig
 
-        self.packed = config.get("format") == ROWS_FORMAT
+        self.packed = config.get("quant_method") == NAME
         self._linear = torch.nn.Linear(1, 1, bias=False, device="meta")
         self._targets: dict[str, Any] = {}
         try:

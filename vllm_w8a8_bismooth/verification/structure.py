@@ -169,7 +169,7 @@ class Structure:
             if expected and name not in packed:
                 yield Problem(name, f"is stored as INT8, and by {CONFIG} in rows of four and eight bits", _CONVERT)
             elif name in packed and not expected:
-                what = "is stored in rows of four and eight bits, which only per-channel linears of blocks can be"
+                what = "is stored in rows of four and eight bits, as no experts, heads and per-group linears can be"
                 yield Problem(name, what, _CONVERT)
 
     def _blocks(self) -> Iterator[Problem]:
