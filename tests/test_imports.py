@@ -19,7 +19,7 @@ MORE = {"doctor": {"ops"}}
 """What a room may import besides; the doctor looks for the compiled kernels."""
 APART = {
     "ops": {"errors", "grouping", "ops", "switch"},
-    "serving": {"errors", "grouping", "switch", "checkpoint.files", "checkpoint.reader", "ops", "serving"},
+    "serving": {"errors", "fourbits", "grouping", "switch", "checkpoint.files", "checkpoint.reader", "ops", "serving"},
 }
 """All that a part beside the offline half may import of the package, and its root."""
 LONGEST = 400

@@ -6,17 +6,20 @@ arXiv 2405.04532, kept exact). Rows of eight bits stand between them (MixLLM, ar
 where 4-bit rows have ``q``, and their lower half apart.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 
-from vllm_w8a8_bismooth import grouping
+from vllm_w8a8_bismooth import MARKER, grouping
 
 LEVELS = 16
 LARGEST = 127
 """Magnitude of a code."""
 WIDE_MULTIPLIER, WIDE_OFFSET = LEVELS, -128
 """What 8-bit rows have for a step and an offset: with their lower half, ``16 q - 128 + low`` is any code."""
+_TOGETHER = 2**22  # codes that are made at once
 
 
 @dataclass(frozen=True)
@@ -38,22 +41,36 @@ class Rows:
     rows: torch.Tensor
     low: torch.Tensor
 
-    def codes(self) -> torch.Tensor:
+    def codes(self, first: int = 0) -> torch.Tensor:
         """int8 ``[N, K]``.
+
+        Args:
+            first: what errors call the first row, where these are some of a weight's.
 
         Raises:
             ValueError: the tensors do not fit together, or stand for codes beyond [-127, 127].
         """
         self._check()
-        (count, half), groups = self.packed.shape, self.multiplier.shape[1]
-        steps = self.multiplier.short().unsqueeze(-1)
-        wide = split(self.packed).view(count, groups, -1).short() * steps + self.offset.short().unsqueeze(-1)
-        wide = wide.view(count, 2 * half)
-        wide[self.rows.long()] += split(self.low)
-        if not bool((wide.abs() <= LARGEST).all()):
-            row = int((wide.abs() > LARGEST).any(dim=1).nonzero()[0])
+        count, half = self.packed.shape
+        codes = torch.empty(count, 2 * half, dtype=torch.int8, device=self.packed.device)
+        step = max(1, _TOGETHER // (2 * half))
+        edges = torch.arange(0, count + step, step, dtype=torch.int32, device=self.rows.device)
+        passed = torch.searchsorted(self.rows, edges).tolist()
+        for number, start in enumerate(range(0, count, step)):
+            codes[start : start + step] = self._some(first, slice(start, start + step), slice(*passed[number:][:2]))
+        return codes
+
+    def _some(self, first: int, some: slice, among: slice) -> torch.Tensor:
+        """int16 codes of some rows, whose 8-bit ones are ``among`` these."""
+        packed, steps = self.packed[some], self.multiplier[some].short().unsqueeze(-1)
+        wide = split(packed).view(*steps.shape[:2], -1).short() * steps + self.offset[some].short().unsqueeze(-1)
+        wide = wide.view(len(packed), -1)
+        wide[self.rows[among].long() - some.start] += split(self.low[among])
+        beyond = (wide.abs() > LARGEST).any(dim=1)
+        if beyond.any():
+            row = first + some.start + int(beyond.nonzero()[0])
             raise ValueError(f"row {row} has codes beyond -{LARGEST} to {LARGEST}")
-        return wide.to(torch.int8)
+        return wide
 
     def _check(self) -> None:
         shapes = {field.name: list(getattr(self, field.name).shape) for field in fields(self)}
@@ -154,3 +171,21 @@ def bits(columns: int, group_size: int) -> tuple[int, int]:
     """Bits of a 4-bit row of so many columns, and of an 8-bit one, their scale and number included."""
     four = 4 * columns + 16 * (columns // group_size) + 32
     return four, four + 4 * columns + 32
+
+
+def group_size_of(config: Mapping[str, Any]) -> int:
+    """Columns that share a step and an offset in a checkpoint, as its ``quantization_config`` says.
+
+    Raises:
+        ValueError: it does not say so, or what no conversion writes.
+    """
+    marker = config.get(MARKER)
+    rows = marker.get("rows") if isinstance(marker, dict) else None
+    found = rows if isinstance(rows, dict) else {}
+    size, mean = found.get("group_size"), found.get("bits")
+    if type(size) is not int or size not in grouping.OF_FOUR_BITS:
+        sizes = ", ".join(map(str, grouping.OF_FOUR_BITS))
+        raise ValueError(f"{MARKER}.rows is {rows!r}; its group_size must be one of {sizes}")
+    if isinstance(mean, bool) or not isinstance(mean, int | float) or not 4 <= mean <= 8:
+        raise ValueError(f"{MARKER}.rows is {rows!r}; its bits must be a number from 4 to 8")
+    return size

@@ -1,11 +1,13 @@
 """Tensor parallelism at the level of weights: vLLM's own linears and loaders, every rank of every size."""
 
+import random
 from itertools import product
 
 import pytest
 import torch
 
-from vllm_w8a8_bismooth import ops
+from tests.support import packed
+from vllm_w8a8_bismooth import fourbits, ops
 from vllm_w8a8_bismooth.method.quantize import quantize_weight
 
 HEADS, KV_HEADS, HEAD, HIDDEN, INTERMEDIATE = 8, 2, 32, 128, 512
@@ -24,7 +26,8 @@ STORED = {
 FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 
 
-def config_of(group_size: int | None, *targets: str):
+def config_of(group_size: int | None, *targets: str, rows: int | None = None):
+    """With ``rows``, those of per-channel linears are packed in groups of so many columns."""
     from vllm_w8a8_bismooth.serving.config import BiSmoothConfig
 
     sizes = {"strategy": "group", "group_size": group_size} if group_size else {}
@@ -34,9 +37,11 @@ def config_of(group_size: int | None, *targets: str):
         "weights": W8A8 | weights,
         "input_activations": W8A8 | inputs | {"dynamic": True},
     }
-    config = BiSmoothConfig.from_config(
-        {"quant_method": "compressed-tensors", "format": "int-quantized", "config_groups": {"g": group}, "bismooth": {}}
-    )
+    names = {"quant_method": "compressed-tensors", "format": "int-quantized", "bismooth": {}}
+    if rows:
+        marker = {"rows": {"bits": 4.5, "group_size": rows}}
+        names = {"quant_method": "w8a8_bismooth", "format": "int4-int8-rows", "bismooth": marker}
+    config = BiSmoothConfig.from_config({**names, "config_groups": {"g": group}})
     config.packed_modules_mapping = FUSED
     return config
 
@@ -93,6 +98,31 @@ def load(layer, parts: dict, tensors: dict[str, tuple[torch.Tensor, torch.Tensor
             parameter.weight_loader(parameter, tensor, *(() if shard is None else (shard,)))
 
 
+def packed_parts(tensors: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
+    """Weights in float -> their codes, which four bits hold but for some rows, and what the checkpoint has of them."""
+    found = {}
+    for name, weight in tensors.items():
+        codes, scale = quantize_weight(weight)
+        rows = torch.arange(0, len(codes), 7) if name != "k" else torch.tensor([], dtype=torch.int64)
+        codes = packed.rounded(codes, rows, GROUP)
+        stored = packed.parts("weight", fourbits.pack(codes, rows, GROUP))
+        found[name] = {"codes": codes, "weight_scale": scale, **stored}
+    return found
+
+
+def load_packed(layer, parts: dict, tensors: dict[str, dict[str, torch.Tensor]], order: int = 0) -> None:
+    """As :func:`load`, in an order that a number stands for."""
+    arriving = [(own, part, shard) for part, shard in parts.items() for own in tensors[part] if own != "codes"]
+    for own, part, shard in random.Random(order).sample(arriving, len(arriving)):
+        parameter = getattr(layer, own)
+        parameter.weight_loader(parameter, tensors[part][own], *(() if shard is None else (shard,)))
+
+
+def unpacked(layer) -> torch.Tensor:
+    """int8 ``[N, K]`` that a layer serves."""
+    return ops.unpack_weight(layer.weight, layer.weight_scale, layer.input_size_per_partition)
+
+
 def share(name: str, tensor: torch.Tensor, rank: int, size: int) -> torch.Tensor:
     """What a rank should hold of a stored tensor, said anew."""
     if name in ("o", "down"):
@@ -113,10 +143,144 @@ def test_every_rank_has_its_share(rank_of, stored, size, group_size):
         for name, layer in linears(config).items():
             load(layer, PARTS[name], quantized)
             layer.quant_method.process_weights_after_loading(layer)
-            weight = ops.unpack_weight(layer.weight, layer.weight_scale, layer.input_size_per_partition)
-            for own, at in ((weight, 0), (layer.weight_scale, 1)):
+            for own, at in ((unpacked(layer), 0), (layer.weight_scale, 1)):
                 expected = torch.cat([share(part, quantized[part][at], rank, size) for part in PARTS[name]])
                 assert torch.equal(own, expected), (name, rank)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 8])
+def test_every_rank_has_its_share_of_packed_rows(rank_of, stored, size):
+    """Whatever the order in which its parts come."""
+    tensors, config = packed_parts(stored), config_of(None, rows=GROUP)
+    for rank in range(size):
+        rank_of(rank, size)
+        for name, layer in linears(config).items():
+            load_packed(layer, PARTS[name], tensors, order=rank)
+            layer.quant_method.process_weights_after_loading(layer)
+            own = {"codes": unpacked(layer), "weight_scale": layer.weight_scale}
+            for key, tensor in own.items():
+                expected = torch.cat([share(part, tensors[part][key], rank, size) for part in PARTS[name]])
+                assert torch.equal(tensor, expected), (name, rank)
+            assert {name for name, _ in layer.named_parameters()} == {"weight", "weight_scale"}
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize(("name", "shard"), [("qkv", None), ("gate_up", None), ("gate_up", (0, 1))])
+def test_packed_rows_of_linears_that_are_merged_on_disk(rank_of, stored, size, name, shard):
+    whole = packed_parts({name: torch.cat([stored[part] for part in PARTS[name]])})
+    sizes = [len(stored[part]) for part in PARTS[name]]
+    rank_of(size - 1, size)
+    layer = linears(config_of(None, rows=GROUP))[name]
+    load_packed(layer, {name: shard}, whole)
+    layer.quant_method.process_weights_after_loading(layer)
+    expected = torch.cat([part.chunk(size)[-1] for part in whole[name]["codes"].split(sizes)])
+    assert torch.equal(unpacked(layer), expected)
+
+
+@pytest.mark.parametrize("last", ["weight_packed", "weight_scale", "weight_rows", "weight_low"])
+def test_packed_rows_are_loaded_again(rank_of, stored, last):
+    """By vLLM's own reloading, which has layers processed as soon as it thinks that they are whole."""
+    from vllm.model_executor.model_loader.reload import (
+        finalize_layerwise_reload,
+        initialize_layerwise_reload,
+        record_metadata_for_reloading,
+    )
+
+    rank_of(0, 2)
+    model = torch.nn.ModuleDict(linears(config_of(None, rows=GROUP)))
+    record_metadata_for_reloading(model)
+    for values in (stored, {name: weight.flip(0) for name, weight in stored.items()}):
+        tensors = packed_parts(values)
+        if values is not stored:
+            initialize_layerwise_reload(model)
+        for name, layer in model.items():
+            late = {part: {own: t for own, t in tensors[part].items() if own == last} for part in PARTS[name]}
+            early = {part: {own: t for own, t in tensors[part].items() if own != last} for part in PARTS[name]}
+            load_packed(layer, PARTS[name], early)
+            load_packed(layer, PARTS[name], late)
+            if values is stored:
+                layer.quant_method.process_weights_after_loading(layer)
+        if values is not stored:
+            finalize_layerwise_reload(model, None)
+        for name, layer in model.items():
+            expected = torch.cat([share(part, tensors[part]["codes"], 0, 2) for part in PARTS[name]])
+            assert torch.equal(unpacked(layer), expected), name
+
+
+def test_without_weights_packed_rows_are_zeros(rank_of):
+    """``--load-format dummy`` fills what is float with small numbers, and leaves integers as they are."""
+    rank_of(0, 1)
+    layer = linears(config_of(None, rows=GROUP))["qkv"]
+    layer.weight_scale.data.uniform_(-1e-3, 1e-3)
+    layer.quant_method.process_weights_after_loading(layer)
+    assert not unpacked(layer).any()
+
+
+@pytest.mark.parametrize("own", ["scale", "packed", "multiplier", "offset", "rows", "low"])
+@pytest.mark.parametrize(("name", "part"), [("qkv", "v"), ("gate_up", "up"), ("down", "down")])
+def test_what_is_missing_of_packed_rows_is_named(rank_of, stored, name, part, own):
+    rank_of(0, 2)
+    tensors = packed_parts(stored)
+    del tensors[part][f"weight_{own}"]
+    layer = linears(config_of(None, rows=GROUP))[name]
+    load_packed(layer, PARTS[name], tensors)
+    with pytest.raises(ValueError, match=rf"^{PREFIX}\.\w+\.{part}_proj\.weight_{own} is missing; the checkpoint"):
+        layer.quant_method.process_weights_after_loading(layer)
+
+
+UNFIT = {
+    "packed": ("packed", lambda t: t[:-1], r"has shape \[511, 64\], but config.json makes it \[512, 64\]"),
+    "multiplier": ("multiplier", lambda t: t[:, :1], r"has shape \[512, 1\], but config.json makes it \[512, 4\]"),
+    "offset": ("offset", lambda t: t[0], r"has shape \[4\], but config.json makes it \[512, 4\]"),
+    "dtype": ("packed", lambda t: t.float(), r"is torch.float32, and must be torch.uint8"),
+    "dtype of rows": ("rows", lambda t: t.long(), r"is torch.int64, and must be torch.int32"),
+    "low": ("low", lambda t: t[:, 1:], r"has shape \[74, 63\], but config.json makes it \[n, 64\]"),
+    "fewer low": ("low", lambda t: t[1:], r"has 73 rows, and weight_rows beside it 74"),
+    "descending": ("rows", lambda t: t.flip(0), r"does not hold ascending numbers below 512"),
+    "beyond": ("rows", lambda t: t + 512, r"does not hold ascending numbers below 512"),
+    "negative": ("rows", lambda t: t - 1, r"does not hold ascending numbers below 512"),
+    "a multiplier of 0": ("multiplier", lambda t: t * 0, r"holds values that are missing or 0"),
+}
+
+
+@pytest.mark.parametrize("fault", UNFIT)
+def test_what_does_not_fit_of_packed_rows_is_named(rank_of, stored, fault):
+    own, damage, message = UNFIT[fault]
+    rank_of(1, 2)
+    tensors = packed_parts(stored)
+    tensors["up"][f"weight_{own}"] = damage(tensors["up"][f"weight_{own}"])
+    layer = linears(config_of(None, rows=GROUP))["gate_up"]
+    with pytest.raises(ValueError, match=rf"^{PREFIX}.mlp.up_proj.weight_{own} {message}"):
+        load_packed(layer, PARTS["gate_up"], tensors)
+        layer.quant_method.process_weights_after_loading(layer)
+
+
+def test_codes_that_are_none_are_refused(rank_of, stored):
+    rank_of(0, 1)
+    tensors = packed_parts(stored)
+    tensors["down"]["weight_offset"][5] = 127
+    layer = linears(config_of(None, rows=GROUP))["down"]
+    load_packed(layer, PARTS["down"], tensors)
+    with pytest.raises(ValueError, match=rf"^{PREFIX}.mlp.down_proj.weight_packed: row 5 has codes beyond -127 to 127"):
+        layer.quant_method.process_weights_after_loading(layer)
+
+
+def test_packed_rows_that_a_rank_cannot_have(rank_of):
+    """A quarter of 256 columns of o_proj is half a group of 128."""
+    rank_of(0, 4)
+    with pytest.raises(ValueError, match=r"self_attn.o_proj: K = 64 is not .* group_size = 128; .* use a smaller"):
+        linears(config_of(None, rows=128))
+
+
+def test_a_head_is_int8_beside_packed_rows(rank_of):
+    from vllm_w8a8_bismooth.serving.rows import RowsScheme
+
+    rank_of(0, 1)
+    config = config_of(None, r"re:(.*\.)?lm_head$", rows=GROUP)
+    assert all(isinstance(layer.scheme, RowsScheme) for layer in linears(config).values())
+    assert not isinstance(head(config).scheme, RowsScheme)
+    grouped = linears(config_of(GROUP, rows=GROUP))
+    assert not any(isinstance(layer.scheme, RowsScheme) for layer in grouped.values())
 
 
 @pytest.mark.parametrize("name", ["o", "down"])

@@ -1,10 +1,12 @@
-"""How weights are stored in FP8 and FP4, and the numbers that they stand for."""
+"""How weights are stored in FP8, FP4 and packed INT8, and the numbers that they stand for."""
 
 import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
+
+from vllm_w8a8_bismooth.errors import BismoothError
 
 if TYPE_CHECKING:
     import torch
@@ -19,19 +21,23 @@ Fetch = Callable[[str, int, tuple[int, ...]], "torch.Tensor"]
 
 
 class Encoding(Protocol):
-    """How a float tensor is stored.
+    """How a tensor is stored that appears as another.
 
     Attributes:
-        codes, scales: names of the stored tensors.
-        shape: of the float tensor; none of it is 0.
+        is_float: whether it appears as floats, else as int8.
+        codes: name of the stored tensor in whose place it appears.
+        parts: names of all that it is stored in.
+        shape: as it appears; none of it is 0.
         unit: how many of its elements, one behind the other, are decoded together. It consists of whole units.
     """
+
+    is_float: ClassVar[bool]
 
     @property
     def codes(self) -> str: ...
 
     @property
-    def scales(self) -> str: ...
+    def parts(self) -> tuple[str, ...]: ...
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -39,11 +45,12 @@ class Encoding(Protocol):
     @property
     def unit(self) -> int: ...
 
-    def words(self) -> str:
-        """What people call it."""
+    def words(self) -> str | None:
+        """What people call it; ``None`` for INT8, which is what it appears as."""
 
     def decode(self, fetch: Fetch, first: int, count: int) -> "torch.Tensor":
-        """fp32 ``[count, ...]``: units from number ``first`` on. Each code times its scale is rounded once, to fp32."""
+        """fp32 or int8 ``[count, ...]``: units from number ``first`` on. Each code times its scale is rounded once, to
+        fp32."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +64,11 @@ class Fp8:
     scales: str
     shape: tuple[int, ...]
     block: tuple[int, int]
+    is_float: ClassVar[bool] = True
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return self.codes, self.scales
 
     @property
     def unit(self) -> int:
@@ -90,6 +102,11 @@ class Mxfp4:
     codes: str
     scales: str
     shape: tuple[int, ...]
+    is_float: ClassVar[bool] = True
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return self.codes, self.scales
 
     @property
     def unit(self) -> int:
@@ -113,10 +130,87 @@ class Mxfp4:
         return experts
 
 
-def decode_into(values: "torch.Tensor", encoding: Encoding, fetch: Fetch, first: int) -> None:
-    """Fill a float ``[n]`` with the elements of a tensor from number ``first`` on, some units at a time.
+PACKED, MULTIPLIER, OFFSET, WIDE, LOW = "_packed", "_multiplier", "_offset", "_rows", "_low"
+"""What is behind a weight's name in those of the parts of :class:`PackedRows`."""
+_WHOLE = "download the shard again"
 
-    What is not fp32 is rounded once more.
+
+@dataclass(frozen=True)
+class PackedRows:
+    """An INT8 matrix ``[N, K]`` of rows in four bits and in eight, see :mod:`fourbits`.
+
+    Attributes:
+        weight: its name, with which those of its parts begin.
+        groups: of a row.
+        wide: how many rows have eight bits.
+    """
+
+    weight: str
+    shape: tuple[int, ...]
+    groups: int
+    wide: int
+    is_float: ClassVar[bool] = False
+
+    @property
+    def codes(self) -> str:
+        return self.weight + PACKED
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        ends = (PACKED, MULTIPLIER, OFFSET, *((WIDE, LOW) if self.wide else ()))
+        return tuple(self.weight + end for end in ends)
+
+    @property
+    def unit(self) -> int:
+        return self.shape[1]
+
+    def words(self) -> None:
+        return None
+
+    def decode(self, fetch: Fetch, first: int, count: int) -> "torch.Tensor":
+        """int8 ``[count, K]``: rows from number ``first`` on.
+
+        Raises:
+            BismoothError: what is stored stands for no such rows.
+        """
+        from vllm_w8a8_bismooth import fourbits
+
+        half, groups = self.shape[1] // 2, (count, self.groups)
+        start = first * self.groups
+        multiplier = fetch(self.weight + MULTIPLIER, start, groups)
+        if not multiplier.all():
+            row, group = (multiplier == 0).nonzero()[0].tolist()
+            what = f"holds a multiplier of 0 at [{first + row}, {group}]"
+            raise BismoothError.of(self.weight + MULTIPLIER, what, _WHOLE)
+        offset, packed = fetch(self.weight + OFFSET, start, groups), fetch(self.codes, first * half, (count, half))
+        rows, low = self._wide(fetch, first, count)
+        try:
+            return fourbits.Rows(packed, multiplier, offset, rows, low).codes(first)
+        except ValueError as error:
+            raise BismoothError.of(self.codes, str(error), _WHOLE) from None
+
+    def _wide(self, fetch: Fetch, first: int, count: int) -> tuple["torch.Tensor", "torch.Tensor"]:
+        """Which of some rows have eight bits, counted from the first of them, and their lower halves."""
+        import torch
+
+        half = self.shape[1] // 2
+        if not self.wide:
+            return torch.empty(0, dtype=torch.int32), torch.empty(0, half, dtype=torch.uint8)
+        rows, beyond = fetch(self.weight + WIDE, 0, (self.wide,)), self.shape[0]
+        wrong = (rows < 0) | (rows >= beyond)
+        wrong[1:] |= rows.diff() <= 0
+        if wrong.any():
+            at = int(wrong.nonzero()[0])
+            what = f"holds {int(rows[at])} at [{at}], which are not ascending numbers below {beyond}"
+            raise BismoothError.of(self.weight + WIDE, what, _WHOLE)
+        start, end = (int(torch.searchsorted(rows, edge)) for edge in (first, first + count))
+        return rows[start:end] - first, fetch(self.weight + LOW, start * half, (end - start, half))
+
+
+def decode_into(values: "torch.Tensor", encoding: Encoding, fetch: Fetch, first: int) -> None:
+    """Fill a ``[n]`` with the elements of a tensor from number ``first`` on, some units at a time.
+
+    Floats that are not fp32 are rounded once more.
     """
     unit, end = encoding.unit, first + len(values)
     step, beyond = max(1, _TOGETHER // unit), math.ceil(end / unit)

@@ -1,7 +1,7 @@
-"""Checkpoints in FP8 and FP4: which of their tensors together are a weight.
+"""Checkpoints in FP8, FP4 and packed INT8: which of their tensors together are a weight.
 
-To everybody else such a weight is a float tensor under its own name. What it is stored in does not appear, nor do the
-scales of its inputs and of the KV cache, which mean nothing once it is float.
+To everybody else such a weight is a tensor under its own name, of INT8 if it is packed, else a float one. What it is
+stored in does not appear, nor do the scales of its inputs and of the KV cache, which mean nothing once it is float.
 """
 
 import math
@@ -9,7 +9,19 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol, TypeVar
 
-from vllm_w8a8_bismooth.checkpoint.encodings import GROUP, Encoding, Fp8, Mxfp4
+from vllm_w8a8_bismooth import NAME, ROWS_FORMAT
+from vllm_w8a8_bismooth.checkpoint.encodings import (
+    GROUP,
+    LOW,
+    MULTIPLIER,
+    OFFSET,
+    PACKED,
+    WIDE,
+    Encoding,
+    Fp8,
+    Mxfp4,
+    PackedRows,
+)
 from vllm_w8a8_bismooth.checkpoint.files import CONFIG
 from vllm_w8a8_bismooth.errors import Problem
 
@@ -23,6 +35,7 @@ _SCALES = ("_scale_inv", "_scale")
 """What is behind a weight's name in that of its scales."""
 _OF_ACTIVATIONS = ("input_scale", "activation_scale", "output_scale", ".q_scale", ".k_scale", ".v_scale")
 _BLOCKS, _EXPONENTS = "_blocks", "_scales"
+_PARTS = (PACKED, MULTIPLIER, OFFSET, WIDE, LOW)
 _AGAIN = "download the checkpoint again, as its publisher stores it"
 
 Block = tuple[int, int]
@@ -49,19 +62,21 @@ Tensor = TypeVar("Tensor", bound=Shaped)
 
 @dataclass
 class Weights:
-    """The weights of a checkpoint that are stored in FP8 or FP4.
+    """The weights of a checkpoint that are stored in FP8, FP4 or packed INT8.
 
     Attributes:
         encodings: name -> how it is stored; none if the config names no format that is known here.
         hidden: stored tensors that do not appear under their own names.
         lost: weights that cannot be read; there is a problem for each.
         problems: what does not fit.
+        are_float: whether they appear as floats, so that the checkpoint can be converted.
     """
 
     encodings: dict[str, Encoding] = field(default_factory=dict)
     hidden: set[str] = field(default_factory=set)
     lost: set[str] = field(default_factory=set)
     problems: list[Problem] = field(default_factory=list)
+    are_float: bool = True
 
     @classmethod
     def of(cls, config: Mapping[str, Any], stored: Mapping[str, Shaped], lost: Collection[str]) -> "Weights":
@@ -79,15 +94,17 @@ class Weights:
             if not isinstance(method, str) or method not in _FORMATS:
                 continue
             known, find = _FORMATS[method]
+            found.are_float = method != NAME
             try:
                 blocks = known(says)
             except ValueError as error:
                 found.problems.append(Problem(CONFIG, f"{key}: {error}", "mend it"))
                 found.lost |= {name for name in stored if stored[name].dtype == FP8}
+                found.hidden |= {name for name in stored if _part_of(name)}
                 continue
             if blocks is not None:
                 find(found, blocks, stored, lost)
-        if found.encodings:
+        if found.encodings and found.are_float:
             found.hidden |= {name for name in stored if name.endswith(_OF_ACTIVATIONS)}
         return found
 
@@ -100,25 +117,26 @@ class Weights:
 
         Args:
             stored: the tensors in the files.
-            dtype, size: of the weights, as safetensors names it, and in bytes.
+            dtype, size: of the weights that are float, as safetensors names it, and in bytes.
         """
         names = {encoding.codes: name for name, encoding in self.encodings.items()}
         found = {}
         for name, header in stored.items():
             if (weight := names.get(name)) is not None:
-                shape = self.encodings[weight].shape
-                found[weight] = replace(header, shape=shape, dtype=dtype, nbytes=size * math.prod(shape))
+                shape, is_float = self.encodings[weight].shape, self.encodings[weight].is_float
+                kind, each = (dtype, size) if is_float else ("I8", 1)
+                found[weight] = replace(header, shape=shape, dtype=kind, nbytes=each * math.prod(shape))
             elif name not in self.hidden and name not in self.lost:
                 found[name] = header
         return found
 
     def words(self) -> str | None:
-        """How they are stored; ``None`` if there are none."""
-        return " and ".join(sorted({encoding.words() for encoding in self.encodings.values()})) or None
+        """How those are stored that appear as floats; ``None`` if there are none."""
+        return " and ".join(sorted({words for each in self.encodings.values() if (words := each.words())})) or None
 
     def add(self, name: str, encoding: Encoding) -> None:
         self.encodings[name] = encoding
-        self.hidden |= {encoding.codes, encoding.scales} - {name}
+        self.hidden |= {*encoding.parts} - {name}
 
     def fault(self, names: Sequence[str], what: str) -> None:
         """One problem for all tensors of which the same is to be said."""
@@ -218,6 +236,62 @@ def _find_mxfp4(found: Weights, _: Sequence[Block], stored: Mapping[str, Shaped]
         found.lost.add(name)
 
 
+def _find_rows(found: Weights, blocks: Sequence[Block], stored: Mapping[str, Shaped], lost: Collection[str]) -> None:
+    """INT8 weights of packed rows: ``weight_packed`` and what is beside it are ``weight``."""
+    ((_, group_size),) = blocks
+    missing: list[str] = []
+    unfit: dict[str, str] = {}
+    parts: dict[str, dict[str, Shaped]] = {}
+    for name, header in stored.items():
+        if end := _part_of(name):
+            parts.setdefault(name.removesuffix(end), {})[end] = header
+            found.hidden.add(name)
+    for name, here in parts.items():
+        needed = [PACKED, MULTIPLIER, OFFSET, *((WIDE, LOW) if WIDE in here or LOW in here else ())]
+        absent = [name + end for end in needed if end not in here]
+        if absent:
+            missing += [] if any(part in lost for part in absent) else absent[:1]
+        elif problem := _misfit(name, here, group_size):
+            unfit |= problem
+        elif name in stored:
+            unfit[name] = f"is stored as it is, and packed in {name}{PACKED}"
+        else:
+            rows, half = here[PACKED].shape
+            wide = here[WIDE].shape[0] if WIDE in here else 0
+            found.add(name, PackedRows(name, (rows, 2 * half), 2 * half // group_size, wide))
+            continue
+        found.lost.add(name)
+    found.fault(missing, "is missing, while other parts of its weight are there")
+    found.fault([*unfit], next(iter(unfit.values()), ""))
+
+
+def _part_of(name: str) -> str | None:
+    """What a tensor is of a packed weight, by its name."""
+    return next((end for end in _PARTS if name.endswith(_WEIGHT + end)), None)
+
+
+def _misfit(name: str, here: Mapping[str, Shaped], group_size: int) -> dict[str, str]:
+    """The first part of a packed weight that cannot be read with the others, and why, if there is one."""
+    packed = here[PACKED]
+    if packed.dtype != _BYTES or len(packed.shape) != 2 or 0 in packed.shape:
+        return {name + PACKED: f"is {packed.dtype} {list(packed.shape)}; packed rows are {_BYTES} [N, K / 2]"}
+    rows, half = packed.shape
+    if 2 * half % group_size:
+        return {name + PACKED: f"has K = {2 * half}, which is not a multiple of group_size = {group_size}"}
+    groups = (rows, 2 * half // group_size)
+    expected = {MULTIPLIER: (_BYTES, groups), OFFSET: ("I8", groups)}
+    if WIDE in here:
+        wide = here[WIDE].shape
+        if here[WIDE].dtype != "I32" or len(wide) != 1 or not 0 < wide[0] <= rows:
+            return {name + WIDE: f"is {here[WIDE].dtype} {list(wide)}; it numbers some of {rows} rows in I32"}
+        expected[LOW] = (_BYTES, (*wide, half))
+    for end, (dtype, shape) in expected.items():
+        if (here[end].dtype, here[end].shape) != (dtype, shape):
+            told = f"is {here[end].dtype} {list(here[end].shape)}"
+            return {name + end: f"{told}, and the parts beside it imply {dtype} {list(shape)}"}
+    return {}
+
+
 def _block(size: object) -> Block:
     """A size of blocks, as configs have it.
 
@@ -241,6 +315,14 @@ def _of_compressed_tensors(says: Mapping[str, Any]) -> list[Block] | None:
     return [_block(each["block_structure"]) for each in weights if each.get("block_structure") is not None]
 
 
+def _of_rows(says: Mapping[str, Any]) -> list[Block]:
+    if (stored := says.get("format")) != ROWS_FORMAT:
+        raise ValueError(f"format is {stored!r}, and {NAME} has {ROWS_FORMAT!r}")
+    from vllm_w8a8_bismooth import fourbits  # which imports torch
+
+    return [(1, fourbits.group_size_of(says))]
+
+
 def _dict(value: object) -> dict[str, Any]:
     """The same, or an empty one where a config holds something else."""
     return value if isinstance(value, dict) else {}
@@ -251,5 +333,6 @@ _FORMATS: Mapping[str, tuple[Callable[[Mapping[str, Any]], list[Block] | None], 
     "fbgemm_fp8": (_of_fp8, _find_fp8),
     "compressed-tensors": (_of_compressed_tensors, _find_fp8),
     "mxfp4": (_of_fp8, _find_mxfp4),
+    NAME: (_of_rows, _find_rows),
 }
 """``quant_method`` -> what the config says of blocks, ``None`` if the format is another; and what finds the weights."""

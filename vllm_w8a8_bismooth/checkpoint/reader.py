@@ -57,9 +57,9 @@ class Headers:
         files: the shards.
         headers: tensor name -> :class:`Header`, in the order of the files, of every dtype. Names are without what
             wrappers added to them, see :func:`names.unwrapped`. Weights in FP8 and FP4 are float here: in F32 if the
-            config gives the model that dtype, else in BF16.
+            config gives the model that dtype, else in BF16; those of packed rows are I8.
         stored: the same as the files have it, but for the names.
-        encodings: name of a weight that is stored in FP8 or FP4 -> how.
+        encodings: name of a weight that is stored in FP8, FP4 or packed INT8 -> how.
         views: matrices that are parts of stored tensors, or transposed, which are headers only after :meth:`show`.
         quantized: how these are stored, in words; ``None`` if there are none.
         names: what the parts of the decoder are called.
@@ -129,7 +129,7 @@ class Headers:
         self.notes += [note] if note else []
 
     def _decode(self, weights: Weights) -> None:
-        """Put each weight that is stored in FP8 or FP4 in the place of what it is stored in."""
+        """Put each weight that is stored in FP8, FP4 or packed INT8 in the place of what it is stored in."""
         if not weights:
             return
         exact = "float32" in (self.config.get("dtype"), self.config.get("torch_dtype"))
@@ -137,7 +137,8 @@ class Headers:
         self.headers = weights.shown(self.stored, dtype, size)
         self.problems += weights.problems
         self.lost |= weights.lost
-        self.config = {key: value for key, value in self.config.items() if key not in KEYS}
+        if weights.are_float:
+            self.config = {key: value for key, value in self.config.items() if key not in KEYS}
 
     def show(self, views: Mapping[str, View]) -> list[Problem]:
         """Put matrices in the place of the tensors that they are parts of, where these are there.
@@ -233,7 +234,7 @@ class Headers:
             second = view.tensor != name and view.tensor in self.headers  # the name of a head that is the embedding
             return 0 if second else self.headers[name].nbytes
         encoding = self.encodings.get(name)
-        parts = [name] if encoding is None else [encoding.codes, encoding.scales]
+        parts = (name,) if encoding is None else encoding.parts
         return sum(self.stored[part].nbytes for part in parts)
 
     def companion_nbytes(self) -> int:
@@ -299,6 +300,11 @@ class Checkpoint(Headers):
         for first in range(0, size, step):
             yield self._fetch(name, first, (min(step, size - first),), digest=digest)
 
+    def stored_rows(self, name: str, start: int, count: int):
+        """As :meth:`rows`, of a tensor in the files as it is there."""
+        inner = self.stored[name].shape[1:]
+        return self._fetch(name, start * math.prod(inner), (count, *inner))
+
     def _read(self, name: str, first: int, shape: Sequence[int], digest=None, into=None):
         """Elements from ``first`` on, of a given shape."""
         import torch
@@ -319,7 +325,7 @@ class Checkpoint(Headers):
         return tensor
 
     def _fill(self, tensor, name: str, first: int) -> None:
-        """Fill a tensor with elements of one in the files, decoded if it is in FP8 or FP4."""
+        """Fill a tensor with elements of one in the files, decoded if it is in FP8, FP4 or packed."""
         if name in self.encodings:
             decode_into(tensor.view(-1), self.encodings[name], self._fetch, first)
         else:

@@ -20,14 +20,15 @@ class Claim(QuantizationConfig):
     def override_quantization_method(
         cls, hf_quant_cfg: Any, user_quant: str | None, hf_config: Any = None
     ) -> str | None:
-        """Claim a compressed-tensors checkpoint: with our marker, or asked for by name.
+        """Claim a checkpoint of our own method, and one of compressed-tensors with our marker, or asked for by name.
 
         vLLM calls this for every model that it loads, so any input is tolerated. On a vLLM that lacks what
         :mod:`config` builds on, it logs why and claims none; vLLM then serves the checkpoint by itself, or refuses.
         """
-        if not isinstance(hf_quant_cfg, Mapping) or hf_quant_cfg.get("quant_method") != "compressed-tensors":
+        method = hf_quant_cfg.get("quant_method") if isinstance(hf_quant_cfg, Mapping) else None
+        if method not in ("compressed-tensors", NAME) or user_quant not in (None, NAME):
             return None
-        if user_quant != NAME and (user_quant is not None or MARKER not in hf_quant_cfg):
+        if method != NAME and user_quant is None and MARKER not in hf_quant_cfg:
             return None
         try:
             from vllm_w8a8_bismooth.serving import config  # noqa: F401

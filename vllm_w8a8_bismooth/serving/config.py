@@ -10,13 +10,15 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy, QuantizationType
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe import RoutedExperts
+from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
 from vllm.model_executor.layers.quantization.compressed_tensors.schemes import CompressedTensorsScheme
 
-from vllm_w8a8_bismooth import FORMAT, MARKER, NAME, switch
+from vllm_w8a8_bismooth import FORMAT, MARKER, NAME, ROWS_FORMAT, fourbits, switch
 from vllm_w8a8_bismooth.serving import guard, moe, plan, planning, servers
 from vllm_w8a8_bismooth.serving.choice import Choice
+from vllm_w8a8_bismooth.serving.rows import RowsScheme
 from vllm_w8a8_bismooth.serving.scheme import W8A8Scheme
 
 logger = init_logger("vllm.w8a8_bismooth")
@@ -34,7 +36,12 @@ SERVED = {
 
 
 class BiSmoothConfig(CompressedTensorsConfig):
-    """Symmetric W8A8 linears and experts run on this package's ops; the rest stays with compressed-tensors."""
+    """Symmetric W8A8 linears and experts run on this package's ops; the rest stays with compressed-tensors.
+
+    Attributes:
+        marked: whether the checkpoint is ours.
+        rows: columns of a group in the rows of four bits that its per-channel linears have; ``None`` if they are INT8.
+    """
 
     def get_name(self) -> str:
         return NAME
@@ -56,6 +63,9 @@ class BiSmoothConfig(CompressedTensorsConfig):
             raise ValueError(
                 "config.json: config_groups of quantization_config is no object of objects; convert the model again"
             )
+        rows = None
+        if config.get("quant_method") == NAME:
+            rows, config = _of_rows(config), {**config, "quant_method": "compressed-tensors", "format": FORMAT}
         groups = {name: group for name, group in groups.items() if group.get("weights")}
         found = {name: _unfit(group, config.get("format")) for name, group in groups.items()}
         reasons = [f"its config group {name!r} has {reason}" for name, reason in found.items() if reason]
@@ -66,7 +76,7 @@ class BiSmoothConfig(CompressedTensorsConfig):
                 "compressed-tensors, or convert the model again, with `bismooth convert` or as llm-compressor's W8A8"
             )
         parsed = super().from_config(config)
-        parsed.marked = MARKER in config
+        parsed.marked, parsed.rows = MARKER in config, rows
         return parsed
 
     def maybe_update_config(self, model_name: str, *args: Any, **kwargs: Any) -> None:
@@ -83,6 +93,14 @@ class BiSmoothConfig(CompressedTensorsConfig):
         """Asks :func:`moe.method_of` about experts; all else is left to compressed-tensors."""
         ours = moe.method_of(self, layer, prefix) if isinstance(layer, RoutedExperts) else None
         return ours or super().get_quant_method(layer, prefix)
+
+    def get_scheme(self, layer: torch.nn.Module, layer_name: str | None = None) -> CompressedTensorsScheme | None:
+        """Where rows have four bits, :class:`RowsScheme` for all per-channel linears; heads are INT8 all the same."""
+        scheme = super().get_scheme(layer, layer_name)
+        if scheme is None or self.rows is None or not isinstance(layer, LinearBase):
+            return scheme
+        weights = self.get_scheme_dict(layer, layer_name)["weights"]
+        return RowsScheme(self.rows, self.packed_modules_mapping) if weights.strategy == CHANNEL else scheme
 
     def _get_scheme_from_parts(
         self, weight_quant: QuantizationArgs, input_quant: QuantizationArgs, *args: Any, **kwargs: Any
@@ -105,6 +123,23 @@ class BiSmoothConfig(CompressedTensorsConfig):
         planned = platform.planned and len(could) > 1
         makes = {each: stock if each == plan.STOCK else functools.partial(ours, announced=planned) for each in could}
         return Choice(makes, group_size, input_quant.strategy) if planned else makes[could[0]]()
+
+
+def _of_rows(config: Mapping[str, Any]) -> int:
+    """Columns of a group in the rows of four bits of a checkpoint of our own method.
+
+    Raises:
+        ValueError: it has a format that is not known here, or none.
+    """
+    if (stored := config.get("format")) != ROWS_FORMAT:
+        raise ValueError(
+            f"config.json: format of quantization_config is {stored!r}, and {NAME} has {ROWS_FORMAT!r}; convert the "
+            "model again, or serve it with the release that converted it"
+        )
+    try:
+        return fourbits.group_size_of(config)
+    except ValueError as error:
+        raise ValueError(f"config.json: quantization_config: {error}; convert the model again") from None
 
 
 def _unfit(group: Mapping[str, Any], stored: str | None) -> str:

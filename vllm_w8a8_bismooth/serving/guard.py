@@ -102,13 +102,17 @@ def check_files(folder: Path) -> None:
 
 
 def _unpaired(checkpoint: Checkpoint) -> Iterator[Problem]:
-    """INT8 weights whose scales are absent or of another shape, and scales without weights."""
+    """INT8 weights whose scales are absent or of another shape, scales without weights, and experts that are packed."""
     headers = checkpoint.headers
     for name, header in headers.items():
         if name.endswith(_SUFFIX) and headers.get(name.removesuffix("_scale"), header).dtype != "I8":
             yield Problem(name, "is the scale of no INT8 weight", "convert the source again")
         if header.dtype != "I8":
             continue
+        if name in checkpoint.encodings and ".experts." in name:
+            yield Problem(
+                name, "has rows of four bits, and experts are served in INT8 alone", "convert the source again"
+            )
         scale = headers.get(f"{name}_scale")
         if scale is None:
             yield Problem(f"{name}_scale", "is missing", "copy the checkpoint again, or convert the source again")

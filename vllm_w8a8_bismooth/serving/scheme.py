@@ -76,19 +76,10 @@ class W8A8Scheme(CompressedTensorsScheme):
             ValueError: this rank's share of K is not a multiple of the group size.
         """
         rows, columns = sum(output_partition_sizes), input_size_per_partition
-        try:
-            groups = grouping.groups(columns, self.weight_group_size)
-        except ValueError as error:
-            raise ValueError(
-                f"{getattr(layer, 'prefix', 'linear')}: {error}. K is this rank's share of the input: "
-                "use a smaller tensor parallel size or group size"
-            ) from None
+        groups = self._groups(layer, columns, self.weight_group_size)
         layer.logical_widths = output_partition_sizes
         weight_loader = self._checking(weight_loader, layer)
-        weight = torch.empty(rows, columns, dtype=torch.int8)
-        layer.register_parameter(
-            "weight", ModelWeightParameter(data=weight, input_dim=1, output_dim=0, weight_loader=weight_loader)
-        )
+        self._create_codes(layer, rows, columns, weight_loader)
 
         def scale_of_each() -> PerTensorScaleParameter:
             return PerTensorScaleParameter(data=_unset(len(output_partition_sizes)), weight_loader=weight_loader)
@@ -104,6 +95,27 @@ class W8A8Scheme(CompressedTensorsScheme):
                 data=_unset(rows, groups), input_dim=1, output_dim=0, weight_loader=weight_loader
             )
         layer.register_parameter("weight_scale", scale)
+
+    def _create_codes(self, layer: LinearBase, rows: int, columns: int, weight_loader: Callable) -> None:
+        """Register what the checkpoint has of the codes."""
+        weight = torch.empty(rows, columns, dtype=torch.int8)
+        layer.register_parameter(
+            "weight", ModelWeightParameter(data=weight, input_dim=1, output_dim=0, weight_loader=weight_loader)
+        )
+
+    def _groups(self, layer: LinearBase, columns: int, group_size: int | None) -> int:
+        """Groups of this rank's columns.
+
+        Raises:
+            ValueError: there is no whole number of them.
+        """
+        try:
+            return grouping.groups(columns, group_size)
+        except ValueError as error:
+            raise ValueError(
+                f"{getattr(layer, 'prefix', 'linear')}: {error}. K is this rank's share of the input: "
+                "use a smaller tensor parallel size or group size"
+            ) from None
 
     def process_weights_after_loading(self, layer: LinearBase) -> None:
         """Check that scales arrived, and lay weights and scales out for the kernels.
@@ -167,14 +179,11 @@ class W8A8Scheme(CompressedTensorsScheme):
 
         @functools.wraps(weight_loader)
         def load(parameter: torch.Tensor, loaded: torch.Tensor, *shard, **more) -> None:
-            own = next((name for name, known in layer.named_parameters() if known is parameter), None)
-            part = next(iter((*shard, *more.values())), None)
-            if own is not None and (rows := _rows(layer, part)) is not None:
-                one = own == "input_scale" or (own == "weight_scale" and self.per_tensor)
+            own, part = own_name(layer, parameter), next(iter((*shard, *more.values())), None)
+            if own is not None and (rows := stored_rows(layer, part)) is not None:
                 columns = layer.embedding_dim if isinstance(layer, VocabParallelEmbedding) else layer.input_size
-                groups = grouping.groups(columns, self.weight_group_size)
-                expected = [1] if one else [rows, groups if own == "weight_scale" else columns]
-                if list(loaded.shape) != expected and not (one and loaded.dim() == 0):
+                expected = self._stored_shape(own, rows, columns)
+                if list(loaded.shape) != expected and not (expected == [1] and loaded.dim() == 0):
                     raise ValueError(
                         f"{self._stored_name(layer, own, part)} has shape {list(loaded.shape)}, but config.json makes "
                         f"it {expected}; they are not of one model, convert it again"
@@ -182,6 +191,12 @@ class W8A8Scheme(CompressedTensorsScheme):
             return weight_loader(parameter, loaded, *shard, **more)
 
         return load
+
+    def _stored_shape(self, parameter: str, rows: int, columns: int) -> list[int]:
+        """What the checkpoint has for a parameter of a linear ``[rows, columns]``."""
+        if parameter == "input_scale" or (parameter == "weight_scale" and self.per_tensor):
+            return [1]
+        return [rows, grouping.groups(columns, self.weight_group_size) if parameter == "weight_scale" else columns]
 
     def _check_arrived(self, layer: LinearBase, parameter: str, good: torch.Tensor, fault: str) -> None:
         """Raise a ValueError that names the first tensor of the checkpoint with a value that is not ``good``.
@@ -209,7 +224,12 @@ class W8A8Scheme(CompressedTensorsScheme):
         return f"{module}{dot}{last}.{parameter}"
 
 
-def _rows(layer: LinearBase | VocabParallelEmbedding, part: Any) -> int | None:
+def own_name(layer: torch.nn.Module, parameter: torch.Tensor) -> str | None:
+    """What a layer calls its parameter."""
+    return next((name for name, known in layer.named_parameters() if known is parameter), None)
+
+
+def stored_rows(layer: LinearBase | VocabParallelEmbedding, part: Any) -> int | None:
     """Rows that the checkpoint has of a vLLM linear or head, or of that part; ``None`` where that is not known."""
     if isinstance(layer, VocabParallelEmbedding):  # a head, which has further rows in memory
         return layer.org_vocab_size
@@ -219,6 +239,8 @@ def _rows(layer: LinearBase | VocabParallelEmbedding, part: Any) -> int | None:
         sizes = [n * size for n, size in zip(heads, (layer.head_size, layer.head_size, layer.v_head_size), strict=True)]
     if part is None:
         return sum(sizes)
+    if isinstance(part, tuple):  # several in one tensor
+        return sum(sizes[index] for index in part)
     index = _QKV.get(part, part)
     return sizes[index] if isinstance(index, int) else None
 

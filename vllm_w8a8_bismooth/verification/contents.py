@@ -34,7 +34,7 @@ class Contents:
 
 
 def read(checkpoint: Checkpoint, marked: bool, progress: Progress) -> Contents:
-    """Read every shard once.
+    """Read every shard once, and what is packed in them once more.
 
     Args:
         checkpoint: to be read.
@@ -52,6 +52,24 @@ def read(checkpoint: Checkpoint, marked: bool, progress: Progress) -> Contents:
             found.problems += shard.problems
             found.silent += shard.silent
             progress("read", done, len(files), 0)
+        for packed in threads.map(lambda name: _read_packed(checkpoint, name), checkpoint.encodings):
+            found.problems += packed.problems
+            found.silent += packed.silent
+    return found
+
+
+def _read_packed(checkpoint: Checkpoint, name: str) -> Contents:
+    """What a packed weight stands for, which none of its parts says alone."""
+    found, used = Contents(), False
+    try:
+        for piece in checkpoint.pieces(name):
+            used = used or bool(piece.any())
+    except Interrupted:
+        raise
+    except BismoothError as error:
+        found.problems += error.problems
+    else:
+        found.silent += [] if used else [name]
     return found
 
 
@@ -74,10 +92,10 @@ def _read_shard(checkpoint: Checkpoint, file: str, names: Sequence[str], marked:
 def _values(found: Contents, checkpoint: Checkpoint, name: str, digest, marked: bool) -> None:
     """Add what is to be said of the finite values of one tensor."""
     header, first, used, count, example = checkpoint.stored[name], 0, False, 0, ""
-    is_scale = name.endswith(SCALE)
+    is_scale, is_weight = name.endswith(SCALE), header.dtype == "I8" and name in checkpoint.headers
     for piece in checkpoint.stored_pieces(name, digest):
         wrong = None
-        if header.dtype == "I8":
+        if is_weight:
             low, high = piece.aminmax()
             used = used or bool(low) or bool(high)
             wrong = piece == -128 if marked and low == -128 else None  # others may use it
@@ -92,7 +110,7 @@ def _values(found: Contents, checkpoint: Checkpoint, name: str, digest, marked: 
     if count:
         says = "scales that are not between 0 and 2.7e36" if is_scale else "codes outside -127 to 127"
         found.problems.append(Problem(name, f"holds {says}: {example} ({count} such values)", AGAIN))
-    if header.dtype == "I8" and first and not used:
+    if is_weight and first and not used:
         found.silent.append(name)
 
 

@@ -1,7 +1,7 @@
 """How a linear of a converted checkpoint relates to its source: the factors by which it may have been multiplied."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import inf, log10
 
 import torch
@@ -10,6 +10,7 @@ from vllm_w8a8_bismooth.checkpoint.reader import Checkpoint
 from vllm_w8a8_bismooth.method.quantize import dequantize_weight
 from vllm_w8a8_bismooth.method.rows import Threads
 from vllm_w8a8_bismooth.model.layers import Runs
+from vllm_w8a8_bismooth.verification.likeness import Likeness
 
 _PIECE = 2**20  # elements worked on at once
 _HALF = 0.5 + 2e-4  # of a step: fp32 rounds the division before the code is
@@ -49,12 +50,14 @@ class Match:
         factor: fp32 ``[n]``, the least-squares estimate of the same.
         columns: factors of the columns over and above the claimed ones, from the other rows; ``[K]``.
         sqnr: in dB, of the stored against the folded weight; ``None`` where nothing was lost.
+        unlike: see :meth:`Likeness.unlike`.
     """
 
     rows: Range
     factor: torch.Tensor
     columns: Range
     sqnr: float | None
+    unlike: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 def match(
@@ -80,13 +83,17 @@ def match(
     silent = (columns == 0).nonzero().view(-1)
     step = max(1, _PIECE // width)
     unknown = sum(number for _, number in free)
-    found = Match(Range.unknown(unknown), torch.ones(unknown), Range.unknown(width), None)
+    found, likeness = (
+        Match(Range.unknown(unknown), torch.ones(unknown), Range.unknown(width), None),
+        Likeness(result, name),
+    )
 
-    def compare(start: int) -> tuple[Range, float, float]:
+    def compare(start: int) -> tuple[Range, float, float, torch.Tensor | None]:
         """Columns' factors, power and error of some rows; the rows' own factors go to their places."""
         count, possible = min(step, rows - start), Range.unknown(width)
         claimed = source.rows(name, start, count).float() * columns
         stored, half = _stored(result, name, start, count, reach)
+        half = half.masked_fill(likeness.narrow[start : start + count].unsqueeze(1), inf)
         stored[:, silent] = 0
         inverse = claimed.reciprocal()
         middle, around = stored * inverse, half * inverse.abs()
@@ -105,12 +112,15 @@ def match(
             estimate = (stored[mine] * claimed[mine]).sum(dim=1) / claimed[mine].square().sum(dim=1)
             found.factor[of] = torch.where(estimate.isfinite() & (estimate > 0), estimate, 1.0)
             claimed[mine] *= found.factor[of].unsqueeze(1)
-        return possible, float(claimed.square().sum()), float(stored.sub_(claimed).square_().sum())
+        error, power = stored.sub_(claimed).square_(), claimed.square_()
+        return possible, float(power.sum()), float(error.sum()), likeness.see(start, power, error)
 
     power = error = 0.0
-    for possible, more_power, more_error in threads.map(compare, range(0, rows, step)):
+    for possible, more_power, more_error, seen in threads.map(compare, range(0, rows, step)):
         found.columns.narrow(possible.low, possible.high)
+        likeness.add(seen)
         power, error = power + more_power, error + more_error
+    found.unlike = likeness.unlike()
     found.sqnr = 10 * log10(power / error) if error > 0 and power > 0 else None
     return found
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from vllm_w8a8_bismooth import FORMAT
+from vllm_w8a8_bismooth import FORMAT, NAME
 from vllm_w8a8_bismooth.checkpoint.files import CONFIG
 from vllm_w8a8_bismooth.errors import BismoothError, Problem
 
@@ -21,12 +21,15 @@ def config_problems(config: object) -> Iterator[Problem]:
         yield Problem(CONFIG, f"{KEY} is {config!r}: not a quantized checkpoint", "give the folder of a converted one")
         return
     for key, expected in (("quant_method", "compressed-tensors"), ("format", FORMAT)):
-        if config.get(key) != expected:
+        if config.get("quant_method") != NAME and config.get(key) != expected:  # else its weights are read by it
             yield Problem(CONFIG, f"{KEY}.{key} is {config.get(key)!r}, not {expected!r}", _AGAIN)
 
 
 class Schemes:
     """The schemes that a ``quantization_config`` gives to linears.
+
+    Attributes:
+        packed: whether per-channel linears are rows of four and eight bits.
 
     Raises:
         BismoothError: on construction, if compressed-tensors cannot read the config.
@@ -35,6 +38,7 @@ class Schemes:
     def __init__(self, config: Mapping[str, Any]):
         from compressed_tensors.quantization import QuantizationConfig
 
+        self.packed = config.get("quant_method") == NAME
         self._linear = torch.nn.Linear(1, 1, bias=False, device="meta")
         self._targets: dict[str, Any] = {}
         try:

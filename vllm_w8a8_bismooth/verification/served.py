@@ -33,13 +33,14 @@ def problems(config: dict[str, Any], marked: bool, structure: Structure) -> list
     in_float = {head} - linears.keys()
     for i, layer in enumerate(layers):
         in_float |= {names.block(i) + n for n in layer.routers if structure.names.block(i) + n not in linears}
+    stock = ["compressed-tensors"] if config["quant_method"] != NAME and not any(linears.values()) else []
     quantized = {name: linears[stored] for name, stored in _names(structure, linears)}
     answers = ask(
         "probe",
         {
             "config": config,
             "marked": marked,
-            "methods": [NAME] if any(linears.values()) else ["compressed-tensors", NAME],
+            "methods": [*stock, NAME],
             "linears": quantized | ({head: linears[head]} if head in linears else {}),
             "float": sorted(in_float.union(name for name, _ in _names(structure, structure.ignored))),
             "head": head,

@@ -1,6 +1,6 @@
 """Names, shapes and dtypes of a converted checkpoint, beside what its config says of them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 from vllm_w8a8_bismooth import grouping
 from vllm_w8a8_bismooth.checkpoint.audit import audit
@@ -53,6 +53,7 @@ class Structure:
             self._stray_scales(),
             self._stray_int8(),
             self._floats(),
+            self._packed(checkpoint.encodings),
             self._blocks(),
             _index(checkpoint),
             _names(checkpoint),
@@ -159,6 +160,18 @@ class Structure:
             elif self._schemes is not None:
                 yield Problem(module, f"{stored}, but {CONFIG} says INT8", f"name it in {KEY}.ignore or {_CONVERT}")
 
+    def _packed(self, packed: Collection[str]) -> Iterator[Problem]:
+        """Linears whose rows are packed, but must not be, and the other way round: vLLM reads them by the config."""
+        experts = {self.names.block(i) + n for i, layer in enumerate(self.layers) for n in layer.experts}
+        of_rows = self._linears - experts if self._schemes is not None and self._schemes.packed else set()
+        for linear, size in self.linears.items():
+            expected, name = size is None and linear in of_rows, f"{linear}.weight"
+            if expected and name not in packed:
+                yield Problem(name, f"is stored as INT8, and by {CONFIG} in rows of four and eight bits", _CONVERT)
+            elif name in packed and not expected:
+                what = "is stored in rows of four and eight bits, as no experts, heads and per-group linears can be"
+                yield Problem(name, what, _CONVERT)
+
     def _blocks(self) -> Iterator[Problem]:
         for i, layer in enumerate(self.layers):
             for fused, parts in layer.fused.items():
@@ -215,7 +228,7 @@ def _index(checkpoint: Checkpoint) -> Iterator[Problem]:
     if checkpoint.unlike:
         yield Problem(INDEX, f"{checkpoint.unlike}: vLLM refuses the folder", "remove the index, or convert again")
         return
-    files = {header.file for header in checkpoint.headers.values()}
+    files = {header.file for header in checkpoint.stored.values()}
     for path in sorted(checkpoint.folder.glob("*.safetensors")):
         if path.name not in files:
             yield Problem(path.name, "holds no tensor of this checkpoint, but lies in its folder", "remove it")

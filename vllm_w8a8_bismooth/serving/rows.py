@@ -1,0 +1,177 @@
+"""Linears whose checkpoint has rows of four bits and of eight: loaded by vLLM's loaders, served as INT8."""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.parameter import BasevLLMParameter, ChannelQuantScaleParameter, ModelWeightParameter
+
+from vllm_w8a8_bismooth import fourbits, grouping
+from vllm_w8a8_bismooth.serving.scheme import W8A8Scheme, own_name, stored_rows
+
+PACKED, MULTIPLIER, OFFSET, ROWS, LOW = PARTS = tuple(f"weight_{part}" for part in fourbits.DTYPES)
+"""Parameters, as the checkpoint calls them too; see :class:`fourbits.Rows`."""
+_AGAIN = "the checkpoint is incomplete or corrupt, convert it again"
+
+
+class RowsScheme(W8A8Scheme):
+    """INT8 weights per channel in rows of four and eight bits, INT8 activations per token.
+
+    Which rows have eight bits, and their lower halves, differ in number from part to part of a merged linear, so that
+    they are kept as they arrive, in whatever order, until all has.
+
+    Args:
+        group_size: columns that share a step in rows of four bits.
+        fused: see :class:`W8A8Scheme`.
+    """
+
+    def __init__(self, group_size: int, fused: Mapping[str, Sequence[str]]):
+        super().__init__(None, None, fused=fused)
+        self._group_size = group_size
+        self._arrived: dict[str, set[Any]] = {}
+        self._numbers: dict[Any, torch.Tensor] = {}
+        self._halves: dict[Any, torch.Tensor] = {}
+
+    def _create_codes(self, layer: LinearBase, rows: int, columns: int, weight_loader: Callable) -> None:
+        """Register uint8 ``weight_packed [N, K / 2]``, uint8 and int8 ``weight_multiplier`` and ``weight_offset``
+        ``[N, K / g]``, and int32 ``weight_rows [N, 1]``: which of all lower halves that arrived is a row's, or -1.
+
+        Raises:
+            ValueError: this rank's share of K is not a multiple of the group size.
+        """
+        groups = self._groups(layer, columns, self._group_size)
+        for name, width in ((PACKED, columns // 2), (MULTIPLIER, groups), (OFFSET, groups)):
+            data = torch.empty(rows, width, dtype=_dtype(name))
+            parameter = ModelWeightParameter(data=data, input_dim=1, output_dim=0, weight_loader=weight_loader)
+            layer.register_parameter(name, parameter)
+        # Nothing is copied into these while vLLM loads. So when it loads again it waits, before it has them processed,
+        # until it has read the whole checkpoint, because it takes the layer for one that lacks something.
+        index = torch.empty(rows, 1, dtype=_dtype(ROWS))
+        layer.register_parameter(
+            ROWS, ChannelQuantScaleParameter(data=index, output_dim=0, weight_loader=weight_loader)
+        )
+        low = BasevLLMParameter(data=torch.empty(0, dtype=_dtype(LOW)), weight_loader=weight_loader)
+        layer.register_parameter(LOW, low)
+
+    def process_weights_after_loading(self, layer: LinearBase) -> None:
+        """Make int8 ``weight [N, K]`` of all parts, and lay it out as :class:`W8A8Scheme` does.
+
+        Raises:
+            ValueError: a part is missing from the checkpoint, or does not fit the others, or stands for no codes; see
+                also :meth:`W8A8Scheme.process_weights_after_loading`.
+        """
+        weight = self._weight(layer)
+        for kept in (self._arrived, self._numbers, self._halves):
+            kept.clear()
+        for name in PARTS:
+            delattr(layer, name)
+        layer.register_parameter("weight", torch.nn.Parameter(weight, requires_grad=False))
+        super().process_weights_after_loading(layer)
+
+    def _weight(self, layer: LinearBase) -> torch.Tensor:
+        """int8 ``[N, K]``; zeros where nothing arrived (``--load-format dummy``)."""
+        packed, multiplier, offset = (getattr(layer, name).data for name in (PACKED, MULTIPLIER, OFFSET))
+        if not self._arrived:
+            return torch.zeros(len(packed), 2 * packed.shape[1], dtype=torch.int8, device=packed.device)
+        self._check_complete(layer)
+        self._check_arrived(layer, "weight_scale", layer.weight_scale.data.isfinite(), "not finite")
+        self._check_arrived(layer, MULTIPLIER, multiplier > 0, "0")
+        rows, low = self._wide(layer)
+        try:
+            return fourbits.Rows(packed, multiplier, offset, rows, low).codes()
+        except ValueError as error:
+            raise ValueError(f"{getattr(layer, 'prefix', 'linear')}.{PACKED}: {error}; {_AGAIN}") from None
+
+    def _wide(self, layer: LinearBase) -> tuple[torch.Tensor, torch.Tensor]:
+        """This rank's share of the 8-bit rows: int32 ``[n]``, and uint8 ``[n, K / 2]``.
+
+        vLLM's own loader shares out rows: it is given, for all rows of a part, where among all lower halves theirs are.
+        """
+        index, packed, first = layer.weight_rows, layer.weight_packed, 0
+        index.data.fill_(-1)
+        for part, numbers in self._numbers.items():
+            places = torch.full((_rows_of(layer, part), 1), -1, dtype=torch.int32)
+            places[numbers.long(), 0] = torch.arange(first, first + len(numbers), dtype=torch.int32)
+            self._loader(index, places, *(() if part is None else (part,)))
+            first += len(numbers)
+        half = packed.shape[1]
+        start = packed.tp_rank * half if half < layer.input_size // 2 else 0  # where columns are shared out
+        low = [self._halves[part][:, start : start + half] for part in self._numbers]
+        places = index.data.view(-1).cpu()
+        mine = (places >= 0).nonzero().view(-1)
+        whole = torch.cat([*low, torch.empty(0, half, dtype=torch.uint8)])
+        return mine.to(packed.device, torch.int32), whole[places[mine].long()].to(packed.device)
+
+    def _checking(self, weight_loader: Callable, layer: LinearBase) -> Callable:
+        """Wraps the loader, too, to note what has arrived, and to keep 8-bit rows."""
+        checked, self._loader = super()._checking(weight_loader, layer), weight_loader
+
+        @functools.wraps(weight_loader)
+        def load(parameter: torch.Tensor, loaded: torch.Tensor, *shard, **more) -> None:
+            own, part = str(own_name(layer, parameter)), next(iter((*shard, *more.values())), None)
+            if own in PARTS and loaded.dtype != _dtype(own):
+                stored = self._stored_name(layer, own, part)
+                raise ValueError(f"{stored} is {loaded.dtype}, and must be {_dtype(own)}; {_AGAIN}")
+            if own == ROWS:
+                self._check_numbers(layer, part, loaded)
+                self._numbers[part] = loaded.clone()  # the loader may use its memory again
+            elif own == LOW:
+                self._check_halves(layer, part, loaded)
+                self._halves[part] = loaded.clone()
+            else:
+                checked(parameter, loaded, *shard, **more)
+            self._arrived.setdefault(own, set()).add(part)
+
+        return load
+
+    def _check_numbers(self, layer: LinearBase, part: Any, loaded: torch.Tensor) -> None:
+        """Raises ValueError if these are no numbers of rows of a part."""
+        rows = _rows_of(layer, part)
+        if loaded.dim() != 1 or not ((loaded >= 0) & (loaded < rows)).all() or not (loaded.diff() > 0).all():
+            stored = self._stored_name(layer, ROWS, part)
+            raise ValueError(f"{stored} does not hold ascending numbers below {rows}; {_AGAIN}")
+
+    def _check_halves(self, layer: LinearBase, part: Any, loaded: torch.Tensor) -> None:
+        """Raises ValueError if these are no lower halves of rows of this layer."""
+        half = layer.input_size // 2
+        if loaded.dim() != 2 or loaded.shape[1] != half:
+            stored = self._stored_name(layer, LOW, part)
+            raise ValueError(
+                f"{stored} has shape {list(loaded.shape)}, but config.json makes it [n, {half}]; they are not of one "
+                "model, convert it again"
+            )
+
+    def _check_complete(self, layer: LinearBase) -> None:
+        """Raises ValueError for a tensor that is missing, or has not as many rows as its counterpart."""
+        whole = set().union(*(parts for name, parts in self._arrived.items() if name not in (ROWS, LOW)))
+        needed = dict.fromkeys(("weight_scale", PACKED, MULTIPLIER, OFFSET), whole)
+        needed |= {ROWS: {*self._halves}, LOW: {*self._numbers}}
+        for name, parts in needed.items():
+            for part in parts - self._arrived.get(name, set()):
+                raise ValueError(f"{self._stored_name(layer, name, part)} is missing; {_AGAIN}")
+        for part, numbers in self._numbers.items():
+            if len(numbers) != (found := len(self._halves[part])):
+                stored = self._stored_name(layer, LOW, part)
+                raise ValueError(f"{stored} has {found} rows, and {ROWS} beside it {len(numbers)}; {_AGAIN}")
+
+    def _stored_shape(self, parameter: str, rows: int, columns: int) -> list[int]:
+        groups = grouping.groups(columns, self._group_size)
+        widths = {PACKED: columns // 2, MULTIPLIER: groups, OFFSET: groups}
+        return [rows, widths[parameter]] if parameter in widths else super()._stored_shape(parameter, rows, columns)
+
+
+def _rows_of(layer: LinearBase, part: Any) -> int:
+    """Rows that the checkpoint has of a linear, or of that part.
+
+    Raises:
+        ValueError: vLLM merges parts that are not known here.
+    """
+    if (rows := stored_rows(layer, part)) is None:
+        raise ValueError(f"{getattr(layer, 'prefix', 'linear')}: how many rows its part {part!r} has is not known")
+    return rows
+
+
+def _dtype(parameter: str) -> torch.dtype:
+    return fourbits.DTYPES[parameter.removeprefix("weight_")]
