@@ -10,15 +10,15 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = "vllm_w8a8_bismooth"
 OFFLINE = (
-    "errors", "switch", "progress", "grouping", "patterns", "shell", "model", "discovery", "checkpoint", "recipe",
-    "method", "measure", "report", "conversion", "engine", "verification", "scoring", "publication", "given", "api",
-    "doctor", "cli", "__main__",
+    "errors", "switch", "progress", "grouping", "patterns", "shell", "fourbits", "model", "discovery", "checkpoint",
+    "recipe", "method", "measure", "report", "conversion", "engine", "verification", "scoring", "publication", "given",
+    "api", "doctor", "cli", "__main__",
 )  # fmt: skip
 """Rooms and single modules of the offline half; each may import those before it."""
 MORE = {"doctor": {"ops"}}
 """What a room may import besides; the doctor looks for the compiled kernels."""
 APART = {
-    "ops": {"errors", "grouping", "ops", "switch"},
+    "ops": {"errors", "fourbits", "grouping", "ops", "switch"},
     "serving": {"errors", "grouping", "switch", "checkpoint.files", "checkpoint.reader", "ops", "serving"},
 }
 """All that a part beside the offline half may import of the package, and its root."""
