@@ -7,6 +7,7 @@
 #include <utility>
 #include <vector>
 
+#include "fourbits.h"
 #include "quantization.h"
 
 namespace w8a8::cpu::W8A8_LEVEL {
@@ -95,6 +96,11 @@ struct Plan {
     return t.four ? g.four.codes + ((t.n0 - eight()) * k() + k0 * kLanes) / 2 : g.packed + t.n0 * k() + k0 * kLanes;
   }
   int64_t stride(const Task& t) const { return k() * kLanes / (t.four ? 2 : 1); }
+  // The same of the steps of four bits.
+  const uint8_t* steps(const Task& t, int64_t k0) const {
+    return g.four.steps + (t.n0 - eight()) / kLanes * steps_stride() + k0 / g.four.width * 2 * kLanes;
+  }
+  int64_t steps_stride() const { return k() / g.four.width * 2 * kLanes; }
 };
 
 struct alignas(64) PackedLine { uint8_t bytes[kLine]; };
@@ -116,28 +122,6 @@ void pack_block(const Plan& p, int64_t n, uint8_t* to) {
       uint8_t* row = to + group * p.depth * kLanes + lane * kDepth;
       for (int64_t k = 0; k < g.width; ++k) row[k / kDepth * kLine + k % kDepth] = (uint8_t)(from[k] ^ 0x80);
     }
-}
-
-// Blocks of four bits, from k0 on, as packed weights. Two bytes at once: neither q * m nor q * m + o + 128 carries.
-void unpack_blocks(const Plan& p, const Task& task, int64_t blocks, int64_t k0, int64_t width, uint8_t* to) {
-  const FourBits& four = p.g.four;
-  constexpr int kPairs = kLine / 2;
-  for (int64_t v = 0; v < blocks; ++v) {
-    const uint8_t* from = p.weights(task, k0) + v * p.stride(task);
-    const int64_t row = task.n0 - p.eight() + v * kLanes;
-    const uint8_t* steps = four.steps + 2 * (row * p.k() + k0 * kLanes) / four.width;
-    for (int64_t k = 0; k < width; k += four.width, steps += 2 * kLanes) {
-      uint16_t m[kPairs], o[kPairs];
-      for (int i = 0; i < kPairs; ++i) m[i] = steps[i / 2], o[i] = 0x101 * steps[kLanes + i / 2];
-      for (int64_t i = 0; i < four.width; i += 2 * kDepth, from += kLine, to += 2 * kLine) {
-        uint16_t line[kPairs], low[kPairs], high[kPairs];
-        std::memcpy(line, from, kLine);
-        for (int j = 0; j < kPairs; ++j) low[j] = (line[j] & 0x0f0f) * m[j] + o[j];
-        for (int j = 0; j < kPairs; ++j) high[j] = (line[j] >> 4 & 0x0f0f) * m[j] + o[j];
-        std::memcpy(to, low, kLine), std::memcpy(to + kLine, high, kLine);
-      }
-    }
-  }
 }
 
 void run_task(const Plan& p, const Task& task, const Task& upcoming, Workspace& w) {
@@ -166,7 +150,9 @@ void run_task(const Plan& p, const Task& task, const Task& upcoming, Workspace& 
     width = p.block(k0);
     const int64_t group = k0 / p.depth;
     const bool begins = k0 % p.depth == 0, ends = (k0 + width) % p.depth == 0;
-    if (task.four) unpack_blocks(p, task, blocks, k0, width, packed);
+    for (int64_t v = 0; task.four && v < blocks; ++v)
+      unpack_block(p.weights(task, k0) + v * p.stride(task), p.steps(task, k0) + v * p.steps_stride(), width,
+                   g.four.width, packed + v * width * kLanes);
     const uint8_t* b = task.four ? packed : p.packs() ? packed + k0 * kLanes : p.weights(task, k0);
     TileArgs t{};
     t.b_stride = (task.four ? width : k) * kLanes;
