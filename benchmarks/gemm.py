@@ -30,11 +30,15 @@ from pathlib import Path
 import torch
 
 from benchmarks import ceilings, cutlass_baseline, interpreter, record
-from vllm_w8a8_bismooth import ops
+from vllm_w8a8_bismooth import fourbits, ops
 from vllm_w8a8_bismooth.ops import processor, timing
 
 GROUP = 128
-STOCK, FP32 = "vllm", "torch-fp32"
+STOCK, FP32, ROWS = "vllm", "torch-fp32", "ours-rows"
+EIGHT = 0.1
+"""Share of the rows that have eight bits where the others have four."""
+BYTES = {"torch-bf16": (2, 2), FP32: (4, 4), ROWS: (0.5 + EIGHT / 2 + 2 / GROUP, 1)}
+"""Of a weight and of an activation; one each of other implementations."""
 LEVELS = {  # ours -> oneDNN's limit, MKL's
     "amx": ("AVX512_CORE_AMX", "AVX512_E4"),
     "avx512_vnni": ("AVX512_CORE_VNNI", "AVX512_E1"),
@@ -127,6 +131,10 @@ class Weights:
     def floats(self, dtype: torch.dtype) -> list[torch.Tensor]:
         return self.once(str(dtype), lambda codes: torch.randn(codes.shape, device=self.device, dtype=dtype))
 
+    def rows(self) -> list[ops.PackedRows]:
+        """Random ones of their own: four bits hold few of the codes."""
+        return self.once(ROWS, lambda codes: ops.pack_rows(random_rows(*codes.shape)))
+
 
 @dataclass
 class Problem:
@@ -143,9 +151,17 @@ class Problem:
         self.codes, self.token_scale = ops.quantize_activations(self.x, None)
         _, self.group_scale = ops.quantize_activations(self.x, GROUP)
 
-    def bytes(self, weight_bytes: int) -> int:
+    def bytes(self, weight: float, activation: int) -> float:
         n, k = self.weights.n, self.weights.k
-        return n * k * weight_bytes + self.m * k * weight_bytes + 2 * self.m * n + 4 * (self.m + n)
+        return n * k * weight + self.m * k * activation + 2 * self.m * n + 4 * (self.m + n)
+
+
+def random_rows(n: int, k: int) -> fourbits.Rows:
+    eight = torch.arange(n)[torch.rand(n) < EIGHT]
+    m, o = (torch.full((n, k // GROUP), each) for each in (8, -60))
+    m[eight], o[eight] = fourbits.WIDE_MULTIPLIER, fourbits.WIDE_OFFSET
+    q, low = (torch.randint(256, (count, k // 2), dtype=torch.uint8) for count in (n, len(eight)))
+    return fourbits.Rows(q, m.byte(), o.to(torch.int8), eight.int(), low | 0x11)  # of which no code is -128
 
 
 # Implementations: from a problem to a call that takes the index of a copy of the weights and returns D.
@@ -166,6 +182,16 @@ def ours(weight_groups: bool, activation_groups: bool) -> Callable[[Problem], ti
         return lambda i: multiply(p.codes, b[i], a_scale, b_scale[i], torch.bfloat16, None, True)
 
     return prepare
+
+
+def ours_rows(p: Problem) -> timing.Call:
+    """Ours with rows of four bits, and some of eight, each with one scale."""
+    if not ops.has_kernel("cpu", "scaled_mm_rows"):
+        raise RuntimeError("there is no compiled kernel")
+    weights = [(r.eight, r.four, r.steps, p.weights.channel_scale, r.order) for r in p.weights.rows()]
+    if p.linear:
+        return lambda i: torch.ops.w8a8_bismooth.linear_rows(p.x, *weights[i])
+    return lambda i: torch.ops.w8a8_bismooth.scaled_mm_rows(p.codes, p.token_scale, *weights[i], torch.bfloat16)
 
 
 def triton(weight_groups: bool, activation_groups: bool) -> Callable[[Problem], timing.Call]:
@@ -280,6 +306,7 @@ IMPLEMENTATIONS: dict[str, dict[str, Callable[[Problem], timing.Call]]] = {
     "cpu": {
         "ours-channel": ours(False, False),
         "ours-group128": ours(True, True),
+        ROWS: ours_rows,
         "triton-channel": triton(False, False),
         "triton-group128": triton(True, True),
         "vllm": vllm_cpu,
@@ -320,7 +347,11 @@ def check(name: str, p: Problem, out: torch.Tensor) -> None:
     if grouped and not name.endswith("token"):
         a_scale = p.group_scale
         a = ops.quantize_activations(p.x, GROUP)[0] if p.linear else a
-    a, b = dequantized(a, a_scale), dequantized(w.codes[0][columns], b_scale[columns])
+    codes = w.codes[0]
+    if name == ROWS:
+        codes, order = ops.unpack_rows(w.rows()[0]), w.rows()[0].order.long()
+        b_scale = torch.empty_like(b_scale).index_copy_(0, order, b_scale)
+    a, b = dequantized(a, a_scale), dequantized(codes[columns], b_scale[columns])
     exact, magnitude = a @ b.t(), a.abs() @ b.abs().t()
     wrong = (out[:, columns].double() - exact).abs() > exact.abs() * 2.0**-7 + magnitude * 2.0**-20
     assert not wrong.any(), (
@@ -352,7 +383,7 @@ def rows_of(p: Problem, layer: str, times: dict[str, list[float]]) -> list[dict]
         row = {"impl": name, "layer": layer, "M": p.m, "N": w.n, "K": w.k, "us": round(each, 2)}
         row["least us"] = round(min(times[name]), 2)
         row["TOPS"] = round(2 * p.m * w.n * w.k / each / 1e6, 3)
-        row["GB/s"] = round(p.bytes({"torch-bf16": 2, FP32: 4}.get(name, 1)) / each / 1e3, 1)
+        row["GB/s"] = round(p.bytes(*BYTES.get(name, (1, 1))) / each / 1e3, 1)
         for column, yardstick in {"x stock": STOCK, "x fp32": FP32}.items():
             if yardstick in us:
                 pairs = zip(times[yardstick], times[name], strict=True)

@@ -18,7 +18,7 @@ OFFLINE = (
 MORE = {"doctor": {"ops"}}
 """What a room may import besides; the doctor looks for the compiled kernels."""
 APART = {
-    "ops": {"errors", "grouping", "ops", "switch"},
+    "ops": {"errors", "fourbits", "grouping", "ops", "switch"},
     "serving": {"errors", "fourbits", "grouping", "switch", "checkpoint.files", "checkpoint.reader", "ops", "serving"},
 }
 """All that a part beside the offline half may import of the package, and its root."""

@@ -7,6 +7,7 @@
 #include <utility>
 #include <vector>
 
+#include "fourbits.h"
 #include "quantization.h"
 
 namespace w8a8::cpu::W8A8_LEVEL {
@@ -60,6 +61,12 @@ inline void run_tile(int64_t rows, int64_t blocks, bool narrow, const TileArgs& 
   kTiles[narrow][(rows - 1) * kBlocks + blocks - 1](args);
 }
 
+// Tokens [m0, m0 + rows) times channels [n0, n0 + columns); beyond the last task there are none.
+struct Task {
+  int64_t m0, n0, rows, columns;
+  bool four;  // bits, each of the channels, or else eight
+};
+
 // What the tasks of one GEMM share.
 struct Plan {
   const Gemm& g;
@@ -75,15 +82,33 @@ struct Plan {
   }
   int64_t columns() const { return blocking.blocks * kLanes; }
   int64_t along_m() const { return ceil_div(g.m, kTokens); }
-  int64_t tasks() const { return along_m() * ceil_div(g.n, columns()); }
-  int64_t m0(int64_t task) const { return task % along_m() * kTokens; }
-  int64_t n0(int64_t task) const { return task / along_m() * columns(); }
+  bool packs() const { return !g.packed && !g.four.rows; }  // each task its weights, by itself
+  int64_t eight() const { return g.n - g.four.rows; }       // channels before those of four bits
+  int64_t tasks() const { return along_m() * (ceil_div(eight(), columns()) + ceil_div(g.four.rows, columns())); }
+  Task task(int64_t index) const {
+    const int64_t m0 = index % along_m() * kTokens, strip = index / along_m(), strips = ceil_div(eight(), columns());
+    const bool four = strip >= strips;
+    const int64_t n0 = four ? eight() + (strip - strips) * columns() : strip * columns();
+    return {m0, n0, std::min(kTokens, g.m - m0), std::min(columns(), (four ? g.n : eight()) - n0), four};
+  }
+  // Of a task's channels, from k0 on; the next block's are stride(task) bytes on.
+  const uint8_t* weights(const Task& t, int64_t k0) const {
+    return t.four ? g.four.codes + ((t.n0 - eight()) * k() + k0 * kLanes) / 2 : g.packed + t.n0 * k() + k0 * kLanes;
+  }
+  int64_t stride(const Task& t) const { return k() * kLanes / (t.four ? 2 : 1); }
+  // The same of the steps of four bits.
+  const uint8_t* steps(const Task& t, int64_t k0) const {
+    return g.four.steps + (t.n0 - eight()) / kLanes * steps_stride() + k0 / g.four.width * 2 * kLanes;
+  }
+  int64_t steps_stride() const { return k() / g.four.width * 2 * kLanes; }
 };
+
+struct alignas(64) PackedLine { uint8_t bytes[kLine]; };
 
 struct Workspace {
   alignas(64) int32_t sums[kTokens * kColumns];
   alignas(64) float out[kTokens * kColumns];
-  std::unique_ptr<uint8_t[]> packed;
+  std::unique_ptr<PackedLine[]> packed;
   std::unique_ptr<float[]> scales;
 };
 
@@ -99,18 +124,16 @@ void pack_block(const Plan& p, int64_t n, uint8_t* to) {
     }
 }
 
-// Tokens [m0, m0 + kTokens) times channels [n0, n0 + p.columns()).
-void run_task(const Plan& p, int64_t task, int64_t upcoming, Workspace& w) {
+void run_task(const Plan& p, const Task& task, const Task& upcoming, Workspace& w) {
   const Gemm& g = p.g;
-  const int64_t m0 = p.m0(task), n0 = p.n0(task), k = p.k(), stride = k * kLanes;
-  const int64_t rows = std::min(kTokens, g.m - m0), columns = std::min(p.columns(), g.n - n0);
-  const int64_t blocks = ceil_div(columns, kLanes);
-  const uint8_t* b = g.packed + n0 * k;
-  if (!g.packed) {
-    if (!w.packed) w.packed.reset(new uint8_t[p.blocking.blocks * stride]);
-    for (int64_t v = 0; v < blocks; ++v) pack_block(p, n0 + v * kLanes, w.packed.get() + v * stride);
-    b = w.packed.get();
+  const int64_t m0 = task.m0, n0 = task.n0, rows = task.rows, columns = task.columns;
+  const int64_t k = p.k(), blocks = ceil_div(columns, kLanes);
+  if (!w.packed && (p.packs() || task.four)) {
+    const int64_t steps = (p.packs() ? k : std::min(p.blocking.k, k)) / kDepth;
+    w.packed.reset(new PackedLine[p.blocking.blocks * steps]);
   }
+  uint8_t* const packed = w.packed ? w.packed[0].bytes : nullptr;
+  for (int64_t v = 0; p.packs() && v < blocks; ++v) pack_block(p, n0 + v * kLanes, packed + v * k * kLanes);
   // Scales group by group; laid out as [G, N] they need no copy.
   const float* scales = g.b_scale + n0 * g.b_scale_n;
   int64_t scales_stride = g.b_scale_g;
@@ -127,17 +150,23 @@ void run_task(const Plan& p, int64_t task, int64_t upcoming, Workspace& w) {
     width = p.block(k0);
     const int64_t group = k0 / p.depth;
     const bool begins = k0 % p.depth == 0, ends = (k0 + width) % p.depth == 0;
+    for (int64_t v = 0; task.four && v < blocks; ++v)
+      unpack_block(p.weights(task, k0) + v * p.stride(task), p.steps(task, k0) + v * p.steps_stride(), width,
+                   g.four.width, packed + v * width * kLanes);
+    const uint8_t* b = task.four ? packed : p.packs() ? packed + k0 * kLanes : p.weights(task, k0);
     TileArgs t{};
-    t.b_stride = stride;
+    t.b_stride = (task.four ? width : k) * kLanes;
     t.groups = std::max<int64_t>(width / p.depth, 1);
     t.steps = width / t.groups / kDepth;
     t.start_stride = g.m;
     t.a_scale_group = g.a_groups > 1;
     t.a_scale_row = g.a_groups;
     t.b_scale_stride = scales_stride;
-    const uint8_t* ahead = b + (k0 + width) * kLanes;
-    if (k0 + width == k) ahead = upcoming < p.tasks() ? g.packed + p.n0(upcoming) * k : nullptr;
-    if (!g.packed || !p.blocking.prefetch) ahead = nullptr;
+    const bool last = k0 + width == k;
+    const Task& following = last ? upcoming : task;
+    const int64_t stride = p.stride(following);
+    const uint8_t* ahead = nullptr;
+    if (!p.packs() && p.blocking.prefetch && following.columns > 0) ahead = p.weights(following, last ? 0 : k0 + width);
     for (int64_t m = 0, count; m < rows; m += count) {
       count = tile_rows(rows - m, t.steps);
       const int64_t most = tile_blocks(count);
@@ -146,7 +175,7 @@ void run_task(const Plan& p, int64_t task, int64_t upcoming, Workspace& w) {
       t.a_scale = g.a_scale + (m0 + m) * g.a_groups + t.a_scale_group * group;
       for (int64_t v = 0, along; v < blocks; v += along) {
         along = std::min(most, blocks - v);
-        t.b = b + k0 * kLanes + v * stride;
+        t.b = b + v * t.b_stride;
         t.b_scale = scales + group * scales_stride + v * kLanes;
         t.sums = w.sums + m * kColumns + v * kLanes;
         t.out = ends ? w.out + m * kColumns + v * kLanes : nullptr;
@@ -162,9 +191,10 @@ void run_task(const Plan& p, int64_t task, int64_t upcoming, Workspace& w) {
     auto* out = static_cast<typename T::Storage*>(g.out);
     for (int64_t m = 0; m < rows; ++m)
       for (int64_t c = 0; c < columns; ++c) {
+        const int64_t column = g.order ? g.order[n0 + c] : n0 + c;
         float value = w.out[m * kColumns + c];
-        if (g.bias) value += g.bias[n0 + c];
-        out[(m0 + m) * g.n + n0 + c] = T::narrow(value);
+        if (g.bias) value += g.bias[column];
+        out[(m0 + m) * g.n + column] = T::narrow(value);
       }
   });
 }
@@ -226,7 +256,7 @@ void gemm(const Gemm& given, const Parallel& parallel) {
     for (int64_t worker = begin; worker < end; ++worker)
       for (int64_t task = next++, upcoming; task < plan.tasks(); task = upcoming) {
         upcoming = next++;
-        run_task(plan, task, upcoming, workspace);
+        run_task(plan, plan.task(task), plan.task(upcoming), workspace);
       }
   });
 }

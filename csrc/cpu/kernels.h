@@ -49,17 +49,27 @@ struct Unquantized {
   bool silu_mul;
 };
 
+// Rows of four bits, the last `rows` of a weight's N: a code is q * m + o, with an m and an o for every `width` of k.
+// What is before them are whole blocks.
+struct FourBits {
+  const uint8_t* codes;  // [rows / 16][K / 8][16][4]: q of two steps of four k, the first in the lower halves
+  const uint8_t* steps;  // [rows / 16][K / width][2][16]: m, and o + 128
+  int64_t rows, width;   // 32, 64 or 128, which divides K
+};
+
 struct Gemm {
   int64_t m, n, groups, width;  // K = groups * width
   const int8_t* a;              // [M, K]; where there is an `x`, that makes them, and a_scale
   const uint8_t* packed;        // packed weights, or null
   const int8_t* b;              // [N, K], read where `packed` is null
+  FourBits four;                // besides `packed`, in a weight of one group
   const float* a_scale;         // [M, a_groups]
   int64_t a_groups;             // 1 or groups
   const float* b_scale;         // [N, G] with these strides
   int64_t b_scale_n, b_scale_g;
-  const float* bias;  // [N] or null
-  void* out;          // [M, N]
+  const float* bias;     // [N] or null
+  const int32_t* order;  // [N]: the columns of bias and out that the weight's rows make; null: theirs
+  void* out;             // [M, N]
   Float dtype;
   Unquantized x;
 };

@@ -283,7 +283,9 @@ def test_gemm_rows(no_ceilings, monkeypatch, tmp_path, capsys, linear):
     gemm.main()
     record = json.loads(out.read_text())
     assert {"commit", "versions", "machine", "ceilings"} <= record.keys() and record["extent"] == "dry"
-    names = {"ours-channel", "ours-group128", "torch-bf16", "torch-fp32"} | (set() if linear else {"torch-int_mm"})
+    names = {"ours-channel", "ours-group128", "ours-rows", "torch-bf16", "torch-fp32"} | (
+        set() if linear else {"torch-int_mm"}
+    )
     for m in (1, 6):
         rows = [row for row in record["rows"] if row["M"] == m]
         assert {row["impl"] for row in rows} == names
@@ -296,7 +298,7 @@ def test_gemm_rows(no_ceilings, monkeypatch, tmp_path, capsys, linear):
 def test_gemm_checks_results():
     weights = gemm.Weights(64, 256, "cpu", 2)
     problem = gemm.Problem(3, weights, False)
-    for name, grouped in (("ours-channel", False), ("ours-group128", True)):
+    for name, grouped in (("ours-channel", False), ("ours-group128", True), ("ours-rows", False)):
         out = gemm.IMPLEMENTATIONS["cpu"][name](problem)(0)
         gemm.check(name, problem, out)
         out[0, 0] += out.abs().max() / 8

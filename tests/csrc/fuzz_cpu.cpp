@@ -38,20 +38,52 @@ void fail(const Level* level, const char* what, int64_t at, double got, double w
   std::exit(1);
 }
 
+// The last rows of b, [N, K], in four bits, and b what they stand for.
+struct FourBitRows {
+  std::vector<uint8_t> codes, steps;
+
+  FourBitRows(const FourBits& four, int64_t n, int64_t k, std::vector<int8_t>& b) {
+    const int64_t rows = ceil_div(four.rows, kLanes) * kLanes, groups = k / four.width;
+    codes.resize(rows * k / 2), steps.resize(rows * groups * 2);
+    for (int64_t row = 0; row < rows; ++row)
+      for (int64_t group = 0; group < groups; ++group) {
+        const int m = pick(0, 3) ? pick(1, 16) : pick(1, 254), top = std::min(254 / m, 15);
+        const int o = pick(-127, 127 - top * m);
+        uint8_t* step = steps.data() + (row / kLanes * groups + group) * 2 * kLanes + row % kLanes;
+        step[0] = m, step[kLanes] = o + 128;
+        for (int64_t i = group * four.width; i < (group + 1) * four.width; ++i) {
+          const int q = pick(0, top);
+          codes[row / kLanes * kLanes * k / 2 + i / 8 * kLine + row % kLanes * kDepth + i % 4] |= q << (i & 4);
+          if (row < four.rows) b[(n - four.rows + row) * k + i] = q * m + o;
+        }
+      }
+  }
+};
+
 void fuzz_gemm(const Level* level) {
   Gemm g{};
   g.m = std::vector<int64_t>{0, 1, pick(2, 7), pick(8, 40), pick(100, 300)}[pick(0, 4)];
   g.n = std::vector<int64_t>{1, 16 * pick(1, 9), pick(2, 150)}[pick(0, 2)];
   g.groups = pick(0, 1) ? 1 : pick(2, 6);
   g.width = std::vector<int64_t>{pick(1, 40), 64 * pick(1, 4), 4 * pick(1, 200), pick(1, 1200)}[pick(0, 3)];
+  if (g.groups == 1 && pick(0, 1)) g.width = 128 * pick(1, 10);
   g.a_groups = pick(0, 1) ? 1 : g.groups;
   const int64_t k = g.groups * g.width, depth = ceil_div(g.width, kDepth) * kDepth;
   const bool packed = pick(0, 1), along_n = pick(0, 1), with_bias = pick(0, 1), extreme = pick(0, 3) == 0;
   std::vector<int8_t> a(g.m * k), b(g.n * k);
   for (auto& x : a) x = extreme ? (pick(0, 1) ? -128 : 127) : pick(-128, 127);
   for (auto& x : b) x = extreme ? (pick(0, 1) ? -128 : 127) : pick(-128, 127);
-  std::vector<uint8_t> p(packed ? ceil_div(g.n, kLanes) * kLanes * g.groups * depth : 0, 128);
-  for (int64_t n = 0; packed && n < g.n; ++n)
+  g.four.width = 32 << pick(0, 2);
+  if (packed && g.groups == 1 && g.width % 128 == 0 && pick(0, 3))
+    g.four.rows = g.n - std::min(kLanes * pick(0, ceil_div(g.n, kLanes)), g.n);
+  const FourBitRows four(g.four, g.n, k, b);
+  g.four.codes = four.codes.data(), g.four.steps = four.steps.data();
+  std::vector<int32_t> order(g.n);
+  for (int64_t n = 0; n < g.n; ++n) order[n] = n;
+  if (g.four.rows) std::shuffle(order.begin(), order.end(), rng), g.order = order.data();
+  const int64_t eight = g.n - g.four.rows;
+  std::vector<uint8_t> p(packed ? ceil_div(eight, kLanes) * kLanes * g.groups * depth : 0, 128);
+  for (int64_t n = 0; packed && n < eight; ++n)
     for (int64_t i = 0; i < k; ++i) {
       const int64_t at = i / g.width * depth + i % g.width;
       p[n / kLanes * kLanes * g.groups * depth + at / kDepth * kLine + n % kLanes * kDepth + at % kDepth] =
@@ -89,8 +121,9 @@ void fuzz_gemm(const Level* level) {
         product *= b_scale[n * g.b_scale_n + group * g.b_scale_g];
         want += product;
       }
-      if (with_bias) want += bias[n];
-      if (out[m * g.n + n] != want) fail(level, "gemm", m * g.n + n, out[m * g.n + n], want);
+      const int64_t at = m * g.n + order[n];
+      if (with_bias) want += bias[order[n]];
+      if (out[at] != want) fail(level, "gemm", at, out[at], want);
     }
 }
 

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from setup import CPU_FLAGS, CPU_LEVELS
+from tests.support import rows
 from tests.support.compiler import build
-from vllm_w8a8_bismooth import ops
-from vllm_w8a8_bismooth.ops import reference
+from vllm_w8a8_bismooth import fourbits, ops
+from vllm_w8a8_bismooth.ops import reference, whole
 
 ROOT = Path(__file__).parents[2]
 INCLUDES = [ROOT / "csrc", ROOT / "tests/csrc"]
@@ -173,6 +174,117 @@ def check_linear(tokens, channels, groups, width, grouped, silu_mul, biased, pac
 def test_a_linear_in_one_equals_the_reference(at_level):
     assert ops.has_kernel("cpu", "linear")
     check_linear()
+
+
+# Of eight bits: no rows, few, many, or all; whole blocks of 16 or not.
+rows_of = {
+    "tokens": st.one_of(st.integers(0, 40), st.sampled_from([96, 127, 129, 260])),
+    "n": st.one_of(st.integers(1, 150), st.sampled_from([64, 128])),
+    "group_size": st.sampled_from(fourbits.GROUP_SIZES),
+    "groups": st.integers(1, 9),
+    "share": st.sampled_from([0.0, 0.1, 0.5, 1.0]),
+    "biased": st.booleans(),
+    "dtype": st.sampled_from(DTYPES),
+    "seed": st.integers(0, 2**31),
+}
+
+
+@settings(max_examples=60)
+@given(silu_mul=st.booleans(), contiguous=st.booleans(), **rows_of)
+def check_linear_rows(tokens, n, group_size, groups, share, silu_mul, biased, contiguous, dtype, seed):
+    generator = torch.Generator().manual_seed(seed)
+    codes, wide = rows.weight(n, groups, group_size, share, generator)
+    x = (torch.randn(tokens, (codes.shape[1] << silu_mul) + 1, generator=generator) * 3).to(dtype)[:, :-1]
+    scale = torch.rand(n, 1, generator=generator)
+    bias = torch.randn(n, generator=generator).to(dtype) if biased else None
+    a, a_scale = (reference.silu_mul_quantize if silu_mul else reference.quantize_activations)(x, None)
+    expected = reference.scaled_mm(a, codes, a_scale, scale, dtype, bias)
+    packed = ops.pack_rows(fourbits.pack(codes, wide, group_size))
+    stored = scale[packed.order.long()]
+    assert torch.equal(ops.linear_rows(x.contiguous() if contiguous else x, packed, stored, bias, silu_mul), expected)
+    assert torch.equal(ops.scaled_mm_rows(a, packed, a_scale, stored, dtype, bias), expected)
+
+
+def test_rows_of_four_bits_equal_the_reference(at_level):
+    assert ops.has_kernel("cpu", "linear_rows") and ops.has_kernel("cpu", "scaled_mm_rows")
+    check_linear_rows()
+
+
+@settings(max_examples=20)
+@given(**rows_of)
+def test_rows_of_four_bits_are_composed_elsewhere(tokens, n, group_size, groups, share, biased, dtype, seed):
+    generator = torch.Generator().manual_seed(seed)
+    codes, wide = rows.weight(n, groups, group_size, share, generator)
+    p = ops.pack_rows(fourbits.pack(codes, wide, group_size))
+    x, scale = torch.randn(tokens, codes.shape[1], generator=generator).to(dtype), torch.rand(n, 1, generator=generator)
+    bias = torch.randn(n, generator=generator).to(dtype) if biased else None
+    a, a_scale = reference.quantize_activations(x, None)
+    expected, stored = reference.scaled_mm(a, codes, a_scale, scale, dtype, bias), scale[p.order.long()]
+    assert torch.equal(whole.linear_rows(x, p.eight, p.four, p.steps, stored, p.order, bias), expected)
+    found = whole.scaled_mm_rows(a, a_scale, p.eight, p.four, p.steps, stored, p.order, dtype, bias)
+    assert torch.equal(found, expected)
+
+
+@given(n=rows_of["n"], group_size=rows_of["group_size"], groups=st.integers(1, 4), share=rows_of["share"],
+       seed=rows_of["seed"])  # fmt: skip
+def test_packing_of_rows_can_be_undone(n, group_size, groups, share, seed):
+    codes, wide = rows.weight(n, groups, group_size, share, torch.Generator().manual_seed(seed))
+    packed = ops.pack_rows(fourbits.pack(codes, wide, group_size))
+    assert torch.equal(ops.unpack_rows(packed), codes)
+    assert torch.equal(packed.order.sort().values, torch.arange(n, dtype=torch.int32))
+    eight, four = len(packed.eight), len(packed.four)
+    assert eight == -(-len(wide) // 16) and four == max(-(-n // 16) - eight, 0)
+    assert packed.four.nbytes + packed.steps.nbytes == four * (8 * codes.shape[1] + 32 * groups)
+
+
+def damaged_rows():
+    """Message -> fields of a weight ``[40, 64]`` that do not fit its others, or its scales."""
+    codes, wide = rows.weight(40, 2, 32, 0.5, torch.Generator().manual_seed(0))
+    good = ops.pack_rows(fourbits.pack(codes, wide[:15], 32))
+    order, far = good.order, good.order.clone()
+    far[7] = 40
+    return good, [
+        ({"order": far}, "order has numbers outside 0 to 39"),
+        ({"order": -order}, "order has numbers outside 0 to 39"),
+        ({"order": order.long()}, "not what pack_rows makes"),
+        ({"order": torch.stack([order, order], dim=1)[:, 0]}, "not what pack_rows makes"),
+        ({"four": good.four[:1]}, "not what pack_rows makes"),
+        ({"four": good.four.view(torch.int8)}, "not what pack_rows makes"),
+        ({"eight": good.eight[:, :8]}, "not what pack_rows makes"),
+        ({"eight": torch.cat([good.eight] * 4)}, "not what pack_rows makes"),
+        ({"eight": good.eight.transpose(2, 3).contiguous().transpose(2, 3)}, "not what pack_rows makes"),
+        ({"eight": good.eight[0]}, "must be 4-D"),
+        ({"steps": good.steps[:1]}, "not what pack_rows makes"),
+        ({"steps": good.steps[:, :0]}, "K = 64 is not 0 groups"),
+        ({"steps": torch.cat([good.steps] * 2, dim=1)}, "K = 64 is not 4 groups"),
+        ({"b_scale": torch.ones(39, 1)}, "not what pack_rows makes"),
+        ({"b_scale": torch.ones(40, 2)}, "and the scales .N, 1."),
+        ({"b_scale": torch.ones(40, 1, dtype=torch.float64)}, "scales must be fp32"),
+        ({"bias": torch.ones(39)}, "bias must be"),
+    ]
+
+
+def test_rows_that_do_not_fit_are_refused():
+    good, cases = damaged_rows()
+    right = {**vars(good), "b_scale": torch.ones(40, 1), "bias": None}
+    linear, multiply = torch.ops.w8a8_bismooth.linear_rows, torch.ops.w8a8_bismooth.scaled_mm_rows
+    x, codes, scale = torch.ones(2, 64), torch.ones(2, 64, dtype=torch.int8), torch.ones(2, 1)
+    for fields, message in [({}, None), *cases]:
+        for call in (
+            lambda given=right | fields: linear(x, **given),
+            lambda given=right | fields: multiply(codes, scale, out_dtype=torch.bfloat16, **given),
+        ):
+            if message is None:
+                call()
+                continue
+            with pytest.raises(RuntimeError, match=message):
+                call()
+    with pytest.raises(ValueError, match="expected .M, K., .N, K., .N, 1."):
+        ops.linear_rows(torch.ones(2, 32), good, torch.ones(40, 1))
+    with pytest.raises(ValueError, match="expected .M, K., .N, K., .N, 1."):
+        ops.scaled_mm_rows(codes, good, scale, torch.ones(40, 2), torch.bfloat16)
+    with pytest.raises(ValueError, match="a_scale is"):
+        ops.scaled_mm_rows(codes, good, torch.ones(2, 2), torch.ones(40, 1), torch.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

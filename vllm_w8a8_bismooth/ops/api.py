@@ -3,8 +3,9 @@
 import torch
 
 from vllm_w8a8_bismooth import grouping
-from vllm_w8a8_bismooth.ops import kernels  # registers the ops that this module calls
+from vllm_w8a8_bismooth.ops import kernels, packing  # the former registers the ops that this module calls
 from vllm_w8a8_bismooth.ops.mixture import ACTIVATIONS
+from vllm_w8a8_bismooth.ops.packing import PackedRows
 from vllm_w8a8_bismooth.ops.reference import Quantized
 
 
@@ -181,6 +182,66 @@ def static_linear(
     scale = input_scale.expand(tokens.shape[0], 1)
     out = scaled_mm(codes, weight, scale, weight_scale, x.dtype, bias, constant_b=True)
     return out.view(*x.shape[:-1], weight_scale.shape[0])
+
+
+def linear_rows(
+    x: torch.Tensor,
+    weight: PackedRows,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    silu_mul: bool = False,
+) -> torch.Tensor:
+    """:func:`linear`, one scale a token, of a weight with rows of four bits: what it makes of their codes, bit for bit.
+
+    Args:
+        x, silu_mul: as in :func:`linear`.
+        weight: of :func:`packing.pack_rows`.
+        weight_scale: fp32 ``[N, 1]`` in stored order.
+        bias: ``[N]`` in the weight's order.
+
+    Returns:
+        ``[..., N]`` in x's dtype, in the weight's order.
+
+    Raises:
+        ValueError: the shapes do not fit together.
+    """
+    tokens = x.reshape(-1, x.shape[-1])
+    _check_rows(x.shape[-1] // 2 if silu_mul else x.shape[-1], weight, weight_scale)
+    out = torch.ops.w8a8_bismooth.linear_rows(
+        tokens, weight.eight, weight.four, weight.steps, weight_scale, weight.order, bias, silu_mul
+    )
+    return out.view(*x.shape[:-1], len(weight.order))
+
+
+def scaled_mm_rows(
+    a: torch.Tensor,
+    weight: PackedRows,
+    a_scale: torch.Tensor,
+    weight_scale: torch.Tensor,
+    out_dtype: torch.dtype,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """:func:`scaled_mm`, one scale a token, of a weight with rows of four bits; see :func:`linear_rows`.
+
+    Raises:
+        ValueError: the shapes do not fit together.
+    """
+    _check_rows(a.shape[1], weight, weight_scale)
+    if a_scale.shape != (len(a), 1):
+        raise ValueError(f"a_scale is {list(a_scale.shape)}; it must be {[len(a), 1]}")
+    return torch.ops.w8a8_bismooth.scaled_mm_rows(
+        a, a_scale, weight.eight, weight.four, weight.steps, weight_scale, weight.order, out_dtype, bias
+    )
+
+
+def _check_rows(k: int, weight: PackedRows, weight_scale: torch.Tensor) -> None:
+    """Raise the ValueError of :func:`linear_rows`."""
+    n = len(weight.order)
+    if weight.eight.shape[1] * packing.DEPTH != k or weight_scale.shape != (n, 1):
+        raise ValueError(
+            f"activations [M, {k}], weight [{n}, {weight.eight.shape[1] * packing.DEPTH}], weight_scale "
+            f"{list(weight_scale.shape)}: expected [M, K], [N, K], [N, 1]"
+        )
 
 
 def experts(

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from vllm_w8a8_bismooth import switch
-from vllm_w8a8_bismooth.ops import kernels
+from vllm_w8a8_bismooth.ops import kernels, schema
 from vllm_w8a8_bismooth.ops.selftest import examination, machine, verdict
 from vllm_w8a8_bismooth.ops.selftest.verdict import Verdict
 
@@ -100,7 +100,7 @@ def _without(device_type: str, wanted: str, reason: str) -> Ruling:
 
 
 def _compiled(device_type: str) -> list[str]:
-    return machine.compiled(device_type, ("scaled_mm", *machine.QUANTIZATIONS, "linear"))
+    return machine.compiled(device_type, ("scaled_mm", *machine.QUANTIZATIONS, *schema.COMPOSED))
 
 
 def key_of(index: int | None) -> dict[str, Any]:

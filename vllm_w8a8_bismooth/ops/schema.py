@@ -29,6 +29,14 @@ LIBRARY.define(
 LIBRARY.define(
     "linear(Tensor x, Tensor b, Tensor b_scale, int? group_size, Tensor? bias=None, bool silu_mul=False) -> Tensor"
 )
+LIBRARY.define(
+    "scaled_mm_rows(Tensor a, Tensor a_scale, Tensor eight, Tensor four, Tensor steps, Tensor b_scale, Tensor order, "
+    "ScalarType out_dtype, Tensor? bias=None) -> Tensor"
+)
+LIBRARY.define(
+    "linear_rows(Tensor x, Tensor eight, Tensor four, Tensor steps, Tensor b_scale, Tensor order, Tensor? bias=None, "
+    "bool silu_mul=False) -> Tensor"
+)
 OPERATIONS: Mapping[str, Callable] = {
     "quantize_activations": reference.quantize_activations,
     "rms_norm_quantize": reference.rms_norm_quantize,
@@ -37,7 +45,11 @@ OPERATIONS: Mapping[str, Callable] = {
     "experts": mixture.experts,
 }
 """Name of an operation -> its reference."""
-COMPOSED: Mapping[str, Callable] = {"linear": whole.linear}
+COMPOSED: Mapping[str, Callable] = {
+    "linear": whole.linear,
+    "scaled_mm_rows": whole.scaled_mm_rows,
+    "linear_rows": whole.linear_rows,
+}
 """Name of an operation that compiled kernels may do in one -> how others do it, one after the other."""
 for _name, _reference in {**OPERATIONS, **COMPOSED}.items():
     LIBRARY.impl(_name, _reference, "CompositeExplicitAutograd")
@@ -81,6 +93,34 @@ def _(
 @torch.library.register_fake("w8a8_bismooth::linear", lib=LIBRARY)
 def _(x: torch.Tensor, b: torch.Tensor, b_scale: torch.Tensor, *rest: object) -> torch.Tensor:
     return x.new_empty((x.shape[0], b_scale.shape[0]))
+
+
+@torch.library.register_fake("w8a8_bismooth::scaled_mm_rows", lib=LIBRARY)
+def _(
+    a: torch.Tensor,
+    a_scale: torch.Tensor,
+    eight: torch.Tensor,
+    four: torch.Tensor,
+    steps: torch.Tensor,
+    b_scale: torch.Tensor,
+    order: torch.Tensor,
+    out_dtype: torch.dtype,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    return a.new_empty((a.shape[0], order.shape[0]), dtype=out_dtype)
+
+
+@torch.library.register_fake("w8a8_bismooth::linear_rows", lib=LIBRARY)
+def _(
+    x: torch.Tensor,
+    eight: torch.Tensor,
+    four: torch.Tensor,
+    steps: torch.Tensor,
+    b_scale: torch.Tensor,
+    order: torch.Tensor,
+    *rest: object,
+) -> torch.Tensor:
+    return x.new_empty((x.shape[0], order.shape[0]))
 
 
 @torch.library.register_fake("w8a8_bismooth::experts", lib=LIBRARY)
