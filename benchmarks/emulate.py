@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from vllm_w8a8_bismooth import ops
+from vllm_w8a8_bismooth import fourbits, ops
 from vllm_w8a8_bismooth.checkpoint.blueprint import Blueprint
 from vllm_w8a8_bismooth.discovery.discover import discover
 from vllm_w8a8_bismooth.measure.experts import separate_experts
@@ -63,6 +63,8 @@ def load(folder: Path) -> torch.nn.Module:
                 module, _, leaf = name.removeprefix(block[0]).rpartition(".")
                 name = f"{block[0]}{construction.built(int(block[1]), module)}.{leaf}"
             tensors[name] = tensor
+    for name in [name.removesuffix("_packed") for name in tensors if name.endswith(".weight_packed")]:
+        tensors[name] = fourbits.Rows.of(name, tensors).codes()
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention_of(config))
     separate_experts(model.model.layers, construction)
     for scale in [name for name in tensors if name.endswith(".weight_scale")]:

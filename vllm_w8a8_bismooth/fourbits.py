@@ -41,6 +41,14 @@ class Rows:
     rows: torch.Tensor
     low: torch.Tensor
 
+    @classmethod
+    def of(cls, name: str, tensors: Mapping[str, torch.Tensor]) -> "Rows":
+        """A weight of a checkpoint, by its full name, ``....weight``; what rows of eight bits have may be absent."""
+        packed = tensors[f"{name}_packed"]
+        rows = tensors.get(f"{name}_rows", torch.empty(0, dtype=torch.int32))
+        low = tensors.get(f"{name}_low", packed[:0])
+        return cls(packed, tensors[f"{name}_multiplier"], tensors[f"{name}_offset"], rows, low)
+
     def codes(self, first: int = 0) -> torch.Tensor:
         """int8 ``[N, K]``.
 

@@ -25,11 +25,7 @@ def stored_rows(folder) -> dict[str, tuple[fourbits.Rows, torch.Tensor]]:
     tensors = tensors_of(folder)
     found = {}
     for name in [name.removesuffix("_packed") for name in tensors if name.endswith("_packed")]:
-        packed = tensors[f"{name}_packed"]
-        rows = tensors.get(f"{name}_rows", torch.empty(0, dtype=torch.int32))
-        low = tensors.get(f"{name}_low", torch.empty(0, packed.shape[1], dtype=torch.uint8))
-        each = fourbits.Rows(packed, tensors[f"{name}_multiplier"], tensors[f"{name}_offset"], rows, low)
-        found[name.removesuffix(".weight")] = each, tensors[f"{name}_scale"]
+        found[name.removesuffix(".weight")] = fourbits.Rows.of(name, tensors), tensors[f"{name}_scale"]
     return found
 
 
