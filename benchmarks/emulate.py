@@ -65,6 +65,8 @@ def load(folder: Path) -> torch.nn.Module:
             tensors[name] = tensor
     for name in [name.removesuffix("_packed") for name in tensors if name.endswith(".weight_packed")]:
         tensors[name] = fourbits.Rows.of(name, tensors).codes()
+        for part in fourbits.DTYPES:
+            tensors.pop(f"{name}_{part}", None)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention_of(config))
     separate_experts(model.model.layers, construction)
     for scale in [name for name in tensors if name.endswith(".weight_scale")]:
