@@ -207,6 +207,39 @@ def size(path: Path, out: Path) -> None:
         label(figure, points)
 
 
+LINES = {
+    "rows of four and eight bits, by one budget": (
+        ("4-bit", "budget, 4.5", "budget, 5", "budget, 6", "int8"),
+        PER_CHANNEL,
+    ),
+    "the same share in each linear": (("even, 4.5",), STOCK),
+    "rows of four bits, groups of 64": (("4-bit, groups of 64",), PER_GROUP),
+    "rows of four bits, to the nearest": (("4-bit, nearest",), OTHER),
+}
+"""What is drawn of ``bits.json``: name -> arms, which a line joins, and how."""
+
+
+def bits(path: Path, out: Path) -> None:
+    """KL on the healthy beds against the bits of a weight."""
+    healthy = [row for row in rows(path) if row["plant"] == "healthy"]
+    beds = list(dict.fromkeys(row["bed"] for row in healthy))
+    with drawing(out, 9, 4, layout="constrained") as figure:
+        panels = figure.subplots(1, len(beds), squeeze=False, sharex=True)[0]
+        for bed, axes in zip(beds, panels, strict=True):
+            for name, (arms, style) in LINES.items():
+                mine = [[row for row in healthy if (row["bed"], row["arm"]) == (bed, arm)] for arm in arms]
+                points = [(mean(row["bits"] for row in some), mean(row["kl"] for row in some) * 1e6) for some in mine]
+                axes.plot(*zip(*points, strict=True), label=name, ms=6.5, **style)
+            axes.set_title(bed, loc="left", fontsize="medium")
+            axes.set_yscale("log")
+            round_ticks(axes.yaxis, 8)
+            axes.text(0.98, 0.98, "\u2199 better", transform=axes.transAxes, ha="right", va="top", color=INK)
+            axes.set_xlabel("bits per weight, with scales")
+        panels[0].set_ylabel("KL to the source, millionths (log scale)")
+        figure.legend(*panels[0].get_legend_handles_labels(), ncols=2, **LEGEND)
+        title(figure, "Healthy models with INT8 activations in fp32 emulation: error against size")
+
+
 IMPLEMENTATIONS = {
     "ours-channel": ("ours, per-channel", PER_CHANNEL),
     "ours-group128": ("ours, per-group (128)", PER_GROUP),
@@ -420,6 +453,7 @@ SHARED = (
     ("calibration.json", "calibration", calibration),
     ("accuracy.json", "accuracy", accuracy),
     ("accuracy-vllm.json", "size", size),
+    ("bits.json", "bits", bits),
 )
 OF_MACHINES = (
     ("gemm.json", "kernels", kernels),

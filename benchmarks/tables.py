@@ -237,6 +237,37 @@ def shares(path: Path) -> str:
     return markdown(("model", "level", "arm", "load", "seconds", *parts), lines, words=4)
 
 
+def bits(path: Path) -> str:
+    """Healthy beds: bits a weight and KL of each arm, and how the KL compares with four bits in every row."""
+    found = [row for row in rows(path) if row["plant"] == "healthy"]
+    beds = list(dict.fromkeys(row["bed"] for row in found))
+    lines = []
+    for arm in dict.fromkeys(row["arm"] for row in found):
+        cells, ratios = [], []
+        for bed in beds:
+            kls, fours, sizes = (
+                [row[key] for row in found if (row["bed"], row["arm"]) == (bed, which)]
+                for which, key in ((arm, "kl"), ("4-bit", "kl"), (arm, "bits"))
+            )
+            cells.append(f"{mean(sizes):.2f}: {_spread(kls)}")
+            ratios.append(mean(kls) / mean(fours))
+        lines.append((arm, *cells, f"{geometric_mean(ratios):.2f}"))
+    return markdown(("arm", *(f"{bed}, bits: KL x 1e-6" for bed in beds), "x 4-bit"), lines)
+
+
+def bits_planted(path: Path) -> str:
+    """Planted beds: KL relative to the same arm on the healthy bed, of the same draw."""
+    found = rows(path)
+    known = {(row["bed"], row["plant"], row["arm"]): row["kl"] for row in found if row["seed"] == 0}
+    planted = [key for key in known if key[1] != "healthy"]
+    arms = list(dict.fromkeys(arm for *_, arm in planted))
+    lines = [
+        (bed, kind, *(f"{known[bed, kind, arm] / known[bed, 'healthy', arm]:.3f}" for arm in arms))
+        for bed, kind in dict.fromkeys((bed, kind) for bed, kind, _ in planted)
+    ]
+    return markdown(("bed", "plant, k = 1000", *arms), lines, words=2)
+
+
 def plants(path: Path) -> str:
     """Planted beds: KL relative to RTN on the healthy bed, by kind of plant: mean over beds and seeds, and range."""
     data = Accuracy(path)
@@ -466,6 +497,8 @@ SHARED = (
     ("accuracy-vllm.json", accuracy),
     ("compute-dtype.json", compute_dtypes),
     ("accuracy.json", accuracy_targets),
+    ("bits.json", bits),
+    ("bits.json", bits_planted),
     ("real-*.json", real),
     ("drafters-*.json", drafters),
     ("tasks-*.json", humaneval),

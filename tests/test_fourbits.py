@@ -1,13 +1,31 @@
 """Rows in four bits are INT8 rows, packed without loss."""
 
+import functools
+import re
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_w8a8_bismooth import fourbits, grouping
+
+WIDE = ("rows", "low")
+"""What is absent where no row has eight bits."""
+
+
+@functools.cache
+def documented_decoder() -> Callable:
+    """The example of docs/format.md."""
+    page = Path(__file__).parents[1] / "docs" / "format.md"
+    (code,) = re.findall(r"```python\n(.+?)```", page.read_text(), re.DOTALL)
+    names: dict = {}
+    exec(code, names)
+    return names["codes"]
 
 
 def example(n: int, groups: int, group_size: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -30,6 +48,8 @@ def test_packing_loses_nothing(n, groups, group_size, seed):
     again = fourbits.pack(stored.codes(), rows, group_size)
     for field in fourbits.DTYPES:
         assert torch.equal(getattr(again, field), getattr(stored, field)), field
+    parts = {field: getattr(stored, field).numpy() for field in fourbits.DTYPES if len(rows) or field not in WIDE}
+    assert np.array_equal(documented_decoder()(**parts), codes.numpy())
     four = torch.ones(n, dtype=torch.bool).index_fill(0, rows, False)
     assert fourbits.fits(codes, group_size)[four].all()
     size = 8 * sum(getattr(stored, field).nbytes for field in fourbits.DTYPES) + 32 * n
@@ -75,6 +95,17 @@ def damaged():
         r"packed torch.uint8 \[3": replace(good, packed=good.packed[:3]),
         "rows torch.int64": replace(good, rows=rows.long(), low=low),
     }
+
+
+def test_many_rows_are_decoded_some_at_a_time(monkeypatch):
+    codes, rows = example(50, 2, 32, 5)
+    stored = fourbits.pack(codes, rows, 32)
+    for together in (1, 64, 7 * 64, 50 * 64):
+        monkeypatch.setattr(fourbits, "_TOGETHER", together)
+        assert torch.equal(stored.codes(), codes)
+    stored.offset[33] = 127
+    with pytest.raises(ValueError, match="row 133 has codes beyond"):
+        stored.codes(first=100)
 
 
 @pytest.mark.parametrize("message", damaged())

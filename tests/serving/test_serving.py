@@ -12,7 +12,7 @@ from tests.support.adapters import write_adapter
 from tests.support.agreement import CLOSE_THROUGHOUT, assert_close_to_emulation, assert_same_up_to_near_ties
 from tests.support.conversion import convert
 from tests.support.models import tiny_model, write_checkpoint
-from tests.support.quantization import JSON, STOCK, TOKEN, W8A8, config_class
+from tests.support.quantization import JSON, ROWS, STOCK, TOKEN, W8A8, config_class
 from tests.support.workers.engine import PROMPTS, ask_each
 from vllm_w8a8_bismooth import ops
 from vllm_w8a8_bismooth.method.quantize import quantize_weight
@@ -36,6 +36,10 @@ PER_CHANNEL = 4 * 6 - 2 + 1
         (STOCK, "w8a8_bismooth", True),
         (STOCK, "fp8", False),
         (STOCK | {"format": "pack-quantized"}, "w8a8_bismooth", True),  # to say why it is refused
+        (ROWS, None, True),
+        (ROWS, "w8a8_bismooth", True),
+        (ROWS, "compressed-tensors", False),
+        ({"quant_method": "w8a8_bismooth"}, None, True),  # to say why it is refused
         ({"quant_method": "gptq", "bismooth": {}}, None, False),
         (None, "w8a8_bismooth", False),
     ],

@@ -25,3 +25,8 @@ STOCK = {
     "format": "int-quantized",
     "config_groups": {"g": {"weights": W8A8, "input_activations": TOKEN}},
 }
+ROWS = STOCK | {
+    "quant_method": "w8a8_bismooth",
+    "format": "int4-int8-rows",
+    "bismooth": {"rows": {"bits": 4.5, "group_size": 128}},
+}

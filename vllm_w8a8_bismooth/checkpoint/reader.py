@@ -193,10 +193,8 @@ class Headers:
                 self._fault(name, what, "download the shard again")
                 self.lost.add(name)
             elif not weight_map and name in self.headers:
-                where, remedy = (
-                    self.headers.pop(name).file,
-                    f"leave only the file of them that is right in {self.place}",
-                )
+                where = self.headers.pop(name).file
+                remedy = f"leave only the file of them that is right in {self.place}"
                 self._fault(path, f"holds tensor {name}, which {where} holds too", remedy)
                 self.lost.add(name)
             elif place == file:
@@ -364,11 +362,8 @@ class Checkpoint(Headers):
 
     def signature(self) -> dict[str, list[int]]:
         """Size in bytes and modification time in ns of every file that a conversion reads."""
-        files = {
-            Path(CONFIG),
-            *(Path(header.file) for header in self.stored.values()),
-            *map(Path, companions(self.place)),
-        }
+        files = {Path(CONFIG), *map(Path, companions(self.place))}
+        files |= {Path(header.file) for header in self.stored.values()}
         if (self.folder / INDEX).exists():
             files.add(Path(INDEX))
         try:
