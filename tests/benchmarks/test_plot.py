@@ -15,7 +15,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from benchmarks import accuracy, plot, tables
+from benchmarks import accuracy, bits, plot, tables
 from benchmarks.record import RESULTS
 from benchmarks.testbed import PYTHON
 from tests.support.conversion import convert
@@ -58,6 +58,18 @@ def of_accuracy(path: Path, bits: bool = True) -> Path:
             for k in (100.0, 1000.0):
                 rows += [{"bed": bed, "plant": plant, "k": k, "arm": arm, "kl": 5e-4} for arm in accuracy.PLANTED]
     return write(path, rows, through="vllm")
+
+
+def of_bits(path: Path) -> Path:
+    rows = []
+    for bed, size in (("python", 1e-3), ("headers", 3e-4)):
+        for number, (arm, (asked, *_)) in enumerate(bits.ARMS.items()):
+            for seed in range(2):
+                here = {"bed": bed, "plant": "healthy", "k": None, "seed": seed, "arm": arm}
+                rows.append({**here, "bits": asked or 4.2 + number / 10, "kl": size * (1 + number + seed / 9)})
+        for arm in bits.PLANTED:
+            rows.append({**rows[-1], "plant": "norm", "k": 1000.0, "seed": 0, "arm": arm})
+    return write(path, rows)
 
 
 def of_calibration(path: Path) -> Path:
@@ -149,6 +161,7 @@ def results(tmp_path_factory) -> Path:
     of_accuracy(folder / "accuracy.json")
     of_accuracy(folder / "accuracy-vllm.json")
     of_calibration(folder / "calibration.json")
+    of_bits(folder / "bits.json")
     of_gemm(folder / "cpu/gemm.json")
     of_convert(folder / "cpu/convert.json")
     of_serve(folder / "cpu/serve-testbed.json", turns=1, arms=("bf16", "stock INT8", "ours, per-channel"))
@@ -159,7 +172,7 @@ def results(tmp_path_factory) -> Path:
 
 
 DRAWN = {
-    *("collapse", "calibration", "accuracy", "size"),
+    *("collapse", "calibration", "accuracy", "size", "bits"),
     *("cpu/kernels", "cpu/convert", "cpu/serve-testbed", "cpu/serve-1b", "gpu/kernels", "gpu/serve-1b"),
 }
 
@@ -250,7 +263,7 @@ def test_without_results_there_are_no_figures(tmp_path):
     write(tmp_path / "results/machine/gemm.json", [])
     write(tmp_path / "results/machine/serve-cut-short.json", [{"arm": "bf16", "bench": "accuracy"}])
     lines = list(plot.draw(tmp_path / "results", tmp_path / "figures"))
-    assert all(line.startswith(f"no {tmp_path / 'figures'}") for line in lines) and len(lines) == 7
+    assert all(line.startswith(f"no {tmp_path / 'figures'}") for line in lines) and len(lines) == 8
     for reason in ("no bits per weight, measure them again", "it has nothing yet", "no rows of a server under load"):
         assert sum(reason in line for line in lines) == 1
     assert not (tmp_path / "figures").exists()
@@ -374,7 +387,7 @@ def test_tables_of_engines(tmp_path):
 def test_tables_are_of_every_machine_and_model(results):
     found = tables.every(results)
     assert {"kernels of cpu/gemm.json", "kernels of gpu/gemm.json", "rates of cpu/serve-testbed.json"} <= found.keys()
-    assert len(found) == 19
+    assert len(found) == 21
     for table in found.values():
         assert len({line.count(" | ") for line in table.splitlines() if "|--" not in line}) == 1
     assert "CUTLASS" in found["kernels of gpu/gemm.json"] and "CUTLASS" not in found["kernels of cpu/gemm.json"]

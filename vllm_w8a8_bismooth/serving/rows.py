@@ -1,18 +1,26 @@
-"""Linears whose checkpoint has rows of four bits and of eight: loaded by vLLM's loaders, served as INT8."""
+"""Linears whose checkpoint has rows of four bits and of eight: loaded by vLLM's loaders; served as they are on CPUs,
+with our kernels, and elsewhere as the INT8 that they stand for."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.layers.quantization.utils import replace_parameter
 from vllm.model_executor.parameter import BasevLLMParameter, ChannelQuantScaleParameter, ModelWeightParameter
 
-from vllm_w8a8_bismooth import fourbits, grouping
+from vllm_w8a8_bismooth import fourbits, grouping, ops
+from vllm_w8a8_bismooth.serving import fusion, servers
 from vllm_w8a8_bismooth.serving.scheme import W8A8Scheme, own_name, stored_rows
+
+logger = init_logger("vllm.w8a8_bismooth")
 
 PACKED, MULTIPLIER, OFFSET, ROWS, LOW = PARTS = tuple(f"weight_{part}" for part in fourbits.DTYPES)
 """Parameters, as the checkpoint calls them too; see :class:`fourbits.Rows`."""
+_LAID_OUT = ("weight", "weight_four", "weight_steps", "weight_order")
+"""Parameters for the kernel, in the order of :class:`ops.PackedRows`."""
 _AGAIN = "the checkpoint is incomplete or corrupt, convert it again"
 
 
@@ -33,6 +41,7 @@ class RowsScheme(W8A8Scheme):
         self._arrived: dict[str, set[Any]] = {}
         self._numbers: dict[Any, torch.Tensor] = {}
         self._halves: dict[Any, torch.Tensor] = {}
+        self._packed = False
 
     def _create_codes(self, layer: LinearBase, rows: int, columns: int, weight_loader: Callable) -> None:
         """Register uint8 ``weight_packed [N, K / 2]``, uint8 and int8 ``weight_multiplier`` and ``weight_offset``
@@ -56,33 +65,62 @@ class RowsScheme(W8A8Scheme):
         layer.register_parameter(LOW, low)
 
     def process_weights_after_loading(self, layer: LinearBase) -> None:
-        """Make int8 ``weight [N, K]`` of all parts, and lay it out as :class:`W8A8Scheme` does.
+        """Lay all parts out for the kernel that multiplies by rows of four bits; without one, make INT8 of them.
+
+        With the kernel, ``weight``, ``weight_four``, ``weight_steps`` and ``weight_order`` are those of
+        :class:`ops.PackedRows`, and ``weight_scale`` is in their order. Else all is as :class:`W8A8Scheme` has it.
 
         Raises:
             ValueError: a part is missing from the checkpoint, or does not fit the others, or stands for no codes; see
                 also :meth:`W8A8Scheme.process_weights_after_loading`.
         """
-        weight = self._weight(layer)
+        rows = self._rows(layer)
         for kept in (self._arrived, self._numbers, self._halves):
             kept.clear()
         for name in PARTS:
             delattr(layer, name)
-        layer.register_parameter("weight", torch.nn.Parameter(weight, requires_grad=False))
-        super().process_weights_after_loading(layer)
+        self._packed = ops.has_kernel(rows.packed.device.type, "linear_rows")
+        try:
+            weight = ops.pack_rows(rows) if self._packed else rows.codes()
+        except ValueError as error:
+            raise ValueError(f"{getattr(layer, 'prefix', 'linear')}.{PACKED}: {error}; {_AGAIN}") from None
+        if isinstance(weight, torch.Tensor):
+            layer.register_parameter("weight", torch.nn.Parameter(weight, requires_grad=False))
+            super().process_weights_after_loading(layer)
+            return
+        servers.announce(logger, "linears with rows of four bits", "cpu", None)
+        for name, tensor in zip(_LAID_OUT, (weight.eight, weight.four, weight.steps, weight.order), strict=True):
+            layer.register_parameter(name, torch.nn.Parameter(tensor, requires_grad=False))
+        scale = layer.weight_scale.data[weight.order.long()]
+        replace_parameter(layer, "weight_scale", torch.nn.Parameter(scale, requires_grad=False))
+        fusion.accept_quantized(layer, self.activation_group_size)
 
-    def _weight(self, layer: LinearBase) -> torch.Tensor:
-        """int8 ``[N, K]``; zeros where nothing arrived (``--load-format dummy``)."""
+    def apply_weights(
+        self, layer: LinearBase, x: "torch.Tensor | fusion.QuantizedActivation", bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """See :meth:`W8A8Scheme.apply_weights`."""
+        if not self._packed:
+            return super().apply_weights(layer, x, bias)
+        weight = ops.PackedRows(*(getattr(layer, name) for name in _LAID_OUT))
+        if (given := fusion.as_quantized(layer, x)) is None:
+            return ops.linear_rows(x, weight, layer.weight_scale, bias)
+        if isinstance(given, fusion.Unactivated):
+            return ops.linear_rows(given.data, weight, layer.weight_scale, bias, silu_mul=True)
+        codes, scale = given.data.flatten(0, -2), given.scale.flatten(0, -2)
+        out = ops.scaled_mm_rows(codes, weight, scale, layer.weight_scale, given.orig_dtype, bias)
+        return out.view(*given.orig_shape[:-1], out.shape[1])
+
+    def _rows(self, layer: LinearBase) -> fourbits.Rows:
+        """What has arrived of this rank's share; where nothing did (``--load-format dummy``), rows of zeros."""
         packed, multiplier, offset = (getattr(layer, name).data for name in (PACKED, MULTIPLIER, OFFSET))
         if not self._arrived:
-            return torch.zeros(len(packed), 2 * packed.shape[1], dtype=torch.int8, device=packed.device)
+            packed.zero_(), multiplier.fill_(1), offset.zero_()
+            none = torch.empty(0, dtype=_dtype(ROWS), device=packed.device)
+            return fourbits.Rows(packed, multiplier, offset, none, packed[:0])
         self._check_complete(layer)
         self._check_arrived(layer, "weight_scale", layer.weight_scale.data.isfinite(), "not finite")
         self._check_arrived(layer, MULTIPLIER, multiplier > 0, "0")
-        rows, low = self._wide(layer)
-        try:
-            return fourbits.Rows(packed, multiplier, offset, rows, low).codes()
-        except ValueError as error:
-            raise ValueError(f"{getattr(layer, 'prefix', 'linear')}.{PACKED}: {error}; {_AGAIN}") from None
+        return fourbits.Rows(packed, multiplier, offset, *self._wide(layer))
 
     def _wide(self, layer: LinearBase) -> tuple[torch.Tensor, torch.Tensor]:
         """This rank's share of the 8-bit rows: int32 ``[n]``, and uint8 ``[n, K / 2]``.

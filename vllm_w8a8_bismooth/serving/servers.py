@@ -133,7 +133,7 @@ def settle(logger: Any) -> Platform:
     with suppress(AssertionError):  # vLLM's, where nothing builds a model
         more = get_current_vllm_config().additional_config
         if isinstance(more, dict):
-            operations = ("quantize_activations", "silu_mul_quantize", "scaled_mm", "linear", "experts")
+            operations = ("quantize_activations", "silu_mul_quantize", "scaled_mm", "linear", "linear_rows", "experts")
             who = [server(platform.device, name, size) for name in operations for size in (None, 128, 32)]
             more[NAME] = [*(rule(platform).kernel for rule in KINDS.values()), *who]
     return platform
