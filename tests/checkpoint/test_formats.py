@@ -23,6 +23,18 @@ NAMES = [
 ]  # fmt: skip
 SIZES = st.lists(st.sampled_from([0, 1, 2, 3, 16, 128, 300]), max_size=4).map(tuple)
 HEADERS = st.builds(Header, SIZES, st.sampled_from(["F8_E4M3", "F8_E5M2", "BF16", "F32", "U8", "I8"]))
+PACKED = [
+    "a.weight",
+    "a.weight_scale",
+    *(f"a.weight_{part}" for part in ("packed", "multiplier", "offset", "rows", "low")),
+]
+FITTING = {
+    "a.weight_packed": Header((3, 32), "U8"),
+    "a.weight_multiplier": Header((3, 2), "U8"),
+    "a.weight_offset": Header((3, 2), "I8"),
+    "a.weight_rows": Header((2,), "I32"),
+    "a.weight_low": Header((2, 32), "U8"),
+}
 CONFIGS = st.fixed_dictionaries(
     {"quant_method": st.sampled_from(["fp8", "fbgemm_fp8", "compressed-tensors", "mxfp4", "awq"]) | JSON},
     optional={
@@ -56,3 +68,30 @@ def test_anything_may_be_said(says, stored, lost):
     for name in found.lost - lost:
         beside = {name + end for end in ("_scale", "_scale_inv", "_blocks", "_scales")}
         assert found.problems or beside & lost, "for each that is lost something is said"
+
+
+@example({"bits": 4.5, "group_size": 32}, {}, set())
+@example({"bits": 4.5, "group_size": 32}, {"a.weight_rows": None, "a.weight_low": None}, set())
+@given(
+    st.just({"bits": 4.5, "group_size": 32}) | JSON,
+    st.dictionaries(
+        st.sampled_from(PACKED), st.none() | st.builds(Header, SIZES, st.sampled_from(["U8", "I8", "I32"]))
+    ),
+    st.sets(st.sampled_from(PACKED)),
+)
+def test_anything_may_be_beside_packed_rows(rows, changes, lost):
+    """Tensors that fit, but for some, which are absent where nothing is said of them."""
+    stored = {name: header for name, header in (FITTING | changes).items() if header is not None}
+    lost -= stored.keys()
+    says = {"quant_method": "w8a8_bismooth", "format": "int4-int8-rows", "bismooth": {"rows": rows}}
+    found = Weights.of({"quantization_config": says}, stored, lost)
+    shown = found.shown(stored, "BF16", 2)
+    assert not shown.keys() & found.hidden and not any(name in shown for name in FITTING)
+    if found.encodings:
+        (encoding,) = found.encodings.values()
+        assert (shown["a.weight"].dtype, shown["a.weight"].nbytes) == ("I8", math.prod(encoding.shape))
+        assert not found.problems and not found.are_float and set(encoding.parts) <= stored.keys()
+    elif stored.keys() & FITTING.keys():
+        assert found.problems or lost
+    if not changes and rows == {"bits": 4.5, "group_size": 32}:
+        assert found.encodings["a.weight"].shape == (3, 64)
