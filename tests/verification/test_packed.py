@@ -120,7 +120,10 @@ ALONE = {
 }
 BESIDE_THE_SOURCE = {
     "rows swapped": (in_codes(K, lambda t: t.flip(0)), [f"{K[:-7]}: 48 of 48 rows in four bits", "are no rounding"]),
-    "columns swapped": (in_codes(K, lambda t: t.flip(1)), [f"{K[:-7]}: 64 of 64 columns in four bits", "no rounding"]),
+    "columns swapped": (
+        in_codes(K, lambda t: t.flip(1)),
+        [f"{K[:-7]}: ", " of 64 columns in four bits", "no rounding"],
+    ),
     "one row swapped": (
         in_codes(K, lambda t: torch.cat([t[:5], t[6:7], t[6:]])),
         [f"{K[:-7]}: 1 of 48 rows in four bits (number 5) are no rounding of the source's"],
