@@ -23,6 +23,7 @@ INK, PALE, OCHRE = "#1c2833", "#5499c7", "#b9770e"
 # In every figure ours is blue, what it is compared with is grey or ink, and each has a marker of its own.
 PER_CHANNEL = {"color": GOOD, "marker": "o"}
 PER_GROUP = {"color": PALE, "marker": "s"}
+FOUR_BITS = {"color": GOOD, "marker": "D", "ls": "--"}
 STOCK = {"color": QUIET, "marker": "^"}
 BF16 = {"color": INK, "marker": "D", "mfc": "white"}
 OTHER = {"color": OCHRE, "marker": "v"}
@@ -336,6 +337,7 @@ ARMS_SERVED = {
     "bf16": BF16,
     "stock INT8": STOCK,
     "ours, per-channel": PER_CHANNEL,
+    "ours, 4.5 bits": FOUR_BITS,
     "ours, mixed": PER_GROUP,
     "FP8": OTHER,
 }

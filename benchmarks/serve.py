@@ -1,6 +1,6 @@
-"""Speed and accuracy of whole engines side by side: bf16, stock INT8, ours per-channel, ours mixed, FP8.
+"""Speed and accuracy of whole engines side by side: bf16, stock INT8, ours per-channel, in 4.5 bits and mixed, FP8.
 
-Each of these five, a checkpoint and what serves it, is an arm.
+Each of these six, a checkpoint and what serves it, is an arm.
 
     python -m benchmarks.serve MODEL [--turns N] [--arms REGEX] [--calibration FILE] [--quick] [--json FILE]
                                [-- VLLM OPTION ...]
@@ -74,6 +74,7 @@ ARMS = {
     "bf16": Arm(),
     "stock INT8": Arm(("--method", "rtn"), environment={"VLLM_PLUGINS": ""}),
     "ours, per-channel": Arm(("--method", "bismooth"), calibrated=True),
+    "ours, 4.5 bits": Arm(("--method", "bismooth", "--bits", "4.5"), calibrated=True),
     "ours, mixed": Arm(("--method", "mixed", "--group-size", "128")),
     "FP8": Arm(options=("--quantization", "fp8")),
 }

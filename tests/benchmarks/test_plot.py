@@ -125,7 +125,14 @@ def of_convert(path: Path, turns: int = 1, peer: bool = True) -> Path:
     return write(path, rows, targets=targets, settings={"hidden_size": 8192})
 
 
-SPEEDS = {"bf16": 1.0, "stock INT8": 1.45, "ours, per-channel": 1.8, "ours, mixed": 1.7, "FP8": 1.5}
+SPEEDS = {
+    "bf16": 1.0,
+    "stock INT8": 1.45,
+    "ours, per-channel": 1.8,
+    "ours, 4.5 bits": 2.3,
+    "ours, mixed": 1.7,
+    "FP8": 1.5,
+}
 
 
 def of_serve(path: Path, turns: int = 3, arms: tuple[str, ...] = tuple(SPEEDS), machine: dict = CPU) -> Path:
