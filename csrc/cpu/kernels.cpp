@@ -33,6 +33,9 @@ constexpr Blocking kBlocking[] = {{kWide, 512, false, kBlocks},
                                   {96, 1024, true, kBlocks},
                                   {256, 4096, false, kBlocks},
                                   {INT64_MAX, 4096, false, kTaskBlocks}};
+// Weights of four bits are unpacked by the tile where one tile reads them, which is then as fast as memory. For more
+// tiles they are unpacked before, into the L2 cache: long blocks, and what comes next already there.
+constexpr Blocking kFourBlocking[] = {kBlocking[0], {256, 4096, true, kBlocks}, {INT64_MAX, 4096, true, kTaskBlocks}};
 
 using TileFunction = void (*)(const TileArgs&);
 template <int rows, int blocks, bool narrow>
@@ -150,12 +153,14 @@ void run_task(const Plan& p, const Task& task, const Task& upcoming, Workspace& 
     width = p.block(k0);
     const int64_t group = k0 / p.depth;
     const bool begins = k0 % p.depth == 0, ends = (k0 + width) % p.depth == 0;
-    for (int64_t v = 0; task.four && v < blocks; ++v)
+    const bool within = task.four && rows <= kWide, before = task.four && !within;
+    for (int64_t v = 0; before && v < blocks; ++v)
       unpack_block(p.weights(task, k0) + v * p.stride(task), p.steps(task, k0) + v * p.steps_stride(), width,
                    g.four.width, packed + v * width * kLanes);
-    const uint8_t* b = task.four ? packed : p.packs() ? packed + k0 * kLanes : p.weights(task, k0);
+    const uint8_t* b = before ? packed : p.packs() ? packed + k0 * kLanes : p.weights(task, k0);
     TileArgs t{};
-    t.b_stride = (task.four ? width : k) * kLanes;
+    t.b_stride = before ? width * kLanes : p.stride(task);
+    if (within) t.m_and_o = p.steps(task, k0), t.m_and_o_stride = p.steps_stride(), t.m_and_o_width = g.four.width;
     t.groups = std::max<int64_t>(width / p.depth, 1);
     t.steps = width / t.groups / kDepth;
     t.start_stride = g.m;
@@ -166,6 +171,7 @@ void run_task(const Plan& p, const Task& task, const Task& upcoming, Workspace& 
     const Task& following = last ? upcoming : task;
     const int64_t stride = p.stride(following);
     const uint8_t* ahead = nullptr;
+    t.ahead_four = following.four;
     if (!p.packs() && p.blocking.prefetch && following.columns > 0) ahead = p.weights(following, last ? 0 : k0 + width);
     for (int64_t m = 0, count; m < rows; m += count) {
       count = tile_rows(rows - m, t.steps);
@@ -189,13 +195,16 @@ void run_task(const Plan& p, const Task& task, const Task& upcoming, Workspace& 
   with_float(g.dtype, [&](auto type) {
     using T = decltype(type);
     auto* out = static_cast<typename T::Storage*>(g.out);
-    for (int64_t m = 0; m < rows; ++m)
-      for (int64_t c = 0; c < columns; ++c) {
-        const int64_t column = g.order ? g.order[n0 + c] : n0 + c;
-        float value = w.out[m * kColumns + c];
-        if (g.bias) value += g.bias[column];
-        out[(m0 + m) * g.n + column] = T::narrow(value);
-      }
+    const int32_t* order = g.order ? g.order + n0 : nullptr;
+    float bias[kColumns];
+    for (int64_t c = 0; g.bias && c < columns; ++c) bias[c] = g.bias[order ? order[c] : n0 + c];
+    for (int64_t m = 0; m < rows; ++m) {
+      float* values = w.out + m * kColumns;
+      for (int64_t c = 0; g.bias && c < columns; ++c) values[c] += bias[c];
+      typename T::Storage made[kColumns], *row = out + (m0 + m) * g.n;
+      narrow<T>(values, order ? made : row + n0, columns);
+      for (int64_t c = 0; order && c < columns; ++c) row[order[c]] = made[c];
+    }
   });
 }
 
@@ -217,7 +226,7 @@ void gemm(const Gemm& given, const Parallel& parallel) {
     g.a_scale = scale = scales.data();
     grain = g.x.silu_mul ? 4096 : 32768;
   }
-  const Blocking* blocking = kBlocking;
+  const Blocking* blocking = g.four.rows ? kFourBlocking : kBlocking;
   while (g.m > blocking->tokens) ++blocking;
   const Plan plan{g, depth, a, *blocking, start};
   const uint32_t base = plan.narrow() ? kMagicBits : 0;

@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "amx.h"
+#include "fourbits.h"
 #include "kernels.h"
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -132,7 +133,9 @@ struct Dot {
 struct TileArgs {
   const Dot::Code* a;  // [rows][groups * 4 * steps]
   const uint8_t* b;
-  int64_t b_stride;       // bytes from one block of 16 channels to the next
+  int64_t b_stride;        // bytes from one block of 16 channels to the next
+  const uint8_t* m_and_o;  // where b has four bits: its Steps, from one block to the next with m_and_o_stride; or null
+  int64_t m_and_o_stride, m_and_o_width;
   int64_t groups, steps;  // steps of four k in each; several groups only if they are narrow
   const int32_t* start;   // [groups][rows], the sums' first values, or null to go on with those in `sums`
   int64_t start_stride;
@@ -143,6 +146,7 @@ struct TileArgs {
   const float* b_scale;  // [groups][kColumns]
   int64_t b_scale_stride;
   const uint8_t* ahead[2];  // two runs of weights, one line a step, to prefetch meanwhile, or null
+  bool ahead_four;          // bits: half a line a step
 };
 
 constexpr int kTaskBlocks = 2 * kBlocks, kColumns = kTaskBlocks * kLanes;
@@ -186,6 +190,24 @@ inline __attribute__((always_inline)) void each(const F& f) {
     for (int v = 0; v < blocks; ++v) f(r, v, r * kColumns + v * kLanes);
 }
 
+// sums += A B^T over a step: the block's lines are at b.
+template <int rows, int blocks>
+inline __attribute__((always_inline)) void step(const Dot::Code* a, int64_t a_stride, const uint8_t* b,
+                                                int64_t b_stride, Line (&sums)[rows][blocks]) {
+#pragma GCC unroll 2
+  for (int part = 0; part < Dot::parts; ++part) {
+    decltype(Dot::weights(b, part)) w[blocks];
+#pragma GCC unroll 4
+    for (int v = 0; v < blocks; ++v) w[v] = Dot::weights(b + v * b_stride, part);
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; ++r) {
+      const auto x = Dot::tokens(a + r * a_stride, part);
+#pragma GCC unroll 4
+      for (int v = 0; v < blocks; ++v) Dot::add(sums[r][v], w[v], x);
+    }
+  }
+}
+
 // sums += A B^T over t.steps steps.
 template <int rows, int blocks, bool prefetch>
 inline __attribute__((always_inline)) void multiply(const TileArgs& t, const Dot::Code* a, const uint8_t* b,
@@ -193,20 +215,37 @@ inline __attribute__((always_inline)) void multiply(const TileArgs& t, const Dot
   const int64_t a_stride = t.groups * t.steps * kDepth, done = b - t.b;
   for (int64_t k = 0; k < t.steps; ++k, a += kDepth, b += kLine) {
     if (prefetch) {
-      __builtin_prefetch(t.ahead[0] + done + k * kLine);
-      __builtin_prefetch(t.ahead[1] + done + k * kLine);
+      const int64_t at = (done + k * kLine) >> t.ahead_four;
+      __builtin_prefetch(t.ahead[0] + at);
+      __builtin_prefetch(t.ahead[1] + at);
     }
-#pragma GCC unroll 2
-    for (int part = 0; part < Dot::parts; ++part) {
-      decltype(Dot::weights(b, part)) w[blocks];
+    step<rows, blocks>(a, a_stride, b, t.b_stride, sums);
+  }
+}
+
+// The same where b has four bits.
+template <int rows, int blocks>
+inline __attribute__((always_inline)) void multiply_four(const TileArgs& t, Line (&sums)[rows][blocks]) {
+  const int64_t a_stride = t.steps * kDepth;
+  const Dot::Code* a = t.a;
+  const uint8_t *b = t.b, *m_and_o = t.m_and_o;
+  for (int64_t k = 0; k < t.steps * kDepth; k += t.m_and_o_width, m_and_o += 2 * kLanes) {
+    Steps steps[blocks];
 #pragma GCC unroll 4
-      for (int v = 0; v < blocks; ++v) w[v] = Dot::weights(b + v * t.b_stride, part);
-#pragma GCC unroll 8
-      for (int r = 0; r < rows; ++r) {
-        const auto x = Dot::tokens(a + r * a_stride, part);
+    for (int v = 0; v < blocks; ++v) {
+      __builtin_prefetch(m_and_o + v * t.m_and_o_stride + 2 * kLine);
+      steps[v].load(m_and_o + v * t.m_and_o_stride);
+    }
+    for (int64_t i = 0; i < t.m_and_o_width; i += 2 * kDepth, a += 2 * kDepth, b += kLine) {
+      alignas(64) uint8_t unpacked[blocks][2 * kLine];
 #pragma GCC unroll 4
-        for (int v = 0; v < blocks; ++v) Dot::add(sums[r][v], w[v], x);
+      for (int v = 0; v < blocks; ++v) {
+        __builtin_prefetch(b + v * t.b_stride + 6 * kLine);
+        steps[v].unpack(b + v * t.b_stride, unpacked[v]);
       }
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; ++half)
+        step<rows, blocks>(a + half * kDepth, a_stride, unpacked[0] + half * kLine, 2 * kLine, sums);
     }
   }
 }
@@ -222,7 +261,9 @@ void dot_tile(const TileArgs& t) {
       each<rows, blocks>([&](int r, int v, int at) { sums[r][v] = load(t.sums + at); });
     const Dot::Code* a = t.a + group * t.steps * kDepth;
     const uint8_t* b = t.b + group * t.steps * kLine;
-    if (t.ahead[0])
+    if (t.m_and_o)
+      multiply_four<rows, blocks>(t, sums);
+    else if (t.ahead[0])
       multiply<rows, blocks, true>(t, a, b, sums);
     else
       multiply<rows, blocks, false>(t, a, b, sums);
