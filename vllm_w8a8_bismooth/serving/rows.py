@@ -130,8 +130,10 @@ class RowsScheme(W8A8Scheme):
         index, packed, first = layer.weight_rows, layer.weight_packed, 0
         index.data.fill_(-1)
         for part, numbers in self._numbers.items():
-            places = torch.full((_rows_of(layer, part), 1), -1, dtype=torch.int32)
-            places[numbers.long(), 0] = torch.arange(first, first + len(numbers), dtype=torch.int32)
+            places = torch.full((_rows_of(layer, part), 1), -1, dtype=torch.int32, device=numbers.device)
+            places[numbers.long(), 0] = torch.arange(
+                first, first + len(numbers), dtype=torch.int32, device=numbers.device
+            )
             self._loader(index, places, *(() if part is None else (part,)))
             first += len(numbers)
         half = packed.shape[1]
@@ -139,7 +141,7 @@ class RowsScheme(W8A8Scheme):
         low = [self._halves[part][:, start : start + half] for part in self._numbers]
         places = index.data.view(-1).cpu()
         mine = (places >= 0).nonzero().view(-1)
-        whole = torch.cat([*low, torch.empty(0, half, dtype=torch.uint8)])
+        whole = torch.cat([*low, torch.empty(0, half, dtype=torch.uint8, device="cpu")])
         return mine.to(packed.device, torch.int32), whole[places[mine].long()].to(packed.device)
 
     def _checking(self, weight_loader: Callable, layer: LinearBase) -> Callable:
@@ -154,10 +156,10 @@ class RowsScheme(W8A8Scheme):
                 raise ValueError(f"{stored} is {loaded.dtype}, and must be {_dtype(own)}; {_AGAIN}")
             if own == ROWS:
                 self._check_numbers(layer, part, loaded)
-                self._numbers[part] = loaded.clone()  # the loader may use its memory again
+                self._numbers[part] = loaded.cpu().clone()  # the loader may use its memory again
             elif own == LOW:
                 self._check_halves(layer, part, loaded)
-                self._halves[part] = loaded.clone()
+                self._halves[part] = loaded.cpu().clone()
             else:
                 checked(parameter, loaded, *shard, **more)
             self._arrived.setdefault(own, set()).add(part)
