@@ -38,17 +38,17 @@ constexpr Blocking kBlocking[] = {{kWide, 512, false, kBlocks},
 constexpr Blocking kFourBlocking[] = {kBlocking[0], {256, 4096, true, kBlocks}, {INT64_MAX, 4096, true, kTaskBlocks}};
 
 using TileFunction = void (*)(const TileArgs&);
-template <int rows, int blocks, bool narrow>
+template <int rows, int blocks, Kind kind>
 constexpr TileFunction tile() {
-  if constexpr (blocks <= tile_blocks(rows)) return dot_tile<rows, blocks, narrow>;
+  if constexpr (blocks <= tile_blocks(rows)) return dot_tile<rows, blocks, kind>;
   return nullptr;
 }
-template <bool narrow, int... index>
+template <Kind kind, int... index>
 constexpr std::array<TileFunction, sizeof...(index)> tiles(std::integer_sequence<int, index...>) {
-  return {tile<1 + index / kBlocks, 1 + index % kBlocks, narrow>()...};
+  return {tile<1 + index / kBlocks, 1 + index % kBlocks, kind>()...};
 }
 constexpr auto kAll = std::make_integer_sequence<int, kRows * kBlocks>();
-constexpr std::array kTiles = {tiles<false>(kAll), tiles<true>(kAll)};
+constexpr std::array kTiles = {tiles<kAny>(kAll), tiles<kNarrowGroups>(kAll), tiles<kFourBits>(kAll)};
 
 // The next tile's rows, and the tile.
 inline int64_t tile_rows(int64_t remaining, int64_t steps) {
@@ -57,11 +57,12 @@ inline int64_t tile_rows(int64_t remaining, int64_t steps) {
 #endif
   return ceil_div(remaining, ceil_div(remaining, kRows));
 }
-inline void run_tile(int64_t rows, int64_t blocks, bool narrow, const TileArgs& args) {
+inline void run_tile(int64_t rows, int64_t blocks, Kind kind, const TileArgs& args) {
 #if W8A8_AMX
-  if (rows >= 16) return narrow ? amx_tile<true>(rows, blocks, args) : amx_tile<false>(rows, blocks, args);
+  if (rows >= 16)
+    return kind == kNarrowGroups ? amx_tile<true>(rows, blocks, args) : amx_tile<false>(rows, blocks, args);
 #endif
-  kTiles[narrow][(rows - 1) * kBlocks + blocks - 1](args);
+  kTiles[kind][(rows - 1) * kBlocks + blocks - 1](args);
 }
 
 // Tokens [m0, m0 + rows) times channels [n0, n0 + columns); beyond the last task there are none.
@@ -78,7 +79,7 @@ struct Plan {
   Blocking blocking;
   const int32_t* start;  // [groups][M]: minus 128 * sum of a over the group, plus kMagicBits if narrow
   int64_t k() const { return g.groups * depth; }
-  bool narrow() const { return depth <= kNarrow; }
+  bool narrow() const { return depth <= kNarrow && !g.four.rows; }
   // Width of the block of k that starts at k0: as many narrow groups as fit, or a part of one group.
   int64_t block(int64_t k0) const {
     return narrow() ? std::min(blocking.k / depth * depth, k() - k0) : std::min(blocking.k, depth - k0 % depth);
@@ -160,7 +161,8 @@ void run_task(const Plan& p, const Task& task, const Task& upcoming, Workspace& 
     const uint8_t* b = before ? packed : p.packs() ? packed + k0 * kLanes : p.weights(task, k0);
     TileArgs t{};
     t.b_stride = before ? width * kLanes : p.stride(task);
-    if (within) t.m_and_o = p.steps(task, k0), t.m_and_o_stride = p.steps_stride(), t.m_and_o_width = g.four.width;
+    if (within) t.m_and_o_stride = p.steps_stride(), t.m_and_o_width = g.four.width;
+    const Kind kind = within ? kFourBits : p.narrow() ? kNarrowGroups : kAny;
     t.groups = std::max<int64_t>(width / p.depth, 1);
     t.steps = width / t.groups / kDepth;
     t.start_stride = g.m;
@@ -182,13 +184,14 @@ void run_task(const Plan& p, const Task& task, const Task& upcoming, Workspace& 
       for (int64_t v = 0, along; v < blocks; v += along) {
         along = std::min(most, blocks - v);
         t.b = b + v * t.b_stride;
+        if (within) t.m_and_o = p.steps(task, k0) + v * t.m_and_o_stride;
         t.b_scale = scales + group * scales_stride + v * kLanes;
         t.sums = w.sums + m * kColumns + v * kLanes;
         t.out = ends ? w.out + m * kColumns + v * kLanes : nullptr;
         const int64_t done = m * blocks + v * count, from = done / rows, to = (done + count * along) / rows;
         t.ahead[0] = t.ahead[1] = nullptr;  // this tile's share
         if (ahead && from < to) t.ahead[0] = ahead + from * stride, t.ahead[1] = ahead + (to - 1) * stride;
-        run_tile(count, along, p.narrow(), t);
+        run_tile(count, along, kind, t);
       }
     }
   }

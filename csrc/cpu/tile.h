@@ -134,7 +134,7 @@ struct TileArgs {
   const Dot::Code* a;  // [rows][groups * 4 * steps]
   const uint8_t* b;
   int64_t b_stride;        // bytes from one block of 16 channels to the next
-  const uint8_t* m_and_o;  // where b has four bits: its Steps, from one block to the next with m_and_o_stride; or null
+  const uint8_t* m_and_o;  // where b has four bits: its Steps, from one block to the next with m_and_o_stride
   int64_t m_and_o_stride, m_and_o_width;
   int64_t groups, steps;  // steps of four k in each; several groups only if they are narrow
   const int32_t* start;   // [groups][rows], the sums' first values, or null to go on with those in `sums`
@@ -156,6 +156,9 @@ constexpr int kTaskBlocks = 2 * kBlocks, kColumns = kTaskBlocks * kLanes;
 constexpr int64_t kNarrow = 255;
 constexpr int32_t kMagicBits = 0x4b400000;
 constexpr float kMagic = 12582912.0f;
+
+// What a tile is made for: any groups, narrow ones, or weights of four bits.
+enum Kind { kAny, kNarrowGroups, kFourBits };
 
 // out += float(sums) * a_scale * b_scale, rounding after each step as the reference does.
 template <bool narrow>
@@ -190,24 +193,6 @@ inline __attribute__((always_inline)) void each(const F& f) {
     for (int v = 0; v < blocks; ++v) f(r, v, r * kColumns + v * kLanes);
 }
 
-// sums += A B^T over a step: the block's lines are at b.
-template <int rows, int blocks>
-inline __attribute__((always_inline)) void step(const Dot::Code* a, int64_t a_stride, const uint8_t* b,
-                                                int64_t b_stride, Line (&sums)[rows][blocks]) {
-#pragma GCC unroll 2
-  for (int part = 0; part < Dot::parts; ++part) {
-    decltype(Dot::weights(b, part)) w[blocks];
-#pragma GCC unroll 4
-    for (int v = 0; v < blocks; ++v) w[v] = Dot::weights(b + v * b_stride, part);
-#pragma GCC unroll 8
-    for (int r = 0; r < rows; ++r) {
-      const auto x = Dot::tokens(a + r * a_stride, part);
-#pragma GCC unroll 4
-      for (int v = 0; v < blocks; ++v) Dot::add(sums[r][v], w[v], x);
-    }
-  }
-}
-
 // sums += A B^T over t.steps steps.
 template <int rows, int blocks, bool prefetch>
 inline __attribute__((always_inline)) void multiply(const TileArgs& t, const Dot::Code* a, const uint8_t* b,
@@ -219,7 +204,18 @@ inline __attribute__((always_inline)) void multiply(const TileArgs& t, const Dot
       __builtin_prefetch(t.ahead[0] + at);
       __builtin_prefetch(t.ahead[1] + at);
     }
-    step<rows, blocks>(a, a_stride, b, t.b_stride, sums);
+#pragma GCC unroll 2
+    for (int part = 0; part < Dot::parts; ++part) {
+      decltype(Dot::weights(b, part)) w[blocks];
+#pragma GCC unroll 4
+      for (int v = 0; v < blocks; ++v) w[v] = Dot::weights(b + v * t.b_stride, part);
+#pragma GCC unroll 8
+      for (int r = 0; r < rows; ++r) {
+        const auto x = Dot::tokens(a + r * a_stride, part);
+#pragma GCC unroll 4
+        for (int v = 0; v < blocks; ++v) Dot::add(sums[r][v], w[v], x);
+      }
+    }
   }
 }
 
@@ -237,21 +233,27 @@ inline __attribute__((always_inline)) void multiply_four(const TileArgs& t, Line
       steps[v].load(m_and_o + v * t.m_and_o_stride);
     }
     for (int64_t i = 0; i < t.m_and_o_width; i += 2 * kDepth, a += 2 * kDepth, b += kLine) {
-      alignas(64) uint8_t unpacked[blocks][2 * kLine];
 #pragma GCC unroll 4
       for (int v = 0; v < blocks; ++v) {
+        alignas(64) uint8_t unpacked[2 * kLine];
         __builtin_prefetch(b + v * t.b_stride + 6 * kLine);
-        steps[v].unpack(b + v * t.b_stride, unpacked[v]);
+        steps[v].unpack(b + v * t.b_stride, unpacked);
+#pragma GCC unroll 4
+        for (int part = 0; part < 2 * Dot::parts; ++part) {
+          const int half = part / Dot::parts;
+          const auto w = Dot::weights(unpacked + half * kLine, part % Dot::parts);
+#pragma GCC unroll 8
+          for (int r = 0; r < rows; ++r)
+            Dot::add(sums[r][v], w, Dot::tokens(a + r * a_stride + half * kDepth, part % Dot::parts));
+        }
       }
-#pragma GCC unroll 2
-      for (int half = 0; half < 2; ++half)
-        step<rows, blocks>(a + half * kDepth, a_stride, unpacked[0] + half * kLine, 2 * kLine, sums);
     }
   }
 }
 
-template <int rows, int blocks, bool narrow>
+template <int rows, int blocks, Kind kind>
 void dot_tile(const TileArgs& t) {
+  constexpr bool narrow = kind == kNarrowGroups;
   Line sums[rows][blocks];
   for (int64_t group = 0; group < t.groups; ++group) {
     const int32_t* start = t.start + group * t.start_stride;
@@ -261,7 +263,7 @@ void dot_tile(const TileArgs& t) {
       each<rows, blocks>([&](int r, int v, int at) { sums[r][v] = load(t.sums + at); });
     const Dot::Code* a = t.a + group * t.steps * kDepth;
     const uint8_t* b = t.b + group * t.steps * kLine;
-    if (t.m_and_o)
+    if constexpr (kind == kFourBits)
       multiply_four<rows, blocks>(t, sums);
     else if (t.ahead[0])
       multiply<rows, blocks, true>(t, a, b, sums);

@@ -54,7 +54,7 @@ def test_without_triton_the_reference_is_not_silent():
 
 SWITCHED_OFF = """
 import torch
-from vllm_w8a8_bismooth import ops
+from vllm_w8a8_bismooth import fourbits, ops
 from vllm_w8a8_bismooth.ops import gate, reference
 gate.settle("cpu")
 assert not ops.has_kernel("cpu", "linear")
@@ -65,6 +65,15 @@ for silu_mul, quantize in ((False, reference.quantize_activations), (True, refer
     expected = reference.scaled_mm(codes, weight, a_scale, scale, x.dtype)
     assert torch.equal(ops.linear(x, weight, scale, 32, silu_mul=silu_mul), expected)
     assert torch.equal(torch.ops.w8a8_bismooth.linear(x, weight, scale, 32, None, silu_mul), expected)
+assert not ops.has_kernel("cpu", "linear_rows") and not ops.has_kernel("cpu", "scaled_mm_rows")
+weight, scale = torch.randint(-8, 8, (24, 64), dtype=torch.int8), torch.rand(24, 1)
+packed = ops.pack_rows(fourbits.pack(weight, torch.tensor([3]), 32))
+x = torch.randn(5, 64)
+codes, a_scale = reference.quantize_activations(x, None)
+expected = reference.scaled_mm(codes, weight, a_scale, scale, x.dtype)
+stored = scale[packed.order.long()]
+assert torch.equal(ops.linear_rows(x, packed, stored), expected)
+assert torch.equal(ops.scaled_mm_rows(codes, packed, a_scale, stored, x.dtype), expected)
 """
 
 

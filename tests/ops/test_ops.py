@@ -9,7 +9,8 @@ from torch._dynamo.testing import CompileCounter
 from torch._subclasses import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
-from vllm_w8a8_bismooth import ops
+from tests.support import rows
+from vllm_w8a8_bismooth import fourbits, ops
 from vllm_w8a8_bismooth.ops import api, reference, whole
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -265,6 +266,12 @@ def test_experts_compile_for_any_number_of_tokens():
     assert counter.frame_count == 1
 
 
+def rows_of_four_bits() -> tuple[ops.PackedRows, torch.Tensor]:
+    """A weight ``[40, 64]`` and its scales."""
+    draw = torch.Generator().manual_seed(0)
+    return ops.pack_rows(fourbits.pack(*rows.weight(40, 2, 32, 0.3, draw), 32)), torch.rand(40, 1, generator=draw)
+
+
 @pytest.mark.parametrize("m", [5, 1])
 def test_fakes_have_the_strides_of_the_outputs(m):
     """Also of what is not contiguous itself, or packed."""
@@ -277,6 +284,10 @@ def test_fakes_have_the_strides_of_the_outputs(m):
     if ops.has_kernel("cpu"):
         calls += [(namespace.scaled_mm, (a, ops.pack_weight(b, 32), a_scale, b_scale, torch.bfloat16))]
     calls += [(namespace.linear, (x[:, :64], b, b_scale, 32)), (namespace.linear, (x, b, b_scale, None, None, True))]
+    p, scale = rows_of_four_bits()
+    calls += [(namespace.linear_rows, (x, p.eight, p.four, p.steps, scale, p.order, None, True))]
+    stored = p.eight, p.four, p.steps, scale, p.order
+    calls += [(namespace.scaled_mm_rows, (a, torch.ones(m, 1), *stored, torch.bfloat16))]
     for op, arguments in calls:
         with FakeTensorMode() as mode:
             faked = op(*(mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for v in arguments))
@@ -315,6 +326,16 @@ def test_compiles_without_breaks_or_recompiles(group_size):
         assert torch.equal(
             compiled(x, weight, weight_scale, group_size), ops.linear(x, weight, weight_scale, group_size)
         )
+    assert counter.frame_count == 1
+
+
+def test_rows_of_four_bits_compile_without_breaks_or_recompiles():
+    counter = CompileCounter()
+    compiled = torch.compile(ops.linear_rows, fullgraph=True, dynamic=True, backend=counter)
+    weight, scale = rows_of_four_bits()
+    for m in (5, 3, 17):
+        x = torch.randn(m, 64, generator=torch.Generator().manual_seed(m))
+        assert torch.equal(compiled(x, weight, scale), ops.linear_rows(x, weight, scale))
     assert counter.frame_count == 1
 
 
