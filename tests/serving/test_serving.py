@@ -190,8 +190,11 @@ CPU = Platform("cpu", "compiled", "compiled", "reference")
 )
 def test_who_serves_what(platform, expected):
     found = {kind: rule(platform) for kind, rule in servers.KINDS.items()}
+    rows = found.pop("rows of four bits")
     assert tuple(served.kernel for served in found.values()) == expected
-    for served in found.values():  # a user is told of all that could be better
+    ours = {"compiled": "our kernel", "triton": "our Triton kernel", "reference": "the torch reference"}
+    assert rows.kernel == ("none, refused at load" if platform.unsupported else ours[platform.per_channel])
+    for served in (rows, *found.values()):  # a user is told of all that could be better
         assert served.meant or served.reason
         assert not served.meant or "reference" not in served.kernel
 

@@ -260,8 +260,14 @@ def experts_per_group(platform: Platform) -> Served:
     return Served(REFUSED, f"Triton, which would serve them, is not installed for {platform.device}", False)
 
 
+def rows_of_four_bits(platform: Platform) -> Served:
+    """Who serves linears with rows of four bits: never others, though all but our CPU kernels do so as INT8."""
+    return _ours(platform, platform.per_channel, CHANNEL)
+
+
 KINDS: Mapping[str, Callable[[Platform], Served]] = {
     "per-channel": per_channel,
+    "rows of four bits": rows_of_four_bits,
     "per-group": per_group,
     "experts": experts,
     "per-group experts": experts_per_group,
