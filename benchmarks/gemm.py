@@ -9,9 +9,9 @@ in one process, in turns, on random data, with weights that alternate between co
 ``--dry`` goes through the same motions on small shapes, with TRITON_INTERPRET=1 through Triton's too; its figures mean
 nothing. ``x`` columns are speed relative to vLLM's INT8 kernel: the ratio of the two in a turn, median over the turns.
 GB/s counts weights, activations, scales and results once. ``ours-rows`` has four bits a weight, and eight in a tenth of
-the rows. On a CPU ``--level`` holds everybody to the instructions of
-one of our levels: ours, and oneDNN and MKL by their variables. ``--levels`` does that for each level that this CPU
-runs, in a process of its own, beside torch's fp32 (without VNNI, bf16 takes many times as long).
+the rows. On a CPU ``--level`` holds everybody to the instructions of one of our levels: ours, and oneDNN and MKL by
+their variables. ``--levels`` does that for each level that this CPU runs, in a process of its own, beside torch's fp32
+(without VNNI, bf16 takes many times as long).
 """
 
 import argparse

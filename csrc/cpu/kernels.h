@@ -50,7 +50,7 @@ struct Unquantized {
 };
 
 // Rows of four bits, the last `rows` of a weight's N: a code is q * m + o, with an m and an o for every `width` of k.
-// What is before them are whole blocks.
+// The rows before them are whole blocks. Codes beyond [-127, 127] make wrong sums, and nothing worse.
 struct FourBits {
   const uint8_t* codes;  // [rows / 16][K / 8][16][4]: q of two steps of four k, the first in the lower halves
   const uint8_t* steps;  // [rows / 16][K / width][2][16]: m, and o + 128
@@ -61,7 +61,7 @@ struct Gemm {
   int64_t m, n, groups, width;  // K = groups * width
   const int8_t* a;              // [M, K]; where there is an `x`, that makes them, and a_scale
   const uint8_t* packed;        // packed weights, or null
-  const int8_t* b;              // [N, K], read where `packed` is null
+  const int8_t* b;              // [N, K], read where there are neither `packed` nor `four`
   FourBits four;                // besides `packed`, in a weight of one group
   const float* a_scale;         // [M, a_groups]
   int64_t a_groups;             // 1 or groups

@@ -219,7 +219,8 @@ inline __attribute__((always_inline)) void multiply(const TileArgs& t, const Dot
   }
 }
 
-// The same where b has four bits.
+// The same where b has four bits: block by block, for the registers. How far to prefetch is measured; the processor by
+// itself is late, as each line keeps it busy for longer.
 template <int rows, int blocks>
 inline __attribute__((always_inline)) void multiply_four(const TileArgs& t, Line (&sums)[rows][blocks]) {
   const int64_t a_stride = t.steps * kDepth;
