@@ -112,3 +112,34 @@ def test_many_rows_are_decoded_some_at_a_time(monkeypatch):
 def test_what_does_not_fit_is_refused(message):
     with pytest.raises(ValueError, match=message):
         damaged()[message].codes()
+    with pytest.raises(ValueError, match=message):
+        damaged()[message].check()
+
+
+@given(st.data())
+def test_a_check_refuses_what_stands_for_no_codes(data):
+    """Of any bytes, with or without making the codes."""
+    seed, wide = data.draw(st.integers(0, 2**31)), data.draw(st.integers(0, 3))
+    draw = torch.Generator().manual_seed(seed)
+    rows = torch.randperm(3, generator=draw)[:wide].sort().values.int()
+    stored = fourbits.Rows(
+        torch.randint(0, 256, (3, 16), generator=draw).to(torch.uint8),
+        torch.randint(1, data.draw(st.sampled_from([3, 10, 256])), (3, 1), generator=draw).to(torch.uint8),
+        torch.randint(-128, 30, (3, 1), generator=draw).to(torch.int8),
+        rows,
+        torch.randint(0, 256, (wide, 16), generator=draw).to(torch.uint8),
+    )
+    refusals = []
+    for look in (stored.codes, stored.check):
+        try:
+            look()
+        except ValueError as error:
+            refusals.append(str(error))
+    assert len(refusals) in (0, 2)
+
+
+def test_some_rows():
+    codes, rows = example(9, 2, 32, 5)
+    stored = fourbits.pack(codes, rows, 32)
+    numbers = torch.cat([rows, torch.tensor([n for n in range(9) if n not in rows][:2])])
+    assert torch.equal(stored.some(numbers).codes(), codes[numbers])

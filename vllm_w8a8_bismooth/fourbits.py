@@ -6,7 +6,7 @@ arXiv 2405.04532, kept exact). Rows of eight bits stand between them (MixLLM, ar
 where 4-bit rows have ``q``, and their lower half apart.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -65,19 +65,41 @@ class Rows:
         edges = torch.arange(0, count + step, step, dtype=torch.int32, device=self.rows.device)
         passed = torch.searchsorted(self.rows, edges).tolist()
         for number, start in enumerate(range(0, count, step)):
-            codes[start : start + step] = self._some(first, slice(start, start + step), slice(*passed[number:][:2]))
+            some = self._codes(slice(start, start + step), slice(*passed[number:][:2]))
+            _refuse((some.abs() > LARGEST).any(dim=1), range(first + start, first + count))
+            codes[start : start + step] = some
         return codes
 
-    def _some(self, first: int, some: slice, among: slice) -> torch.Tensor:
-        """int16 codes of some rows, whose 8-bit ones are ``among`` these."""
+    def check(self) -> None:
+        """Raise the ValueError of :meth:`codes`, without making all of them: each group's ends show its range."""
+        self._check()
+        step = max(1, _TOGETHER // (2 * self.packed.shape[1]))
+        for start in range(0, len(self.packed), step):
+            some = slice(start, start + step)
+            multiplier, offset = self.multiplier[some].short(), self.offset[some].short()
+            groups = self.packed[some].view(*multiplier.shape, -1)
+            low, high = groups & 15, groups >> 4
+            least = torch.minimum(low.amin(dim=-1), high.amin(dim=-1)) * multiplier + offset
+            most = torch.maximum(low.amax(dim=-1), high.amax(dim=-1)) * multiplier + offset
+            beyond = ((least < -LARGEST) | (most > LARGEST)).any(dim=1)
+            beyond[self.rows[(self.rows >= start) & (self.rows < start + step)].long() - start] = False
+            _refuse(beyond, range(start, len(self.packed)))
+        everything = slice(None)
+        wide = self.some(self.rows)._codes(everything, everything)
+        _refuse((wide.abs() > LARGEST).any(dim=1), self.rows)
+
+    def some(self, numbers: torch.Tensor) -> "Rows":
+        """Some rows, in this order; those of eight bits come first, and are all that there are."""
+        count, index = len(self.rows), numbers.long()
+        rows = torch.arange(count, dtype=self.rows.dtype, device=self.rows.device)
+        return Rows(self.packed[index], self.multiplier[index], self.offset[index], rows, self.low)
+
+    def _codes(self, some: slice, among: slice) -> torch.Tensor:
+        """int16 ``[n, K]``: what some rows stand for, whose 8-bit ones are ``among`` these."""
         packed, steps = self.packed[some], self.multiplier[some].short().unsqueeze(-1)
         wide = split(packed).view(*steps.shape[:2], -1).short() * steps + self.offset[some].short().unsqueeze(-1)
         wide = wide.view(len(packed), -1)
-        wide[self.rows[among].long() - some.start] += split(self.low[among])
-        beyond = (wide.abs() > LARGEST).any(dim=1)
-        if beyond.any():
-            row = first + some.start + int(beyond.nonzero()[0])
-            raise ValueError(f"row {row} has codes beyond -{LARGEST} to {LARGEST}")
+        wide[self.rows[among].long() - (some.start or 0)] += split(self.low[among])
         return wide
 
     def _check(self) -> None:
@@ -102,6 +124,12 @@ class Rows:
             raise ValueError(f"the 8-bit rows are not ascending numbers below {count}")
         if not bool((self.multiplier > 0).all()):
             raise ValueError("a multiplier is 0")
+
+
+def _refuse(beyond: torch.Tensor, numbers: Sequence[int] | torch.Tensor) -> None:
+    """Raise a ValueError for the first of some rows, bool ``[n]``, that have these numbers."""
+    if beyond.any():
+        raise ValueError(f"row {int(numbers[int(beyond.nonzero()[0])])} has codes beyond -{LARGEST} to {LARGEST}")
 
 
 DTYPES = {

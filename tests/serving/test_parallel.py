@@ -120,7 +120,18 @@ def load_packed(layer, parts: dict, tensors: dict[str, dict[str, torch.Tensor]],
 
 def unpacked(layer) -> torch.Tensor:
     """int8 ``[N, K]`` that a layer serves."""
+    if hasattr(layer, "weight_order"):
+        parts = (getattr(layer, f"weight{end}").data for end in ("", "_four", "_steps", "_order"))
+        return ops.unpack_rows(ops.PackedRows(*parts))
     return ops.unpack_weight(layer.weight, layer.weight_scale, layer.input_size_per_partition)
+
+
+def scale_of(layer) -> torch.Tensor:
+    """fp32 ``[N, 1]``, in the order of the weight."""
+    scale = layer.weight_scale.data
+    if hasattr(layer, "weight_order"):
+        scale = torch.empty_like(scale).index_copy_(0, layer.weight_order.long(), scale)
+    return scale
 
 
 def share(name: str, tensor: torch.Tensor, rank: int, size: int) -> torch.Tensor:
@@ -157,11 +168,12 @@ def test_every_rank_has_its_share_of_packed_rows(rank_of, stored, size):
         for name, layer in linears(config).items():
             load_packed(layer, PARTS[name], tensors, order=rank)
             layer.quant_method.process_weights_after_loading(layer)
-            own = {"codes": unpacked(layer), "weight_scale": layer.weight_scale}
+            own = {"codes": unpacked(layer), "weight_scale": scale_of(layer)}
             for key, tensor in own.items():
                 expected = torch.cat([share(part, tensors[part][key], rank, size) for part in PARTS[name]])
                 assert torch.equal(tensor, expected), (name, rank)
-            assert {name for name, _ in layer.named_parameters()} == {"weight", "weight_scale"}
+            more = {"weight_four", "weight_steps", "weight_order"} if ops.has_kernel("cpu", "linear_rows") else set()
+            assert {name for name, _ in layer.named_parameters()} == {"weight", "weight_scale", *more}
 
 
 @pytest.mark.parametrize("size", [1, 2])

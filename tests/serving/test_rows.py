@@ -1,14 +1,17 @@
 """Packed rows in the real engine: served as the INT8 that they stand for, and by nobody else."""
 
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM
 
 from tests.support import packed
 from tests.support.adapters import write_adapter
 from tests.support.quantization import ROWS, TOKEN, W8A8, config_class
 from tests.support.workers.engine import ask_each
+from vllm_w8a8_bismooth import fourbits, ops
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +37,19 @@ def test_what_the_config_must_say():
     ):
         with pytest.raises(ValueError, match=message):
             config_class().from_config(ROWS | changes)
+
+
+def test_memory_is_what_the_bits_say():
+    """But for a hundredth, which is where rows stand in the output."""
+    draw = torch.Generator().manual_seed(0)
+    codes = torch.randint(-127, 128, (1024, 2048), generator=draw).to(torch.int8)
+    rows = torch.arange(0, 1024, 8)
+    stored = fourbits.pack(packed.rounded(codes, rows, 128), rows, 128)
+    laid_out = ops.pack_rows(stored)
+    four, eight = fourbits.bits(2048, 128)
+    scales = 4 * len(codes)
+    expected = ((len(codes) - len(rows)) * four + len(rows) * eight) / 8
+    assert sum(getattr(laid_out, field.name).nbytes for field in fields(laid_out)) + scales < 1.01 * expected
 
 
 def test_transformers_does_not_know_it(pair, caplog):

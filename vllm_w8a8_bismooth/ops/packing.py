@@ -71,18 +71,19 @@ def pack_rows(rows: fourbits.Rows) -> PackedRows:
     Raises:
         ValueError: see :meth:`fourbits.Rows.codes`.
     """
-    codes = rows.codes()
-    count, wide = len(codes), rows.rows.long()
+    rows.check()
+    count, half = rows.packed.shape
+    wide = rows.rows.long()
     is_four = torch.ones(count, dtype=torch.bool)
     is_four[wide] = False
     others = is_four.nonzero().view(-1)
     order = torch.cat([wide, others])
     wide, others = order.tensor_split([min(-(-len(wide) // LANES) * LANES, count)])
-    q = fourbits.split(rows.packed[others]).view(len(others), codes.shape[1] // (2 * DEPTH), 2, DEPTH)
+    q = fourbits.split(rows.packed[others]).view(len(others), half // DEPTH, 2, DEPTH)
     four = _blocks(q[:, :, 0] | q[:, :, 1] << 4, 0)
     m, o = rows.multiplier[others], rows.offset[others].view(torch.uint8) ^ OFFSET
     steps = torch.stack([_blocks(m.unsqueeze(-1), 1), _blocks(o.unsqueeze(-1), OFFSET)], dim=2).squeeze(-1)
-    return PackedRows(pack_weight(codes[wide], None), four, steps, order.to(torch.int32))
+    return PackedRows(pack_weight(rows.some(wide).codes(), None), four, steps, order.to(torch.int32))
 
 
 def _blocks(x: torch.Tensor, value: int) -> torch.Tensor:
