@@ -243,6 +243,7 @@ def bits(path: Path, out: Path) -> None:
 
 IMPLEMENTATIONS = {
     "ours-channel": ("ours, per-channel", PER_CHANNEL),
+    "ours-rows": ("ours, 4.5 bits", FOUR_BITS),
     "ours-group128": ("ours, per-group (128)", PER_GROUP),
     "vllm": ("vLLM's INT8", STOCK),
     "cutlass": ("CUTLASS's INT8", OTHER),

@@ -338,6 +338,7 @@ def study_spread(rows: list[dict]) -> dict[str, float]:
 
 KERNELS = {
     "ours-channel": "per-channel",
+    "ours-rows": "4.5 bits",
     "ours-group128": "per-group, g = 128",
     "cutlass": "CUTLASS",
     "torch-bf16": "torch bf16",
