@@ -359,7 +359,7 @@ def serve(path: Path, out: Path) -> None:
                 look = ARMS_SERVED.get(arm, OTHER)
                 xs, ys = [row[time] for row in found], [row[rate] for row in found]
                 axes.plot(xs, ys, lw=1.3, ms=6, label=arm, **look)
-                across, up = ([row[f"{name}_range"] for row in found] for name in (time, rate))
+                across, up = ([row.get(f"{name}_range", 2 * [row[name]]) for row in found] for name in (time, rate))
                 axes.hlines(ys, *zip(*across, strict=True), look["color"], lw=0.8, zorder=1)
                 axes.vlines(xs, *zip(*up, strict=True), look["color"], lw=0.8, zorder=1)
             axes.set_xscale("log")

@@ -142,6 +142,7 @@ def of_serve(path: Path, turns: int = 3, arms: tuple[str, ...] = tuple(SPEEDS), 
     def measured(**figures: float) -> dict:
         spread = 0.06 if turns > 1 else 0
         ranges = {f"{name}_range": [value * (1 - spread), value * (1 + spread)] for name, value in figures.items()}
+        ranges = ranges if turns > 1 else {}
         return {"turns": turns, **figures, **ranges}
 
     for arm in arms:
