@@ -97,8 +97,8 @@ class Rows:
     def _codes(self, some: slice, among: slice) -> torch.Tensor:
         """int16 ``[n, K]``: what some rows stand for, whose 8-bit ones are ``among`` these."""
         packed, steps = self.packed[some], self.multiplier[some].short().unsqueeze(-1)
-        wide = split(packed).view(*steps.shape[:2], -1).short() * steps + self.offset[some].short().unsqueeze(-1)
-        wide = wide.view(len(packed), -1)
+        q = split(packed).unflatten(1, (steps.shape[1], -1)).short()
+        wide = (q * steps + self.offset[some].short().unsqueeze(-1)).flatten(1)
         wide[self.rows[among].long() - (some.start or 0)] += split(self.low[among])
         return wide
 

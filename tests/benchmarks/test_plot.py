@@ -15,7 +15,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from benchmarks import accuracy, bits, plot, tables
+from benchmarks import accuracy, bits, gemm, plot, tables
 from benchmarks.record import RESULTS
 from benchmarks.testbed import PYTHON
 from tests.support.conversion import convert
@@ -302,7 +302,8 @@ def test_roofline():
 def test_roofline_counts_bytes_as_the_benchmark_does():
     for path in RESULTS.glob("*/gemm.json"):
         for row in tables.rows(path):
-            counted = plot.moved(row["M"], row["N"], row["K"], 2 if "bf16" in row["impl"] else 1)
+            weight, activation = gemm.BYTES.get(row["impl"], (1, 1))
+            counted = plot.moved(row["M"], row["N"], row["K"], activation) + row["N"] * row["K"] * (weight - activation)
             assert abs(counted / row["us"] / 1e3 - row["GB/s"]) < 0.06 + 1e-4 * row["GB/s"]
 
 

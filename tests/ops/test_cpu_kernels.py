@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from setup import CPU_FLAGS, CPU_LEVELS
 from tests.support import rows
 from tests.support.compiler import build
-from vllm_w8a8_bismooth import fourbits, ops
+from vllm_w8a8_bismooth import fourbits, grouping, ops
 from vllm_w8a8_bismooth.ops import reference, whole
 
 ROOT = Path(__file__).parents[2]
@@ -180,7 +180,7 @@ def test_a_linear_in_one_equals_the_reference(at_level):
 rows_of = {
     "tokens": st.one_of(st.integers(0, 40), st.sampled_from([96, 127, 129, 260])),
     "n": st.one_of(st.integers(1, 150), st.sampled_from([64, 128])),
-    "group_size": st.sampled_from(fourbits.GROUP_SIZES),
+    "group_size": st.sampled_from(grouping.OF_FOUR_BITS),
     "groups": st.integers(1, 9),
     "share": st.sampled_from([0.0, 0.1, 0.5, 1.0]),
     "biased": st.booleans(),
