@@ -67,6 +67,7 @@ def test_what_a_checkpoint_says_of_itself(made):
     assert recipe["bits"] == 5 and recipe["rounding"] == "gptq"
     card = (folder / "README.md").read_text()
     assert "5 bits" in card and "without it refuses" in card
+    assert "- w4a8\n" in card and "compressed-tensors\n" not in card
 
 
 def test_eight_bits_are_as_without_four(made, tmp_path):

@@ -140,7 +140,7 @@ def draw_up(folder: Path, labels: Labels) -> str:
         **_terms(front_matter.inherited(original), labels.license, licence.recognised(folder)) | base,
         library_name="vllm",
         pipeline_tag=task.pipeline,
-        tags=["int8", "w8a8", "compressed-tensors", "vllm", "bismooth", *task.tags],
+        tags=[*(_TAGS if recipe.bits is None else _TAGS_OF_ROWS), "vllm", "bismooth", *task.tags],
     )
     name = _plain(base_model or source)
     grouped = sum(entry["group_size"] is not None for entry in linears.values())
@@ -284,6 +284,7 @@ def _worst(linears: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+_TAGS, _TAGS_OF_ROWS = ("int8", "w8a8", "compressed-tensors"), ("int4", "int8", "w4a8")
 _COMPENSATED = (
     " Weights were rounded column by column, so that later columns make up for the errors of earlier ones (GPTQ)."
 )
