@@ -26,7 +26,7 @@ from benchmarks import emulate, record
 from benchmarks.accuracy import WINDOWS, Case, Setting
 from benchmarks.compare import distance
 from benchmarks.testbed import BEDS
-from vllm_w8a8_bismooth import fourbits, grouping
+from vllm_w8a8_bismooth import grouping
 from vllm_w8a8_bismooth.checkpoint.layout import Source
 from vllm_w8a8_bismooth.measure import narrowing
 from vllm_w8a8_bismooth.recipe import Recipe
@@ -53,7 +53,7 @@ PLANTED = ("int8", "budget, 4.5")
 def least(source: Source, group_size: int) -> float:
     """Bits a weight where every row has four."""
     shapes = [shape for layer in source.layers for shape in layer.linears.values()]
-    return sum(n * fourbits.bits(k, group_size)[0] for n, k in shapes) / sum(n * k for n, k in shapes)
+    return sum(n * grouping.row_bits(k, group_size)[0] for n, k in shapes) / sum(n * k for n, k in shapes)
 
 
 def evenly(
@@ -61,7 +61,7 @@ def evenly(
 ) -> list[dict[str, torch.Tensor]]:
     """:func:`narrowing.allot` in each linear by itself, with the share of its rows that all together can have."""
     sizes = [(len(rows), columns[i][name]) for i, block in enumerate(costs) for name, rows in block.items()]
-    four, eight = (sum(n * fourbits.bits(k, group_size)[which] for n, k in sizes) for which in (0, 1))
+    four, eight = (sum(n * grouping.row_bits(k, group_size)[which] for n, k in sizes) for which in (0, 1))
     share = (bits * sum(n * k for n, k in sizes) - four) / (eight - four)
     return [
         {name: rows.topk(int(share * len(rows))).indices.sort().values.int() for name, rows in block.items()}

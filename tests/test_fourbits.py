@@ -53,7 +53,7 @@ def test_packing_loses_nothing(n, groups, group_size, seed):
     four = torch.ones(n, dtype=torch.bool).index_fill(0, rows, False)
     assert fourbits.fits(codes, group_size)[four].all()
     size = 8 * sum(getattr(stored, field).nbytes for field in fourbits.DTYPES) + 32 * n
-    of_four, of_eight = fourbits.bits(codes.shape[1], group_size)
+    of_four, of_eight = grouping.row_bits(codes.shape[1], group_size)
     assert size == int(four.sum()) * of_four + len(rows) * of_eight
 
 

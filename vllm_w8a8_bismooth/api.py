@@ -68,7 +68,7 @@ def convert(
         alpha: with ``smoothing="alpha"``, the share of the activations' range that moves into the weights, 0 to 1.
         rounding: of the weights, ``nearest``, or ``gptq``, which makes up for errors and is the default with
             calibration.
-        bits: of a weight of the linears, on average, scales and all, 4.1 to 8: rows have four bits, or eight where that
+        bits: of a weight of the linears, on average, scales and all, 4.2 to 8: rows have four bits, or eight where that
             is worth most to the predictions. Only the plugin serves the result. ``None`` is INT8.
         group_size: columns per scale in per-group linears, a multiple of 32; with ``bits`` columns per step of 4-bit
             rows. If it is ``None``, ``mixed`` takes 128, and ``auto`` and ``bits`` the largest of 128, 64 and 32 that

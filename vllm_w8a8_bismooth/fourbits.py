@@ -203,12 +203,6 @@ def split(packed: torch.Tensor) -> torch.Tensor:
     return torch.stack([packed & 15, packed >> 4], dim=-1).flatten(1)
 
 
-def bits(columns: int, group_size: int) -> tuple[int, int]:
-    """Bits of a 4-bit row of so many columns, and of an 8-bit one, their scale and number included."""
-    four = 4 * columns + 16 * (columns // group_size) + 32
-    return four, four + 4 * columns + 32
-
-
 def group_size_of(config: Mapping[str, Any]) -> int:
     """Columns that share a step and an offset in a checkpoint, as its ``quantization_config`` says.
 

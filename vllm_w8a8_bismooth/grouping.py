@@ -29,3 +29,9 @@ def groups(columns: int, group_size: int | None) -> int:
         sizes = ", ".join(map(str, fitting(columns))) or "no usual size"
         raise ValueError(f"K = {columns} is not a multiple of group_size = {group_size}; {sizes} would fit")
     return 1 if group_size is None else columns // group_size
+
+
+def row_bits(columns: int, group_size: int) -> tuple[int, int]:
+    """Bits of a 4-bit row of so many columns, and of an 8-bit one beside such, their scale and number included."""
+    four = 4 * columns + 16 * (columns // group_size) + 32
+    return four, four + 4 * columns + 32

@@ -10,7 +10,7 @@ from tests.support.command import run
 from tests.support.contents import digests, tensors_of
 from tests.support.conversion import convert
 from tests.support.models import tiny_model, write_checkpoint
-from vllm_w8a8_bismooth import fourbits
+from vllm_w8a8_bismooth import fourbits, grouping
 from vllm_w8a8_bismooth.conversion.pipeline import prepare
 from vllm_w8a8_bismooth.conversion.preview import preview
 from vllm_w8a8_bismooth.measure.text import read_text
@@ -52,7 +52,7 @@ def test_every_linear_is_packed_within_the_budget(made):
     weights = sum(each.numel() for each in codes.values())
     assert 4.98 < size / weights <= 5
     for linear, (each, _) in rows.items():
-        four, eight = fourbits.bits(codes[linear].shape[1], 64)
+        four, eight = grouping.row_bits(codes[linear].shape[1], 64)
         count = len(codes[linear]) * four + len(each.rows) * (eight - four)
         assert report.linears[linear]["bits"] == pytest.approx(count / codes[linear].numel())
     assert len({len(each.rows) for each, _ in rows.values()}) > 5, "one budget is spent on all linears"
@@ -125,9 +125,16 @@ def test_a_preview_knows_the_size(made, tmp_path):
 
 
 BAD = {
-    "too few": (("--bits", "4"), ("--bits 4", "outside 4.1 to 8")),
-    "too many": (("--bits", "8.5"), ("--bits 8.5", "outside 4.1 to 8")),
-    "below the scales": (("--bits", "4.2", "--calibration", "none"), ("--bits 4.2", "less than four bits", "4.")),
+    "too few": (("--bits", "4"), ("--bits 4", "outside 4.125 to 8")),
+    "too many": (("--bits", "8.5"), ("--bits 8.5", "outside 4.125 to 8")),
+    "below the scales": (
+        ("--bits", "4.2"),
+        (
+            "--bits 4.2",
+            "rows of four bits take 4.2",
+            "with their scales, in groups of 128; give more",
+        ),
+    ),
     "size": (("--bits", "5", "--group-size", "96"), ("--group-size 96", "32, 64, 128")),
     "layers": (("--bits", "5", "--group-layers", "down_proj"), ("--bits and --group-layers",)),
     "method": (("--bits", "5", "--method", "rtn"), ("--method rtn", "--bits has no effect")),
@@ -140,15 +147,20 @@ def test_bad_input(tmp_path, case):
     options, parts = BAD[case]
     code, message = run("convert", HEADERS.model, tmp_path / "out", *options)
     assert code == 2 and all(part in message for part in parts), message
-    assert not list(tmp_path.iterdir()) or case == "below the scales"
-    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.iterdir())
 
 
 def test_models_that_cannot_have_four_bits(tmp_path):
     experts = write_checkpoint(tmp_path / "experts", tiny_model("mixtral"), torch.float32)
     code, message = run("convert", experts, tmp_path / "out", "--bits", "5", "--calibration", "none")
-    assert code == 2 and "--bits 5" in message and "experts have eight bits" in message
+    assert code == 2 and "--bits 5" in message and "the model has experts" in message
     odd = write_checkpoint(tmp_path / "odd", tiny_model("llama", intermediate_size=80), torch.float32)
     code, message = run("convert", odd, tmp_path / "out", "--bits", "6", "--calibration", "none")
     assert code == 2 and "model.layers.0.mlp.down_proj" in message and "K = 80" in message and "--ignore" in message
-    assert not (tmp_path / "out").exists()
+    code, message = run(
+        "convert", odd, tmp_path / "out", "--bits", "6", "--calibration", "none", "--ignore", "down_proj"
+    )
+    assert code == 0 and json.loads((tmp_path / "out/recipe.json").read_text())["recipe"]["group_size"] == 32, message
+    turned = write_checkpoint(tmp_path / "turned", tiny_model("gpt2"), torch.float32)
+    code, message = run("convert", turned, tmp_path / "gpt2", "--bits", "6", "--calibration", "none")
+    assert code == 2 and "is stored transposed" in message and not (tmp_path / "gpt2").exists()

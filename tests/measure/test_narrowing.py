@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from benchmarks import emulate
 from benchmarks.testbed import BEDS
-from vllm_w8a8_bismooth import fourbits
+from vllm_w8a8_bismooth import grouping
 from vllm_w8a8_bismooth.checkpoint.layout import Source
 from vllm_w8a8_bismooth.measure import narrowing
 from vllm_w8a8_bismooth.measure.calibration import Calibration
@@ -81,7 +81,7 @@ def test_a_budget_is_spent_on_what_costs_most(data):
     found = narrowing.allot(costs, columns, bits, 32)
     spent, weights, chosen, other = 0, 0, [], []
     for i, (n, k) in enumerate(shapes):
-        four, eight = fourbits.bits(k, 32)
+        four, eight = grouping.row_bits(k, 32)
         rows = found[i][str(i)]
         assert rows.dtype == torch.int32 and rows.tolist() == sorted(set(rows.tolist()))
         spent, weights = spent + four * (n - len(rows)) + eight * len(rows), weights + n * k
@@ -91,7 +91,9 @@ def test_a_budget_is_spent_on_what_costs_most(data):
     assert spent <= bits * weights
     assert not chosen or not other or min(chosen) >= max(other)
     if other:
-        assert spent + max(fourbits.bits(k, 32)[1] - fourbits.bits(k, 32)[0] for _, k in shapes) > bits * weights
+        assert (
+            spent + max(grouping.row_bits(k, 32)[1] - grouping.row_bits(k, 32)[0] for _, k in shapes) > bits * weights
+        )
 
 
 def test_a_budget_below_four_bits_a_row():

@@ -11,7 +11,7 @@ from tests.support import packed
 from tests.support.adapters import write_adapter
 from tests.support.quantization import ROWS, TOKEN, W8A8, config_class
 from tests.support.workers.engine import ask_each
-from vllm_w8a8_bismooth import fourbits, ops
+from vllm_w8a8_bismooth import fourbits, grouping, ops
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def test_memory_is_what_the_bits_say():
     rows = torch.arange(0, 1024, 8)
     stored = fourbits.pack(packed.rounded(codes, rows, 128), rows, 128)
     laid_out = ops.pack_rows(stored)
-    four, eight = fourbits.bits(2048, 128)
+    four, eight = grouping.row_bits(2048, 128)
     scales = 4 * len(codes)
     expected = ((len(codes) - len(rows)) * four + len(rows) * eight) / 8
     assert sum(getattr(laid_out, field.name).nbytes for field in fields(laid_out)) + scales < 1.01 * expected

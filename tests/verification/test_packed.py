@@ -147,6 +147,19 @@ def test_faults_are_found_and_named(pair, tmp_path, fault):
         assert len(said) == 1
 
 
+@pytest.mark.parametrize("fault", ["multiplier 0", "codes beyond 127", "rows that are none"])
+def test_what_stands_for_no_codes_is_not_compared(pair, tmp_path, fault):
+    """It is said as without the source, and all else is compared."""
+    damage, expected = ALONE[fault]
+    shutil.copytree(pair[1], tmp_path / "out")
+    (tmp_path / "out" / "report.json").unlink()
+    damage(tmp_path / "out")
+    put(NORM, 4, 3.0)(tmp_path / "out")
+    said = [str(finding) for finding in verify(tmp_path / "out", pair[0], engine=False).findings]
+    assert any(all(words in line for words in expected) for line in said), said
+    assert any("computes another function" in line for line in said), said
+
+
 def test_experts_are_not_packed(tmp_path):
     """Beside packed linears they are INT8 as it is."""
     name = f"{BLOCK}block_sparse_moe.experts.2.w1.weight"

@@ -247,7 +247,8 @@ def summary(console: "Console", report: "Outcome") -> None:
     _data_free(console, recipe)
     _granularity(console, report)
     left_out(console, report.left_out, report.notes)
-    console.print("Mean relative error that is left in a column (healthy is about 0.01), the worst five linears:")
+    what = "that is left" if recipe.bits is None else "that INT8 codes would leave"
+    console.print(f"Mean relative error {what} in a column (healthy is about 0.01), the worst five linears:")
     for name in sorted(report.linears, key=lambda name: (-report.linears[name]["column_error"], name))[:5]:
         console.print(f"  {report.linears[name]['column_error']:.4f}  {escape(name)}", highlight=False)
     if bad := report.vulnerable():

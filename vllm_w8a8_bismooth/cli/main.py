@@ -97,7 +97,7 @@ def convert(
     ] = None,
     bits: Annotated[
         float | None,
-        typer.Option(metavar="BITS", help="Average bits of a weight, 4.1 to 8: rows have 4, or 8 where that pays."),
+        typer.Option(metavar="BITS", help="Average bits of a weight, 4.2 to 8: rows have 4, or 8 where that pays."),
     ] = None,
     group_size: Annotated[
         int | None,

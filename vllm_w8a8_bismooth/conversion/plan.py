@@ -91,14 +91,12 @@ def evenly(source: Layout, recipe: Recipe) -> "list[dict[str, torch.Tensor]]":
     """:attr:`Plan.wide` before it is known which rows are worth eight bits: as many in each linear, for the sizes."""
     import torch
 
-    from vllm_w8a8_bismooth import fourbits
-
     assert recipe.bits is not None and recipe.group_size is not None
     found: list[dict[str, torch.Tensor]] = []
     for layer in source.layers:
         found.append({})
         for linear, (rows, columns) in layer.linears.items():
-            four, eight = fourbits.bits(columns, recipe.group_size)
+            four, eight = grouping.row_bits(columns, recipe.group_size)
             count = int(rows * (recipe.bits * columns - four) / (eight - four))
             found[-1][linear] = torch.arange(min(max(count, 0), rows), dtype=torch.int32)
     return found

@@ -1,5 +1,6 @@
 """A conversion before its first write: opened, audited, and checked as far as that goes without reading weights."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -124,13 +125,14 @@ def prepare(
     part = None if blocks is None else blocks_of(blocks, len(source.layers))
     if source.unproven is not None and recipe.smoothing is not None:
         recipe, text = _unsmoothed(recipe, source), None
+    asked, ignored = recipe, ignored_by_name(source, recipe)
     recipe = replace(
         recipe,
         calibration=text.sha256 if text is not None else None,
         calibration_tokens=recipe.calibration_tokens if text is not None else None,
         compute_dtype=_compute_dtype(recipe, text, source, where, aim),
         rounding=_rounding(recipe, text),
-        group_size=_group_size(recipe, source),
+        group_size=_group_size(recipe, source, ignored),
         sites=source.basis.sha256 if source.known_by == GIVEN else None,
     )
     provenance = {
@@ -155,12 +157,12 @@ def prepare(
         reused = already_a_part(aim, identity, part, source)
     else:
         reused = already_converted(aim, recipe, source, source.checkpoint.read_fingerprint, provenance)
-    named, ignored, taken = None, ignored_by_name(source, recipe), None
+    named, taken = None, None
     if not reused:
         if recipe.method == "auto":
             _check_auto(part, text, recipe, source)
         if recipe.bits is not None:
-            _check_rows(part, recipe, source, ignored)
+            _check_rows(part, asked, recipe, source, ignored)
         named = chosen_by_name(source, recipe, ignored)
         if text is not None:
             assert recipe.calibration_tokens is not None
@@ -193,6 +195,9 @@ def _unsmoothed(recipe: Recipe, source: Source) -> Recipe:
     assert error is not None
     if not isinstance(error, UnknownModel):
         raise error
+    if recipe.bits is not None:
+        what = "no site of the model is known, and rows of four bits come after smoothing"
+        raise BismoothError.of(f"--bits {recipe.bits:g}", what, "leave --bits out, or give --sites")
     grouped = recipe.group_layers is not None
     method = "mixed" if grouped else "rtn"
     choices = {"group_size": recipe.group_size, "group_layers": recipe.group_layers} if grouped else {}
@@ -228,12 +233,18 @@ def _rounding(recipe: Recipe, text: CalibrationText | None) -> str | None:
     return recipe.rounding or ("nearest" if text is None else "gptq")
 
 
-def _group_size(recipe: Recipe, source: Source) -> int | None:
+def _group_size(recipe: Recipe, source: Source, ignored: Sequence[set[str]]) -> int | None:
     """Columns per scale, or per step of 4-bit rows: what is asked for; with ``auto`` or ``bits`` else the largest of
-    the usual sizes that fits all linears."""
+    the usual sizes that fits all linears, but for ``bits`` those that stay in float."""
     if not (recipe.method == "auto" or recipe.bits is not None) or recipe.group_size is not None:
         return recipe.group_size
-    columns = {shape[1] for layer in source.layers for shape in layer.linears.values()}
+    left = ignored if recipe.bits is not None else [set()] * len(ignored)
+    columns = {
+        shape[1]
+        for layer, names in zip(source.layers, left, strict=True)
+        for linear, shape in layer.linears.items()
+        if linear not in names
+    }
     usual = [size for size in reversed(grouping.SIZES) if size <= GROUP_SIZE]
     return next((size for size in usual if all(grouping.fits(k, size) for k in columns)), GROUP_SIZE)
 
@@ -255,22 +266,38 @@ def _check_auto(part: range | None, text: CalibrationText | None, recipe: Recipe
         raise BismoothError.of("--target-kl", what, "leave it out, or give a --group-budget")
 
 
-def _check_rows(part: range | None, recipe: Recipe, source: Source, ignored: Sequence[set[str]]) -> None:
-    """Raises :class:`BismoothError` where rows cannot have four bits."""
-    option = f"--bits {recipe.bits:g}"
+def _check_rows(part: range | None, given: Recipe, recipe: Recipe, source: Source, ignored: Sequence[set[str]]) -> None:
+    """Raises :class:`BismoothError` where rows cannot have four bits, or not so few.
+
+    Args:
+        given: the recipe, whose group size is what was asked for, or ``None``.
+    """
+    option, bits, size = f"--bits {recipe.bits:g}", recipe.bits, recipe.group_size
+    assert bits is not None and size is not None
     if part is not None:
         what = "one budget is spent on the rows of the whole model, and a part would see only some"
         raise BismoothError.of(f"{option} and --blocks", what, "convert on one machine")
     if any(layer.experts for layer in source.layers):
-        raise BismoothError.of(option, "experts have eight bits until now", "leave it out")
+        what = "the model has experts, whose rows cannot have four bits yet"
+        raise BismoothError.of(option, what, "leave --bits out")
+    if source.checkpoint.turned:
+        what = f"{next(iter(source.checkpoint.turned))} is stored transposed, and such rows cannot have four bits yet"
+        raise BismoothError.of(option, what, "leave --bits out")
+    four = weights = 0
     for index, layer in enumerate(source.layers):
-        for linear, (_, columns) in layer.linears.items():
-            if linear not in ignored[index] and not grouping.fits(columns, recipe.group_size):
-                name = source.names.block(index) + linear
-                what = f"K = {columns} is not a multiple of --group-size {recipe.group_size}"
-                sizes = [size for size in grouping.OF_FOUR_BITS if grouping.fits(columns, size)]
-                remedy = f"{', '.join(map(str, sizes))} would fit, or" if sizes else "it can be"
-                raise BismoothError.of(name, what, f"{remedy} left in float (--ignore)")
+        for linear, (rows, columns) in layer.linears.items():
+            if linear in ignored[index]:
+                continue
+            if not grouping.fits(columns, size):
+                of = f"--group-size {size}" if given.group_size else "128, 64 or 32"
+                what = f"K = {columns} is not a multiple of {of}"
+                raise BismoothError.of(source.names.block(index) + linear, what, "leave it in float (--ignore)")
+            four, weights = four + rows * grouping.row_bits(columns, size)[0], weights + rows * columns
+    if four > bits * weights:
+        what = (
+            f"rows of four bits take {math.ceil(1000 * four / weights) / 1000:g} with their scales, in groups of {size}"
+        )
+        raise BismoothError.of(option, what, "give more")
 
 
 def _check_labels(labels: Labels) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from vllm_w8a8_bismooth import fourbits
+from vllm_w8a8_bismooth import fourbits, grouping
 from vllm_w8a8_bismooth.checkpoint.blocks import Block, Run, Stage, Walk
 from vllm_w8a8_bismooth.checkpoint.files import Checksum
 from vllm_w8a8_bismooth.checkpoint.writer import ShardWriter
@@ -112,7 +112,7 @@ class Stages:
         """Per block, the rows of its linears that have eight bits; ``None`` where all have.
 
         Raises:
-            BismoothError: four bits in all rows are more than the recipe has; or see :meth:`Checkpoint.read`.
+            BismoothError: see :meth:`Checkpoint.read`.
         """
         if self._recipe.bits is None:
             return None
@@ -137,11 +137,7 @@ class Stages:
                 block.keep(GRADIENTS, {"gradients": gradients})
         kept = [self._run.state(COSTS, index) for index in range(len(source.layers))]
         columns = [{linear: shape[1] for linear, shape in layer.linears.items()} for layer in source.layers]
-        try:
-            wide = narrowing.allot(kept, columns, recipe.bits, recipe.group_size)
-        except ValueError as error:
-            what = f"less than four bits a row with their scales take, which is {error}"
-            raise BismoothError.of(f"--bits {recipe.bits:g}", what, "give more, or a larger --group-size") from None
+        wide = narrowing.allot(kept, columns, recipe.bits, recipe.group_size)
         return [{linear: rows.tolist() for linear, rows in block.items()} for block in wide]
 
     def _forwards(self) -> None:
@@ -321,7 +317,7 @@ class Stages:
             wide[rows.long().to(weight.device)] = True
             take = partial(_pack, writer, name, rows, size)
             loss = quantize_folded(weight, fold, size, take, self._threads, compensation, wide)
-            four, eight = fourbits.bits(weight.shape[1], size)
+            four, eight = grouping.row_bits(weight.shape[1], size)
             entry["bits"] = (four * len(weight) + (eight - four) * len(rows)) / weight.numel()
         self._check_range(name, loss.power)
         return {**entry, "column_error": loss.column_error(), "sqnr": loss.sqnr()}

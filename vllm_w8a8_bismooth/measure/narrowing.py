@@ -11,7 +11,7 @@ from functools import partial
 
 import torch
 
-from vllm_w8a8_bismooth import fourbits
+from vllm_w8a8_bismooth import grouping
 from vllm_w8a8_bismooth.measure.passing import Passing
 from vllm_w8a8_bismooth.method.grids import Stepped
 from vllm_w8a8_bismooth.method.quantize import quantize_weight
@@ -110,7 +110,7 @@ def allot(
     places = [(index, linear) for index, block in enumerate(costs) for linear in block]
     sizes = [len(costs[index][linear]) for index, linear in places]
     of_four, of_eight = (
-        torch.tensor([fourbits.bits(columns[index][linear], group_size)[which] for index, linear in places])
+        torch.tensor([grouping.row_bits(columns[index][linear], group_size)[which] for index, linear in places])
         for which in (0, 1)
     )
     weights = sum(size * columns[index][linear] for size, (index, linear) in zip(sizes, places, strict=True))

@@ -158,7 +158,7 @@ def draw_up(folder: Path, labels: Labels) -> str:
         + (_HEAD if recipe.head else ""),
         recipe=json.dumps({key: value for key, value in asdict(recipe).items() if key in chosen["recipe"]}, indent=2),
         linears=len(linears),
-        where="linears, its head among them," if recipe.head else "linears of its decoder blocks",
+        where=_WHERE[recipe.head is not None, recipe.bits is not None],
         ignored=len(ignored),
         grouped=f"{grouped} ({grouped / len(linears):.1%})",
         here=_HERE,
@@ -168,6 +168,7 @@ def draw_up(folder: Path, labels: Labels) -> str:
         else _NEEDS_PLUGIN.format(
             what="The per-group linears need" if recipe.bits is None else "Rows of four bits need"
         ),
+        four="" if recipe.bits is None else _OF_ROWS,
         kind="INT8 W8A8" if recipe.bits is None else "W4A8 with rows of INT8",
         weights="8-bit integer weights" if recipe.bits is None else _ROWS.format(bits=recipe.bits),
         format="compressed-tensors `int-quantized`" if recipe.bits is None else f"bismooth's own, `{ROWS_FORMAT}`",
@@ -222,7 +223,8 @@ def _method(recipe: Recipe) -> str:
     grouped = f" Linears {which} have one scale per group of {size} columns." if size else ""
     rounded = _COMPENSATED if recipe.rounding == "gptq" else ""
     if recipe.bits is not None:
-        grouped = f" Rows have four bits, with a step and an offset for each {size} columns, or eight, {_WORTH}."
+        why = _WORTH if recipe.calibration else "by how much four change them, which is a guess"
+        grouped = f" Rows have four bits, with a step and an offset for each {size} columns, or eight, {why}."
     return (
         f"Bi-smoothing moved magnitude between weights and activations, in either direction, before rounding "
         f"(`{recipe.method}`, {rule}). The activations' ranges were {ranges}.{rounded}{grouped}"
@@ -285,6 +287,13 @@ def _worst(linears: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 _TAGS, _TAGS_OF_ROWS = ("int8", "w8a8", "compressed-tensors"), ("int4", "int8", "w4a8")
+_WHERE = {
+    (False, False): "linears of its decoder blocks",
+    (True, False): "linears, its head among them,",
+    (False, True): "linears of its decoder blocks",
+    (True, True): "linears, its head among them (in 8 bits),",
+}
+"""Whether the head is INT8, and whether rows have four bits -> which linears."""
 _COMPENSATED = (
     " Weights were rounded column by column, so that later columns make up for the errors of earlier ones (GPTQ)."
 )
@@ -299,6 +308,7 @@ _NEEDS_PLUGIN = (
     "vLLM detects the quantization by itself; `--quantization` need not be given."
 )
 _ROWS = "integer weights, {bits:g} bits each on average (rows of them have four bits, or eight),"
+_OF_ROWS = " Here it is that of INT8 codes: rows of four bits leave about ten times as much, which SQNR shows."
 _WORTH = "where that is worth most to the predictions for the bits that it takes"
 _EXEMPT = (
     " Exempt are linears that match `ignore`, with those that vLLM fuses with them: they keep the original's dtype."
@@ -343,7 +353,7 @@ vllm serve {here}{runner}
 
 The column error is what rounding to the nearest code leaves in an input column, relative, averaged over the columns:
 0 is exact, 1 means that all are lost. Healthy linears have about 0.01; above {threshold} a linear counts as vulnerable.
-{verdict}
+{verdict}{four}
 
 {kinds}
 

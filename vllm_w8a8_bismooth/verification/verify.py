@@ -124,6 +124,7 @@ def verify(
     found.add(values.problems)
     exact = _compare_hashes(found, values.digests, checkpoint, source is None)
     unreadable = {problem.where for problem in values.problems}
+    unreadable |= {name for name, packed in checkpoint.encodings.items() if unreadable & {*packed.parts}}
     if source is not None:
         exact = {name for name in values.silent if is_zero(source.checkpoint, name)}
     unreadable |= _judge_silent(found, values.silent, exact, source is not None)
