@@ -1,12 +1,12 @@
 """Accuracy against bits a weight, on the test beds: rows of four bits, of eight, and what chooses among them.
 
-    python -m benchmarks.bits [--quick] [--json FILE]
+    python -m benchmarks.bits [--quick] [--seeds N] [--json FILE]
 
 Every arm is a conversion, scored on held-out tokens in fp32 with exact INT8 products (benchmarks.emulate); KL is to the
 source. ``int8`` is the default conversion. ``4-bit`` arms have no row of eight bits: ``nearest`` rounds each weight for
 itself, ``a16`` are the same codes with activations in full precision. ``budget`` arms spend bits on rows by what four
 cost the predictions, one budget over the model, ``even`` ones give each linear the same share of its rows. Healthy
-models are calibrated on three draws of the calibration text; planted ones have outlier columns 1000 times as large put
+models are calibrated on some draws of the calibration text; planted ones have outlier columns 1000 times as large put
 in, which leave what they compute as it was. Groups have 128 columns, or what their names say, where that divides K.
 """
 
@@ -115,10 +115,11 @@ def in_float(module: emulate.W8A8Linear, x: torch.Tensor) -> torch.Tensor:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--seeds", type=int, default=SEEDS, help="draws of calibration text of healthy models")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     console = Console(soft_wrap=True, highlight=False)
-    tasks = [(Setting(bed, seed=seed), tuple(ARMS)) for seed in range(SEEDS) for bed in BEDS]
+    tasks = [(Setting(bed, seed=seed), tuple(ARMS)) for seed in range(arguments.seeds) for bed in BEDS]
     tasks += [(Setting(bed, kind, 1000.0), PLANTED) for bed in BEDS for kind in ("norm", "residual")]
     rows = []
     with ProcessPoolExecutor(torch.get_num_threads(), get_context("spawn"), torch.set_num_threads, (1,)) as pool:
