@@ -27,7 +27,7 @@ def test_vllm_accepts_the_method_and_its_selection_finds_who_serves(gpu, platfor
         assert call("experts", True) == ("Experts", None)
         found = call("doctor")
     assert (found["platform"], found["device"], found["registered"], found["problem"]) == (device, gpu, True, None)
-    assert [kernel for kernel, _, _ in found["layers"].values()] == [STOCKS, OURS, EXPERTS, OURS]
+    assert [kernel for kernel, _, _ in found["layers"].values()] == [STOCKS, OURS, EXPERTS, OURS, OURS]
     assert all(meant for *_, meant in found["layers"].values()), found["layers"]
     assert found["tests"] == {}  # nothing is compiled, so there is nothing to test
 
@@ -41,5 +41,5 @@ def test_a_radeon_without_int8_products_serves_per_channel_alone():
         assert call("experts", False) == ("StockExperts", "TritonExperts")
         assert call("experts", True).endswith(f"per-group experts cannot be served here: {reason}")
         layers = call("doctor")["layers"]
-    assert [kernel for kernel, _, _ in layers.values()] == [STOCKS, NONE, EXPERTS, NONE]
+    assert [kernel for kernel, _, _ in layers.values()] == [STOCKS, NONE, EXPERTS, NONE, NONE]
     assert layers["per-group"][1] == layers["per-group experts"][1] == reason

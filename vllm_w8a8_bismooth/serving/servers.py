@@ -267,9 +267,9 @@ def rows_of_four_bits(platform: Platform) -> Served:
 
 KINDS: Mapping[str, Callable[[Platform], Served]] = {
     "per-channel": per_channel,
-    "rows of four bits": rows_of_four_bits,
     "per-group": per_group,
     "experts": experts,
     "per-group experts": experts_per_group,
+    "rows of four bits": rows_of_four_bits,
 }
 """Kind of layer -> its rule."""
