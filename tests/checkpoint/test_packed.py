@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from tests.support import packed
 from tests.support.contents import tensors_of
 from tests.support.conversion import convert
 from tests.support.damage import edit_json
 from tests.support.models import tiny_model, write_checkpoint
+from tests.support.packed import change
 from vllm_w8a8_bismooth.checkpoint.files import Folder
 from vllm_w8a8_bismooth.checkpoint.layout import Layout, Source
 from vllm_w8a8_bismooth.checkpoint.reader import FLOAT_DTYPES, Checkpoint, Headers
@@ -59,16 +59,6 @@ def test_it_is_no_source(pair):
             Source(folder)
         with pytest.raises(BismoothError, match=f"already quantized .*quant_method = '{method}'"):
             Layout(Headers(Folder.of(folder), dtypes=INT8))
-
-
-def change(action: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
-    def damage(folder: Path) -> None:
-        (shard,) = folder.glob("*.safetensors")
-        tensors = load_file(shard)
-        action(tensors)
-        save_file(tensors, shard)
-
-    return damage
 
 
 def put(part: str, make: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Path], None]:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -85,3 +86,15 @@ def store(folder: Path, packed: Path, plain: Path, group_size: int = GROUP) -> N
             size = sum(tensor.nbytes for tensors in stored.values() for tensor in tensors.values())
             weight_map = {name: file for file, tensors in stored.items() for name in tensors}
             (place / INDEX).write_text(json.dumps({"metadata": {"total_size": size}, "weight_map": weight_map}))
+
+
+def change(action: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
+    """What changes the tensors of a checkpoint of one shard."""
+
+    def damage(folder: Path) -> None:
+        (shard,) = folder.glob("*.safetensors")
+        tensors = load_file(shard)
+        action(tensors)
+        save_file(tensors, shard)
+
+    return damage

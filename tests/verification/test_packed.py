@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from tests.support import packed
 from tests.support.conversion import convert
 from tests.support.damage import edit_json
 from tests.support.models import tiny_model, write_checkpoint
+from tests.support.packed import change
 from vllm_w8a8_bismooth import fourbits
 from vllm_w8a8_bismooth.measure.text import read_text
 from vllm_w8a8_bismooth.recipe import Recipe
@@ -52,16 +52,6 @@ def test_vllm_reads_it(pair):
     """With the plugin, the only one that does."""
     found = verify(pair[1])
     assert found.ok and not any("vLLM" in note for note in found.notes), found.findings + found.notes
-
-
-def change(action: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
-    def damage(folder: Path) -> None:
-        (shard,) = folder.glob("*.safetensors")
-        tensors = load_file(shard)
-        action(tensors)
-        save_file(tensors, shard)
-
-    return damage
 
 
 def put(name: str, place, value: float) -> Callable[[Path], None]:
