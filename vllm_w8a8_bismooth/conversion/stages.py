@@ -57,8 +57,7 @@ class Stages:
         self._ready, self._run, self._threads = ready, run, threads
         self._source, self._recipe = ready.source, ready.recipe
         # Rows with four bits are chosen by what compensation leaves, for which it takes how inputs go together.
-        self._compensated = ready.recipe.rounding == "gptq"
-        correlated = self._compensated and ready.recipe.bits is not None
+        correlated = ready.recipe.rounding == "gptq" and ready.recipe.bits is not None
         self._activations = Activations(run, ready.tokens, ready.recipe.compute_dtype, correlated)
 
     def granularity(self) -> list[set[str]]:
